@@ -1,0 +1,45 @@
+.DEFAULT_GOAL := help
+.PHONY: help test lint types sdist-check demo clean
+
+PYTHON ?= python3
+built_from := pyproject.toml CMakeLists.txt $(shell find backends -path '*/native/*' -type f)
+
+help:           ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# torch goes in first and pinned, so that nothing after it picks another build.
+.venv/ready: $(built_from)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install torch==2.13.0
+	.venv/bin/pip install -e '.[dev]'
+	touch $@
+
+.venv-demo/ready: $(built_from)
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install -e .
+	touch $@
+
+# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
+test: lint types  ## lint, types and all tests
+	.venv/bin/pytest tests/house tests/plain tests/native tests/torch
+	.venv/bin/pytest tests/emulated
+
+lint: .venv/ready  ## ruff
+	.venv/bin/ruff check .
+
+types: .venv/ready  ## mypy, strict, on hal and ops
+	.venv/bin/mypy
+
+sdist-check: .venv/ready  ## sdist, the wheel built from it, and what that wheel installs
+	rm -rf build/dist
+	.venv/bin/python -m build --outdir build/dist
+	.venv/bin/python .ci/check_wheel.py build/dist/*.whl
+
+demo: .venv-demo/ready  ## the demo model on this CPU, without PyTorch: text, then proof, in report.html
+	.venv-demo/bin/porthal backends
+	.venv-demo/bin/porthal generate "def "
+	.venv-demo/bin/porthal conform --level bring-up --html report.html
+	.venv-demo/bin/porthal explain
+
+clean:          ## remove what was made
+	rm -rf .venv .venv-demo build dist report.html .mypy_cache .pytest_cache .ruff_cache .hypothesis

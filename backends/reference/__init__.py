@@ -1,0 +1,3 @@
+"""The contracts' own float64 references as a backend: slow, exact, and what every other backend is judged against."""
+
+requires = ("numpy",)

@@ -1,0 +1,77 @@
+"""Every kernel is derived from its contract: widen the operands, call the reference, round the results once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Callable
+
+import numpy as np
+
+from porthal.hal import Backend, Contract, Pages, Selection, Weight, WeightSpec, narrow, numpy_dtype, widen
+
+
+class Reference(Backend):
+    """NumPy arrays in their own dtypes; weights and pages are kept widened, which is exact and saves the conversion."""
+
+    base = None
+
+    def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
+        array = widen(np.asarray(read(slice(None))))
+        if into is not None:
+            into.native[...] = array
+            return into
+        return Weight(spec, array)
+
+    def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
+        wide = {name: widen(np.asarray(value)) for name, value in arrays.items()}
+        return super().from_logical(spec, wide, into)
+
+    def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:
+        logical = super().to_logical(operand)
+        if isinstance(operand, Selection):
+            return logical
+        return {name: narrow(value, operand.spec.dtype) for name, value in logical.items()}
+
+    def derive(self, contract: Contract) -> Callable[..., Any] | None:
+        if contract.decomposition and self.name != "reference":
+            return None  # a backend based on this one composes it from its own kernels
+        names = [o.name for o in contract.signature.operands]
+
+        def kernel(*args: Any, **attrs: Any) -> Any:
+            operands = dict(zip(names, args))
+            operands.update((name, attrs.pop(name)) for name in names if name in attrs)
+            operands, attrs = contract.arrange((), {**operands, **attrs})
+            out = contract.reference(*(_wide(v) for v in operands.values()), **attrs)
+            results = out if isinstance(out, tuple) else (out,)
+            shapes = contract.results(contract.spec(operands, attrs), operands)
+            batch = operands.get("batch")
+            rounded = tuple(
+                _settled(value, batch) if isinstance(value, Pages) else self._rounded(value, dtype)
+                for value, (_, _, dtype) in zip(results, shapes)
+            )
+            return rounded if isinstance(out, tuple) else rounded[0]
+
+        return kernel
+
+    def _rounded(self, value: Any, dtype: str) -> Any:
+        if isinstance(value, Selection):
+            return value
+        out = self.empty(value.shape, dtype)
+        out[...] = narrow(value, dtype) if value.dtype == np.float64 else value
+        return out
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Weight):
+        return value.native
+    return widen(value) if isinstance(value, np.ndarray) else value
+
+
+def _settled(pages: Pages, batch: Any) -> Pages:
+    """Round the rows that a step wrote to the cache's dtype; all others are rounded already."""
+    if batch is None or numpy_dtype(pages.spec.dtype) == np.float64:
+        return pages
+    slots = batch.slots[batch.slots >= 0]
+    for name, _ in pages.spec.fields:
+        pages[name][slots] = widen(narrow(pages[name][slots], pages.spec.dtype))
+    return replace(pages)

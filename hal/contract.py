@@ -1,0 +1,362 @@
+"""`@contract`: one operator's specification, from which checks, cases, budgets, docs and stubs are derived."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Callable, Mapping, Sequence
+
+import numpy as np
+
+from porthal.hal import dtypes as dt
+from porthal.hal.errors import UsageError
+from porthal.hal.operands import Batch, Pages, Selection, Weight
+from porthal.hal.signature import OperandSpec, Signature, evaluate, parse, symbols, unify
+
+Reference = Callable[..., Any]
+CostRule = Callable[[Any, Any], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The static facts of a call, all that a claim may look at.
+
+    dims: symbol -> int, or (low, high) where a profile covers a range; block_size stands among them.
+    """
+
+    dims: Mapping[str, int | tuple[int, int]]
+    dtypes: Mapping[str, str]
+    attrs: Mapping[str, Any]
+    schemes: Mapping[str, str]
+
+    def key(self) -> tuple[Any, ...]:
+        return tuple(tuple(sorted(m.items())) for m in (self.dims, self.dtypes, self.attrs, self.schemes))
+
+
+@dataclass(frozen=True)
+class Attribute:
+    name: str
+    type: type
+    default: Any  # inspect.Parameter.empty when it must be given
+
+
+class Contract:
+    """One operator. Its `reference` is the specification: float64 NumPy over logical operands.
+
+    signature   the shapes, see hal/signature.py
+    dtypes      per operand: permitted names, or "x" (same as operand x), joined by " | "; per result: one dtype, an
+                operand's name, or "@attr"
+    cases       values worth testing per symbol and attribute; the first is GLM-5's
+    rules       (sentence, predicate over dims and attributes): what a legal call fulfils beyond shapes and dtypes
+    ranges      integer operands: (lowest, one past the highest), each a number or a dim
+    exact       the result is a copy or an integer: judged bit for bit
+    choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`)
+    cost        (dims, bytes per element of each operand) -> (flops, bytes moved)
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        signature: Signature,
+        *,
+        dtypes: Mapping[str, Any],
+        cost: CostRule,
+        cases: Mapping[str, Sequence[Any]],
+        version: int,
+        rules: Sequence[tuple[str, Callable[[Any], bool]]],
+        ranges: Mapping[str, tuple[int | str, int | str]],
+        exact: bool,
+        choice: str | None,
+        values: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.signature = signature
+        self.cost = cost
+        self.cases = cases
+        self.version = version
+        self.rules = rules
+        self.ranges = ranges
+        self.exact = exact
+        self.choice = choice
+        self.values = values
+        self.__doc__ = inspect.getdoc(reference) or ""
+        self.dtypes = {name: _dtype_options(spec) for name, spec in dtypes.items()}
+        self.attributes = _attributes(reference)
+        self.scores: Reference | None = None
+        self.finish: Reference | None = None
+        self.admits: Reference | None = None
+        self.decomposition: Reference | None = None
+        self.weights: Mapping[str, tuple[str, str]] = {}
+        self._verify()
+
+    def __repr__(self) -> str:
+        return f"<contract {self.name}: {self.signature.text}>"
+
+    # -- decorators that complete a contract -------------------------------------------------------------------------
+
+    def scored(self, f: Reference) -> Reference:
+        """The continuous scores [rows, candidates] behind a discrete choice; excluded candidates are -inf."""
+        self.scores = f
+        return f
+
+    def finished(self, f: Reference) -> Reference:
+        """The other results, computed at the choice that a chip made: f(*operands, choice, **attrs) -> dict."""
+        self.finish = f
+        return f
+
+    def admitted(self, f: Reference) -> Reference:
+        """For choices that are not a top-k: f(*operands, results, slack, **attrs) -> first bad row or None."""
+        self.admits = f
+        return f
+
+    def decomposed(self, **weights: str) -> Callable[[Reference], Reference]:
+        """The default decomposition f(ops, *operands, **attrs) of a composite.
+
+        `weights` says for which inner operand each weight is prepared when nobody fuses: q_a="linear.w".
+        """
+
+        def attach(f: Reference) -> Reference:
+            self.decomposition = f
+            self.weights = {k: (v.split(".")[0], v.split(".")[1]) for k, v in weights.items()}
+            return f
+
+        return attach
+
+    # -- what is derived ---------------------------------------------------------------------------------------------
+
+    def arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Operands by name (absent optional ones are None) and attributes with their defaults."""
+        names = [o.name for o in self.signature.operands]
+        if len(args) > len(names):
+            raise UsageError(f"{self.name} got {len(args)} operands: it takes {', '.join(names)}")
+        operands: dict[str, Any] = dict(zip(names, args))
+        attrs: dict[str, Any] = {}
+        for key, value in kwargs.items():
+            if key in names and key not in operands:
+                operands[key] = value
+            elif key in self.attributes:
+                attrs[key] = value
+            else:
+                known = ", ".join([*names, *self.attributes])
+                raise UsageError(f"{self.name} got an unexpected or repeated argument {key!r}: it takes {known}")
+        for operand in self.signature.operands:
+            if operands.setdefault(operand.name, None) is None and not operand.optional:
+                raise UsageError(f"{self.name} lacks operand {operand.name!r} of {self.signature.text}")
+        for name, attribute in self.attributes.items():
+            if name not in attrs:
+                if attribute.default is inspect.Parameter.empty:
+                    raise UsageError(f"{self.name} lacks attribute {name!r} ({attribute.type.__name__})")
+                attrs[name] = attribute.default
+        return {n: operands[n] for n in names}, attrs
+
+    def spec(self, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> CallSpec:
+        """The call's static facts; UsageError where shapes, dtypes or attributes contradict the contract."""
+        env: dict[str, int] = {k: v for k, v in attrs.items() if isinstance(v, int) and not isinstance(v, bool)}
+        found: dict[str, str] = {}
+        schemes: dict[str, str] = {}
+        self._check_attributes(attrs)
+        waiting: list[tuple[OperandSpec, str, int]] = []
+        for operand in self.signature.operands:
+            value = operands[operand.name]
+            if value is None:
+                continue
+            for dim, size in self._sizes(operand, value, env):
+                try:
+                    if not unify(dim, size, env):
+                        raise self._shape_error(operand, dim, size, env)
+                except KeyError:  # two unknown symbols in one dim: another operand will bind one of them
+                    waiting.append((operand, dim, size))
+            if operand.kind != "Batch" and operand.kind != "Selection":
+                found[operand.name] = _dtype_of(value)
+            if operand.kind in ("Weight", "Pages"):
+                schemes[operand.name] = value.spec.scheme
+        for operand, dim, size in waiting:
+            if not unify(dim, size, env):
+                raise self._shape_error(operand, dim, size, env)
+        for name, actual in found.items():
+            permitted = [found.get(option, option) for option in self.dtypes[name]]
+            if actual not in permitted:
+                raise UsageError(f"{self.name}: {name} is {actual}, expected {' or '.join(dict.fromkeys(permitted))}")
+        facts = SimpleNamespace(**attrs, **{k: v for k, v in env.items() if k not in attrs})
+        for sentence, holds in self.rules:
+            if not holds(facts):
+                given = ", ".join(f"{k}={v}" for k, v in sorted(vars(facts).items()) if k in sentence)
+                raise UsageError(f"{self.name} requires {sentence}, got {given}")
+        return CallSpec({k: v for k, v in env.items() if k not in attrs}, found, attrs, schemes)
+
+    def results(self, spec: CallSpec, present: Mapping[str, Any]) -> list[tuple[OperandSpec, tuple[int, ...], str]]:
+        """Name, shape and dtype of every result: a pure function of specs and attributes."""
+        env = {**{k: v for k, v in spec.attrs.items() if isinstance(v, int)}, **spec.dims}
+        out = []
+        for result in self.signature.results:
+            if result.mutated or result.kind != "array":
+                shape = tuple(evaluate(d, env) for d in result.dims)  # type: ignore[arg-type]
+                out.append((result, shape, ""))
+                continue
+            option = self.dtypes[result.name][0]
+            if option.startswith("@"):
+                option = str(spec.attrs[option[1:]])
+            name = spec.dtypes.get(option, option)
+            out.append((result, tuple(evaluate(d, env) for d in result.dims), name))  # type: ignore[arg-type]
+        return out
+
+    def check_values(self, operands: Mapping[str, Any], spec: CallSpec, read: Callable[[Any], Any]) -> None:
+        """Range rules of integer operands; reads data, so only checked bindings do it."""
+        for name, (low, high) in self.ranges.items():
+            if operands.get(name) is None:
+                continue
+            first, last = (b if isinstance(b, int) else evaluate(b, {**spec.attrs, **spec.dims}) for b in (low, high))
+            data = np.asarray(read(operands[name]))
+            bad = (data < first) | (data >= last)
+            if bad.any():
+                where = tuple(int(i[0]) for i in np.nonzero(bad))
+                at = where[0] if len(where) == 1 else where
+                raise UsageError(f"{self.name}: {name}[{at}] is {data[where]}, expected {first} to {last - 1}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The checked front, on the backend that the current policy selects: plain arrays are accepted."""
+        from porthal.hal.binding import front
+
+        return front(self, args, kwargs)
+
+    # -- internals ---------------------------------------------------------------------------------------------------
+
+    def _sizes(self, operand: OperandSpec, value: Any, env: Mapping[str, int]) -> list[tuple[str, int]]:
+        if operand.kind == "Batch":
+            _expect(self, operand, value, Batch)
+            sizes = list(zip(operand.dims, (value.T, value.R, value.max_kv)))
+            return [*sizes, ("block_size", value.block_size)]
+        if operand.kind == "Pages":
+            _expect(self, operand, value, Pages)
+            fields = value.spec.fields
+            wanted = [f for i, f in enumerate(operand.fields) if not f[2] or i < len(fields)]
+            if len(fields) != len(wanted):
+                raise UsageError(
+                    f"{self.name}: {operand.name} has fields {[n for n, _ in fields]}, "
+                    f"expected {[n for n, _, _ in operand.fields]}"
+                )
+            return [(dim, width) for (_, dim, _), (_, width) in zip(wanted, fields)] + [
+                ("block_size", value.spec.block_size),
+                ("P", value.spec.n_blocks),
+            ]
+        if operand.kind == "Selection":
+            _expect(self, operand, value, Selection)
+            return list(zip(operand.dims, (value.spec.T, value.spec.k)))
+        if operand.kind == "Weight":
+            _expect(self, operand, value, Weight)
+            shape = value.spec.shape
+        elif not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise UsageError(f"{self.name}: {operand.name} is {type(value).__name__}, expected an array")
+        else:
+            shape = tuple(value.shape)
+        if len(shape) != len(operand.dims):
+            raise UsageError(
+                f"{self.name}: {operand.name} has shape {list(shape)}, expected {len(operand.dims)} axes "
+                f"[{', '.join(operand.dims)}]"
+            )
+        return list(zip(operand.dims, shape))
+
+    def _shape_error(self, operand: OperandSpec, dim: str, size: int, env: Mapping[str, int]) -> UsageError:
+        known = ", ".join(f"{s}={env[s]}" for s in symbols(dim) if s in env)
+        return UsageError(
+            f"{self.name}: {operand.name} has {dim} = {size}, expected {dim} with {known} from the other operands"
+        )
+
+    def _check_attributes(self, attrs: Mapping[str, Any]) -> None:
+        for name, value in attrs.items():
+            wanted = self.attributes[name].type
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            fits = whole or isinstance(value, float) if wanted is float else isinstance(value, wanted)
+            if not fits or (wanted is int and not whole):
+                raise UsageError(
+                    f"{self.name}: attribute {name} is {value!r} ({type(value).__name__}), expected a static "
+                    f"{wanted.__name__}"
+                )
+
+    def _verify(self) -> None:
+        for operand in (*self.signature.operands, *self.signature.results):
+            typed = operand.kind in ("array", "Weight", "Pages")
+            if typed and operand.name not in self.dtypes:
+                raise UsageError(f"contract {self.name} states no dtype for {operand.name!r}")
+        parameters = [
+            p.name for p in inspect.signature(self.reference).parameters.values() if p.kind != p.KEYWORD_ONLY
+        ]
+        names = [o.name for o in self.signature.operands]
+        if parameters != names:
+            raise UsageError(f"contract {self.name}: the reference takes {parameters}, the signature says {names}")
+        if not self.__doc__:
+            raise UsageError(f"contract {self.name} has no docstring: state formula and source")
+
+
+def _expect(contract: Contract, operand: OperandSpec, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise UsageError(f"{contract.name}: {operand.name} is {type(value).__name__}, expected {kind.__name__}")
+
+
+def _dtype_of(value: Any) -> str:
+    return value.spec.dtype if isinstance(value, (Weight, Pages)) else dt.dtype(value)
+
+
+def _dtype_options(spec: Any) -> tuple[str, ...]:
+    if isinstance(spec, str):
+        return tuple(s.strip() for s in spec.split("|"))
+    return tuple(spec)
+
+
+def _attributes(reference: Reference) -> dict[str, Attribute]:
+    hints = inspect.get_annotations(reference, eval_str=True)
+    return {
+        p.name: Attribute(p.name, hints.get(p.name, type(p.default)), p.default)
+        for p in inspect.signature(reference).parameters.values()
+        if p.kind == p.KEYWORD_ONLY
+    }
+
+
+_contracts: dict[str, Contract] = {}
+
+
+def contract(
+    signature: str,
+    *,
+    dtypes: Mapping[str, Any],
+    cost: CostRule,
+    cases: Mapping[str, Sequence[Any]] | None = None,
+    version: int = 1,
+    rules: Sequence[tuple[str, Callable[[Any], bool]]] = (),
+    ranges: Mapping[str, tuple[int | str, int | str]] | None = None,
+    exact: bool = False,
+    choice: str | None = None,
+    values: Mapping[str, Sequence[str]] | None = None,
+) -> Callable[[Reference], Contract]:
+    """Make the decorated float64 reference a contract and enter it in the registry; see `Contract`."""
+
+    def make(reference: Reference) -> Contract:
+        made = Contract(
+            reference,
+            parse(signature),
+            dtypes=dtypes,
+            cost=cost,
+            cases=cases or {},
+            version=version,
+            rules=rules,
+            ranges=ranges or {},
+            exact=exact,
+            choice=choice,
+            values=values or {},
+        )
+        if made.name in _contracts and _contracts[made.name].reference.__module__ != reference.__module__:
+            raise UsageError(f"contract {made.name!r} exists already, in {_contracts[made.name].reference.__module__}")
+        _contracts[made.name] = made
+        return made
+
+    return make
+
+
+def contracts() -> Mapping[str, Contract]:
+    """Every contract by name; the files of porthal/ops are found by listing the folder."""
+    import importlib
+
+    importlib.import_module("porthal.ops")
+    return dict(sorted(_contracts.items()))

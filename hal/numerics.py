@@ -1,0 +1,146 @@
+"""The words in which references state where a chip may round.
+
+In golden mode every helper is exact float64 arithmetic. In noise mode (`with noise(...)`) it perturbs its result by what
+an honest machine may do at that point, so that running a reference a few times yields the error budget of any formula.
+
+dot, total       a reduction of K terms accumulated in float32: +-sqrt(K) * 2^-24 * (the same sum of magnitudes)
+may_round        a value that may be stored in a narrow dtype: +-u * |v| where the contract's dtype permits
+single           a value held in float32: +-2^-24 * |v|
+elementary       exp, sigmoid, ...: +-ulps * 2^-24 * |v|
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Callable, Iterator, Mapping
+
+import numpy as np
+
+from porthal.hal.dtypes import UNIT_ROUNDOFF
+
+Array = np.ndarray[Any, Any]
+U_ACC = UNIT_ROUNDOFF["float32"]
+
+
+class Noise:
+    """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points met."""
+
+    def __init__(self, rng: np.random.Generator, dtypes: Mapping[str, str]) -> None:
+        self.rng = rng
+        self.dtypes = dtypes
+        self.points: list[str] = []
+        self.reduced = False  # a reduction was met: errors of one row are shared among its elements
+
+    def signs(self, shape: tuple[int, ...]) -> Array:
+        return self.rng.integers(0, 2, shape).astype(np.float64) * 2 - 1
+
+
+_noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
+
+
+@contextmanager
+def noise(rng: np.random.Generator, dtypes: Mapping[str, str]) -> Iterator[Noise]:
+    """Make the helpers of this module perturb; `dtypes` names the operands' and results' dtypes of the call."""
+    mode = Noise(rng, dtypes)
+    token = _noise.set(mode)
+    try:
+        yield mode
+    finally:
+        _noise.reset(token)
+
+
+def dot(subscripts: str, a: Array, b: Array) -> Array:
+    """Contraction of two arrays in einsum notation ("tk,nk->tn"), accumulated in float32 on a chip."""
+    value = _contract(subscripts, a, b)
+    mode = _noise.get()
+    if mode is None:
+        return value
+    mode.reduced = True
+    left, right = subscripts.split("->")
+    size = dict(zip(left.replace(",", ""), a.shape + b.shape))
+    terms = np.prod([n for s, n in size.items() if s not in right]) if value.size else 1
+    magnitude = _contract(subscripts, np.abs(a), np.abs(b))
+    return np.asarray(value + mode.signs(value.shape) * (np.sqrt(float(terms)) * U_ACC) * magnitude)
+
+
+def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
+    """Sum along one axis, accumulated in float32 on a chip."""
+    value = np.asarray(np.sum(x, axis=axis, keepdims=keepdims))
+    mode = _noise.get()
+    if mode is None:
+        return value
+    mode.reduced = True
+    magnitude = np.sum(np.abs(x), axis=axis, keepdims=keepdims)
+    return np.asarray(value + mode.signs(value.shape) * np.sqrt(max(x.shape[axis], 1)) * U_ACC * magnitude)
+
+
+def may_round(name: str, value: Array, to: str) -> Array:
+    """A point at which a kernel may round to the dtype `to` (an operand's or result's name, or a dtype)."""
+    mode = _noise.get()
+    if mode is None:
+        return value
+    mode.points.append(name)
+    return _perturb(mode, value, UNIT_ROUNDOFF[mode.dtypes.get(to, to)])
+
+
+def single(value: Array) -> Array:
+    """An intermediate result held in float32."""
+    mode = _noise.get()
+    return value if mode is None else _perturb(mode, value, U_ACC)
+
+
+def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
+    """An elementary function, correct to a few units in the last place of float32."""
+    mode = _noise.get()
+    return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
+
+
+def _perturb(mode: Noise, value: Array, u: float) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.asarray(value + mode.signs(value.shape) * (u / np.sqrt(3)) * np.abs(value))
+
+
+def softmax(x: Array) -> tuple[Array, Array]:
+    """exp(x - max) and its sum over the last axis; a row without a finite score gives zeros."""
+    top = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
+    e = elementary(np.exp, np.where(np.isneginf(x), -np.inf, single(x - np.where(np.isneginf(top), 0.0, top))))
+    return e, total(e, keepdims=True)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, e) / (1.0 + e))
+
+
+def choose(scores: Array, k: int) -> Array:
+    """int32 [rows, k]: positions of the k highest scores, highest first, ties to the lowest position.
+
+    NaN counts as -inf. Positions scored -inf by exclusion (`excluded`) are the caller's business.
+    """
+    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=-1, kind="stable")[..., :k]
+    return order.astype(np.int32)
+
+
+def _contract(subscripts: str, a: Array, b: Array) -> Array:
+    """einsum of two operands through matmul, which is BLAS also when there are batch axes."""
+    (sa, sb), out = (s.strip() for s in subscripts.split("->")[0].split(",")), subscripts.split("->")[1].strip()
+    batch = [s for s in sa if s in sb and s in out]
+    summed = [s for s in sa if s in sb and s not in out]
+    free_a, free_b = ([s for s in x if s not in batch and s not in summed] for x in (sa, sb))
+    size = dict(zip(sa + sb, a.shape + b.shape))
+
+    def count(axes: list[str]) -> int:
+        return int(np.prod([size[s] for s in axes], dtype=np.int64))
+
+    left = a.transpose([sa.index(s) for s in batch + free_a + summed]).reshape(
+        *(size[s] for s in batch), count(free_a), count(summed)
+    )
+    right = b.transpose([sb.index(s) for s in batch + summed + free_b]).reshape(
+        *(size[s] for s in batch), count(summed), count(free_b)
+    )
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = (left @ right).reshape([size[s] for s in batch + free_a + free_b])
+    axes = batch + free_a + free_b
+    return value.transpose([axes.index(s) for s in out])

@@ -1,0 +1,15 @@
+from porthal.hal import FLOATS, contract
+from porthal.hal.numerics import Array
+
+
+@contract(
+    "ids[T], table: Weight[V, H] -> x[T, H]",
+    dtypes={"ids": "int32", "table": FLOATS, "x": "table"},
+    cost=lambda d, b: (0, 2 * d.T * d.H * b.x + 4 * d.T),
+    cases={"V": (4096, 256, 1), "H": (6144, 96)},
+    ranges={"ids": (0, "V")},
+    exact=True,
+)
+def embedding(ids: Array, table: Array) -> Array:
+    """x[t] = table[ids[t]]."""
+    return table[ids]  # type: ignore[no-any-return]

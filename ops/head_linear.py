@@ -1,0 +1,17 @@
+from porthal.hal import FLOATS, contract
+from porthal.hal.numerics import Array, dot
+
+
+@contract(
+    "x[T, N, K], w: Weight[N, M, K] -> y[T, N, M]",
+    dtypes={"x": FLOATS, "w": "x", "y": "x"},
+    cost=lambda d, b: (
+        2 * d.T * d.N * d.M * d.K,
+        d.T * d.N * (d.K * b.x + d.M * b.y) + d.N * d.M * d.K * b.w,
+    ),
+    cases={"N": (64, 8, 1), "K": (192, 512, 7), "M": (512, 256, 7)},
+    values={"x": ("normal", "integer")},
+)
+def head_linear(x: Array, w: Array) -> Array:
+    """y[t, n] = w[n] x[t, n]: one matrix per head, as MLA's W_UK (absorbed into the query) and W_UV (after attention)."""
+    return dot("tnk,nmk->tnm", x, w)

@@ -1,0 +1,44 @@
+from typing import Any
+
+import numpy as np
+
+from porthal.hal import FLOATS, contract
+from porthal.hal.numerics import Array, dot, may_round, single
+from porthal.ops.silu_mul import silu_mul
+
+
+@contract(
+    "x[T, H], w13: Weight[E, 2*I, H], w2: Weight[E, H, I], ids[T, k], weights[T, k] -> y[T, H]",
+    dtypes={"x": FLOATS, "w13": "x", "w2": "x", "ids": "int32", "weights": "float32", "y": "x"},
+    cost=lambda d, b: (
+        6 * d.T * d.k * d.H * d.I,
+        2 * d.T * d.H * b.x + min(d.E, d.T * d.k) * 3 * d.H * d.I * b.w13,
+    ),
+    cases={"H": (6144, 128, 96), "I": (256, 128, 96), "E": (8, 1, 17), "k": (8, 1, 2), "first_expert": (0, 3)},
+    rules=[("first_expert >= 0", lambda f: f.first_expert >= 0)],
+    values={"x": ("normal", "small", "zeros")},
+)
+def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, first_expert: int = 0) -> Array:
+    """y[t] = sum_j weights[t, j] * w2[e] (silu(w13[e, :I] x_t) * (w13[e, I:] x_t)), e = ids[t, j] - first_expert.
+
+    Rows 0..I-1 of w13 are gate, I..2I-1 up. Ids outside the E local experts, and -1, contribute 0. The sum runs over
+    ascending j in float32. The gate and up products, the activation and each expert's output may be rounded to x's
+    dtype. Source: DeepSeek-V3; GLM-5 has 256 experts, 8 per token.
+    """
+    y = np.zeros(x.shape)
+    local = ids - first_expert
+    for e in range(len(w13)):
+        t, j = np.nonzero(local == e)
+        if len(t):
+            h = may_round("gate_up", dot("th,ih->ti", x[t], w13[e]), to="x")
+            h = may_round("activation", silu_mul.reference(h), to="x")
+            out = may_round("expert", dot("ti,hi->th", h, w2[e]), to="x")
+            np.add.at(y, t, single(out * weights[t, j][:, None]))
+    return y
+
+
+@moe_experts.decomposed(w13="grouped_gemm.w", w2="grouped_gemm.w")
+def _(ops: Any, x: Any, w13: Any, w2: Any, ids: Any, weights: Any, *, first_expert: int = 0) -> Any:
+    rows, counts, source = ops.moe_permute(x, ids, E=w13.spec.shape[0], first_expert=first_expert)
+    h = ops.silu_mul(ops.grouped_gemm(rows, w13, counts))
+    return ops.moe_unpermute(ops.grouped_gemm(h, w2, counts), source, weights)

@@ -1,0 +1,23 @@
+import numpy as np
+
+from porthal.hal import FLOATS, contract
+from porthal.hal.numerics import Array, single, total
+
+
+@contract(
+    "sorted[T*k, H], source[T*k], weights[T, k] -> y[T, H]",
+    dtypes={"sorted": FLOATS, "source": "int32", "weights": "float32", "y": "sorted"},
+    cost=lambda d, b: (2 * d.T * d.k * d.H, d.T * d.H * (d.k * b.sorted + b.y)),
+    cases={"H": (6144, 96), "k": (8, 1, 2)},
+    ranges={"source": (-1, "T*k")},
+)
+def moe_unpermute(sorted: Array, source: Array, weights: Array) -> Array:
+    """y[t] = sum over m with source[m] = t*k + j of weights[t, j] * sorted[m], added in the order of j in float32.
+
+    Rows with source -1 are padding and contribute nothing, whatever stands in them.
+    """
+    T, k = weights.shape
+    parts = np.zeros((T * k, sorted.shape[1]))
+    kept = source >= 0
+    parts[source[kept]] = sorted[kept]
+    return total(single(parts.reshape(T, k, -1) * weights[..., None]), axis=1)

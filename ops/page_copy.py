@@ -1,0 +1,27 @@
+from dataclasses import replace
+
+from porthal.hal import FLOATS, Pages, contract
+from porthal.hal.numerics import Array
+
+
+@contract(
+    "pages!: Pages{a[A], b[B]?}, source[M], target[M] -> pages",
+    dtypes={"pages": FLOATS, "source": "int32", "target": "int32"},
+    cost=lambda d, b: (0, 2 * d.M * d.block_size * (d.A + getattr(d, "B", 0)) * b.pages),
+    cases={"A": (512, 128), "B": (64,), "M": (2, 0, 1)},
+    ranges={"source": (0, "P"), "target": (0, "P")},
+    exact=True,
+    values={"source": ("pages",), "target": ("pages",)},
+)
+def page_copy(pages: Pages, source: Array, target: Array) -> Pages:
+    """Copy whole pages: page target[m] becomes what page source[m] was before the call (forking and moving requests).
+
+    No target occurs twice. Pages are updated in place and returned.
+    """
+    size = pages.spec.block_size
+    fields = {}
+    for name, _ in pages.spec.fields:
+        blocks = pages[name].reshape(-1, size, pages[name].shape[-1]).copy()
+        blocks[target] = blocks[source]
+        fields[name] = blocks.reshape(pages[name].shape)
+    return replace(pages, native=fields)

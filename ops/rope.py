@@ -1,0 +1,41 @@
+import numpy as np
+
+from porthal.hal import FLOATS, Batch, contract
+from porthal.hal.numerics import Array, single
+
+
+@contract(
+    "x[T, N, D], batch: Batch[T] -> y[T, N, D]",
+    dtypes={"x": FLOATS, "y": "x"},
+    cost=lambda d, b: (6 * d.T * d.N * d.width, d.T * d.N * d.D * (b.x + b.y)),
+    cases={"N": (64, 1, 32), "D": (256, 128, 64), "theta": (1e6, 1e4), "layout": ("interleaved", "half"), "start": (192, 0), "width": (64, 8)},
+    rules=[
+        ("layout to be 'interleaved' or 'half'", lambda f: f.layout in ("interleaved", "half")),
+        ("width to be even and positive", lambda f: f.width > 0 and f.width % 2 == 0),
+        ("0 <= start and start + width <= D", lambda f: f.start >= 0 and f.start + f.width <= f.D),
+        ("theta > 0", lambda f: f.theta > 0),
+    ],
+)
+def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Array:
+    """Rotate x[..., start : start+width] by the row's position p: pair i turns by p * theta^(-2i/width).
+
+    "interleaved" pairs elements (2i, 2i+1), "half" pairs (i, i + width/2); the result keeps the layout of the input, and
+    elements outside the slice are copied. Angles and rotation are float32 or better. Source: Su et al. 2021; GLM-5 uses
+    "interleaved" in MLA (slice last) and in the indexer (slice first).
+    """
+    i = np.arange(width // 2)
+    angle = batch.positions[:, None, None] * theta ** (-2.0 * i / width)
+    # An angle p * f held in float32 is off by up to p * f * 2^-24 radians.
+    cos, sin = (np.asarray(f(angle) + (single(angle) - angle)) for f in (np.cos, np.sin))
+    first, second = _pairs(layout, start, width)
+    y = x.copy()
+    y[..., first] = single(single(x[..., first] * cos) - single(x[..., second] * sin))
+    y[..., second] = single(single(x[..., second] * cos) + single(x[..., first] * sin))
+    return y
+
+
+def _pairs(layout: str, start: int, width: int) -> tuple[slice, slice]:
+    if layout == "interleaved":
+        return slice(start, start + width, 2), slice(start + 1, start + width, 2)
+    half = start + width // 2
+    return slice(start, half), slice(half, start + width)

@@ -1,0 +1,72 @@
+import numpy as np
+
+from porthal.hal import FLOATS, contract
+from porthal.hal.numerics import Array, choose, softmax
+
+
+@contract(
+    "logits[T, V], u[T], temperature[T], top_k[T], top_p[T] -> ids[T]",
+    dtypes={
+        "logits": FLOATS,
+        "u": "float32",
+        "temperature": "float32",
+        "top_k": "int32",
+        "top_p": "float32",
+        "ids": "int32",
+    },
+    cost=lambda d, b: (8 * d.T * d.V, d.T * d.V * b.logits),
+    cases={"V": (4096, 154880, 7)},
+    ranges={"top_k": (0, "V+1")},
+    choice="ids",
+    values={
+        "logits": ("normal", "ties"),
+        "u": ("uniform",),
+        "temperature": ("temperature",),
+        "top_p": ("probability",),
+        "top_k": ("top_k",),
+    },
+)
+def sample(logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
+    """Draw ids[t] from softmax(logits[t] / temperature[t]) by inverting its distribution function at u[t] in [0, 1).
+
+    Candidates stand in the order of falling logit, ties by id. Kept are the first top_k[t] (0: all), of those the
+    shortest prefix whose probability reaches top_p[t], at least one; ids[t] is the first kept candidate at which the
+    cumulated probability exceeds u[t] times the probability kept. Temperature 0 is argmax. Randomness is the input u:
+    the result does not depend on the batch or the chip.
+    """
+    ids = np.zeros(len(logits), np.int32)
+    for t in range(len(logits)):
+        order, cumulated, kept = _candidates(logits[t], temperature[t], int(top_k[t]), top_p[t])
+        ids[t] = order[min(np.searchsorted(cumulated, u[t] * cumulated[kept - 1], side="right"), kept - 1)]
+    return ids
+
+
+def _candidates(row: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array, int]:
+    """Ids in order, cumulated probabilities, and how many candidates are kept."""
+    order = choose(row[None], len(row))[0]
+    if temperature == 0:
+        return order, np.ones(len(row)), 1
+    weights, norm = softmax(row[None, order] / temperature)
+    cumulated = np.cumsum(weights[0] / norm[0])
+    limit = top_k or len(row)
+    within = cumulated[:limit] / cumulated[limit - 1]
+    return order, cumulated, int(min(np.searchsorted(within, top_p) + 1, limit))
+
+
+@sample.admitted
+def _(
+    logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, *, results: Array, slack: float
+) -> int | None:
+    """First row whose id no machine could have drawn whose probabilities are off by at most `slack`, or None."""
+    for t, drawn in enumerate(results):
+        order, cumulated, kept = _candidates(logits[t], temperature[t], int(top_k[t]), top_p[t])
+        at = int(np.nonzero(order == drawn)[0][0])
+        edge = cumulated[kept - 1]
+        before = cumulated[at - 1] if at else 0.0
+        if temperature[t] == 0:
+            good = at == 0
+        else:
+            good = before - slack <= u[t] * edge <= cumulated[at] + slack and before <= edge + slack
+        if not good:
+            return t
+    return None

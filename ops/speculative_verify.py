@@ -1,0 +1,104 @@
+import numpy as np
+
+from porthal.hal import contract
+from porthal.hal.numerics import Array, choose, softmax
+
+
+@contract(
+    "logits[R, n+1, V], draft[R, n], temperature[R], u[R, n+1], draft_probs[R, n, V]? -> accepted[R], token[R]",
+    dtypes={
+        "logits": "float32",
+        "draft": "int32",
+        "temperature": "float32",
+        "u": "float32",
+        "draft_probs": "float32",
+        "accepted": "int32",
+        "token": "int32",
+    },
+    cost=lambda d, b: (6 * d.R * (d.n + 1) * d.V, 4 * d.R * (2 * d.n + 1) * d.V),
+    cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
+    ranges={"draft": (0, "V")},
+    choice="accepted",
+    values={"u": ("uniform",), "temperature": ("temperature",), "draft_probs": ("distribution",)},
+)
+def speculative_verify(
+    logits: Array, draft: Array, temperature: Array, u: Array, draft_probs: Array | None = None
+) -> tuple[Array, Array]:
+    """Keep the longest accepted prefix of the drafts and emit one more token per request.
+
+    Row i of a request judges draft i. Temperature 0: a draft is accepted when it is the row's argmax (lowest id among
+    equals), and the token is the argmax at the first rejected row, or of the last row. Otherwise with p = softmax(logits /
+    temperature) and q the draft's distribution (absent: all mass on the draft), draft i is accepted when
+    u[i] * q(draft) < p(draft); the token is drawn at u[n] from max(p - q, 0) normalised after a rejection, from p after
+    the last draft, in the order of ids. The emitted text is then distributed as without drafts. Source: Leviathan et al. 2023.
+    """
+    R, n = draft.shape
+    accepted, token = np.zeros(R, np.int32), np.zeros(R, np.int32)
+    for r in range(R):
+        greedy = temperature[r] == 0
+        best = choose(logits[r], 1)[:, 0]
+        p = _probabilities(logits[r], temperature[r])
+        q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
+        for i in range(n):
+            d = draft[r, i]
+            if not (d == best[i] if greedy else u[r, i] * q[i, d] < p[i, d]):
+                break
+            accepted[r] += 1
+        i = accepted[r]
+        token[r] = best[i] if greedy else _draw(_residual(p, q, i), u[r, n])
+    return accepted, token
+
+
+def _probabilities(logits: Array, temperature: float) -> Array:
+    weights, norm = softmax(logits / (temperature or 1.0))
+    return np.asarray(weights / norm)
+
+
+def _draft_distribution(draft: Array, V: int, given: Array | None) -> Array:
+    return np.eye(V)[draft] if given is None else given
+
+
+def _residual(p: Array, q: Array, i: int) -> Array:
+    rest = np.maximum(p[i] - q[i], 0.0) if i < len(q) else p[i]
+    return rest if rest.sum() > 0 else p[i]  # p equal to q: any rejection was rounding
+
+
+def _draw(p: Array, u: float) -> int:
+    cumulated = np.cumsum(p)
+    return int(min(np.searchsorted(cumulated, u * cumulated[-1], side="right"), len(p) - 1))
+
+
+@speculative_verify.admitted
+def _(
+    logits: Array,
+    draft: Array,
+    temperature: Array,
+    u: Array,
+    draft_probs: Array | None = None,
+    *,
+    results: tuple[Array, Array],
+    slack: float,
+) -> int | None:
+    """First request whose result no machine could give whose probabilities are off by at most `slack`, or None."""
+    R, n = draft.shape
+    for r in range(R):
+        i, token = int(results[0][r]), int(results[1][r])
+        best = choose(logits[r], 1)[:, 0]
+        if not 0 <= i <= n:
+            return r
+        if temperature[r] == 0:
+            prefix = [bool(draft[r, j] == best[j]) for j in range(n)]
+            if not all(prefix[:i]) or (i < n and prefix[i]) or token != best[i]:
+                return r
+            continue
+        p = _probabilities(logits[r], temperature[r])
+        q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
+        margin = [p[j, draft[r, j]] - u[r, j] * q[j, draft[r, j]] for j in range(n)]
+        if any(m < -slack for m in margin[:i]) or (i < n and margin[i] > slack):
+            return r
+        cumulated = np.cumsum(_residual(p, q, i))
+        target = u[r, n] * cumulated[-1]
+        before = cumulated[token - 1] if token else 0.0
+        if not before - slack <= target <= cumulated[token] + slack:
+            return r
+    return None

@@ -1,0 +1,33 @@
+import numpy as np
+
+from porthal.hal import Batch, Rows, Selection, SelectionSpec, contract
+from porthal.hal.numerics import Array, choose
+
+
+@contract(
+    "scores[T, S], batch: Batch[T, R, S] -> sel: Selection[T, k]",
+    dtypes={"scores": "float32"},
+    cost=lambda d, b: (0, 4 * d.T * (d.S + d.k)),
+    cases={"k": (2048, 128, 1, 7)},
+    rules=[("k >= 1", lambda f: f.k >= 1)],
+    exact=True,
+    choice="sel",
+    values={"scores": ("normal", "ties", "equal", "large", "special")},
+)
+def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
+    """The positions of the min(k, visible[t]) highest scores among the first visible[t]: valid first, then -1.
+
+    Ties go to the lowest position; NaN counts as -inf; the order inside the row is free. Columns from visible[t] on are
+    never read.
+    """
+    indices = np.full((batch.T, k), -1, np.int32)
+    length = np.minimum(batch.visible, k).astype(np.int32)
+    for t in range(batch.T):
+        indices[t, : length[t]] = choose(scores[t, : batch.visible[t]], int(length[t]))
+    return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
+
+
+@topk.scored
+def _scores(scores: Array, batch: Batch, **_: object) -> Array:
+    hidden = np.arange(scores.shape[1]) >= batch.visible[:, None]
+    return np.where(hidden, -np.inf, scores)

@@ -1,0 +1,19 @@
+"""These tests need a process of their own (`pytest tests/emulated`): torch takes one vendor device per process."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from porthal.conformance.emulated import ascend, device  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_npu():
+    return ascend.install()
+
+
+@pytest.fixture(autouse=True)
+def fresh_counts():
+    device.copies.reset()
+    ascend.calls.clear()
+    torch.manual_seed(0)

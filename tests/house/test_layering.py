@@ -1,0 +1,116 @@
+"""The direction of dependency: cli > bench > conformance > model > ops > hal < backends."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LINE = ("hal", "ops", "model", "conformance", "bench", "cli")
+ROOMS = (*LINE, "backends")
+MAY_IMPORT = {room: set(LINE[: i + 1]) for i, room in enumerate(LINE)} | {"backends": {"hal", "backends"}}
+BY_NAME = {"hal": {"backends", "ops"}}  # hal finds chips and contracts by listing their folders
+ARRAYS_IN_MODEL = {"config.py", "checkpoint.py", "tokens.py", "demo/corpus.py", "demo/train.py"}  # files, and scripts
+
+
+class Import(NamedTuple):
+    line: int
+    target: str
+    by_name: bool = False  # importlib.import_module("...")
+
+
+def imports(source: str) -> Iterator[Import]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            if module == "porthal":
+                yield from (Import(node.lineno, f"porthal.{alias.name}") for alias in node.names)
+            else:
+                yield Import(node.lineno, module)
+        elif isinstance(node, ast.Call) and node.args:
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = node.args[0]
+            if isinstance(name, ast.JoinedStr):
+                name = name.values[0]
+            if called == "import_module" and isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield Import(node.lineno, name.value, by_name=True)
+
+
+def objection(room: str, path: str, found: Import) -> str | None:
+    """Why a file of a room may not have this import, or None."""
+    package, _, rest = found.target.partition(".")
+    target = rest.split(".")[0]
+    if found.target.startswith("."):
+        return "is relative"
+    if package in ROOMS:
+        return f"makes a second copy of porthal.{package}"
+    if package == "porthal" and room != "cli" and target not in ROOMS:
+        return "goes through the facade"
+    if package == "porthal" and target in ROOMS and target not in MAY_IMPORT[room]:
+        return None if found.by_name and target in BY_NAME.get(room, ()) else f"points up, from {room} to {target}"
+    if room == "model" and package in ("numpy", "torch") and path not in ARRAYS_IN_MODEL:
+        return "computes outside the binding's ops"
+    return None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_follow_the_line(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files, f"{room}/ has no Python file"
+    wrong = []
+    for file in files:
+        path = file.relative_to(ROOT / room).as_posix()
+        for found in imports(file.read_text(encoding="utf-8")):
+            if why := objection(room, path, found):
+                wrong.append(f"{room}/{path}:{found.line}: import of {found.target} {why}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("room", "path", "source", "why"),
+    [
+        ("hal", "x.py", "from porthal.ops import rms_norm", "points up, from hal to ops"),
+        ("hal", "x.py", "import_module('porthal.model')", "points up, from hal to model"),
+        ("hal", "x.py", "importlib.import_module(f'porthal.backends.{name}')", None),
+        ("hal", "x.py", "from porthal.backends.cpu import Cpu", "points up, from hal to backends"),
+        ("ops", "x.py", "def f():\n    from porthal import model", "points up, from ops to model"),
+        ("ops", "x.py", "from porthal import bind", "goes through the facade"),
+        ("backends", "cpu/x.py", "import porthal.ops.topk", "points up, from backends to ops"),
+        ("backends", "ascend/x.py", "from porthal.backends.torch import Torch", None),
+        ("bench", "x.py", "from porthal.conformance import judge", None),
+        ("conformance", "x.py", "from porthal.bench import peaks", "points up, from conformance to bench"),
+        ("cli", "x.py", "import porthal", None),
+        ("cli", "x.py", "from .text import table", "is relative"),
+        ("cli", "x.py", "import hal.registry", "makes a second copy of porthal.hal"),
+        ("model", "attention.py", "import numpy as np", "computes outside the binding's ops"),
+        ("model", "checkpoint.py", "import numpy as np", None),
+    ],
+)
+def test_the_rule_itself(room, path, source, why):
+    (found,) = imports(source)
+    assert objection(room, path, found) == why
+
+
+def test_hal_needs_numpy_alone():
+    program = """
+import sys
+
+class OnlyNumpy:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and top not in ("numpy", "porthal"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, OnlyNumpy())
+import porthal, porthal.hal
+print(sorted(m for m in ("torch", "ml_dtypes", "rich", "typer", "jinja2", "safetensors") if m in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

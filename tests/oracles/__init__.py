@@ -1,0 +1,1 @@
+"""Independent oracles for the GLM-5 model: tiny checkpoints, transformers' answers, and a float64 transcript."""
