@@ -22,12 +22,14 @@ from porthal.backends.cpu import _native
 
 
 def expected() -> set[str]:
-    """The package's files as git sees them, named as the wheel must name them."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", "porthal", *ROOMS]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
-    files = {PurePosixPath(name) for name in listed if not (ROOT / name).is_symlink() and (ROOT / name).exists()}
-    sources = {file for file in files if file.parts[0] == "backends" and file.parts[2:3] == ("native",)}
-    return {str(file if file.parts[0] == "porthal" else "porthal" / file) for file in files - sources}
+    """The files of the rooms and of porthal/ itself, named as the wheel must name them."""
+    files = {f"porthal/{name}" for name in ("__init__.py", "py.typed")}
+    for room in ROOMS:
+        for file in (ROOT / room).rglob("*"):
+            built = file.suffix in (".pyc", ".so") or file.match("backends/*/native/*")
+            if file.is_file() and not built:
+                files.add(f"porthal/{file.relative_to(ROOT).as_posix()}")
+    return files
 
 
 def main(wheel: str) -> None:

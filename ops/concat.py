@@ -6,7 +6,7 @@ from porthal.hal.numerics import Array
 
 @contract(
     "a[T, A], b[T, B] -> y[T, A+B]",
-    dtypes={"a": FLOATS, "b": "a", "y": "a"},
+    dtypes={"a": (*FLOATS, "int32"), "b": "a", "y": "a"},
     cost=lambda d, b: (0, 2 * d.T * (d.A + d.B) * b.a),
     cases={"A": (6144, 512, 7), "B": (6144, 64, 1)},
     exact=True,

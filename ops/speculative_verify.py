@@ -5,26 +5,25 @@ from porthal.hal.numerics import Array, choose, softmax
 
 
 @contract(
-    "logits[R, n+1, V], draft[R, n], temperature[R], u[R, n+1], draft_probs[R, n, V]? -> accepted[R], token[R]",
+    "logits[R, n+1, V], draft[R, n], temperature[R], u[R, n+1], draft_probs[R, n, V]? -> tokens[R, n+1]",
     dtypes={
         "logits": "float32",
         "draft": "int32",
         "temperature": "float32",
         "u": "float32",
         "draft_probs": "float32",
-        "accepted": "int32",
-        "token": "int32",
+        "tokens": "int32",
     },
     cost=lambda d, b: (6 * d.R * (d.n + 1) * d.V, 4 * d.R * (2 * d.n + 1) * d.V),
     cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
     ranges={"draft": (0, "V")},
-    choice="accepted",
+    choice="tokens",
     values={"u": ("uniform",), "temperature": ("temperature",), "draft_probs": ("distribution",)},
 )
 def speculative_verify(
     logits: Array, draft: Array, temperature: Array, u: Array, draft_probs: Array | None = None
-) -> tuple[Array, Array]:
-    """Keep the longest accepted prefix of the drafts and emit one more token per request.
+) -> Array:
+    """Keep the longest accepted prefix of the drafts and emit one more token: tokens[r] = drafts kept, token, then -1.
 
     Row i of a request judges draft i. Temperature 0: a draft is accepted when it is the row's argmax (lowest id among
     equals), and the token is the argmax at the first rejected row, or of the last row. Otherwise with p = softmax(logits /
@@ -33,20 +32,22 @@ def speculative_verify(
     the last draft, in the order of ids. The emitted text is then distributed as without drafts. Source: Leviathan et al. 2023.
     """
     R, n = draft.shape
-    accepted, token = np.zeros(R, np.int32), np.zeros(R, np.int32)
+    tokens = np.full((R, n + 1), -1, np.int32)
     for r in range(R):
         greedy = temperature[r] == 0
         best = choose(logits[r], 1)[:, 0]
         p = _probabilities(logits[r], temperature[r])
         q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
-        for i in range(n):
-            d = draft[r, i]
-            if not (d == best[i] if greedy else u[r, i] * q[i, d] < p[i, d]):
-                break
-            accepted[r] += 1
-        i = accepted[r]
-        token[r] = best[i] if greedy else _draw(_residual(p, q, i), u[r, n])
-    return accepted, token
+        kept = 0
+        while kept < n and (
+            draft[r, kept] == best[kept]
+            if greedy
+            else u[r, kept] * q[kept, draft[r, kept]] < p[kept, draft[r, kept]]
+        ):
+            kept += 1
+        tokens[r, :kept] = draft[r, :kept]
+        tokens[r, kept] = best[kept] if greedy else _draw(_residual(p, q, kept), u[r, n])
+    return tokens
 
 
 def _probabilities(logits: Array, temperature: float) -> Array:
@@ -76,15 +77,16 @@ def _(
     u: Array,
     draft_probs: Array | None = None,
     *,
-    results: tuple[Array, Array],
+    results: Array,
     slack: float,
 ) -> int | None:
     """First request whose result no machine could give whose probabilities are off by at most `slack`, or None."""
     R, n = draft.shape
     for r in range(R):
-        i, token = int(results[0][r]), int(results[1][r])
+        i = int((results[r] >= 0).sum()) - 1
+        token = int(results[r, i])
         best = choose(logits[r], 1)[:, 0]
-        if not 0 <= i <= n:
+        if i < 0 or (results[r, i + 1 :] != -1).any() or (results[r, :i] != draft[r, :i]).any():
             return r
         if temperature[r] == 0:
             prefix = [bool(draft[r, j] == best[j]) for j in range(n)]

@@ -65,11 +65,11 @@ def on_device(tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
     return _relabel(tensor, _DEVICE, index)
 
 
-def check_same_device(op: str, tensors: list[torch.Tensor], host_allowed: bool = False) -> torch.device:
-    """The one device of `tensors`; host scalars (rank 0) pass as on real devices, `host_allowed` admits any rank."""
+def check_same_device(op: str, tensors: list[torch.Tensor]) -> torch.device:
+    """The one device of `tensors`; host scalars (rank 0) pass, as on real devices."""
     found = next(t.device for t in tensors if not t.is_cpu)
     for tensor in tensors:
-        if tensor.device != found and not (tensor.is_cpu and (host_allowed or tensor.dim() == 0)):
+        if tensor.device != found and not (tensor.is_cpu and tensor.dim() == 0):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {op} got {found} and {tensor.device}."
             )
@@ -146,8 +146,10 @@ def _fallback(op, *args, **kwargs):
     flat, spec = tree_flatten((args, kwargs))
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     if any(not t.is_cpu for t in tensors):
-        indexing = "index" in op.name() and any(n == "indices" for n in names)
-        where = check_same_device(op.name(), tensors, host_allowed=indexing).index
+        free = []  # advanced indexing takes host indices too, and moves them
+        if "index" in op.name() and "indices" in names[: len(args)]:
+            free = [id(x) for x in args[names.index("indices")]]
+        where = check_same_device(op.name(), [t for t in tensors if id(t) not in free]).index
         copies.to_device += sum(t.is_cpu and t.dim() > 0 for t in tensors)
     else:
         where = _ordinals.index(next((x for x in flat if isinstance(x, torch.device) and x.type != "cpu"), None))

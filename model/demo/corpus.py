@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+Array = np.ndarray[Any, Any]
 
 EOS = 0  # a byte that no source file contains: it separates documents, and it ends generation
 
 # Not prose of programmers: tests, generated tables, installed packages, and files that describe this machine.
-SKIPPED_FOLDERS = frozenset({"__pycache__", "encodings", "ensurepip", "idle_test", "pydoc_data", "site-packages", "test", "tests"})
+SKIPPED_FOLDERS = {"__pycache__", "encodings", "ensurepip", "idle_test", "pydoc_data", "site-packages", "test", "tests"}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 # Small modules of different kinds, stable between releases; textwrap.py is the one that the goals are stated for.
@@ -68,9 +71,10 @@ def held_out(root: Path | None = None) -> list[tuple[str, bytes]]:
     return files
 
 
-def stream(files: list[tuple[str, bytes]]) -> np.ndarray:
+def stream(files: list[tuple[str, bytes]]) -> Array:
     """The files as one uint8 array, each document preceded by EOS."""
-    return np.frombuffer(b"".join(bytes([EOS]) + data for _, data in files), np.uint8)
+    joined: Array = np.frombuffer(b"".join(bytes([EOS]) + data for _, data in files), np.uint8)
+    return joined
 
 
 class ByteModel:
@@ -78,11 +82,11 @@ class ByteModel:
 
         p_k(b | c) = (n(c b) + d(c) p_{k-1}(b | c')) / (n(c) + d(c)),   p_{-1} = 1 / 256
 
-    n counts occurrences in the training text, d(c) is the number of different bytes seen after the context c of k bytes,
-    and c' is c without its first byte. Contexts are at most 7 bytes, so that context and byte fit one 64-bit code.
+    n counts occurrences in the training text, d(c) is the number of different bytes seen after the context c of k
+    bytes, and c' is c without its first byte. At most order 7, so that context and byte fit one 64-bit code.
     """
 
-    def __init__(self, text: np.ndarray, order: int = 3) -> None:
+    def __init__(self, text: Array, order: int = 3) -> None:
         if not 0 <= order <= 7:
             raise ValueError(f"order is {order}, expected 0 to 7")
         self.order = order
@@ -90,9 +94,10 @@ class ByteModel:
         for length in range(order + 1):
             grams, counts = np.unique(_codes(text, length + 1)[length:], return_counts=True)
             contexts, first = np.unique(grams >> np.uint64(8), return_index=True)
-            self._tables.append((grams, counts, contexts, np.add.reduceat(counts, first), np.diff(first, append=len(grams))))
+            totals, distinct = np.add.reduceat(counts, first), np.diff(first, append=len(grams))
+            self._tables.append((grams, counts, contexts, totals, distinct))
 
-    def bits(self, text: np.ndarray) -> np.ndarray:
+    def bits(self, text: Array) -> Array:
         """-log2 p of every byte of uint8 `text`, float64; the text is taken to follow a run of EOS."""
         p = np.full(len(text), 1 / 256)
         for length, (grams, counts, contexts, totals, distinct) in enumerate(self._tables):
@@ -101,21 +106,23 @@ class ByteModel:
             context = code >> np.uint64(8)
             n, d = _look_up(contexts, totals, context), _look_up(contexts, distinct, context)
             p = np.where(n > 0, (seen + d * p) / np.maximum(n + d, 1), p)
-        return -np.log2(p)
+        cost: Array = -np.log2(p)
+        return cost
 
-    def bits_per_byte(self, text: np.ndarray) -> float:
+    def bits_per_byte(self, text: Array) -> float:
         return float(self.bits(text).mean())
 
 
-def _codes(text: np.ndarray, length: int) -> np.ndarray:
+def _codes(text: Array, length: int) -> Array:
     """The last `length` bytes up to and with each position as one big-endian integer; EOS stands before the text."""
-    code = np.zeros(len(text), np.uint64)
+    code: Array = np.zeros(len(text), np.uint64)
     for back in range(min(length, len(text))):
         code[back:] |= text[: len(text) - back].astype(np.uint64) << np.uint64(8 * back)
     return code
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _look_up(keys: Array, values: Array, wanted: Array) -> Array:
     """values[keys == wanted] for sorted unique keys, 0 where a key is missing."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], 0)
+    found: Array = np.where(keys[at] == wanted, values[at], 0)
+    return found

@@ -1,10 +1,9 @@
 """These tests need a process of their own (`pytest tests/emulated`): torch takes one vendor device per process."""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from porthal.conformance.emulated import ascend, device  # noqa: E402
+from porthal.conformance.emulated import ascend, device
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -136,6 +136,18 @@ def test_attention_is_the_formula(torch_npu, attention):
     torch.testing.assert_close(out.cpu()[:3].double(), want, rtol=2**-7, atol=1e-5)
 
 
+def test_attention_with_batched_queries(torch_npu, attention):
+    call, _ = attention
+    rows = torch_npu.npu_sparse_flash_attention(**call)[0].cpu()
+    batch = {name: torch.stack([call[name][:2], call[name][2:]]) for name in ("query", "query_rope", "sparse_indices")}
+    call |= batch | dict(layout_query="BSND", actual_seq_lengths_query=ints(2, 1))
+    out, largest, _ = torch_npu.npu_sparse_flash_attention(**call)
+    assert torch.equal(out.cpu().flatten(0, 1)[:3], rows[:3]) and largest.shape == (2, 1, 2, 4)
+    for lengths in (ints(3, 1), ints(2), ints(2, -1)):
+        with pytest.raises(RuntimeError, match=r"actual_seq_lengths_query is .* expected 2 row counts from 0 to 2"):
+            torch_npu.npu_sparse_flash_attention(**call | dict(actual_seq_lengths_query=lengths))
+
+
 def test_attention_masks_the_future_in_mode_3_only(torch_npu, attention):
     call, _ = attention
     call["sparse_indices"][0, 0] = ints(19, 3, 18, 0, -1, -1)  # row 0 of 2 sees 19 of 20 keys
@@ -221,6 +233,7 @@ def test_indexer_counts_at_the_limits(torch_npu, indexer, count):
     (lambda c: {"return_softmax_lse": True}, "return_softmax_lse is True"),
     (lambda c: {"sinks": torch.zeros(4, device=NPU)}, "sinks is given"),
     (lambda c: {"value": None}, "value is None"),
+    (lambda c: dict.fromkeys(("key", "value"), c["key"][..., :256].contiguous()), "key.shape is .*256"),
     (lambda c: {"value": c["key"] + 1}, "value is other data"),
     (lambda c: {"value": c["key"][..., :256].contiguous()}, "value.shape"),
     (lambda c: {"query_rope": None}, "query_rope is None"),

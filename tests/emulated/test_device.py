@@ -78,6 +78,7 @@ def test_a_lazy_conjugate_copies_as_its_value():
 @pytest.mark.parametrize("mix", [
     lambda host, dev: dev + host, lambda host, dev: torch.mm(dev, host), lambda host, dev: torch.cat([dev, host]),
     lambda host, dev: dev.index_select(0, torch.tensor([0])), lambda host, dev: torch.add(host, host, out=dev),
+    lambda host, dev: torch.ops.aten.index_put_(dev, [torch.tensor([0, 1])], host),
 ])
 def test_mixing_devices_is_refused(mix):
     host = torch.ones(2, 2)

@@ -1,0 +1,155 @@
+"""Weights under their published names: one safetensors file or a sharded index, memory-mapped, read slice by slice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from porthal.hal import Binding, UsageError, Weight, WeightSpec, dtype, narrow, widen
+
+Array = np.ndarray[Any, Any]
+SCALE = "_scale_inv"  # multiplied, despite its name
+
+
+class Source(Protocol):
+    """Where tensors come from. `read` gives rows of one tensor in float64 or its stored dtype."""
+
+    def read(self, name: str, shape: Sequence[int], rows: slice) -> Array: ...
+
+    def has(self, name: str) -> bool: ...
+
+
+class Checkpoint:
+    """A directory's safetensors files. FP8 tensors (with a `_scale_inv` beside them) are dequantised as they are read."""
+
+    def __init__(self, directory: str | Path, fp8_block: tuple[int, int] | None = None) -> None:
+        self.directory = Path(directory)
+        self.block = fp8_block or (128, 128)
+        self._files: dict[Path, Any] = {}
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                entries: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise UsageError(f"{index} is no safetensors index: {error}") from None
+            self._where = {name: self.directory / file for name, file in entries.items()}
+        else:
+            file = self.directory / "model.safetensors"
+            if not file.is_file():
+                raise UsageError(f"{self.directory} has neither model.safetensors nor model.safetensors.index.json")
+            self._where = dict.fromkeys(self._open(file).keys(), file)
+
+    def has(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
+        """Rows of a tensor; UsageError when it is missing, truncated or not of the expected shape."""
+        part = self._slice(name, shape)
+        values: Array = part[rows] if shape else part[:]
+        if not self.has(name + SCALE):
+            return values
+        height, width = self.block
+        grid = (-(-shape[0] // height), -(-shape[1] // width))
+        scale: Array = self._slice(name + SCALE, grid)[:]
+        start, stop, _ = rows.indices(shape[0])
+        per_row = scale[np.arange(start, stop) // height]
+        dequantised: Array = widen(values) * np.repeat(widen(per_row), width, axis=1)[:, : shape[1]]
+        return dequantised
+
+    def _slice(self, name: str, shape: Sequence[int]) -> Any:
+        if name not in self._where:
+            raise UsageError(f"{self.directory} lacks tensor {name!r} of shape {list(shape)}")
+        file = self._open(self._where[name])
+        try:
+            part = file.get_slice(name)
+        except SafetensorError as error:
+            raise UsageError(f"{self._where[name]} does not hold {name!r}: {error}") from None
+        if list(part.get_shape()) != list(shape):
+            raise UsageError(
+                f"{self._where[name]}: {name!r} has shape {part.get_shape()}, expected {list(shape)} by config.json"
+            )
+        return part
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            if not file.is_file():
+                raise UsageError(f"{file} does not exist, though the index of {self.directory} names it")
+            try:
+                self._files[file] = safe_open(file, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{file} is truncated or no safetensors file: {error}") from None
+        return self._files[file]
+
+
+class Blank:
+    """Every tensor, as zeros that take no memory: for tracing a model without its weights."""
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
+        count = len(range(*rows.indices(shape[0]))) if shape else 0
+        return np.broadcast_to(np.float32(0), (count, *shape[1:]))
+
+
+class Loader:
+    """Prepares a source's tensors for a binding, in the dtype of the activations."""
+
+    def __init__(self, source: Source, binding: Binding, activations: str) -> None:
+        self.source = source
+        self.binding = binding
+        self.dtype = activations
+
+    def array(self, name: str, *shape: int, dtype: str = "") -> Any:
+        """A small tensor as a backend array: norm weights, biases."""
+        values = self.source.read(name, shape, slice(None))
+        return self.binding.from_numpy(narrow(widen(values), dtype or self.dtype))
+
+    def weight(self, use: str, name: str, *shape: int) -> Weight:
+        """A tensor prepared for `use` = "op.operand"."""
+        return self.build(use, shape, lambda rows: self.source.read(name, shape, rows))
+
+    def build(self, use: str, shape: tuple[int, ...], read: Callable[[slice], Array]) -> Weight:
+        """A weight whose rows along the first axis `read` computes, one slice at a time."""
+        op, operand = use.split(".")
+
+        def rows(index: Any) -> Array:
+            if isinstance(index, slice):
+                values = read(index)
+                return values if dtype(values) == self.dtype else narrow(widen(values), self.dtype)
+            single: Array = rows(slice(index, index + 1))[0]
+            return single
+
+        return self.binding.prepare(WeightSpec(op, operand, tuple(shape), self.dtype), rows)
+
+    def stacked(self, use: str, shape: tuple[int, ...], names: Sequence[Sequence[str]]) -> Weight:
+        """[E, rows, columns]: per entry, the concatenation of the named tensors along their rows."""
+
+        def read(rows: slice) -> Array:
+            return np.stack(
+                [
+                    np.concatenate([self.source.read(n, self._part(shape, group), slice(None)) for n in group])
+                    for group in names[rows]
+                ]
+            )
+
+        return self.build(use, shape, read)
+
+    def joined(self, use: str, shape: tuple[int, int], names: Sequence[str]) -> Weight:
+        """[rows, columns]: the named tensors one below the other, equally tall."""
+        part = (shape[0] // len(names), shape[1])
+
+        def read(rows: slice) -> Array:
+            whole: Array = np.concatenate([self.source.read(n, part, slice(None)) for n in names])
+            return whole[rows]
+
+        return self.build(use, shape, read)
+
+    @staticmethod
+    def _part(shape: tuple[int, ...], group: Sequence[str]) -> tuple[int, int]:
+        return shape[1] // len(group), shape[2]

@@ -1,0 +1,252 @@
+"""Generation for a batch of requests of different lengths: greedy, sampled, and speculative with MTP drafts.
+
+One device-to-host copy per step of the main model: the tokens it emitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+from porthal.hal import Batch, UsageError
+from porthal.model.cache import Cache, Request
+from porthal.model.tokens import check_ids, float_array, ids_array, uniforms
+
+if TYPE_CHECKING:
+    from porthal.model.glm5 import Glm5
+
+
+@dataclass
+class Stream:
+    """One request on its way: its prompt's ids, what it emitted, and its pages."""
+
+    index: int
+    prompt: list[int]
+    pages: Request
+    out: list[int] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def position(self) -> int:
+        """Position of the last token, which is emitted but not cached yet."""
+        return len(self.prompt) + len(self.out) - 1
+
+
+@dataclass(frozen=True)
+class Generated:
+    """tokens: new ids per request; forwards: steps of the main model, prefill included."""
+
+    tokens: list[list[int]]
+    forwards: int
+
+
+def generate(
+    model: Glm5,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    speculative: int = 0,
+    seed: int = 0,
+    prefill_chunk: int | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> Generated:
+    """Continue every prompt by up to max_new_tokens, stopping at an end-of-text token.
+
+    `speculative` is the number of MTP drafts per step; greedy text does not depend on it. `on_tokens(request, ids)` is
+    called as tokens come. UsageError for an empty or too long prompt, a bad id, or a negative number.
+    """
+    return _Run(model, prompts, max_new_tokens, temperature, speculative, seed, on_tokens).run(prefill_chunk)
+
+
+@dataclass
+class Tail:
+    """What the MTP layer knows at the end of each stream: its hidden state [R, H] and the selection to share."""
+
+    streams: list[Stream]
+    g: Any
+    selection: Any
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Glm5,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        speculative: int,
+        seed: int,
+        on_tokens: Callable[[int, list[int]], None] | None,
+    ) -> None:
+        self.model, self.ops, self.config = model, model.ops, model.config
+        for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("speculative", speculative)):
+            if not value >= 0:
+                raise UsageError(f"{name} is {value}: expected 0 or more")
+        if speculative and not model.mtp:
+            raise UsageError(f"speculative is {speculative}, but this checkpoint has no MTP layer: use 0")
+        if not prompts:
+            raise UsageError("there is no prompt: give at least one")
+        self.context = self.config.max_position_embeddings
+        ids = [check_ids(p, self.config.vocab_size, self.context) for p in prompts]
+        self.limit, self.temperature, self.drafts, self.seed = max_new_tokens, temperature, speculative, seed
+        self.on_tokens = on_tokens or (lambda request, tokens: None)
+        longest = [min(len(p) + max_new_tokens + speculative, self.context) for p in ids]
+        self.cache = model.new_cache(sum(Cache.blocks_for(n) for n in longest))
+        self.streams = [Stream(i, p, self.cache.new_request()) for i, p in enumerate(ids)]
+        self.forwards = 0
+        self.tail = Tail([], None, None)
+
+    def run(self, prefill_chunk: int | None) -> Generated:
+        if self.limit:
+            self._prefill(prefill_chunk)
+        while self.limit and (active := self._active()):
+            # Near the end of the context there is no room to write drafts.
+            room = self.context - 1 - max(s.position for s in active)
+            if 0 < self.drafts <= room:
+                self._verify(active)
+            else:
+                self._decode(active)
+        return Generated([s.out for s in self.streams], self.forwards)
+
+    # -- steps of the main model -------------------------------------------------------------------------------------
+
+    def _prefill(self, chunk: int | None) -> None:
+        """All prompts, in chunks of at most `chunk` tokens each, and the first new token of each."""
+        chunk = chunk or max(len(s.prompt) for s in self.streams)
+        ends: dict[int, Any] = {}
+        for start in range(0, max(len(s.prompt) for s in self.streams), chunk):
+            waiting = [s for s in self.streams if start < len(s.prompt)]
+            waiting.sort(key=lambda s: len(s.prompt) - start > 8)  # a piece of up to 8 rows counts as decoding: first
+            pieces = [s.prompt[start : start + chunk] for s in waiting]
+            batch = self.cache.step([s.pages for s in waiting], [len(p) for p in pieces])
+            hidden, batch = self._hidden(self._ints(sum(pieces, [])), batch)
+            ending = [r for r, s in enumerate(waiting) if start + chunk >= len(s.prompt)]
+            if ending:
+                last = self.ops.take_rows(hidden, self._ints([int(batch.last_rows[r]) for r in ending]))
+                self._emit_next([waiting[r] for r in ending], last)
+                ends.update({waiting[r].index: last[i : i + 1] for i, r in enumerate(ending)})
+            if self.drafts:
+                following = [(s.prompt + s.out)[start + 1 : start + 1 + len(p)] for s, p in zip(waiting, pieces)]
+                self._mtp(sum(following, []), hidden, batch, None)
+        if self.drafts and (active := self._active()):
+            self._catch_up(active, [1] * len(active), self._stack([ends[s.index] for s in active]))
+
+    def _decode(self, active: list[Stream]) -> None:
+        """One token for every stream."""
+        ids = self._ints([s.out[-1] for s in active])
+        hidden, _ = self._hidden(ids, self.cache.step([s.pages for s in active], [1] * len(active)))
+        self._emit_next(active, hidden)
+        if self.drafts:
+            self._keep(active, hidden, [1] * len(active), stride=1)
+
+    def _verify(self, active: list[Stream]) -> None:
+        """Draft with the MTP layer, verify all drafts in one forward, keep the accepted prefix and one token more."""
+        n, R = self.drafts, len(active)
+        before = [s.pages.length for s in active]
+        batch = self.cache.step([s.pages for s in active], [n + 1] * R)
+        rows = self._ints([s.out[-1] for s in active]).reshape(R, 1)
+        for draft in self._draft(active, before):
+            rows = self.ops.concat(rows, draft.reshape(R, 1))
+        hidden, _ = self._hidden(rows.reshape(R * (n + 1)), batch)
+        tokens = self.ops.speculative_verify(
+            self.model.logits(hidden).reshape(R, n + 1, self.config.vocab_size),
+            rows[:, 1:],
+            self._floats([self.temperature] * R),
+            self._uniforms(active, n + 1),
+        )
+        new = [[int(t) for t in row if t >= 0] for row in self.ops.to_numpy(tokens)]
+        for s, length, emitted in zip(active, before, new):
+            self.cache.truncate(s.pages, length + len(emitted))
+            self._emit(s, emitted)
+        self._keep(active, hidden, [len(emitted) for emitted in new], stride=n + 1)
+
+    def _hidden(self, ids: Any, batch: Batch) -> tuple[Any, Batch]:
+        self.forwards += 1
+        planned = self.ops.plan(batch)
+        return self.model.hidden(ids, planned, self.cache), planned
+
+    # -- the MTP layer -----------------------------------------------------------------------------------------------
+
+    def _draft(self, active: list[Stream], lengths: list[int]) -> list[Any]:
+        """n ids [R] on the device, from the tail; only the first step runs the indexer where selections are shared."""
+        rows = [self.tail.streams.index(s) for s in active]
+        g, selection = self.ops.take_rows(self.tail.g, self._ints(rows)), self.tail.selection
+        if selection is not None:
+            selection = self.ops.select_rows(selection, self._ints(rows))
+        drafts = [self.ops.argmax(self.model.logits(g))]
+        for step in range(1, self.drafts):
+            batch = self.cache.view([s.pages for s in active], [1] * len(active), [n + step for n in lengths])
+            g, _ = self._mtp(drafts[-1], g, self.ops.plan(batch), selection)
+            drafts.append(self.ops.argmax(self.model.logits(g)))
+        return drafts
+
+    def _keep(self, active: list[Stream], hidden: Any, counts: list[int], stride: int) -> None:
+        """Give the MTP layer the true hidden states of each stream's first counts[r] of `stride` rows."""
+        going = [(r, s) for r, s in enumerate(active) if not s.done]
+        if going:
+            rows = [r * stride + i for r, _ in going for i in range(counts[r])]
+            true = self.ops.take_rows(hidden, self._ints(rows))
+            self._catch_up([s for _, s in going], [counts[r] for r, _ in going], true)
+
+    def _catch_up(self, streams: list[Stream], counts: list[int], g: Any) -> None:
+        batch = self.ops.plan(self.cache.view([s.pages for s in streams], counts, [s.pages.length for s in streams]))
+        following = [token for s, n in zip(streams, counts) for token in s.out[-n:]]
+        g, selection = self._mtp(following, g, batch, None)
+        last = self._ints([int(row) for row in batch.last_rows])
+        shared = self.ops.select_rows(selection, last) if self.config.index_share_for_mtp_iteration else None
+        self.tail = Tail(streams, self.ops.take_rows(g, last), shared)
+
+    def _mtp(self, following: Any, g: Any, batch: Batch, selection: Any) -> tuple[Any, Any]:
+        ids = self._ints(following) if isinstance(following, list) else following
+        mtp = self.model.mtp
+        assert mtp is not None  # refused in __init__
+        return mtp.hidden(ids, self.model.embed, g, batch, self.cache.layers[-1], selection)
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    def _emit_next(self, streams: list[Stream], hidden: Any) -> None:
+        """Choose the next token of each stream from its last hidden state [R, H]: one copy to the host."""
+        logits = self.model.logits(hidden)
+        if self.temperature == 0:
+            ids = self.ops.argmax(logits)
+        else:
+            R = len(streams)
+            every = self._floats([self.temperature] * R), self._ints([0] * R), self._floats([1.0] * R)
+            ids = self.ops.sample(logits, self._uniforms(streams, 1).reshape(R), *every)
+        for s, token in zip(streams, self.ops.to_numpy(ids)):
+            self._emit(s, [int(token)])
+
+    def _emit(self, stream: Stream, tokens: list[int]) -> None:
+        fresh = []
+        for token in tokens:
+            fresh.append(token)
+            stream.out.append(token)
+            full = len(stream.out) >= self.limit or stream.position >= self.context
+            if full or token in self.config.eos_token_id:
+                stream.done = True
+                self.cache.release(stream.pages)
+                break
+        self.on_tokens(stream.index, fresh)
+
+    def _active(self) -> list[Stream]:
+        return [s for s in self.streams if not s.done]
+
+    # -- host values to the device -----------------------------------------------------------------------------------
+
+    def _ints(self, values: list[int]) -> Any:
+        return self.ops.from_numpy(ids_array(values))
+
+    def _floats(self, values: list[float]) -> Any:
+        return self.ops.from_numpy(float_array(values))
+
+    def _uniforms(self, streams: list[Stream], count: int) -> Any:
+        positions = [s.position for s in streams]
+        return self.ops.from_numpy(uniforms(self.seed, [s.index for s in streams], positions, count))
+
+    def _stack(self, rows: list[Any]) -> Any:
+        """[R, H] of R rows [1, H]."""
+        joined = rows[0]
+        for row in rows[1:]:
+            joined = self.ops.concat(joined, row)
+        return joined.reshape(len(rows), self.config.hidden_size)

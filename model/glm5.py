@@ -1,0 +1,121 @@
+"""The forward pass: embedding, blocks, final norm, logits. Knows no backend; every computation is an op of the binding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Sequence
+
+from porthal.hal import Batch, Binding, Selection, UsageError
+from porthal.model.attention import Attention, LayerCache
+from porthal.model.cache import Cache
+from porthal.model.checkpoint import Loader, Source
+from porthal.model.config import Config
+from porthal.model.experts import DenseMlp, MoeMlp
+from porthal.model.mtp import Mtp
+from porthal.model.tokens import check_ids, ids_array, stack_rows
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+class Block:
+    """x += attention(norm1 x); x += mlp(norm2 x), with the residual add fused into the following norm."""
+
+    def __init__(self, ops: Binding, config: Config, load: Loader, layer: int, dense: bool, full: bool) -> None:
+        prefix = f"model.layers.{layer}."
+        self.ops, self.config, self.full = ops, config, full
+        self.norm1 = load.array(prefix + "input_layernorm.weight", config.hidden_size)
+        self.norm2 = load.array(prefix + "post_attention_layernorm.weight", config.hidden_size)
+        self.attention = Attention(ops, config, load, prefix + "self_attn.", full)
+        self.mlp = (DenseMlp if dense else MoeMlp)(ops, config, load, prefix + "mlp.")
+
+    def __call__(
+        self, h: Any, x: Any, cache: LayerCache, batch: Batch, selection: Selection | None, next_norm: Any
+    ) -> tuple[Any, Any, Selection | None]:
+        """From (norm1 x, x) to (next_norm x', x', selection used)."""
+        eps = self.config.rms_norm_eps
+        attended, selection = self.attention(h, cache, batch, selection)
+        h, x = self.ops.add_rms_norm(attended, x, self.norm2, eps=eps)
+        h, x = self.ops.add_rms_norm(self.mlp(h), x, next_norm, eps=eps)
+        return h, x, selection
+
+
+class Glm5:
+    """A GLM-5 model in one binding's layouts: its weights and caches belong to that binding for life.
+
+    dtype is that of activations, weights and caches: "float32", "bfloat16" or "float16".
+    """
+
+    def __init__(self, config: Config, source: Source, binding: Binding, dtype: str = "float32") -> None:
+        self.config, self.ops, self.dtype = config, binding, dtype
+        load = Loader(source, binding, dtype)
+        hidden = config.hidden_size
+        self.embed = load.weight("embedding.table", "model.embed_tokens.weight", config.vocab_size, hidden)
+        self.blocks = [
+            Block(binding, config, load, i, config.dense[i], config.indexer_types[i] == "full")
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = load.array("model.norm.weight", hidden)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self.lm_head = load.weight("linear.w", head, config.vocab_size, hidden)
+        mtp = f"model.layers.{config.num_hidden_layers}."
+        self.mtp = None
+        if config.has_mtp and source.has(mtp + "eh_proj.weight"):
+            block = Block(binding, config, load, config.num_hidden_layers, dense=False, full=True)
+            self.mtp = Mtp(binding, config, load, mtp, block)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def hidden(self, ids: Any, batch: Batch, cache: Cache) -> Any:
+        """Post-norm hidden states [T, H] of a batch's rows; writes their keys into the cache."""
+        x = self.ops.embedding(ids, self.embed)
+        h = self.ops.rms_norm(x, self.blocks[0].norm1, eps=self.config.rms_norm_eps)
+        norms = [*(b.norm1 for b in self.blocks[1:]), self.norm]
+        selection: Selection | None = None
+        for block, pages, norm in zip(self.blocks, cache.layers, norms):
+            h, x, selection = block(h, x, pages, batch, None if block.full else selection, norm)
+        return h
+
+    def logits(self, hidden: Any) -> Any:
+        """float32 logits [T, vocab] of post-norm hidden states."""
+        return self.ops.linear(hidden, self.lm_head, out="float32")
+
+    def new_cache(self, n_blocks: int, block_size: int = 64) -> Cache:
+        """Pages for every layer, and for the MTP layer where there is one."""
+        full = [block.full for block in self.blocks] + ([True] if self.mtp else [])
+        layers = [
+            LayerCache.alloc(self.ops, self.config, f, self.dtype, n_blocks, block_size) for f in full
+        ]
+        return Cache(layers, n_blocks, block_size)
+
+    # -- whole texts -------------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Sequence[int], *, chunk: int | None = None) -> ndarray[Any, Any]:
+        """float32 logits [T, vocab] of every position of one text, prefilled at once or in chunks of `chunk` tokens."""
+        ids = check_ids(tokens, self.config.vocab_size, self.config.max_position_embeddings)
+        if chunk is not None and chunk < 1:
+            raise UsageError(f"chunk is {chunk}: expected at least 1 token")
+        cache = self.new_cache(Cache.blocks_for(len(ids)))
+        request = cache.new_request()
+        parts = []
+        for start in range(0, len(ids), chunk or max(len(ids), 1)):
+            piece = ids[start : start + (chunk or len(ids))]
+            batch = self.ops.plan(cache.step([request], [len(piece)]))
+            hidden = self.hidden(self.ops.from_numpy(ids_array(piece)), batch, cache)
+            parts.append(self.ops.to_numpy(self.logits(hidden)))
+        return stack_rows(parts)
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        speculative: int = 0,
+        seed: int = 0,
+    ) -> list[int]:
+        """New tokens after `tokens`, greedy at temperature 0, up to an end-of-text token or max_new_tokens."""
+        from porthal.model.generate import generate
+
+        return generate(
+            self, [tokens], max_new_tokens, temperature=temperature, speculative=speculative, seed=seed
+        ).tokens[0]

@@ -1,0 +1,83 @@
+"""Token ids on the host: texts to ids and back, checks, and the random numbers of sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from porthal.hal import UsageError
+
+Array = np.ndarray[Any, Any]
+
+
+class Bytes:
+    """A byte-level vocabulary: token i is byte i."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+class Vocabulary:
+    """A tokenizer.json, read by the `tokenizers` package."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UsageError(f"{file} needs the Python package tokenizers: pip install tokenizers") from None
+        self._tokenizer = Tokenizer.from_file(str(file))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids)))
+
+
+def tokenizer(directory: str | Path, vocab_size: int) -> Bytes | Vocabulary:
+    """The directory's tokenizer.json, or bytes where the vocabulary is 256."""
+    file = Path(directory) / "tokenizer.json"
+    if file.is_file():
+        return Vocabulary(file)
+    if vocab_size == 256:
+        return Bytes()
+    raise UsageError(f"{directory} has no tokenizer.json, and its vocabulary of {vocab_size} is not that of bytes")
+
+
+def check_ids(tokens: Sequence[int], vocab_size: int, longest: int) -> list[int]:
+    """The tokens as ints; UsageError when there are none, too many, or one is out of range."""
+    ids = [int(t) for t in tokens]
+    if not ids:
+        raise UsageError("the prompt is empty: give at least one token")
+    if len(ids) > longest:
+        raise UsageError(f"the prompt has {len(ids)} tokens, the context holds {longest}")
+    for i, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"token {i} is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
+    return ids
+
+
+def ids_array(ids: Sequence[int]) -> Array:
+    return np.asarray(ids, np.int32)
+
+
+def float_array(values: Sequence[Any]) -> Array:
+    return np.asarray(values, np.float32)
+
+
+def stack_rows(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts)
+
+
+def uniforms(seed: int, requests: Sequence[int], positions: Sequence[int], count: int) -> Array:
+    """float32 [R, count] in [0, 1): a function of (seed, request, position) alone, so of neither batch nor chip."""
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed % 2**64, (r << 32) + p])).random(count, np.float32)
+        for r, p in zip(requests, positions)
+    ]
+    return np.stack(rows)
