@@ -6,7 +6,8 @@ The array has exactly what model code may use: shape, dtype, reshape and basic s
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 

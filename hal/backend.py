@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, ClassVar, Iterator, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class Backend:
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         """A zeroed cache in the backend's own layout."""
         zeros = {name: np.zeros((spec.slots, width), dt.numpy_dtype(spec.dtype)) for name, width in spec.fields}
-        return self.from_logical(spec, zeros)  # type: ignore[no-any-return]
+        return self.from_logical(spec, zeros)
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
         """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it; `into` updates in place."""

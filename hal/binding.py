@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
-from typing import Any, Callable, Iterator, Literal, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import NotClaimed, UsageError
-from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
+from porthal.hal.operands import Batch, Pages, Selection, Weight, WeightSpec
 
 Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
@@ -194,12 +195,12 @@ def _bridge(home: Backend, away: Backend, contract: Contract, kernel: Kernel) ->
             return value
         if isinstance(value, Batch):
             return away.plan(value.with_native(None))
-        if isinstance(value, Operand):
+        if isinstance(value, (Pages, Selection)):
             return away.from_logical(value.spec, home.to_logical(value))
         return away.from_numpy(home.to_numpy(value))
 
     def fetch(value: Any, into: Any) -> Any:
-        if isinstance(value, Operand):
+        if isinstance(value, (Pages, Selection)):
             return home.from_logical(value.spec, away.to_logical(value), into)
         return home.from_numpy(away.to_numpy(value))
 
@@ -286,12 +287,12 @@ def _verify_names(rules: Mapping[str, str], known: Mapping[str, Contract]) -> No
             raise UsageError(f"unknown op {op!r} in the overrides (PORTHAL_OPS){hint} known are {', '.join(known)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shared(name: str) -> Backend:
     return discovery.create(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _default(name: str, ops: str, fallback: str) -> Binding:
     return bind(name)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -188,18 +189,18 @@ class Contract:
 
     def results(self, spec: CallSpec, present: Mapping[str, Any]) -> list[tuple[OperandSpec, tuple[int, ...], str]]:
         """Name, shape and dtype of every result: a pure function of specs and attributes."""
-        env = {**{k: v for k, v in spec.attrs.items() if isinstance(v, int)}, **spec.dims}
+        env: dict[str, Any] = {**spec.attrs, **spec.dims}
         out = []
         for result in self.signature.results:
             if result.mutated or result.kind != "array":
-                shape = tuple(evaluate(d, env) for d in result.dims)  # type: ignore[arg-type]
+                shape = tuple(evaluate(d, env) for d in result.dims)
                 out.append((result, shape, ""))
                 continue
             option = self.dtypes[result.name][0]
             if option.startswith("@"):
                 option = str(spec.attrs[option[1:]])
             name = spec.dtypes.get(option, option)
-            out.append((result, tuple(evaluate(d, env) for d in result.dims), name))  # type: ignore[arg-type]
+            out.append((result, tuple(evaluate(d, env) for d in result.dims), name))
         return out
 
     def check_values(self, operands: Mapping[str, Any], spec: CallSpec, read: Callable[[Any], Any]) -> None:

@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 from porthal.hal.backend import Backend
@@ -75,11 +75,10 @@ def best() -> str:
     raise Unavailable("no backend is available: reinstall porthal")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _packages() -> dict[str, str]:
-    import porthal.backends  # by name only: hal knows no backend
-
-    found = {m.name: f"porthal.backends.{m.name}" for m in pkgutil.iter_modules(porthal.backends.__path__) if m.ispkg}
+    folder = importlib.import_module("porthal.backends").__path__  # by name: hal imports nothing above it
+    found = {m.name: f"porthal.backends.{m.name}" for m in pkgutil.iter_modules(folder) if m.ispkg}
     for entry in importlib.metadata.entry_points(group="porthal.backends"):
         found[entry.name] = entry.value
     return found
@@ -99,7 +98,7 @@ def _brief(name: str) -> str:
     return found.state + (f": {found.why}" if found.why else "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compose(name: str) -> type[Backend]:
     try:
         module = importlib.import_module(f"{_packages()[name]}.backend")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, TypeVar
+from typing import Any, TypeVar
 
 from porthal.hal.contract import CallSpec
 
@@ -63,14 +64,23 @@ class Limits:
         return None
 
 
-def limits(*, dtypes: Mapping[str, Limit] | None = None, **facts: Limit | int | str | bool) -> Callable[[F], F]:
-    """State the limits of a backend's kernel: `@limits(dtypes={"x": one_of("bfloat16")}, D=128, G=at_most(64))`."""
+def limits(
+    *,
+    provider: str = "",
+    tie: str = "lowest",
+    dtypes: Mapping[str, Limit] | None = None,
+    **facts: Limit | int | str | bool,
+) -> Callable[[F], F]:
+    """State what a backend's kernel is: `@limits(provider="torch_npu.npu_x", dtypes={"x": one_of("bfloat16")}, D=128)`.
+
+    provider is the library call behind it; tie="any" declares that equal scores are chosen in an order of the chip's own.
+    """
     stated = Limits(
         dict(dtypes or {}), {k: v if isinstance(v, Limit) else one_of(v) for k, v in facts.items()}
     )
 
     def attach(f: F) -> F:
-        f.limits = stated  # type: ignore[attr-defined]
+        vars(f).update(limits=stated, provider=provider, tie=tie)
         return f
 
     return attach

@@ -11,9 +11,10 @@ elementary       exp, sigmoid, ...: +-ulps * 2^-24 * |v|
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 

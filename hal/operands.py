@@ -6,9 +6,10 @@ are its arrays in a fixed order. `Backend.from_logical` and `Backend.to_logical`
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -225,4 +226,3 @@ class Batch:
         return (self.cu_q, self.kv_len, self.block_table)
 
 
-Operand = (Weight, Pages, Selection, Batch)

@@ -7,8 +7,8 @@ or a sum of products of those ("2*I", "C+R", "n+1"). Symbols are bound by the op
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 from porthal.hal.errors import UsageError
 

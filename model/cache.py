@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 from porthal.hal import Batch, UsageError
 from porthal.model.attention import LayerCache

@@ -5,8 +5,9 @@ One device-to-host copy per step of the main model: the tokens it emitted.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from porthal.hal import Batch, UsageError
 from porthal.model.cache import Cache, Request
@@ -120,7 +121,7 @@ class _Run:
             waiting.sort(key=lambda s: len(s.prompt) - start > 8)  # a piece of up to 8 rows counts as decoding: first
             pieces = [s.prompt[start : start + chunk] for s in waiting]
             batch = self.cache.step([s.pages for s in waiting], [len(p) for p in pieces])
-            hidden, batch = self._hidden(self._ints(sum(pieces, [])), batch)
+            hidden, batch = self._hidden(self._ints(_joined(pieces)), batch)
             ending = [r for r, s in enumerate(waiting) if start + chunk >= len(s.prompt)]
             if ending:
                 last = self.ops.take_rows(hidden, self._ints([int(batch.last_rows[r]) for r in ending]))
@@ -128,7 +129,7 @@ class _Run:
                 ends.update({waiting[r].index: last[i : i + 1] for i, r in enumerate(ending)})
             if self.drafts:
                 following = [(s.prompt + s.out)[start + 1 : start + 1 + len(p)] for s, p in zip(waiting, pieces)]
-                self._mtp(sum(following, []), hidden, batch, None)
+                self._mtp(_joined(following), hidden, batch, None)
         if self.drafts and (active := self._active()):
             self._catch_up(active, [1] * len(active), self._stack([ends[s.index] for s in active]))
 
@@ -250,3 +251,7 @@ class _Run:
         for row in rows[1:]:
             joined = self.ops.concat(joined, row)
         return joined.reshape(len(rows), self.config.hidden_size)
+
+
+def _joined(parts: list[list[int]]) -> list[int]:
+    return [token for part in parts for token in part]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from porthal.hal import Batch, Binding, Selection, UsageError
 from porthal.model.attention import Attention, LayerCache

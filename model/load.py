@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts
 from porthal.hal.abstract import Abstract
@@ -27,7 +28,9 @@ def load(path: str | Path = DEMO, binding: Binding | None = None, *, dtype: str 
     return Glm5(config, source, binding or bind(profile=profile(config, dtype)), dtype)
 
 
-def trace(config: Config, dtype: str = "float32", rows: int = 1, context: int | None = None, expand: bool = False) -> list[tuple[str, CallSpec]]:
+def trace(
+    config: Config, dtype: str = "float32", rows: int = 1, context: int | None = None, expand: bool = False
+) -> list[tuple[str, CallSpec]]:
     """Every call of one step of `rows` query rows ending at `context` positions, without weights or values.
 
     Composites appear as such, or as the calls they are made of with expand=True.

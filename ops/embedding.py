@@ -12,4 +12,4 @@ from porthal.hal.numerics import Array
 )
 def embedding(ids: Array, table: Array) -> Array:
     """x[t] = table[ids[t]]."""
-    return table[ids]  # type: ignore[no-any-return]
+    return table[ids]

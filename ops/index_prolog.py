@@ -57,7 +57,7 @@ def index_prolog(
     size = keys.spec.fields[0][1]
 
     def turn(x: Array) -> Array:
-        return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)  # type: ignore[no-any-return]
+        return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
     iq = turn(may_round("iq", dot("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), -1, size))
     k = layer_norm.reference(may_round("k", dot("th,dh->td", h, wk), to="qr"), k_norm, k_bias, eps=eps)

@@ -21,12 +21,12 @@ def indexer_topk(iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scal
     Exact ties are common (the ReLU zeroes whole keys) and go to the lowest position. An empty row selects nothing.
     Source: DeepSeek-V3.2; GLM-5 selects 2048.
     """
-    return topk.reference(indexer_scores.reference(iq, w, keys, batch, scale=scale), batch, k=k)  # type: ignore[no-any-return]
+    return topk.reference(indexer_scores.reference(iq, w, keys, batch, scale=scale), batch, k=k)
 
 
 @indexer_topk.scored
 def _scores(iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float, **_: object) -> Array:
-    return indexer_scores.reference(iq, w, keys, batch, scale=scale)  # type: ignore[no-any-return]
+    return indexer_scores.reference(iq, w, keys, batch, scale=scale)
 
 
 @indexer_topk.decomposed()

@@ -28,7 +28,16 @@ from porthal.ops.rope import rope
         2 * d.T * (d.H * (d.Q + d.C + d.R) + d.N * (d.Q * (d.D + d.R) + d.D * d.C)),
         b.h * (d.H * (d.Q + d.C + d.R) + d.N * (d.Q * (d.D + d.R) + d.D * d.C) + d.T * (d.H + d.Q + 2 * d.C)),
     ),
-    cases={"H": (256,), "Q": (128,), "N": (8, 1), "D": (192, 32), "C": (512,), "R": (64,), "theta": (1e6,)},
+    cases={
+        "H": (256,),
+        "Q": (128,),
+        "N": (8, 1),
+        "D": (192, 32),
+        "C": (512,),
+        "R": (64,),
+        "theta": (1e6,),
+        "eps": (1e-5,),
+    },
     rules=[("eps > 0", lambda f: f.eps > 0), ("theta > 0", lambda f: f.theta > 0)],
 )
 def mla_prolog(
@@ -59,7 +68,7 @@ def mla_prolog(
     c = rms_norm.reference(a[:, :-width], kv_norm, eps=eps)
 
     def turn(x: Array) -> Array:
-        return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)  # type: ignore[no-any-return]
+        return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
     q_latent = dot("tnd,ncd->tnc", q[..., :nope], w_uk)
     q_rope = turn(q[..., nope:])

@@ -8,7 +8,14 @@ from porthal.hal.numerics import Array, single
     "x[T, N, D], batch: Batch[T] -> y[T, N, D]",
     dtypes={"x": FLOATS, "y": "x"},
     cost=lambda d, b: (6 * d.T * d.N * d.width, d.T * d.N * d.D * (b.x + b.y)),
-    cases={"N": (64, 1, 32), "D": (256, 128, 64), "theta": (1e6, 1e4), "layout": ("interleaved", "half"), "start": (192, 0), "width": (64, 8)},
+    cases={
+        "N": (64, 1, 32),
+        "D": (256, 128, 64),
+        "theta": (1e6, 1e4),
+        "layout": ("interleaved", "half"),
+        "start": (192, 0),
+        "width": (64, 8),
+    },
     rules=[
         ("layout to be 'interleaved' or 'half'", lambda f: f.layout in ("interleaved", "half")),
         ("width to be even and positive", lambda f: f.width > 0 and f.width % 2 == 0),

@@ -22,7 +22,7 @@ constexpr int kLanes = 4, kTileRows = 3;
 #endif
 constexpr int kVectors = 4;  // vectors across a panel; kTileRows * kVectors sums stay in registers
 constexpr int kPanel = kLanes * kVectors;
-constexpr std::int64_t kDepthBlock = 256;  // a panel block of this depth stays in L1 while all rows pass over it
+constexpr std::int64_t kDepthBlock = 192;  // a panel block of this depth stays in L1 while all rows pass over it
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -106,7 +106,6 @@ std::size_t collect(const T* scores, std::size_t n, std::uint32_t threshold, std
 #if defined(__AVX512F__)
     const __mmask16 valid = some == kLanes ? 0xffff : (1u << some) - 1;
     const __mmask16 keep = _mm512_mask_cmpge_epu32_mask(valid, (__m512i)key, _mm512_set1_epi32(threshold));
-    if (!keep) continue;
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(i)));
     // Compress in a register, then store it whole: a compressing store is microcoded on Zen 4.
@@ -163,12 +162,21 @@ inline void step(const bf16* const* a, const bf16* row, std::int64_t k, F (&sums
 #endif
 }
 
+// With ahead > 0 it also fetches that many cache lines per step from `next`, for the tiles of the next depth block.
 template <class T, int Rows>
-void tile(const T* const* a, const T* panel, std::int64_t begin, std::int64_t end, float* out) {
+void tile(const T* const* a, const T* panel, std::int64_t begin, std::int64_t end, float* out, const char* next,
+          int ahead) {
   F sums[Rows][kVectors];
   for (int m = 0; m < Rows; ++m)
     for (int j = 0; j < kVectors; ++j) sums[m][j] = begin ? load(out + m * kPanel + j * kLanes) : F{};
-  for (std::int64_t k = begin; k < end; k += kGroup<T>) step<Rows>(a, panel + k * kPanel, k, sums);
+  if (ahead == 0) {
+    for (std::int64_t k = begin; k < end; k += kGroup<T>) step<Rows>(a, panel + k * kPanel, k, sums);
+  } else {
+    for (std::int64_t k = begin; k < end; k += kGroup<T>, next += ahead * 64) {
+      for (int line = 0; line < ahead; ++line) __builtin_prefetch(next + line * 64, 0, 3);
+      step<Rows>(a, panel + k * kPanel, k, sums);
+    }
+  }
   for (int m = 0; m < Rows; ++m)
     for (int j = 0; j < kVectors; ++j) store(out + m * kPanel + j * kLanes, sums[m][j]);
 }
@@ -188,7 +196,9 @@ void multiply(const T* const* a, std::int64_t rows, const T* panel, std::int64_t
     const std::int64_t end = k + block < depth ? k + block : depth;
     for (std::int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height: 8 rows are 4 + 4, not 6 + 2
       const std::int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
-      kTiles[height - 1](a + first, panel, k, end, sums + first * kPanel);
+      const int lines = kPanel * 4 / 64, share = tiles >= lines ? 1 : lines / tiles;
+      const bool fetch = tiles > 1 && end < depth && t * share < lines;
+      kTiles[height - 1](a + first, panel, k, end, sums + first * kPanel, reinterpret_cast<const char*>(panel + end * kPanel) + t * share * 64 * ((end - k) / kGroup<T>), fetch ? share : 0);
     }
   }
 }

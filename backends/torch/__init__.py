@@ -1,0 +1,3 @@
+"""Plain PyTorch on any of its devices (`torch`, `torch:cuda:1`): the base of every chip whose vendor ships a PyTorch."""
+
+requires = ("torch",)

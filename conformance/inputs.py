@@ -1,0 +1,216 @@
+"""The operands of a case in logical form: NumPy arrays in their own dtypes, NaN where nothing may be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases import PAGES, Case
+from porthal.conformance.values import RECIPES, Draw
+from porthal.hal import Batch, CallSpec, Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
+from porthal.hal.contract import Contract
+from porthal.hal.dtypes import is_float, narrow, numpy_dtype
+from porthal.hal.signature import OperandSpec, evaluate
+
+Array = np.ndarray[Any, Any]
+POSITIONS = 4096  # a selection without a batch points anywhere below this
+LONGEST = 131072
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call in logical form: Weight, Pages and Selection hold NumPy arrays in the operand's dtype."""
+
+    case: Case
+    operands: Mapping[str, Any]
+    attrs: Mapping[str, Any]
+    spec: CallSpec
+
+    @property
+    def contract(self) -> Contract:
+        return self.case.contract
+
+    @property
+    def batch(self) -> Batch | None:
+        return next((v for v in self.operands.values() if isinstance(v, Batch)), None)
+
+
+def build(case: Case) -> Inputs:
+    """The inputs of a case: a pure function of its token."""
+    contract = case.contract
+    attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
+    sizes: dict[str, Any] = {"P": PAGES, **attrs, **dict(case.dims)}
+    operands: dict[str, Any] = {}
+    batch = None
+    if any(o.kind == "Batch" for o in contract.signature.operands):
+        batch = _batch(case, sizes)
+        sizes |= {"R": batch.R, "S": batch.max_kv}
+    for operand in contract.signature.operands:
+        if operand.name in case.absent:
+            operands[operand.name] = None
+        elif operand.kind == "Batch":
+            operands[operand.name] = batch
+        elif operand.kind == "Pages":
+            operands[operand.name] = _pages(case, operand, sizes, batch)
+        elif operand.kind == "Selection":
+            operands[operand.name] = _selection(case, operand, sizes, batch)
+        else:
+            array = _array(case, operand, sizes)
+            if operand.kind == "Weight":
+                spec = WeightSpec(case.op, operand.name, array.shape, case.dtype(operand.name))
+                operands[operand.name] = Weight(spec, array)
+            else:
+                operands[operand.name] = array
+    for finish in _FINISH.get(case.op, ()):
+        finish(operands)
+    return Inputs(case, operands, attrs, contract.spec(operands, attrs))
+
+
+def _draw(case: Case, part: str, shape: tuple[int, ...], dtype: str, sizes: Mapping[str, Any]) -> Draw:
+    return Draw(f"{case.token}/{part}", shape, dtype, sizes)
+
+
+def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any]) -> Array:
+    shape = tuple(evaluate(d, sizes) for d in operand.dims)
+    dtype, bounds = case.dtype(operand.name), {}
+    if operand.name in case.contract.ranges:
+        low, high = (b if isinstance(b, int) else evaluate(b, sizes) for b in case.contract.ranges[operand.name])
+        bounds = {"low": low, "high": high}
+    values = RECIPES[case.recipe(operand.name)](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
+    if not is_float(dtype):
+        return values.astype(numpy_dtype(dtype))
+    array = narrow(np.asarray(values, np.float64), dtype)
+    if case.view == "broadcast" and operand.kind == "array" and len(array):
+        array = np.array(np.broadcast_to(array[:1], array.shape))
+    return array
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
+    """Query and key lengths per request of a composition with T query rows."""
+    size = case.block_size
+    drawn = Draw(f"{case.token}/kv", (max(T, 1),)).integers(1, 2 * size + 8).tolist()
+    if case.batch == "decode":
+        return [1] * T, drawn[:T]
+    if case.batch == "prefill":
+        return [T], [T]
+    if case.batch == "chunked":
+        return [T], [T + size + 5]
+    if case.batch == "mixed":
+        decoding = min(T // 2, 8)
+        return [1] * decoding + [T - decoding], drawn[:decoding] + [T - decoding + 19]
+    if case.batch == "padded":
+        return [1] * T, [0 if r % 3 == 1 else n for r, n in enumerate(drawn[:T])]
+    if case.batch == "idle":
+        return [r % 2 for r in range(2 * T)], [0 if r % 4 == 0 else drawn[r // 2] for r in range(2 * T)]
+    if case.batch == "deep":
+        return [1, max(T - 1, 0)], [k + 1, k + T + 3]
+    if case.batch == "long":
+        return [1] * T, [LONGEST - 977 * (r % 100) for r in range(T)]
+    return [1] * T, [r % 4 + 1 for r in range(T)]  # crowd
+
+
+def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
+    """Pages are shuffled and belong to one request each, but for crowds and long ones, which only read and share."""
+    T = int(sizes["T"])
+    q_lens, kv_lens = lengths(case, T, int(sizes.get("k", 0)))
+    need = [-(-n // case.block_size) for n in kv_lens]
+    if case.batch in ("crowd", "long"):
+        tables = [[(r * 7 + p) % PAGES for p in range(n)] for r, n in enumerate(need)]
+    else:
+        order = Draw(f"{case.token}/pages", (1,)).order(sum(need) + 3).tolist()
+        starts = np.cumsum([0, *need])
+        tables = [order[a:b] for a, b in zip(starts, starts[1:])]
+    return Batch.build(q_lens, kv_lens, tables, case.block_size)
+
+
+def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Pages:
+    dtype = case.dtype(operand.name)
+    n_blocks = PAGES
+    if batch is not None:
+        n_blocks = max(int(batch.block_table.max(initial=-1)) + 2, 4)
+    fields = tuple((name, int(evaluate(width, sizes))) for name, width, _ in operand.fields if name not in case.absent)
+    spec = PagesSpec(fields, dtype, n_blocks, case.block_size)
+    unread = np.zeros(spec.slots, bool)
+    if batch is not None and not operand.mutated:
+        unread[:] = True
+        for r in range(batch.R):
+            unread[batch.slots_of(r)] = False
+    native = {}
+    for name, width in fields:
+        draw = _draw(case, f"{operand.name}.{name}", (spec.slots, width), dtype, sizes)
+        values = np.asarray(RECIPES[case.recipe(operand.name)](draw), np.float64)
+        values[unread] = np.nan
+        native[name] = narrow(values, dtype)
+    return Pages(spec, native)
+
+
+def _selection(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Selection:
+    """Distinct visible positions in no order: as many as there are, fewer, or none in every second row."""
+    T, k = (int(evaluate(d, sizes)) for d in operand.dims)
+    visible = np.full(T, POSITIONS) if batch is None else batch.visible
+    draw, chosen = Draw(f"{case.token}/{operand.name}", (T,)), case.recipe(operand.name)
+    length = np.minimum(visible, k)
+    if chosen == "short":
+        length = np.minimum(length, draw.integers(0, k + 1, "length"))
+    if chosen == "empty":
+        length = np.where(np.arange(T) % 2 == 0, 0, length)
+    indices = np.full((T, k), -1, np.int32)
+    for t in range(T):
+        indices[t, : length[t]] = Draw(f"{draw.key}/{t}", (1,)).order(int(visible[t]))[: length[t]]
+    return Selection(SelectionSpec(T, k), Rows(indices, length.astype(np.int32)))
+
+
+# -- what one operand needs to know of another -----------------------------------------------------------------------
+
+
+def _poison_tail(operands: dict[str, Any]) -> None:
+    operands["x"][int(operands["counts"].sum()) :] = np.nan
+
+
+def _poison_unused(operands: dict[str, Any]) -> None:
+    operands["sorted"][operands["source"] < 0] = np.nan
+
+
+def _poison_invisible(operands: dict[str, Any]) -> None:
+    scores, batch = operands["scores"], operands["batch"]
+    scores[np.arange(scores.shape[1]) >= batch.visible[:, None]] = np.nan
+
+
+def _likely_drafts(operands: dict[str, Any]) -> None:
+    """Two of three drafts are likely, so that prefixes of all lengths are accepted."""
+    logits, draft = operands["logits"], operands["draft"]
+    for r, i in np.ndindex(*draft.shape):
+        if (r + i) % 3 != 2:
+            logits[r, i, draft[r, i]] += 8
+
+
+_FINISH: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {
+    "grouped_gemm": (_poison_tail,),
+    "moe_unpermute": (_poison_unused,),
+    "topk": (_poison_invisible,),
+    "speculative_verify": (_likely_drafts,),
+}
+
+
+def written_slots(inputs: Inputs, pages: Pages) -> Array:
+    """bool [slots]: which slots of a mutated cache the call may change."""
+    written = np.zeros(pages.spec.slots, bool)
+    if inputs.batch is not None:
+        slots = inputs.batch.slots
+        written[slots[slots >= 0]] = True
+    else:
+        blocks = written.reshape(pages.spec.n_blocks, pages.spec.block_size)
+        blocks[inputs.operands["target"]] = True
+    return written
+
+
+def specified_rows(inputs: Inputs, result: str) -> int | None:
+    """How many leading rows of a result the contract specifies, or None for all: grouped_gemm leaves padding free."""
+    counts = inputs.operands.get("counts") if inputs.contract.name == "grouped_gemm" else None
+    return None if counts is None else int(counts.sum())

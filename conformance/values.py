@@ -1,0 +1,253 @@
+"""Value recipes: what numbers a case is made of, each defined once, bit for bit the same on every machine.
+
+Every number comes from 64-bit words of a counter hash in integer arithmetic; the only float operations are those that
+IEEE 754 defines exactly, so no platform's libm has a say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A request for values: a key that names the stream, the shape, the dtype they will be rounded to, and the sizes
+    (dims, attributes and, for integers, `low` and `high`) that the recipe may need."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    sizes: Mapping[str, Any] = None  # type: ignore[assignment]
+
+    def words(self, part: str = "") -> Array:
+        """uint64 of the draw's shape: SplitMix64 over a counter that starts at the hash of the key."""
+        start = np.frombuffer(hashlib.sha256(f"{self.key}/{part}".encode()).digest()[:8], "<u8")
+        z = np.arange(1, prod(self.shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (z ^ (z >> np.uint64(31))).reshape(self.shape)
+
+    def integers(self, low: int, high: int, part: str = "") -> Array:
+        """int64 in [low, high)."""
+        return (self.words(part) >> np.uint64(11)).astype(np.int64) % (high - low) + low
+
+    def bell(self) -> Array:
+        """float64, mean 0, variance 1, within +-3: the sum of three uniform 21-bit integers, scaled by a power of two."""
+        word, mask = self.words(), np.uint64(2**21 - 1)
+        three = (word & mask) + ((word >> np.uint64(21)) & mask) + ((word >> np.uint64(42)) & mask)
+        return (2 * three.astype(np.int64) - 3 * (2**21 - 1)) * 2.0**-21
+
+    def order(self, n: int) -> Array:
+        """A permutation of n numbers."""
+        return np.argsort(Draw(self.key, (n,)).words("order"), kind="stable")
+
+
+Recipe = Callable[[Draw], Array]
+RECIPES: dict[str, Recipe] = {}
+# With these, exactly equal scores are equal by construction, so the order of ties can be judged.
+TIED = ("integer", "ties", "equal", "zeros")
+
+
+def recipe(f: Recipe) -> Recipe:
+    RECIPES[f.__name__] = f
+    return f
+
+
+# -- floats ----------------------------------------------------------------------------------------------------------
+
+
+@recipe
+def normal(draw: Draw) -> Array:
+    return draw.bell()
+
+
+@recipe
+def small(draw: Draw) -> Array:
+    """Squares far below the usual eps."""
+    return draw.bell() * 2.0**-10
+
+
+@recipe
+def large(draw: Draw) -> Array:
+    """Squares beyond float16's range."""
+    return draw.bell() * 2.0**8
+
+
+@recipe
+def zeros(draw: Draw) -> Array:
+    return np.zeros(draw.shape)
+
+
+@recipe
+def equal(draw: Draw) -> Array:
+    return np.full(draw.shape, 0.5)
+
+
+@recipe
+def ties(draw: Draw) -> Array:
+    """Five different values."""
+    return draw.integers(-2, 3) * 0.5
+
+
+@recipe
+def integer(draw: Draw) -> Array:
+    """Small integers, whose products and sums float32 holds exactly."""
+    return draw.integers(-4, 5).astype(np.float64)
+
+
+@recipe
+def negative(draw: Draw) -> Array:
+    return -np.abs(draw.bell()) - 2.0**-6
+
+
+@recipe
+def outlier(draw: Draw) -> Array:
+    """One element of each row is 256 times the others."""
+    x = draw.bell()
+    if x.size:
+        rows = x.reshape(-1, x.shape[-1])
+        rows[np.arange(len(rows)), np.arange(len(rows)) * 7 % x.shape[-1]] *= 256
+    return x
+
+
+@recipe
+def offset(draw: Draw) -> Array:
+    """A mean that dwarfs the deviation, as far as the dtype resolves it."""
+    return 64 + draw.bell() * (1 if draw.dtype == "bfloat16" else 2.0**-4)
+
+
+@recipe
+def denormal(draw: Draw) -> Array:
+    return draw.bell() * (2.0**-18 if draw.dtype == "float16" else 2.0**-130)
+
+
+@recipe
+def special(draw: Draw) -> Array:
+    """Rows in turn: finite, with one NaN, with +inf, with -inf, all NaN; a negative zero in each finite one."""
+    x = draw.bell()
+    if x.size:
+        rows = x.reshape(-1, x.shape[-1])
+        at = Draw(draw.key, (len(rows),)).integers(0, x.shape[-1], "at")
+        for r, column in enumerate(at):
+            rows[r, column] = (-0.0, np.nan, np.inf, -np.inf, np.nan)[r % 5]
+            if r % 5 == 4:
+                rows[r] = np.nan
+    return x
+
+
+@recipe
+def weight(draw: Draw) -> Array:
+    """Near 1 / sqrt(K) for K inputs, so that products keep the scale of what they multiply."""
+    return draw.bell() * 2.0 ** -((max(draw.shape[-1], 1).bit_length()) // 2)
+
+
+@recipe
+def uniform(draw: Draw) -> Array:
+    """[0, 1) in steps of 2^-24."""
+    return draw.integers(0, 2**24) * 2.0**-24
+
+
+@recipe
+def temperature(draw: Draw) -> Array:
+    return np.array([0.0, 0.5, 1.0, 1.5])[draw.integers(0, 4)]
+
+
+@recipe
+def probability(draw: Draw) -> Array:
+    return np.array([1.0, 0.9, 0.5, 0.0625])[draw.integers(0, 4)]
+
+
+@recipe
+def distribution(draw: Draw) -> Array:
+    """Rows that sum to 1."""
+    x = draw.integers(0, 256).astype(np.float64)
+    return x / np.maximum(x.sum(-1, keepdims=True), 1)
+
+
+# -- integers --------------------------------------------------------------------------------------------------------
+
+
+@recipe
+def index(draw: Draw) -> Array:
+    """Anywhere in the operand's range."""
+    return draw.integers(draw.sizes["low"], draw.sizes["high"])
+
+
+@recipe
+def top_k(draw: Draw) -> Array:
+    V = draw.sizes["V"]
+    return np.minimum(np.array([0, 1, 2, V // 2, V])[draw.integers(0, 5)], V)
+
+
+@recipe
+def pages(draw: Draw) -> Array:
+    """Distinct pages."""
+    return draw.order(draw.sizes["P"])[: draw.shape[0]]
+
+
+@recipe
+def permutation(draw: Draw) -> Array:
+    """Every row once in any order, the last eighth of the places empty (-1)."""
+    n = draw.shape[0]
+    order = draw.order(n)
+    order[n - n // 8 :] = -1
+    return order
+
+
+@recipe
+def counts(draw: Draw) -> Array:
+    """Rows per expert: uneven, every third expert without any, an eighth of the rows beyond all of them."""
+    E, M = draw.shape[0], draw.sizes["M"]
+    busy = np.arange(E) % 3 != 1
+    cuts = np.sort(draw.integers(0, M - M // 8 + 1, "cuts")[busy])
+    cuts[-1:] = M - M // 8
+    out = np.zeros(E, np.int64)
+    out[busy] = np.diff(cuts, prepend=0)
+    return out
+
+
+def _experts(draw: Draw, choose_from: Array) -> Array:
+    """Distinct in each row where there are enough of them."""
+    k, pool = draw.shape[-1], len(choose_from)
+    order = np.argsort(Draw(draw.key, (*draw.shape[:-1], max(pool, k))).words(), axis=-1, kind="stable")
+    return choose_from[order[..., :k] % pool] + draw.sizes.get("first_expert", 0)
+
+
+@recipe
+def routed(draw: Draw) -> Array:
+    return _experts(draw, np.arange(draw.sizes["E"]))
+
+
+@recipe
+def crowded(draw: Draw) -> Array:
+    """All rows go to one expert, the last."""
+    return _experts(draw, np.array([draw.sizes["E"] - 1]))
+
+
+@recipe
+def deserted(draw: Draw) -> Array:
+    """Only every second expert has rows."""
+    return _experts(draw, np.arange(0, draw.sizes["E"], 2))
+
+
+@recipe
+def holes(draw: Draw) -> Array:
+    """A third of the ids are -1; some rows have no other."""
+    ids = routed(draw)
+    ids[draw.integers(0, 3, "holes") == 0] = -1
+    ids[::5] = -1
+    return ids
+
+
+@recipe
+def away(draw: Draw) -> Array:
+    """Ids on both sides of the local experts."""
+    return _experts(draw, np.arange(-draw.sizes.get("first_expert", 0), 2 * draw.sizes["E"]))
