@@ -170,13 +170,15 @@ class _Plan:
         # Symbols that shapes use and `cases` does not list: the rows, where nothing else is one.
         self.rows = "T" if "T" in in_shapes else next((s for s in self.free if s in ("M", "R")), "")
         self.attrs = [s for s in contract.cases if s in contract.attributes]
+        self.first = _first_float(contract)
         self.combos = _combos(contract)
 
     def cases(self) -> Iterator[Case]:
         home, everywhere = self._combo_cycle()
         few = self.level == "bring-up"
-        bases = [c for c in self.combos if len(c) <= 1] or self.combos
-        for combo in bases if not few else bases[-1:]:  # GLM-5's dims
+        bases = [c for c in self.combos if len(c) <= 1]
+        served = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
+        for combo in served if few else bases:  # GLM-5's dims
             for rows in (2,) if few else (1, 16):
                 deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
                 yield from self._made(self._first(), rows=rows, dtypes=combo, batch=deep)

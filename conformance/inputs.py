@@ -79,7 +79,10 @@ def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any]) -> Array:
     if operand.name in case.contract.ranges:
         low, high = (b if isinstance(b, int) else evaluate(b, sizes) for b in case.contract.ranges[operand.name])
         bounds = {"low": low, "high": high}
-    values = RECIPES[case.recipe(operand.name)](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
+    chosen = case.recipe(operand.name)
+    if not is_float(dtype) and chosen in ("normal", "special"):  # an op that copies integers too
+        chosen = "integer"
+    values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
     if not is_float(dtype):
         return values.astype(numpy_dtype(dtype))
     array = narrow(np.asarray(values, np.float64), dtype)

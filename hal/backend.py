@@ -29,10 +29,12 @@ Place = Literal["hardware", "vendor package on a stub runtime", "emulated device
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend's function for one contract, the backend in the chain that wrote it, and its stated limits."""
+    """A backend's function for one contract, the backend in the chain that wrote it, how that one packs the contract's
+    weights, and the function's stated limits."""
 
     function: Callable[..., Any]
     owner: str
+    prepare: Callable[..., Weight]
     limits: Limits | None
     provider: str
     tie: str
@@ -134,13 +136,16 @@ class Backend:
 
     def candidates(self, contract: Contract) -> Iterator[Kernel]:
         """The kernels for a contract, own first, then along the bases."""
-        for cls in type(self).__mro__:
+        chain = [c for c in type(self).__mro__ if issubclass(c, Backend)]
+        for i, cls in enumerate(chain):
             owner = vars(cls).get("name", "")
+            prepare = next(vars(c)["prepare"] for c in chain[i:] if "prepare" in vars(c)).__get__(self)
             if contract.name in vars(cls):
                 function = vars(cls)[contract.name]
                 yield Kernel(
                     function.__get__(self),
                     owner,
+                    prepare,
                     getattr(function, "limits", None),
                     getattr(function, "provider", ""),
                     getattr(function, "tie", "lowest"),
@@ -148,7 +153,7 @@ class Backend:
             elif "derive" in vars(cls) and cls is not Backend:
                 derived = vars(cls)["derive"](self, contract)
                 if derived is not None:
-                    yield Kernel(derived, owner, None, "", "lowest")
+                    yield Kernel(derived, owner, prepare, None, "", "lowest")
 
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         """Why a kernel does not take a call of these static facts, or None: a pure function, by default of its limits."""

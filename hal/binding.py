@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import NotClaimed, UsageError
+from porthal.hal.limits import Limits
 from porthal.hal.operands import Batch, Pages, Selection, Weight, WeightSpec
 
 Function = Callable[..., Any]
@@ -37,6 +38,7 @@ class Choice:
     provider: str
     reason: str
     tie: str = "lowest"
+    limits: Limits | None = None
 
 
 class Binding:
@@ -101,16 +103,18 @@ def bind(
     chosen = backend or discovery.create(name or _selected())
     rules = dict(overrides) if overrides is not None else _policy_ops()
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
+    if fallback != "error":
+        discovery.probe(fallback.partition(":")[0])  # an unknown name is a mistake even where nothing falls back
     check = os.environ.get("PORTHAL_CHECK", "0") not in ("0", "") if check is None else check
     known = contracts()
     _verify_names(rules, known)
 
     members: dict[str, Any] = {s: getattr(chosen, s) for s in SERVICES}
-    targets: dict[str, Backend] = {}
+    targets: dict[str, Kernel] = {}
     choices: dict[str, Choice] = {}
     binding = Binding(chosen, choices, members)
     vars(binding)["_targets"] = targets
-    layers = ([_checker(chosen)] if check else []) + list(wrap)
+    layers = ([_checker(chosen, choices)] if check else []) + list(wrap)
     missing = []
     for op, contract in known.items():
         specs = (profile or {}).get(op, ())
@@ -132,14 +136,14 @@ def bind(
 
 def _choose(
     binding: Binding, contract: Contract, specs: Sequence[CallSpec], rule: str | None, fallback: str
-) -> tuple[Function, Choice, Backend | None]:
+) -> tuple[Function, Choice, Kernel | None]:
     chosen, op = binding.backend, contract.name
     if rule == "composed":
         return _composed(binding, contract, "by policy"), Choice(op, "composed", "", "", "by policy"), None
     if rule is not None and rule.partition(":")[0] != chosen.name:
         return _elsewhere(chosen, contract, specs, rule, "by policy")
     refusals = []
-    inherited: tuple[Function, Choice] | None = None
+    inherited: tuple[Function, Choice, Kernel] | None = None
     for kernel in chosen.candidates(contract):
         reason = next((r for s in specs if (r := chosen.refuses(op, kernel, s))), None)
         if reason:
@@ -147,15 +151,17 @@ def _choose(
             continue
         why = "; ".join(refusals)
         if kernel.owner == chosen.name:
-            return kernel.function, Choice(op, "own", kernel.owner, kernel.provider, why, kernel.tie), None
-        inherited = kernel.function, Choice(op, "inherited", kernel.owner, kernel.provider, why, kernel.tie)
+            choice = Choice(op, "own", kernel.owner, kernel.provider, why, kernel.tie, kernel.limits)
+            return kernel.function, choice, kernel
+        choice = Choice(op, "inherited", kernel.owner, kernel.provider, why, kernel.tie, kernel.limits)
+        inherited = kernel.function, choice, kernel
         break
     why = "; ".join(refusals)
     # A composite made of this binding's ops uses the chip's own kernels; one derived from the formula would not.
     if contract.decomposition and (inherited is None or inherited[1].owner == "reference"):
         return _composed(binding, contract, why), Choice(op, "composed", "", "", why), None
     if inherited:
-        return (*inherited, None)
+        return inherited
     if fallback not in ("error", chosen.name):
         return _elsewhere(chosen, contract, specs, fallback, why or "no kernel")
     why = why or "no kernel"
@@ -179,13 +185,13 @@ def _composed(binding: Binding, contract: Contract, why: str) -> Function:
 
 def _elsewhere(
     home: Backend, contract: Contract, specs: Sequence[CallSpec], name: str, why: str
-) -> tuple[Function, Choice, Backend | None]:
+) -> tuple[Function, Choice, Kernel | None]:
     """A kernel of another backend, with the operands carried there and back through their logical forms."""
     away = _shared(name)
     for kernel in away.candidates(contract):
         if not any(away.refuses(contract.name, kernel, s) for s in specs):
-            choice = Choice(contract.name, "fallback", kernel.owner, kernel.provider, why, kernel.tie)
-            return _bridge(home, away, contract, kernel), choice, away
+            choice = Choice(contract.name, "fallback", kernel.owner, kernel.provider, why, kernel.tie, kernel.limits)
+            return _bridge(home, away, contract, kernel), choice, kernel
     raise NotClaimed(f"{name} was asked for {contract.name} ({why}) but does not claim it either")
 
 
@@ -219,12 +225,15 @@ def _bridge(home: Backend, away: Backend, contract: Contract, kernel: Kernel) ->
     return call
 
 
-def _checker(backend: Backend) -> Wrap:
+def _checker(backend: Backend, choices: Mapping[str, Choice]) -> Wrap:
     def check(op: str, function: Function) -> Function:
-        contract = contracts()[op]
+        contract, choice = contracts()[op], choices[op]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            checked(contract, backend, args, kwargs)
+            spec = checked(contract, backend, args, kwargs)
+            reason = choice.limits.refuses(spec) if choice.limits else None
+            if reason:
+                raise NotClaimed(f"{op} on {backend} does not take this call: {reason}; bind with a profile that has it")
             return function(*args, **kwargs)
 
         return call
@@ -234,8 +243,8 @@ def _checker(backend: Backend) -> Wrap:
 
 def checked(
     contract: Contract, backend: Backend, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], CallSpec]:
-    """Judge a call against its contract and the kernel's claim before it is made; UsageError or NotClaimed."""
+) -> CallSpec:
+    """Judge a call against its contract before it is made: its static facts, or UsageError."""
     operands, attrs = contract.arrange(args, kwargs)
     for operand in contract.signature.operands:
         value = operands[operand.name]
@@ -245,7 +254,7 @@ def checked(
                 raise UsageError(f"{contract.name}: {operand.name} is {reason}")
     spec = contract.spec(operands, attrs)
     contract.check_values(operands, spec, backend.to_numpy)
-    return operands, attrs, spec
+    return spec
 
 
 # -- policy ----------------------------------------------------------------------------------------------------------
@@ -292,35 +301,30 @@ def _shared(name: str) -> Backend:
     return discovery.create(name)
 
 
-@cache
-def _default(name: str, ops: str, fallback: str) -> Binding:
-    return bind(name)
+@lru_cache(maxsize=512)
+def _bound_for(name: str, ops: str, fallback: str, op: str, spec: CallSpec) -> Binding:
+    return bind(name, profile={op: [spec]}, backend=_shared(name))
 
 
 def front(contract: Contract, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A checked call with plain arrays: NumPy becomes the backend's array, weights are prepared on the fly."""
-    environment = os.environ.get("PORTHAL_OPS", ""), os.environ.get("PORTHAL_FALLBACK", "error")
-    binding = _default(_selected(), *environment)
+    name = _selected()
+    backend = _shared(name)
     operands, attrs = contract.arrange(args, kwargs)
+    plain: dict[str, np.ndarray[Any, Any]] = {}
     for operand in contract.signature.operands:
         value = operands[operand.name]
         if operand.kind == "Weight" and hasattr(value, "shape"):
-            operands[operand.name] = _prepared(binding, contract, operand.name, value)
+            plain[operand.name] = value if isinstance(value, np.ndarray) else backend.to_numpy(value)
+            spec = WeightSpec(contract.name, operand.name, tuple(value.shape), dtype(value))
+            operands[operand.name] = Weight(spec, None)
         elif operand.kind == "array" and isinstance(value, np.ndarray):
-            operands[operand.name] = binding.from_numpy(value)
+            operands[operand.name] = backend.from_numpy(value)
         elif operand.kind == "Batch" and isinstance(value, Batch) and value.native is None:
-            operands[operand.name] = binding.plan(value)
-    checked(contract, binding.backend, tuple(operands.values()), attrs)
+            operands[operand.name] = backend.plan(value)
+    facts = checked(contract, backend, tuple(operands.values()), attrs)
+    policy = os.environ.get("PORTHAL_OPS", ""), os.environ.get("PORTHAL_FALLBACK", "error")
+    binding = _bound_for(name, *policy, contract.name, facts)
+    for key, array in plain.items():
+        operands[key] = binding.prepare(operands[key].spec, array.__getitem__)
     return getattr(binding, contract.name)(*operands.values(), **attrs)
-
-
-def _prepared(binding: Binding, contract: Contract, operand: str, value: Any) -> Weight:
-    array = value if isinstance(value, np.ndarray) else binding.to_numpy(value)
-    spec = WeightSpec(contract.name, operand, tuple(array.shape), dtype(array))
-    declared = contract.signature[operand].dims
-    if len(array.shape) != len(declared):
-        raise UsageError(
-            f"{contract.name}: {operand} has shape {list(array.shape)}, expected {len(declared)} axes "
-            f"[{', '.join(declared)}]"
-        )
-    return binding.prepare(spec, lambda index: array[index])

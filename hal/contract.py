@@ -19,7 +19,7 @@ Reference = Callable[..., Any]
 CostRule = Callable[[Any, Any], tuple[float, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallSpec:
     """The static facts of a call, all that a claim may look at.
 
@@ -33,6 +33,12 @@ class CallSpec:
 
     def key(self) -> tuple[Any, ...]:
         return tuple(tuple(sorted(m.items())) for m in (self.dims, self.dtypes, self.attrs, self.schemes))
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CallSpec) and self.key() == other.key()
 
 
 @dataclass(frozen=True)
@@ -205,10 +211,11 @@ class Contract:
 
     def check_values(self, operands: Mapping[str, Any], spec: CallSpec, read: Callable[[Any], Any]) -> None:
         """Range rules of integer operands; reads data, so only checked bindings do it."""
+        env: dict[str, Any] = {**spec.attrs, **spec.dims}
         for name, (low, high) in self.ranges.items():
             if operands.get(name) is None:
                 continue
-            first, last = (b if isinstance(b, int) else evaluate(b, {**spec.attrs, **spec.dims}) for b in (low, high))
+            first, last = (b if isinstance(b, int) else evaluate(b, env) for b in (low, high))
             data = np.asarray(read(operands[name]))
             bad = (data < first) | (data >= last)
             if bad.any():

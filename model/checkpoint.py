@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from porthal.hal import Binding, UsageError, Weight, WeightSpec, dtype, narrow, widen
+from porthal.hal import Binding, UsageError, Weight, WeightSpec, dtype, narrow, numpy_dtype, widen
 
 Array = np.ndarray[Any, Any]
 SCALE = "_scale_inv"  # multiplied, despite its name
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}
 
 
 class Source(Protocol):
@@ -24,65 +24,89 @@ class Source(Protocol):
     def has(self, name: str) -> bool: ...
 
 
+class TensorFile:
+    """One safetensors file, memory-mapped: the header's length in 8 bytes, a JSON header, the tensors' bytes.
+
+    Read here because the package safetensors gives NumPy no float8.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes: Array = np.asarray(np.memmap(path, np.uint8, "r"))
+            start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
+            self.header: dict[str, Any] = json.loads(self._bytes[8:start].tobytes())
+            self.header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is no safetensors file, or a truncated one: {error}") from None
+        self._data = self._bytes[start:]
+        if end > len(self._data):
+            raise UsageError(f"{path} is truncated: its tensors need {end} bytes, it has {len(self._data)}")
+
+    def tensor(self, name: str) -> Array:
+        """A view: its bytes are read when used."""
+        entry = self.header[name]
+        if entry["dtype"] not in DTYPES:
+            raise UsageError(f"{self.path}: {name!r} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        begin, end = entry["data_offsets"]
+        return self._data[begin:end].view(numpy_dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+
+
 class Checkpoint:
     """A directory's safetensors files. FP8 tensors (with a `_scale_inv` beside them) are dequantised as they are read."""
 
     def __init__(self, directory: str | Path, fp8_block: tuple[int, int] | None = None) -> None:
         self.directory = Path(directory)
         self.block = fp8_block or (128, 128)
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
             try:
-                entries: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise UsageError(f"{index} is no safetensors index: {error}") from None
-            self._where = {name: self.directory / file for name, file in entries.items()}
+                entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self._where = {name: self.directory / file for name, file in entries.items()}
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise UsageError(f"{index} is no safetensors index with a weight_map: {error}") from None
         else:
             file = self.directory / "model.safetensors"
             if not file.is_file():
                 raise UsageError(f"{self.directory} has neither model.safetensors nor model.safetensors.index.json")
-            self._where = dict.fromkeys(self._open(file).keys(), file)
+            self._where = dict.fromkeys(self._open(file).header, file)
 
     def has(self, name: str) -> bool:
         return name in self._where
 
     def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
         """Rows of a tensor; UsageError when it is missing, truncated or not of the expected shape."""
-        part = self._slice(name, shape)
-        values: Array = part[rows] if shape else part[:]
+        values = np.array(self._tensor(name, shape)[rows])
         if not self.has(name + SCALE):
             return values
         height, width = self.block
         grid = (-(-shape[0] // height), -(-shape[1] // width))
-        scale: Array = self._slice(name + SCALE, grid)[:]
+        scale = self._tensor(name + SCALE, grid)
         start, stop, _ = rows.indices(shape[0])
         per_row = scale[np.arange(start, stop) // height]
         dequantised: Array = widen(values) * np.repeat(widen(per_row), width, axis=1)[:, : shape[1]]
         return dequantised
 
-    def _slice(self, name: str, shape: Sequence[int]) -> Any:
+    def _tensor(self, name: str, shape: Sequence[int]) -> Array:
         if name not in self._where:
             raise UsageError(f"{self.directory} lacks tensor {name!r} of shape {list(shape)}")
         file = self._open(self._where[name])
-        try:
-            part = file.get_slice(name)
-        except SafetensorError as error:
-            raise UsageError(f"{self._where[name]} does not hold {name!r}: {error}") from None
-        if list(part.get_shape()) != list(shape):
+        if name not in file.header:
+            raise UsageError(f"{file.path} does not hold {name!r}, though the index of {self.directory} says so")
+        tensor = file.tensor(name)
+        if tensor.shape != tuple(shape):
             raise UsageError(
-                f"{self._where[name]}: {name!r} has shape {part.get_shape()}, expected {list(shape)} by config.json"
+                f"{file.path}: {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by config.json"
             )
-        return part
+        return tensor
 
-    def _open(self, file: Path) -> Any:
+    def _open(self, file: Path) -> TensorFile:
         if file not in self._files:
             if not file.is_file():
                 raise UsageError(f"{file} does not exist, though the index of {self.directory} names it")
-            try:
-                self._files[file] = safe_open(file, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise UsageError(f"{file} is truncated or no safetensors file: {error}") from None
+            self._files[file] = TensorFile(file)
         return self._files[file]
 
 

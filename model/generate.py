@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from porthal.hal import Batch, UsageError
 from porthal.model.cache import Cache, Request
-from porthal.model.tokens import check_ids, float_array, ids_array, uniforms
+from porthal.model.tokens import check_count, check_ids, check_temperature, float_array, ids_array, uniforms
 
 if TYPE_CHECKING:
     from porthal.model.glm5 import Glm5
@@ -52,11 +52,13 @@ def generate(
     prefill_chunk: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Generated:
-    """Continue every prompt by up to max_new_tokens, stopping at an end-of-text token.
+    """Continue every prompt by up to max_new_tokens, stopping at an end-of-text token or where the context is full.
 
     `speculative` is the number of MTP drafts per step; greedy text does not depend on it. `on_tokens(request, ids)` is
     called as tokens come. UsageError for an empty or too long prompt, a bad id, or a negative number.
     """
+    if prefill_chunk is not None:
+        check_count("prefill_chunk", prefill_chunk, 1)
     return _Run(model, prompts, max_new_tokens, temperature, speculative, seed, on_tokens).run(prefill_chunk)
 
 
@@ -81,27 +83,30 @@ class _Run:
         on_tokens: Callable[[int, list[int]], None] | None,
     ) -> None:
         self.model, self.ops, self.config = model, model.ops, model.config
-        for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("speculative", speculative)):
-            if not value >= 0:
-                raise UsageError(f"{name} is {value}: expected 0 or more")
+        self.limit = check_count("max_new_tokens", max_new_tokens, 0)
+        self.drafts = check_count("speculative", speculative, 0)
+        self.seed = check_count("seed", seed, 0)
+        self.temperature = check_temperature(temperature)
         if speculative and not model.mtp:
             raise UsageError(f"speculative is {speculative}, but this checkpoint has no MTP layer: use 0")
         if not prompts:
             raise UsageError("there is no prompt: give at least one")
         self.context = self.config.max_position_embeddings
         ids = [check_ids(p, self.config.vocab_size, self.context) for p in prompts]
-        self.limit, self.temperature, self.drafts, self.seed = max_new_tokens, temperature, speculative, seed
         self.on_tokens = on_tokens or (lambda request, tokens: None)
-        longest = [min(len(p) + max_new_tokens + speculative, self.context) for p in ids]
+        longest = [min(len(p) + self.limit + self.drafts, self.context) for p in ids]
         self.cache = model.new_cache(sum(Cache.blocks_for(n) for n in longest))
-        self.streams = [Stream(i, p, self.cache.new_request()) for i, p in enumerate(ids)]
+        self.streams = [
+            Stream(i, p, self.cache.new_request(), done=not self.limit or len(p) == self.context)
+            for i, p in enumerate(ids)
+        ]
         self.forwards = 0
         self.tail = Tail([], None, None)
 
     def run(self, prefill_chunk: int | None) -> Generated:
-        if self.limit:
+        if self._active():
             self._prefill(prefill_chunk)
-        while self.limit and (active := self._active()):
+        while active := self._active():
             # Near the end of the context there is no room to write drafts.
             room = self.context - 1 - max(s.position for s in active)
             if 0 < self.drafts <= room:
@@ -114,10 +119,12 @@ class _Run:
 
     def _prefill(self, chunk: int | None) -> None:
         """All prompts, in chunks of at most `chunk` tokens each, and the first new token of each."""
-        chunk = chunk or max(len(s.prompt) for s in self.streams)
+        streams = self._active()
+        longest = max(len(s.prompt) for s in streams)
+        chunk = chunk or longest
         ends: dict[int, Any] = {}
-        for start in range(0, max(len(s.prompt) for s in self.streams), chunk):
-            waiting = [s for s in self.streams if start < len(s.prompt)]
+        for start in range(0, longest, chunk):
+            waiting = [s for s in streams if start < len(s.prompt)]
             waiting.sort(key=lambda s: len(s.prompt) - start > 8)  # a piece of up to 8 rows counts as decoding: first
             pieces = [s.prompt[start : start + chunk] for s in waiting]
             batch = self.cache.step([s.pages for s in waiting], [len(p) for p in pieces])
@@ -223,7 +230,7 @@ class _Run:
         for token in tokens:
             fresh.append(token)
             stream.out.append(token)
-            full = len(stream.out) >= self.limit or stream.position >= self.context
+            full = len(stream.out) == self.limit or stream.position == self.context - 1
             if full or token in self.config.eos_token_id:
                 stream.done = True
                 self.cache.release(stream.pages)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from porthal.hal import Batch, Binding, Selection, UsageError
+from porthal.hal import Batch, Binding, Selection
 from porthal.model.attention import Attention, LayerCache
 from porthal.model.cache import Cache
 from porthal.model.checkpoint import Loader, Source
 from porthal.model.config import Config
 from porthal.model.experts import DenseMlp, MoeMlp
 from porthal.model.mtp import Mtp
-from porthal.model.tokens import check_ids, ids_array, stack_rows
+from porthal.model.tokens import check_count, check_ids, ids_array, stack_rows
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -83,9 +83,7 @@ class Glm5:
     def new_cache(self, n_blocks: int, block_size: int = 64) -> Cache:
         """Pages for every layer, and for the MTP layer where there is one."""
         full = [block.full for block in self.blocks] + ([True] if self.mtp else [])
-        layers = [
-            LayerCache.alloc(self.ops, self.config, f, self.dtype, n_blocks, block_size) for f in full
-        ]
+        layers = [LayerCache.alloc(self.ops, self.config, f, self.dtype, n_blocks, block_size) for f in full]
         return Cache(layers, n_blocks, block_size)
 
     # -- whole texts -------------------------------------------------------------------------------------------------
@@ -93,13 +91,12 @@ class Glm5:
     def forward(self, tokens: Sequence[int], *, chunk: int | None = None) -> ndarray[Any, Any]:
         """float32 logits [T, vocab] of every position of one text, prefilled at once or in chunks of `chunk` tokens."""
         ids = check_ids(tokens, self.config.vocab_size, self.config.max_position_embeddings)
-        if chunk is not None and chunk < 1:
-            raise UsageError(f"chunk is {chunk}: expected at least 1 token")
+        chunk = len(ids) if chunk is None else check_count("chunk", chunk, 1)
         cache = self.new_cache(Cache.blocks_for(len(ids)))
         request = cache.new_request()
         parts = []
-        for start in range(0, len(ids), chunk or max(len(ids), 1)):
-            piece = ids[start : start + (chunk or len(ids))]
+        for start in range(0, len(ids), chunk):
+            piece = ids[start : start + chunk]
             batch = self.ops.plan(cache.step([request], [len(piece)]))
             hidden = self.hidden(self.ops.from_numpy(ids_array(piece)), batch, cache)
             parts.append(self.ops.to_numpy(self.logits(hidden)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,37 @@ def tokenizer(directory: str | Path, vocab_size: int) -> Bytes | Vocabulary:
 
 def check_ids(tokens: Sequence[int], vocab_size: int, longest: int) -> list[int]:
     """The tokens as ints; UsageError when there are none, too many, or one is out of range."""
-    ids = [int(t) for t in tokens]
+    if not isinstance(tokens, Iterable):
+        raise UsageError(f"the prompt is {tokens!r}: expected a sequence of token ids")
+    ids = [check_count(f"token {i}", token, 0, vocab_size - 1) for i, token in enumerate(tokens)]
     if not ids:
         raise UsageError("the prompt is empty: give at least one token")
     if len(ids) > longest:
         raise UsageError(f"the prompt has {len(ids)} tokens, the context holds {longest}")
-    for i, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise UsageError(f"token {i} is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
     return ids
+
+
+def check_count(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int; UsageError unless it is a whole number from `low` to `high`."""
+    try:
+        count = index(value)
+    except TypeError:
+        count = low - 1
+    if count < low or (high is not None and count > high):
+        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UsageError(f"{name} is {value!r}: expected a whole number {bound}")
+    return count
+
+
+def check_temperature(value: Any) -> float:
+    """The value as a float; UsageError unless it is a finite number of at least 0."""
+    try:
+        temperature = float(value)
+    except (TypeError, ValueError):
+        temperature = math.nan
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"temperature is {value!r}: expected a number of at least 0, where 0 is greedy")
+    return temperature
 
 
 def ids_array(ids: Sequence[int]) -> Array:

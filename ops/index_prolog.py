@@ -59,7 +59,7 @@ def index_prolog(
     def turn(x: Array) -> Array:
         return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
-    iq = turn(may_round("iq", dot("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), -1, size))
+    iq = turn(may_round("iq", dot("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), len(wq_b) // size, size))
     k = layer_norm.reference(may_round("k", dot("th,dh->td", h, wk), to="qr"), k_norm, k_bias, eps=eps)
     k = turn(may_round("normed", k, to="qr")[:, None])[:, 0]
     return iq, dot("th,gh->tg", h, w_head), kv_write.reference(keys, batch, k)

@@ -19,7 +19,7 @@ def mla_output(o: Array, w_uv: Array, w_o: Array) -> Array:
     The values of the heads may be rounded before w_o. Source: DeepSeek-V2.
     """
     values = may_round("values", dot("tnc,nvc->tnv", o, w_uv), to="o")
-    return dot("tj,hj->th", values.reshape(len(o), -1), w_o)
+    return dot("tj,hj->th", values.reshape(len(o), w_o.shape[1]), w_o)
 
 
 @mla_output.decomposed(w_uv="head_linear.w", w_o="linear.w")

@@ -63,7 +63,7 @@ def mla_prolog(
     heads, _, nope = w_uk.shape
     width = kv.spec.fields[1][1]
     qr = rms_norm.reference(may_round("q_a", dot("th,qh->tq", h, q_a), to="h"), q_norm, eps=eps)
-    q = may_round("q", dot("tq,oq->to", may_round("qr", qr, to="h"), q_b), to="h").reshape(len(h), heads, -1)
+    q = may_round("q", dot("tq,oq->to", may_round("qr", qr, to="h"), q_b), to="h").reshape(len(h), heads, nope + width)
     a = may_round("kv_a", dot("th,ch->tc", h, kv_a), to="h")
     c = rms_norm.reference(a[:, :-width], kv_norm, eps=eps)
 

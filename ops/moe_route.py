@@ -37,7 +37,7 @@ def _scores(logits: Array, bias: Array, *, k: int, scale: float, n_group: int = 
     biased = single(elementary(sigmoid, logits) + bias)
     if n_group == 1:
         return biased
-    groups = biased.reshape(len(biased), n_group, -1)
+    groups = biased.reshape(len(biased), n_group, biased.shape[1] // n_group)
     best_two = np.sort(np.where(np.isnan(groups), -np.inf, groups), axis=-1)[..., -2:].sum(-1)
     kept = np.zeros((len(biased), n_group), bool)
     np.put_along_axis(kept, choose(best_two, topk_group), True, axis=1)

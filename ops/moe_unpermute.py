@@ -21,4 +21,4 @@ def moe_unpermute(sorted: Array, source: Array, weights: Array) -> Array:
     parts = np.zeros((T * k, sorted.shape[1]))
     kept = source >= 0
     parts[source[kept]] = sorted[kept]
-    return total(single(parts.reshape(T, k, -1) * weights[..., None]), axis=1)
+    return total(single(parts.reshape(T, k, sorted.shape[1]) * weights[..., None]), axis=1)

@@ -31,9 +31,9 @@ from porthal.hal import (
     numpy_dtype,
 )
 
-# Gathered keys, logits and what is computed from them, per chunk of query rows: no kernel holds more at a time.
-CHUNK_BYTES = 64 << 20
-KEY_BLOCK = 8192  # keys that the indexer multiplies at once
+# What a kernel over cached keys may hold at a time besides its results: gathered keys, logits, what is computed from them.
+CHUNK_BYTES = 32 << 20
+KEY_BLOCK = 2048  # keys that the indexer multiplies at once
 
 
 class Plan(NamedTuple):
@@ -279,10 +279,11 @@ class Torch(Backend):
     ) -> Tensor:
         plan: Plan = batch.native
         indices, length = self.rows(sel)
-        k = min(sel.spec.k, batch.max_kv)
         c, kp = (kv[name] for name, _ in kv.spec.fields)
         heads, size = q_latent.shape[1], kv.spec.block_size
-        per_row = k * ((c.shape[1] + kp.shape[1]) * (4 + c.element_size() % 4) + heads * 3 * 4 + 3 * 8)
+        k = min(sel.spec.k, batch.block_table.shape[1] * size)
+        stored = c.element_size() if c.dtype != torch.float32 else 0  # gathered as stored, then widened
+        per_row = k * ((c.shape[1] + kp.shape[1]) * (4 + stored) + heads * 3 * 4 + 3 * 8)
 
         def attend(rows: slice) -> Tensor:
             count = length[rows, None]
@@ -387,7 +388,7 @@ def _grouped(x: Tensor, w: Tensor, counts: list[int]) -> Tensor:
     """Rows by expert times w[e]; rows behind the last expert's are zero."""
     tail = x.shape[0] - sum(counts)
     parts = x.split([*counts, tail])
-    products = [F.linear(rows, w[e]) for e, rows in enumerate(parts[:-1]) if counts[e]]
+    products = [F.linear(rows, weight) for rows, weight in zip(parts, w.unbind()) if len(rows)]
     return torch.cat([*products, x.new_zeros((tail, w.shape[1]))])
 
 
@@ -436,11 +437,12 @@ def _indexer_scores(iq: Tensor, w: Tensor, keys: Pages, table: Tensor, seen: int
     """float32 [rows, seen]: the scores of one request's rows against its first `seen` keys."""
     [(name, _)] = keys.spec.fields
     blocks, size = _blocks(keys, name), keys.spec.block_size
-    pages = table[: -(-seen // size)]
-    query = iq.float().flatten(0, 1)
-    parts = [iq.new_empty((iq.shape[0], 0), dtype=torch.float32)]
-    for some in pages.split(max(1, KEY_BLOCK // size)):
-        key = blocks.index_select(0, some).flatten(0, 1).float()
+    query, weight = iq.float().flatten(0, 1), w.float()[:, None]
+
+    def score(pages: Tensor) -> Tensor:
+        key = blocks.index_select(0, pages).flatten(0, 1).float()
         products = torch.relu(query @ key.T).unflatten(0, iq.shape[:2])
-        parts.append(scale * torch.bmm(w.float()[:, None], products)[:, 0])
+        return scale * torch.bmm(weight, products)[:, 0]
+
+    parts = [score(pages) for pages in table[: -(-seen // size)].split(max(1, KEY_BLOCK // size))]
     return torch.cat(parts, dim=1)[:, :seen]

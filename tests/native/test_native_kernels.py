@@ -73,7 +73,11 @@ def test_rms_norm_reads_any_strides(dtype):
     rng = np.random.default_rng(2)
     base, weights = random(rng, 12, 90, dtype=dtype), random(rng, 180, dtype=dtype)
     for x in (base[::2, 3:40], base[::-1, 5:], base[:, ::3], base[:, ::-1], base.T, np.broadcast_to(base[:1], (4, 90))):
-        for weight in (weights[1 : 2 * x.shape[1] : 2], weights[: x.shape[1]][::-1], np.broadcast_to(weights[0], x.shape[1])):
+        for weight in (
+            weights[1 : 2 * x.shape[1] : 2],
+            weights[: x.shape[1]][::-1],
+            np.broadcast_to(weights[0], x.shape[1]),
+        ):
             assert same_bits(rms_norm(x, weight), rms_norm(x.copy(), weight.copy()))
 
 
@@ -293,7 +297,9 @@ def test_moe_experts_sums_choices_in_order():
     small = np.float32(2**-25)
     native.moe_experts(np.ones((1, 1), F32), np.int32([[2, 1, 0]]), np.float32([[1, small, small]]), w13, w2, 0, y)
     assert y[0, 0] == base
-    native.moe_experts(np.ones((1, 1), F32), np.int32([[0, 1, 2]]), np.float32([[small * 2, small * 2, 1]]), w13, w2, 0, y)
+    native.moe_experts(
+        np.ones((1, 1), F32), np.int32([[0, 1, 2]]), np.float32([[small * 2, small * 2, 1]]), w13, w2, 0, y
+    )
     assert y[0, 0] > base
 
 

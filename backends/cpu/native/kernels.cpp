@@ -22,7 +22,9 @@ constexpr int kLanes = 4, kTileRows = 3;
 #endif
 constexpr int kVectors = 4;  // vectors across a panel; kTileRows * kVectors sums stay in registers
 constexpr int kPanel = kLanes * kVectors;
-constexpr std::int64_t kDepthBlock = 192;  // a panel block of this depth stays in L1 while all rows pass over it
+// A panel block of this depth stays in L1 while all rows pass over it: the short one for few rows, where memory decides.
+constexpr std::int64_t kShortBlock = 128, kLongBlock = 256;
+constexpr std::int64_t kStreamRows = 3;  // up to so many rows, computing hides behind reading
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -162,27 +164,32 @@ inline void step(const bf16* const* a, const bf16* row, std::int64_t k, F (&sums
 #endif
 }
 
-// With ahead > 0 it also fetches that many cache lines per step from `next`, for the tiles of the next depth block.
+// sums = or += a[Rows][begin:end] . panel; fetches `ahead` cache lines per step from `next` on.
 template <class T, int Rows>
 void tile(const T* const* a, const T* panel, std::int64_t begin, std::int64_t end, float* out, const char* next,
           int ahead) {
   F sums[Rows][kVectors];
+#pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sums[m][j] = begin ? load(out + m * kPanel + j * kLanes) : F{};
   if (ahead == 0) {
     for (std::int64_t k = begin; k < end; k += kGroup<T>) step<Rows>(a, panel + k * kPanel, k, sums);
   } else {
-    for (std::int64_t k = begin; k < end; k += kGroup<T>, next += ahead * 64) {
-      for (int line = 0; line < ahead; ++line) __builtin_prefetch(next + line * 64, 0, 3);
+    for (std::int64_t k = begin; k < end; k += kGroup<T>) {
+      for (int line = 0; line < ahead; ++line, next += 64) __builtin_prefetch(next);
       step<Rows>(a, panel + k * kPanel, k, sums);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) store(out + m * kPanel + j * kLanes, sums[m][j]);
 }
 
 template <class T>
-void multiply(const T* const* a, std::int64_t rows, const T* panel, std::int64_t depth, float* sums) {
+void multiply(const T* const* a, std::int64_t rows, const T* panel, std::int64_t depth, const T* following,
+              float* sums) {
   constexpr decltype(&tile<T, 1>) kTiles[] = {
     tile<T, 1>, tile<T, 2>, tile<T, 3>,
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -191,14 +198,19 @@ void multiply(const T* const* a, std::int64_t rows, const T* panel, std::int64_t
   };
   static_assert(sizeof kTiles / sizeof *kTiles == kTileRows, "one tile per row count");
   const std::int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const std::int64_t block = tiles > 1 ? kDepthBlock : depth;
+  // Few rows read the panel as one stream, which the hardware fetches ahead best. With more, memory would idle while
+  // later tiles compute on the block in L1: the tiles share in fetching the next block, in address order.
+  const bool stream = rows <= kStreamRows;
+  const std::int64_t block = stream ? depth : tiles < 4 ? kShortBlock : kLongBlock;
+  constexpr int kLines = kPanel * 4 / 64;
+  const int share = tiles >= kLines ? 1 : kLines / static_cast<int>(tiles);
   for (std::int64_t k = 0; k < depth; k += block) {
-    const std::int64_t end = k + block < depth ? k + block : depth;
+    const std::int64_t end = k + block < depth ? k + block : depth, steps = (end - k) / kGroup<T>;
+    const char* const next = reinterpret_cast<const char*>(end < depth ? panel + end * kPanel : following);
     for (std::int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height: 8 rows are 4 + 4, not 6 + 2
       const std::int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
-      const int lines = kPanel * 4 / 64, share = tiles >= lines ? 1 : lines / tiles;
-      const bool fetch = tiles > 1 && end < depth && t * share < lines;
-      kTiles[height - 1](a + first, panel, k, end, sums + first * kPanel, reinterpret_cast<const char*>(panel + end * kPanel) + t * share * 64 * ((end - k) / kGroup<T>), fetch ? share : 0);
+      const int ahead = !stream && next && t * share < kLines ? share : 0;
+      kTiles[height - 1](a + first, panel, k, end, sums + first * kPanel, next + t * share * steps * 64, ahead);
     }
   }
 }

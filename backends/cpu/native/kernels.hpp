@@ -23,7 +23,9 @@ struct Loops {
                          std::uint32_t* indices);
 
   // sums[rows, panel] = a[rows][depth] . panel. Each sum runs over depth in one fixed order, whatever rows is.
-  void (*multiply)(const T* const* a, std::int64_t rows, const T* panel, std::int64_t depth, float* sums);
+  // `following` is the panel that this thread reads next, or null: its beginning is fetched meanwhile.
+  void (*multiply)(const T* const* a, std::int64_t rows, const T* panel, std::int64_t depth, const T* following,
+                   float* sums);
   // h[rows, panel/2] = silu(gate half of sums) * up half of sums, `columns` of them, rows `stride` elements apart.
   void (*gate)(const float* sums, std::int64_t rows, T* h, std::int64_t stride, std::int64_t columns);
   // y[columns] = sum over j ascending of weights[j] * sums[picks[j]], skipping picks[j] < 0.

@@ -209,15 +209,22 @@ void moe_experts(const Matrix& x, const Matrix& ids, const Matrix& weights, cons
     const std::int64_t bytes = routing.active * (w13.panels * w13.panel_bytes + w2.panels * w2.panel_bytes);
     const bool alone = bytes * ceil_div(routed, 8 * std::max<std::int64_t>(1, routing.active)) < (1 << 19);
 
+    const auto panel = [](const PackedExperts& w, std::int64_t expert, std::int64_t p) {
+      return reinterpret_cast<const T*>(w.panel(expert, p));
+    };
     const std::int64_t ups = works * w13.panels;
-    parallel_for(ups, alone ? ups : 1, [&](std::int64_t from, std::int64_t to) {
+    const std::int64_t share = std::clamp<std::int64_t>(ups / (16 * num_threads()), 1, 8);
+    parallel_for(ups, alone ? ups : share, [&](std::int64_t from, std::int64_t to) {
       alignas(64) float sums[kRowBlock * 64];
       const T* a[kRowBlock];
       for (std::int64_t i = from; i < to; ++i) {
         const Routing::Work& work = routing.work[i / w13.panels];
         const std::int64_t p = i % w13.panels;
         for (std::int64_t m = 0; m < work.rows; ++m) a[m] = input(work.first + m);
-        loops.multiply(a, work.rows, reinterpret_cast<const T*>(w13.panel(work.expert, p)), depth, sums);
+        const std::int64_t then = i + 1;
+        const T* const following =
+            then < to ? panel(w13, routing.work[then / w13.panels].expert, then % w13.panels) : nullptr;
+        loops.multiply(a, work.rows, panel(w13, work.expert, p), depth, following, sums);
         loops.gate(sums, work.rows, hidden + work.first * stride + p * half, stride, std::min(half, inner - p * half));
       }
     });
@@ -227,10 +234,11 @@ void moe_experts(const Matrix& x, const Matrix& ids, const Matrix& weights, cons
       float* const sums = sums_of_thread.at_least(routed * width);
       const T* a[kRowBlock];
       for (std::int64_t p = from; p < to; ++p) {
-        for (const Routing::Work& work : routing.work) {
+        for (std::int64_t i = 0; i < works; ++i) {
+          const Routing::Work& work = routing.work[i];
           for (std::int64_t m = 0; m < work.rows; ++m) a[m] = hidden + (work.first + m) * stride;
-          loops.multiply(a, work.rows, reinterpret_cast<const T*>(w2.panel(work.expert, p)), stride,
-                         sums + work.first * width);
+          const T* const following = i + 1 < works ? panel(w2, routing.work[i + 1].expert, p) : nullptr;
+          loops.multiply(a, work.rows, panel(w2, work.expert, p), stride, following, sums + work.first * width);
         }
         for (std::int64_t t = begin; t < end; ++t) {
           const std::int64_t slot = (t - begin) * choices;

@@ -1,0 +1,236 @@
+"""The commands. Each imports what it needs when it runs, so that help and `backends` come at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from porthal.cli import text
+from porthal.hal import PorthalError
+
+
+class Commands(TyperGroup):
+    """Exit codes: what a command returns, 2 for a PorthalError (its sentence on stderr), 130 for an interrupt."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            code = super().invoke(ctx)
+        except PorthalError as error:
+            text.note(f"porthal: {error}")
+            code = 2
+        except KeyboardInterrupt:
+            code = 130
+        raise typer.Exit(code or 0)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Port GLM-5 to a chip: say how the chip computes each operator, prove that it computes what is specified, run it.",
+)
+
+BackendOption = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the best here")
+]
+ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of activations, weights and caches")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import porthal
+
+        print(f"porthal {porthal.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def backends(json: JsonFlag = False) -> None:
+    """What is here, what is not, and why. No vendor's package is imported."""
+    from porthal.hal import Unavailable, backend_names, probe
+
+    found = {name: probe(name) for name in backend_names()}
+    rule, chosen = "PORTHAL_BACKEND", os.environ.get("PORTHAL_BACKEND", "")
+    if not chosen:
+        rule = "the first available in this order"
+        chosen = next(name for name, here in found.items() if here.state == "available")
+    name = chosen.partition(":")[0]
+    if json:
+        rows = [{"name": n, "state": f.state, "why": f.why, "selected": n == name} for n, f in found.items()]
+        text.as_json({"backends": rows, "selected": chosen, "rule": rule})
+    else:
+        text.table(["", "backend", "state", "why"], [["*" * (n == name), n, f.state, f.why] for n, f in found.items()])
+    if probe(name).state != "available":  # an unknown name is refused by probe itself
+        raise Unavailable(f"{rule} is {chosen!r}, which is {found[name].state}: {found[name].why}; choose another above")
+    if not json:
+        print(f"* is selected: {chosen}, by {rule}")
+
+
+@app.command()
+def explain(
+    model: ModelOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    json: JsonFlag = False,
+) -> int:
+    """Per op: whose kernel a model runs on, and why. Exit code 1 when the model needs an op that is missing."""
+    from porthal.hal import Binding, Choice, NotClaimed, bind
+    from porthal.model.load import profile
+
+    needed = profile(_config(model), dtype.value) if model or _demo_is_here() else {}
+    bare = bind(backend)
+    choices = dict(bare.choices)
+    for op, specs in needed.items():  # one at a time: what is missing becomes a row, not a refusal
+        try:
+            choices[op] = bind(profile={op: specs}, backend=bare.backend).choices[op]
+        except NotClaimed as error:
+            choices[op] = Choice(op, "missing", "", "", str(error))
+    missing = [op for op in needed if choices[op].status == "missing"]
+    counts = Binding(bare.backend, choices, {})
+    if json:
+        facts = ("op", "status", "owner", "provider", "reason", "tie")
+        rows = [{**{f: getattr(c, f) for f in facts}, "needed": op in needed} for op, c in choices.items()]
+        place = bare.backend.place
+        text.as_json({"backend": str(bare.backend), "place": place, "ops": rows, "counts": counts.counts()})
+    else:
+        head = ["op", "kernel", "owner", "provider", "reason"]
+        text.table(head, [[c.op, c.status, c.owner, c.provider, c.reason] for c in choices.values()])
+        judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if needed else "without a model's profile"
+        print(f"{bare.backend} ({bare.backend.place}), {judged}: {counts.summary()}")
+    return 1 if missing else 0
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="TEXT")],
+    model: ModelOption = None,
+    max_new: Annotated[int, typer.Option("--max-new", metavar="N", help="tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    speculative: Annotated[int, typer.Option(metavar="N", help="MTP drafts per step; greedy text stays the same")] = 0,
+    dtype: DtypeOption = Dtype.float32,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    backend: BackendOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff."""
+    from porthal.cli.stream import Printer
+    from porthal.hal import bind
+    from porthal.model.generate import generate as run
+    from porthal.model.load import DEMO, load, profile
+    from porthal.model.tokens import tokenizer
+
+    directory = model or DEMO
+    config = _config(directory)
+    words = tokenizer(directory, config.vocab_size)
+    binding = bind(backend, profile=profile(config, dtype.value))
+    loaded = load(directory, binding, dtype=dtype.value)
+    printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
+    start = time.perf_counter()
+    made = run(
+        loaded,
+        [words.encode(prompt)],
+        max_new,
+        temperature=temperature,
+        speculative=speculative,
+        seed=seed,
+        on_tokens=lambda _, ids: printer.add(ids),
+    )
+    seconds = time.perf_counter() - start
+    printer.close()
+    count = len(made.tokens[0])
+    per_forward = count / made.forwards if made.forwards else 0.0
+    if json:
+        text.as_json(
+            {
+                "backend": str(binding.backend),
+                "place": binding.backend.place,
+                "dtype": dtype.value,
+                "prompt": prompt,
+                "text": printer.text,
+                "tokens": made.tokens[0],
+                "seconds": seconds,
+                "forwards": made.forwards,
+                "tokens_per_forward": per_forward,
+            }
+        )
+    else:
+        text.note(
+            f"{binding.backend} ({binding.backend.place}), {dtype.value}: {count} tokens in {seconds:.2f} s "
+            f"({count / seconds:.1f} per second), {per_forward:.2f} per forward of the main model"
+        )
+
+
+@app.command()
+def trace(
+    model: ModelOption = None,
+    rows: Annotated[int, typer.Option(metavar="N", help="query rows of the step")] = 1,
+    context: Annotated[int | None, typer.Option(metavar="N", help="positions it ends at; default: ROWS")] = None,
+    dtype: DtypeOption = Dtype.float32,
+    expand: Annotated[bool, typer.Option("--expand", help="composites as the ops they are made of")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Every op of one step with its shapes: what a chip must be able to do for this model."""
+    from porthal.cli.calls import distinct
+    from porthal.hal import UsageError
+    from porthal.model.load import trace as calls_of
+
+    config = _config(model)
+    ends = rows if context is None else context
+    if not 1 <= rows <= ends <= config.max_position_embeddings:
+        raise UsageError(
+            f"--rows is {rows} and --context {ends}: expected 1 <= rows <= context <= {config.max_position_embeddings}"
+        )
+    calls = distinct(calls_of(config, dtype.value, rows, ends, expand))
+    if json:
+        text.as_json([asdict(c) for c in calls])
+        return
+    shown = [
+        [str(c.count), c.op, c.signature(), c.attributes_text(), text.si(c.flops, "FLOP"), text.si(c.bytes, "B")]
+        for c in calls
+    ]
+    text.table(["count", "op", "operands -> results", "attributes", "work", "traffic"], shown)
+    flops, traffic = sum(c.count * c.flops for c in calls), sum(c.count * c.bytes for c in calls)
+    print(
+        f"{sum(c.count for c in calls)} calls, {len(calls)} distinct, of {len({c.op for c in calls})} ops: "
+        f"{text.si(flops, 'FLOP')}, {text.si(traffic, 'B')} for {rows} rows at {ends} positions"
+    )
+
+
+def _config(model: Path | None) -> Any:
+    from porthal.model.config import Config
+    from porthal.model.load import DEMO
+
+    return Config.read(model or DEMO)
+
+
+def _demo_is_here() -> bool:
+    from porthal.model.load import DEMO
+
+    return (DEMO / "config.json").is_file()

@@ -1,0 +1,1 @@
+"""`pytest --porthal-backend=NAME` runs a backend's conformance cases as tests."""

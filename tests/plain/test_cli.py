@@ -1,0 +1,304 @@
+"""The commands as a user meets them: what they print where, what they refuse, and how they exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import porthal
+from porthal.cli.app import app
+from porthal.cli.stream import Printer
+from porthal.model import load
+from porthal.model.tokens import Bytes
+from tests.oracles import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-c", "from porthal.cli import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def no_policy(monkeypatch):
+    for name in ("PORTHAL_BACKEND", "PORTHAL_OPS", "PORTHAL_FALLBACK", "PORTHAL_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(capsys):
+    """(exit code, stdout, stderr) of a command line."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as left:
+            app([str(a) for a in args], prog_name="porthal")
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A tiny checkpoint whose tokens are bytes."""
+    with mock.patch.dict(tiny.CONFIG, vocab_size=256, eos_token_id=[0]):
+        return tiny.build(tmp_path_factory.mktemp("bytes"), "glm5")
+
+
+def process(*args, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PORTHAL_")}
+    return subprocess.run(
+        [*PROGRAM, *map(str, args)], cwd=ROOT, env=inherited | environment, capture_output=True, timeout=120
+    )
+
+
+# -- help, version, start-up -----------------------------------------------------------------------------------------
+
+
+def test_version(run):
+    assert run("--version") == (0, f"porthal {porthal.__version__}\n", "")
+
+
+def test_without_a_command_help_is_printed_and_nothing_is_done(run):
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert out.startswith("Usage: porthal")
+    assert all(name in out for name in ("backends", "explain", "generate", "trace", "conform", "replay"))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["backends"]])
+def test_help_and_backends_import_no_framework(args):
+    program = (
+        "import sys\nfrom porthal.cli import main\ntry:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'transformers', 'ml_dtypes', 'jinja2'} & set(sys.modules)), file=sys.stderr)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert time.perf_counter() - begin < 5
+
+
+# -- backends --------------------------------------------------------------------------------------------------------
+
+
+def test_backends_lists_all_and_marks_the_first_available(run):
+    code, out, _ = run("backends", "--json")
+    said = json.loads(out)
+    states = {row["name"]: row["state"] for row in said["backends"]}
+    assert code == 0
+    assert tuple(states) == porthal.hal.backend_names()
+    assert states["reference"] == "available"
+    assert said["selected"] == next(name for name, state in states.items() if state == "available")
+    assert [row["name"] for row in said["backends"] if row["selected"]] == [said["selected"]]
+    assert all(row["why"] for row in said["backends"] if row["state"] != "available")
+
+
+def test_backends_names_the_rule(run, monkeypatch):
+    assert "by the first available in this order" in run("backends")[1]
+    monkeypatch.setenv("PORTHAL_BACKEND", "reference")
+    _, out, _ = run("backends")
+    assert out.endswith("* is selected: reference, by PORTHAL_BACKEND\n")
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("*  ")] == ["reference"]
+
+
+def test_backends_refuses_a_selection_that_does_not_exist(run, monkeypatch):
+    monkeypatch.setenv("PORTHAL_BACKEND", "referense")
+    code, out, err = run("backends")
+    assert code == 2
+    assert "reference" in out and "is selected" not in out
+    assert err.startswith("porthal: unknown backend 'referense', did you mean 'reference'?")
+
+
+# -- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_for_every_op_whose_kernel_it_is(run, checkpoints):
+    code, out, _ = run("explain", "--model", checkpoints["glm5"], "--backend", "reference", "--json")
+    said = json.loads(out)
+    ops = {row["op"]: row for row in said["ops"]}
+    assert (code, said["backend"], said["place"]) == (0, "reference", "hardware")
+    assert sorted(ops) == sorted(porthal.ops.__all__)
+    assert {row["status"] for row in ops.values()} == {"own"}
+    assert said["counts"] == {"own": len(ops), "inherited": 0, "composed": 0, "fallback": 0, "missing": 0}
+    assert ops["sparse_mla"]["needed"] and not ops["gather_logprob"]["needed"]
+
+
+def test_explain_follows_the_policy_and_ends_with_counts(run, checkpoints, monkeypatch):
+    monkeypatch.setenv("PORTHAL_BACKEND", "reference")
+    monkeypatch.setenv("PORTHAL_OPS", "moe_layer=composed")
+    _, out, _ = run("explain", "--model", checkpoints["glm52"], "--dtype", "bfloat16")
+    row = next(line for line in out.splitlines() if line.startswith("moe_layer"))
+    assert row.split() == ["moe_layer", "composed", "by", "policy"]
+    count = len(porthal.ops.__all__)
+    assert out.splitlines()[-1] == (
+        f"reference (hardware), for {checkpoints['glm52']} in bfloat16: {count - 1} own, 0 inherited, 1 composed"
+    )
+
+
+def test_explain_shows_what_is_missing_and_fails(run, checkpoints, monkeypatch):
+    kernels = porthal.hal.Backend.refuses
+
+    def refuses(self, op, kernel, spec):
+        return "k = 16, the kernel takes 1" if op == "topk" else kernels(self, op, kernel, spec)
+
+    monkeypatch.setattr(porthal.hal.Backend, "refuses", refuses)
+    code, out, _ = run("explain", "--model", checkpoints["glm5"], "--backend", "reference")
+    row = next(line for line in out.splitlines() if line.startswith("topk"))
+    assert code == 1
+    assert row.split()[1] == "missing" and "k = 16, the kernel takes 1" in row
+    assert out.splitlines()[-1].endswith(" 1 missing")
+
+
+# -- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_text_and_nothing_else(run, texts):
+    prompt, binding = "def é(", porthal.bind("reference")
+    ids = load(texts, binding).generate(list(prompt.encode()), 12)
+    code, out, err = run("generate", prompt, "--model", texts, "--max-new", 12, "--backend", "reference")
+    assert (code, out) == (0, prompt + Bytes().decode([i for i in ids if i]))
+    assert err.startswith(f"reference (hardware), float32: {len(ids)} tokens in ")
+    assert err.endswith(" 1.00 per forward of the main model\n") and err.count("\n") == 1
+
+
+def test_speculation_changes_the_forwards_and_not_the_text(run, texts):
+    plain, drafted = (
+        json.loads(run("generate", "x", "--model", texts, "--speculative", n, "--backend", "reference", "--json")[1])
+        for n in (0, 3)
+    )
+    assert plain["tokens"] == drafted["tokens"] and plain["text"] == drafted["text"]
+    assert plain["forwards"] == len(plain["tokens"]) >= drafted["forwards"]
+
+
+def test_a_seed_gives_one_text(run, texts):
+    def sampled(seed):
+        args = ("--temperature", 1, "--seed", seed, "--max-new", 16, "--backend", "reference")
+        return run("generate", "x", "--model", texts, *args)[1]
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_bytes_that_are_no_text_survive_as_an_argument(texts):
+    done = process("generate", "--model", texts, "--max-new", 0, b"\xff\xc3".decode("utf-8", "surrogateescape"))
+    assert (done.returncode, done.stdout) == (0, b"\xff\xc3")
+
+
+def test_no_character_is_printed_before_its_last_byte(capsys):
+    printer, shown = Printer(Bytes(), "> ", without=(0,), silent=False), []
+    for byte in "aé€😀".encode() + b"\0\xe2":
+        printer.add([byte])
+        shown.append(capsys.readouterr().out)
+    printer.close()
+    assert shown == ["> a", "", "é", "", "", "€", "", "", "", "😀", "", ""]
+    assert capsys.readouterr().out == "\ufffd"
+    assert printer.text == "aé€😀\ufffd"
+
+
+# -- trace -----------------------------------------------------------------------------------------------------------
+
+
+def test_trace_counts_calls_with_shapes_and_work(run, checkpoints):
+    args = ("trace", "--model", checkpoints["glm5"], "--rows", 3, "--context", 100)
+    calls = json.loads(run(*args, "--json")[1])
+    (attention,) = [c for c in calls if c["op"] == "sparse_mla"]
+    assert attention["count"] == 5  # four layers and the MTP layer
+    assert attention["operands"]["q_latent"] == {"kind": "array", "dtype": "float32", "shape": [3, 4, 32]}
+    assert attention["operands"]["kv"] == {"kind": "Pages", "dtype": "float32", "fields": {"c": 32, "kp": 8}}
+    assert attention["operands"]["sel"] == {"kind": "Selection", "dtype": "", "shape": [3, 16]}
+    assert attention["results"] == {"o": {"kind": "array", "dtype": "float32", "shape": [3, 4, 32]}}
+    assert attention["flops"] == 2 * 3 * 4 * 16 * (2 * 32 + 8)
+    assert attention["bytes"] == 4 * (3 * 4 * (2 * 32 + 8) + 3 * 16 * (32 + 8))
+    _, out, _ = run(*args)
+    row = next(line for line in out.splitlines() if " sparse_mla " in line)
+    assert row.startswith("5      sparse_mla") and "q_latent float32[3, 4, 32]" in row and "scale=" in row
+    assert out.splitlines()[-1].startswith(f"{sum(c['count'] for c in calls)} calls, {len(calls)} distinct")
+
+
+def test_trace_expands_composites(run, checkpoints):
+    args = ("trace", "--model", checkpoints["glm5"], "--dtype", "bfloat16", "--json")
+    whole = {c["op"] for c in json.loads(run(*args)[1])}
+    parts = json.loads(run(*args, "--expand")[1])
+    assert {"mla_prolog", "moe_layer"} <= whole and not {"mla_prolog", "moe_layer"} & {c["op"] for c in parts}
+    written = next(c for c in parts if c["op"] == "kv_write" and len(c["operands"]["pages"]["fields"]) == 2)
+    assert written["operands"]["pages"] == {"kind": "Pages", "dtype": "bfloat16", "fields": {"a": 32, "b": 8}}
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["explain", "--backend", "torhc"], "porthal: unknown backend 'torhc', did you mean 'torch'?"),
+        (["explain", "--model", "{none}"], "porthal: {none}/config.json does not exist: expected a model directory"),
+        (["trace", "--model", "{none}"], "porthal: {none}/config.json does not exist"),
+        (["trace", "--model", "{tiny}", "--rows", "-1"], "porthal: --rows is -1 and --context -1: expected 1 <= rows"),
+        (["trace", "--model", "{tiny}", "--rows", "4", "--context", "2"], "porthal: --rows is 4 and --context 2"),
+        (["generate", "x", "--model", "{none}"], "porthal: {none}/config.json does not exist"),
+        (["generate", "x", "--model", "{tiny}"], "porthal: {tiny} has no tokenizer.json"),
+        (["generate", "x", "--model", "{texts}", "--max-new", "-1"], "porthal: max_new_tokens is -1: expected 0 or more"),
+        (["generate", "x", "--model", "{texts}", "--speculative", "-2"], "porthal: speculative is -2: expected 0"),
+        (["generate", "x", "--model", "{texts}", "--temperature", "nan"], "porthal: temperature is nan"),
+        (["generate", "", "--model", "{texts}"], "porthal: the prompt is empty"),
+        (["generate", "x", "--dtype", "int3"], "Invalid value for '--dtype': 'int3' is not one of"),
+        (["generate"], "Missing argument 'TEXT'"),
+        (["explian"], "No such command 'explian'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, checkpoints, texts, tmp_path, monkeypatch, args, sentence):
+    if "--backend" not in args:
+        monkeypatch.setenv("PORTHAL_BACKEND", "reference")
+    places = {"none": tmp_path / "none", "tiny": checkpoints["glm5"], "texts": texts}
+    code, out, err = run(*(a.format(**places) for a in args))
+    assert (code, out) == (2, "")
+    assert sentence.format(**places) in err
+    assert "Traceback" not in err and (err.count("\n") == 1 or "Usage:" in err)
+
+
+def test_a_misspelt_op_in_the_policy(run, monkeypatch):
+    monkeypatch.setenv("PORTHAL_OPS", "topkk=reference")
+    code, _, err = run("explain", "--backend", "reference")
+    assert code == 2
+    assert err.startswith("porthal: unknown op 'topkk' in the overrides (PORTHAL_OPS), did you mean 'topk'?")
+
+
+def test_an_interrupt_is_quiet(run, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(porthal.hal, "backend_names", interrupt)
+    assert run("backends") == (130, "", "")
+
+
+# -- terminals -------------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(*args, **environment):
+    """What a command writes to stdout when that is a terminal."""
+    leader, follower = pty.openpty()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PORTHAL_") and k != "NO_COLOR"}
+    inherited |= {"TERM": "xterm-256color", "COLUMNS": "100"} | environment
+    child = subprocess.Popen([*PROGRAM, *args], cwd=ROOT, env=inherited, stdout=follower, stderr=subprocess.DEVNULL)
+    os.close(follower)
+    written = b""
+    try:
+        while piece := os.read(leader, 4096):
+            written += piece
+    except OSError:  # Linux: the other end is closed
+        pass
+    os.close(leader)
+    assert child.wait(60) == 0
+    return written.decode()
+
+
+def test_colour_is_for_terminals_that_want_it():
+    green = "\x1b[32mavailable"
+    assert green in on_a_terminal("backends")
+    plain = on_a_terminal("backends", NO_COLOR="1")
+    assert green not in plain and "available" in plain
+    assert b"\x1b" not in process("backends", TERM="xterm-256color").stdout
