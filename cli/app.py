@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from typer.core import TyperGroup
 
 from porthal.cli import text
 from porthal.hal import PorthalError
+
+EMULATED = ("ascend",)
 
 
 class Commands(TyperGroup):
@@ -36,6 +39,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Level(str, Enum):
+    bring_up = "bring-up"
+    standard = "standard"
+    strict = "strict"
+
+
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
@@ -51,6 +60,9 @@ BackendOption = Annotated[
 ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of activations, weights and caches")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
+LevelOption = Annotated[Level, typer.Option("--level", help="how many cases, and how sharply judged")]
 
 
 def _version(wanted: bool) -> None:
@@ -129,7 +141,7 @@ def explain(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="TEXT")],
+    prompt: Annotated[str, typer.Argument(show_default=False, help="the text to continue")],
     model: ModelOption = None,
     max_new: Annotated[int, typer.Option("--max-new", metavar="N", help="tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
@@ -221,6 +233,70 @@ def trace(
         f"{sum(c.count for c in calls)} calls, {len(calls)} distinct, of {len({c.op for c in calls})} ops: "
         f"{text.si(flops, 'FLOP')}, {text.si(traffic, 'B')} for {rows} rows at {ends} positions"
     )
+
+
+@app.command()
+def conform(
+    backend: BackendOption = None,
+    op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
+    level: LevelOption = Level.bring_up,
+    dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="only this one; may be repeated")] = None,
+    emulated: EmulatedFlag = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
+) -> int:
+    """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none was tested."""
+    from porthal.conformance import run
+
+    for file in (json, html):
+        text.check_writable(file)
+    machine = _machine(backend, emulated)
+    with text.progress() as advance:
+        report = run(
+            machine,
+            ops=op or None,
+            level=level.value,
+            dtypes=[d.value for d in dtype] if dtype else None,
+            progress=lambda done, of, result: advance(done, of, result.op),
+        )
+    text.drawn(report.table())
+    if json:
+        json.write_text(report.json(), encoding="utf-8")
+    if html:
+        html.write_text(report.html(), encoding="utf-8")
+    return int(report.exit_code)
+
+
+@app.command()
+def replay(
+    token: Annotated[str, typer.Argument(show_default=False, help="a case, as a report names it")],
+    backend: BackendOption = None,
+    level: LevelOption = Level.bring_up,
+    emulated: EmulatedFlag = False,
+) -> int:
+    """Run exactly one case again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
+    from porthal.conformance import replay as again
+
+    result = again(token, _machine(backend, emulated), level.value)
+    print(result.explain())
+    return 1 if result.failed else 0 if result.tested else 2
+
+
+def _machine(backend: str | None, emulated: bool) -> Any:
+    """The selected backend, on an emulated device where that is asked for."""
+    from porthal.hal import Unavailable, UsageError, bind, probe
+
+    if emulated:
+        name = (backend or "").partition(":")[0]
+        if name not in EMULATED:
+            raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(EMULATED)}")
+        if probe("torch").state != "available":
+            raise Unavailable("--emulated needs PyTorch: pip install torch")
+        try:
+            importlib.import_module(f"porthal.conformance.emulated.{name}").install()
+        except RuntimeError as error:  # the vendor's real package is loaded
+            raise Unavailable(str(error)) from None
+    return bind(backend, overrides={}, fallback="error").backend
 
 
 def _config(model: Path | None) -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from porthal.hal import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 STYLES = {
     "available": "green",
@@ -48,12 +52,10 @@ def as_json(value: Any) -> None:
 
 def si(value: float, unit: str) -> str:
     """1234567 bytes -> "1.23 MB"."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
-            break
-        value /= 1000
-    else:
-        prefix = "P"
+    prefixes = iter(("", "k", "M", "G", "T", "P"))
+    prefix = next(prefixes)
+    while abs(value) >= 1000:
+        value, prefix = value / 1000, next(prefixes)
     return f"{value:.3g} {prefix}{unit}"
 
 
@@ -61,18 +63,24 @@ def note(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def write(path: Path, content: str) -> None:
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+def check_writable(file: Path | None) -> None:
+    """Before long work, not after it."""
+    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise UsageError(f"cannot write {file}: expected a file name in a folder that exists and is writable")
+
+
+def drawn(what: RenderableType) -> None:
+    """Something of rich's on stdout: fitted to a terminal, whole lines otherwise."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 1000).print(what)
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar on stderr fed by (done, total, what); None where stderr is no terminal."""
+def progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr fed by (done, total, what); nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield None
+        yield lambda done, total, what: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -45,9 +45,10 @@ def build(case: Case) -> Inputs:
     sizes: dict[str, Any] = {"P": PAGES, **attrs, **dict(case.dims)}
     operands: dict[str, Any] = {}
     batch = None
-    if any(o.kind == "Batch" for o in contract.signature.operands):
-        batch = _batch(case, sizes)
-        sizes |= {"R": batch.R, "S": batch.max_kv}
+    for operand in contract.signature.operands:
+        if operand.kind == "Batch":
+            batch = _batch(case, sizes)
+            sizes |= dict(zip(operand.dims, (batch.T, batch.R, batch.max_kv)))
     for operand in contract.signature.operands:
         if operand.name in case.absent:
             operands[operand.name] = None
@@ -66,6 +67,8 @@ def build(case: Case) -> Inputs:
                 operands[operand.name] = array
     for finish in _FINISH.get(case.op, ()):
         finish(operands)
+    if case.view == "broadcast":
+        operands = {n: _repeated(v) for n, v in operands.items()}
     return Inputs(case, operands, attrs, contract.spec(operands, attrs))
 
 
@@ -85,10 +88,14 @@ def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any]) -> Array:
     values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
     if not is_float(dtype):
         return values.astype(numpy_dtype(dtype))
-    array = narrow(np.asarray(values, np.float64), dtype)
-    if case.view == "broadcast" and operand.kind == "array" and len(array):
-        array = np.array(np.broadcast_to(array[:1], array.shape))
-    return array
+    return narrow(np.asarray(values, np.float64), dtype)
+
+
+def _repeated(value: Any) -> Any:
+    """Every row of a float array as its first: what a view of stride 0 shows."""
+    if isinstance(value, np.ndarray) and is_float(str(value.dtype)) and len(value):
+        return np.array(np.broadcast_to(value[:1], value.shape))
+    return value
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Whether results are what the contract says, within the error it permits: plain arrays in, a judgement out.
 
 The budget of a float result is B = u |g| + 6 sigma + tiny: u the result's unit roundoff, g the float64 reference, sigma its
-standard deviation over runs perturbed at the points where the reference says that a chip may round. A result passes
+standard deviation over runs perturbed at the points where the reference says that a chip may round (without reductions
+the sum over these points, where that is less). A result passes
 when |y - g| <= c B everywhere, when its energy is near that of an ideal machine (g rounded once, plus sigma), and when
 its rounding has no preferred direction.
 """
@@ -19,7 +20,7 @@ from porthal.conformance.inputs import Array, Inputs, specified_rows, written_sl
 from porthal.conformance.values import TIED
 from porthal.hal import Batch, Pages, Rows, Selection, Weight
 from porthal.hal.dtypes import UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
-from porthal.hal.numerics import noise
+from porthal.hal.numerics import Noise, noise
 
 Verdict = Literal[
     "PASS",
@@ -86,10 +87,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Spread:
-    """A float64 value and the standard deviation that the contract permits a chip."""
+    """A float64 value, the standard deviation that the contract permits a chip, and the largest deviation."""
 
     value: Array
     sigma: Array
+    most: Array
+
+    def __getitem__(self, rows: Any) -> Spread:
+        return Spread(self.value[rows], self.sigma[rows], self.most[rows])
 
 
 def widened(operand: Any) -> Any:
@@ -121,21 +126,36 @@ class Golden:
         return self._named(self._call(self.contract.reference))
 
     def spread(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
-        """Value and sigma of every float result of the reference (or of another function of the contract)."""
+        """Value and deviation of every float result of the reference (or of another function of the contract)."""
         function = function or self.contract.reference
         named = self._named if function is self.contract.reference else _as_dict
-        exact = {k: v for k, v in _floats(named(self._call(function, *extra))).items()}
+        exact = _floats(named(self._call(function, *extra)))
         square = {k: np.zeros(v.shape) for k, v in exact.items()}
-        reduced = False
-        for run in range(RUNS):
+        total = {k: np.zeros(v.shape) for k, v in exact.items()}
+
+        def perturb(run: int, only: int | None) -> Noise:
             rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
-            with noise(rng, self.dtypes) as mode, np.errstate(all="ignore"):
+            with noise(rng, self.dtypes, only) as mode:
                 noisy = _floats(named(self._call(function, *extra)))
-            reduced |= mode.reduced
             for k, v in noisy.items():
                 with np.errstate(invalid="ignore", over="ignore"):
-                    square[k] += (v - exact[k]) ** 2
-        return {k: Spread(exact[k], _mixed(np.sqrt(square[k] / RUNS), exact[k], reduced)) for k in exact}
+                    off = np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=0.0)
+                square[k] += off**2
+                total[k] += off
+            return mode
+
+        first = perturb(0, None)
+        if first.reduced:
+            for run in range(1, RUNS):
+                perturb(run, None)
+            sigma = {k: _mixed(np.sqrt(v / RUNS)) for k, v in square.items()}
+            return {k: Spread(exact[k], sigma[k], 6 * sigma[k]) for k in exact}
+        # Without reductions each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
+        for k in exact:
+            square[k][...] = total[k][...] = 0
+        for point in range(first.met):
+            perturb(point, point)
+        return {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
 
     def scores(self) -> Spread:
         return self.spread(self.contract.scores)["value"]
@@ -163,10 +183,9 @@ def _floats(named: Mapping[str, Any]) -> dict[str, Array]:
     return found
 
 
-def _mixed(sigma: Array, value: Array, reduced: bool) -> Array:
+def _mixed(sigma: Array) -> Array:
     """After a reduction the elements of a row share errors, and eight runs are few: half of the row's mean square."""
-    sigma = np.where(np.isfinite(value) & np.isfinite(sigma), sigma, 0.0)
-    if not reduced or not sigma.size or not sigma.ndim:
+    if not sigma.size or not sigma.ndim:
         return sigma
     return np.sqrt((sigma**2 + np.mean(sigma**2, axis=-1, keepdims=True)) / 2)
 
@@ -221,7 +240,7 @@ def _judged(inputs: Inputs, outcome: Outcome, limit: Strictness, tie: str) -> Ju
 
 
 def _exactly(expected: Mapping[str, Any]) -> dict[str, Spread]:
-    return {k: Spread(v, np.zeros(v.shape)) for k, v in _floats(expected).items()}
+    return {k: Spread(v, zero := np.zeros(v.shape), zero) for k, v in _floats(expected).items()}
 
 
 def _check_form(name: str, value: Any, shape: tuple[int, ...], wanted: str, inputs: Inputs) -> None:
@@ -260,15 +279,13 @@ def _judge_spread(golden: Golden, key: str, spread: Spread, outcome: Outcome, li
     got = outcome.results[name]
     if not part:
         rows = specified_rows(inputs, name)
-        return _judge_floats(inputs, key, got[:rows], Spread(spread.value[:rows], spread.sigma[:rows]), limit)
+        return _judge_floats(inputs, key, got[:rows], spread[:rows], limit)
     before: Pages = inputs.operands[name]
     written = written_slots(inputs, before)
     touched = (bits(got[part]) != bits(before.native[part])).any(-1) & ~written
     if touched.any():
         raise _Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed and is none that is written")
-    return _judge_floats(
-        inputs, key, got[part][written], Spread(spread.value[written], spread.sigma[written]), limit
-    )
+    return _judge_floats(inputs, key, got[part][written], spread[written], limit)
 
 
 def _judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Strictness) -> Judgement:
@@ -288,7 +305,7 @@ def _judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: St
     finite = np.isfinite(wide) & np.isfinite(g)
     e = np.where(finite, np.abs(np.where(finite, wide, 0) - np.where(finite, g, 0)), 0.0)
     size = np.where(finite, np.abs(g), 0.0)
-    budget = UNIT_ROUNDOFF[kind] * size + 6 * spread.sigma + tiny(kind)
+    budget = UNIT_ROUNDOFF[kind] * size + spread.most + tiny(kind)
     over = e / budget
     at = [int(i) for i in np.unravel_index(int(np.argmax(over)), over.shape)]
     worst, where = float(over[tuple(at)]), f"{name}{at}"
@@ -380,14 +397,14 @@ def _bias(y: Array, g: Array, finite: Array, ideal: Array, sigma: Array) -> floa
 def _judge_choice(golden: Golden, chosen: Any, limit: Strictness, tie: str) -> str:
     """A top-k: valid, complete, and made of scores that are the highest within twice their budget."""
     contract, inputs = golden.contract, golden.inputs
-    scores = golden.scores() if not contract.exact else Spread(golden._call(contract.scores), np.zeros(1))
+    scores = golden.scores() if not contract.exact else Spread(golden._call(contract.scores), np.zeros(1), np.zeros(1))
     value = np.where(np.isnan(scores.value), -np.inf, scores.value)
     expected = golden.results()[contract.choice or ""]
     ids, length, candidates = _choice_arrays(chosen, expected, inputs, value.shape[-1])
     best, best_length, _ = _choice_arrays(expected, expected, inputs, value.shape[-1])
     budget = np.zeros_like(value)
     if not contract.exact:
-        budget = U_SINGLE * np.where(np.isfinite(value), np.abs(value), 0) + 6 * scores.sigma
+        budget = U_SINGLE * np.where(np.isfinite(value), np.abs(value), 0) + scores.most
     exact = contract.exact or any(r in TIED for _, r in inputs.case.recipes)
     name, deviates = contract.choice, False
     for t in range(len(ids)):

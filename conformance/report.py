@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -184,7 +183,7 @@ class Report:
 
     def replay(self, result: Result) -> str:
         """The command that repeats exactly this case."""
-        return f"porthal replay {shlex.quote(result.token)} --backend {self.backend}"
+        return replay_command(result, self.backend)
 
     # -- forms -------------------------------------------------------------------------------------------------------
 
@@ -233,6 +232,10 @@ class Report:
             chosen = [r for r in row.results if r.dtype == dtype]
             if chosen:
                 yield row.op, Row(row.op, chosen)
+
+
+def replay_command(result: Result, backend: str) -> str:
+    return f"porthal replay '{result.token}' --backend {backend}"
 
 
 def environment() -> dict[str, Any]:

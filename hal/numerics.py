@@ -22,18 +22,24 @@ from porthal.hal.dtypes import UNIT_ROUNDOFF
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
+FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
 class Noise:
     """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points met."""
 
-    def __init__(self, rng: np.random.Generator, dtypes: Mapping[str, str]) -> None:
+    def __init__(self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None) -> None:
         self.rng = rng
         self.dtypes = dtypes
+        self.only = only
         self.points: list[str] = []
+        self.met = 0  # perturbations so far, of which `only` the given one is made
         self.reduced = False  # a reduction was met: errors of one row are shared among its elements
 
     def signs(self, shape: tuple[int, ...]) -> Array:
+        self.met += 1
+        if self.only is not None and self.only != self.met - 1:
+            return np.zeros(shape)
         return self.rng.integers(0, 2, shape).astype(np.float64) * 2 - 1
 
 
@@ -41,9 +47,10 @@ _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
 
 
 @contextmanager
-def noise(rng: np.random.Generator, dtypes: Mapping[str, str]) -> Iterator[Noise]:
-    """Make the helpers of this module perturb; `dtypes` names the operands' and results' dtypes of the call."""
-    mode = Noise(rng, dtypes)
+def noise(rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None) -> Iterator[Noise]:
+    """Make the helpers of this module perturb, all of them or `only` the n-th one called; `dtypes` names the operands'
+    and results' dtypes of the call."""
+    mode = Noise(rng, dtypes, only)
     token = _noise.set(mode)
     try:
         yield mode
@@ -82,7 +89,8 @@ def may_round(name: str, value: Array, to: str) -> Array:
     if mode is None:
         return value
     mode.points.append(name)
-    return _perturb(mode, value, UNIT_ROUNDOFF[mode.dtypes.get(to, to)])
+    dtype = mode.dtypes.get(to, to)
+    return _perturb(mode, value, UNIT_ROUNDOFF[dtype], 2.0**-25 if dtype == "float16" else FLUSHED)
 
 
 def single(value: Array) -> Array:
@@ -97,9 +105,9 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
     return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
 
 
-def _perturb(mode: Noise, value: Array, u: float) -> Array:
+def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED) -> Array:
     with np.errstate(invalid="ignore"):
-        return np.asarray(value + mode.signs(value.shape) * (u / np.sqrt(3)) * np.abs(value))
+        return np.asarray(value + mode.signs(value.shape) * (u * np.abs(value) + least) / np.sqrt(3))
 
 
 def softmax(x: Array) -> tuple[Array, Array]:

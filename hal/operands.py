@@ -88,7 +88,11 @@ class Pages:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which cached positions each query row attends to: the result of indexer_topk, opaque to the model."""
+    """Which cached positions each query row attends to: the result of indexer_topk, opaque to the model.
+
+    `native` is Rows by default. One in cache slots carries what `Backend.rows` needs to find the positions again, for no
+    method is given the batch there; and its backend's sparse_mla takes Rows as well, which is what `from_logical` makes.
+    """
 
     spec: SelectionSpec
     native: Any

@@ -71,11 +71,15 @@ class Config:
         """From a directory's config.json; UsageError names the key that is missing or not supported."""
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise UsageError(f"{path} does not exist: expected a model directory with config.json and safetensors files")
+            raise UsageError(
+                f"{path} does not exist: expected a model directory with config.json and safetensors files"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise UsageError(f"{path} is a {type(raw).__name__}: expected a JSON object")
         return cls.parse(raw, str(path))
 
     @classmethod
@@ -86,14 +90,19 @@ class Config:
             )
         _refuse_unsupported(raw, where)
 
-        def whole(key: str, default: int | None = None) -> int:
+        def whole(key: str, default: int | None = None, low: int = 1) -> int:
             value = raw.get(key, default)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise UsageError(f"{where} has {key} = {value!r}: expected a whole number")
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise UsageError(f"{where} has {key} = {value!r}: expected a whole number of at least {low}")
             return value
 
+        def positive(key: str, value: Any) -> float:
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise UsageError(f"{where} has {key} = {value!r}: expected a number above 0")
+            return float(value)
+
         layers = whole("num_hidden_layers")
-        eps = float(raw.get("rms_norm_eps", 1e-5))
+        eps = positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-5))
         eos = raw.get("eos_token_id", ())
         rope = raw.get("rope_parameters") or {}
         block = (raw.get("quantization_config") or {}).get("weight_block_size")
@@ -117,17 +126,17 @@ class Config:
             n_shared_experts=whole("n_shared_experts", 1),
             n_group=whole("n_group", 1),
             topk_group=whole("topk_group", 1),
-            routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
+            routed_scaling_factor=positive("routed_scaling_factor", raw.get("routed_scaling_factor", 1.0)),
             rms_norm_eps=eps,
-            latent_norm_eps=float(raw.get("latent_norm_eps", eps)),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            latent_norm_eps=positive("latent_norm_eps", raw.get("latent_norm_eps", eps)),
+            rope_theta=positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
             max_position_embeddings=whole("max_position_embeddings"),
             eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            num_nextn_predict_layers=whole("num_nextn_predict_layers", 0),
+            num_nextn_predict_layers=whole("num_nextn_predict_layers", 0, low=0),
             index_share_for_mtp_iteration=bool(raw.get("index_share_for_mtp_iteration", False)),
             indexer_types=_indexer_types(raw, layers, where),
-            dense=_dense_layers(raw, layers),
+            dense=_dense_layers(raw, layers, where),
             fp8_block=(int(block[0]), int(block[1])) if block else None,
         )
         if config.num_experts_per_tok > config.n_routed_experts:
@@ -153,10 +162,15 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
         if value != wanted:
             raise UsageError(f"{where} has {key} = {value!r}: porthal implements {wanted!r} only")
     quantization = raw.get("quantization_config")
-    if quantization and (quantization.get("quant_method") != "fp8" or not quantization.get("weight_block_size")):
+    if not quantization:
+        return
+    if quantization.get("quant_method") != "fp8":
         raise UsageError(
             f"{where} has quant_method {quantization.get('quant_method')!r}: porthal reads block-scaled 'fp8'"
         )
+    block = quantization.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
+        raise UsageError(f"{where} has weight_block_size {block!r}: expected two whole numbers above 0")
 
 
 def _indexer_types(raw: dict[str, Any], layers: int, where: str) -> tuple[str, ...]:
@@ -172,9 +186,13 @@ def _indexer_types(raw: dict[str, Any], layers: int, where: str) -> tuple[str, .
     return tuple(given[:layers])
 
 
-def _dense_layers(raw: dict[str, Any], layers: int) -> tuple[bool, ...]:
+def _dense_layers(raw: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
+    """The list where the file has one, else the first first_k_dense_replace layers."""
     kinds = raw.get("mlp_layer_types")
-    if kinds:
-        return tuple(kind == "dense" for kind in kinds[:layers])
-    first = raw.get("first_k_dense_replace", 0)
-    return tuple(i < first for i in range(layers))
+    if kinds is None:
+        return tuple(i < raw.get("first_k_dense_replace", 0) for i in range(layers))
+    if len(kinds) < layers or not set(kinds) <= {"dense", "sparse"}:
+        raise UsageError(
+            f"{where} has mlp_layer_types {kinds!r}: expected 'dense' or 'sparse' for each of {layers} layers"
+        )
+    return tuple(kind == "dense" for kind in kinds[:layers])

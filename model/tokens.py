@@ -106,3 +106,8 @@ def uniforms(seed: int, requests: Sequence[int], positions: Sequence[int], count
         for r, p in zip(requests, positions)
     ]
     return np.stack(rows)
+
+
+def log2_sum(logprobs: Sequence[float]) -> float:
+    """The sum of natural log probabilities, in bits."""
+    return math.fsum(logprobs) / math.log(2)

@@ -1,7 +1,7 @@
 import numpy as np
 
 from porthal.hal import FLOATS, Batch, contract
-from porthal.hal.numerics import Array, single
+from porthal.hal.numerics import Array, elementary, single
 
 
 @contract(
@@ -32,8 +32,8 @@ def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width
     """
     i = np.arange(width // 2)
     angle = batch.positions[:, None, None] * theta ** (-2.0 * i / width)
-    # An angle p * f held in float32 is off by up to p * f * 2^-24 radians.
-    cos, sin = (np.asarray(f(angle) + (single(angle) - angle)) for f in (np.cos, np.sin))
+    # In float32 the frequency is off by a few ulps and the angle, however large, in proportion.
+    cos, sin = (elementary(f, angle) + (single(elementary(np.asarray, angle)) - angle) for f in (np.cos, np.sin))
     first, second = _pairs(layout, start, width)
     y = x.copy()
     y[..., first] = single(single(x[..., first] * cos) - single(x[..., second] * sin))

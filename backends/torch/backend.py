@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from porthal.backends.torch.ranking import first_highest, highest, ranked
+from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
 from porthal.hal import (
     Backend,
     Batch,
@@ -203,7 +203,7 @@ class Torch(Backend):
         s = torch.sigmoid(logits)
         biased = s + bias
         if n_group > 1:
-            groups = biased.unflatten(1, (n_group, -1)).nan_to_num(nan=-torch.inf)
+            groups = comparable(biased).unflatten(1, (n_group, -1))
             best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
             kept = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, ranked(best_two)[:, :topk_group], True)
             biased = torch.where(kept[..., None], groups, -torch.inf).flatten(1)
@@ -333,7 +333,7 @@ class Torch(Backend):
         best = first_highest(logits)
         falling = logits - logits.amax(-1, keepdim=True)
         p = torch.softmax(falling / _divisor(temperature)[:, None, None], dim=-1)
-        q = None if draft_probs is None else F.pad(draft_probs, (0, 0, 0, 1))  # nothing is left out after the last draft
+        q = None if draft_probs is None else F.pad(draft_probs, (0, 0, 0, 1))  # 0 in the row behind the last draft
         at = drafts[..., None]
         passed = u * (1.0 if q is None else q.gather(2, at)[..., 0]) < p.gather(2, at)[..., 0]
         passed = torch.where(greedy, drafts == best, passed)[:, :n]

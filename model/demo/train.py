@@ -15,6 +15,7 @@ import platform
 import time
 import zlib
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from porthal.hal import Batch, Binding, Pages, Selection, Weight, bind, narrow
+from porthal.hal import Batch, Binding, Weight, bind, narrow
 from porthal.hal.discovery import backend_class
 from porthal.model.config import Config
 from porthal.model.demo import corpus
@@ -142,6 +143,14 @@ class Training(backend_class("torch")):  # type: ignore[misc]
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
         return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
+    def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
+        """Interleaved only: a product of complex numbers."""
+        angle = batch.native.positions[:, None, None] * theta ** (-torch.arange(0, width, 2) / width)
+        pairs = x[..., start : start + width].float().unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angle), angle)
+        y = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        return torch.cat([x[..., :start], y, x[..., start + width :]], -1)
+
     def silu_mul(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -214,7 +223,7 @@ class Training(backend_class("torch")):  # type: ignore[misc]
         products = (iq.flatten(1, 2) @ keys.transpose(1, 2)).relu().unflatten(1, (T, -1))
         scores = scale * (products * w[..., None]).sum(2, dtype=torch.float32)
         scores = scores.masked_fill(hidden, -torch.inf)
-        if self.sparse and T > k:
+        if self.sparse and k < T:
             edge = scores.detach().topk(k, sorted=False).values.amin(-1, keepdim=True)
             hidden = hidden | (scores.detach() < edge)
         return scores, hidden
@@ -273,39 +282,196 @@ class Tensors(dict[str, Array]):
 class Optimiser:
     """float32 masters under the published names, behind the tensors that a binding made of them.
 
-    Which element went where is found by loading the model once more from a source that holds every element's number.
-    Muon steps for matrices; Adam for vectors, embedding, head and the narrow matrices of routers and indexers; signs of the
-    load for router biases. Masters lie in one vector, equal kinds and shapes side by side.
+    Muon for matrices; Adam for vectors, embedding, head and the narrow matrices of routers and indexers; for router biases
+    a step against the sign of the excess load. Masters lie in one vector, equal kinds and shapes side by side.
     """
 
     NARROW = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "weights_proj.weight")
 
     def __init__(self, config: Config, initial: Tensors, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
-        kinds = {n: (self._kind(n, t), t.shape, n) for n, t in initial.items()}
-        self.names = sorted(initial, key=kinds.__getitem__)
-        self.masters = torch.from_numpy(np.concatenate([initial[n].ravel() for n in self.names]))
-        self.shapes = [initial[n].shape for n in self.names]
-        sizes = [math.prod(s) for s in self.shapes]
-        if sum(sizes) >= 2**24:
-            raise ValueError(f"{sum(sizes)} parameters cannot be numbered exactly in float32")
-        numbers = np.split(np.arange(sum(sizes), dtype=np.float32), np.cumsum(sizes)[:-1])
-        counting = Training()
-        Glm5(config, Tensors({n: x.reshape(s) for n, x, s in zip(self.names, numbers, self.shapes)}),
-             bind(backend=counting), "float32")  # fmt: skip
-        self.order = torch.cat([p.detach().flatten() for p in counting.parameters]).int()
-        assert len(self.order) == len(self.order.unique()) == len(self.masters)
+        def group(name: str) -> tuple[str, tuple[int, ...]]:
+            shape = initial[name].shape
+            plain = len(shape) == 1 or name.endswith(self.NARROW)
+            return "balance" if name.endswith(BIAS) else "adam" if plain else "muon", shape
 
-        self.grads = torch.zeros_like(self.masters)
-        self.momentum = torch.zeros_like(self.masters)
-        self.matrices = []
-        start = 0
-        self.adam_until, self.muon_until = (
-            sum(z for n, z in zip(self.names, sizes) if kinds[n][0] <= kind) for kind in (0, 1)
-        )
-        for shape in dict.fromkeys(s for n, s in zip(self.names, self.shapes) if kinds[n][0] == 1):
-            count = sum(kinds[n][:2] == (1, shape) for n in self.names)
-            first = self.adam_until + start
-            start += count * math.prod(shape)
-            self.matrices.append(slice(first, first + count * math.prod(shape)))
-        ...
+        self.parameters = parameters
+        self.names = sorted(initial, key=group)
+        self.shapes = [initial[n].shape for n in self.names]
+        self.masters = torch.from_numpy(np.concatenate([initial[n].ravel() for n in self.names]))
+        self.grads, self.momentum = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        self.order = self._where(config)
+
+        self.groups, end = [], 0
+        for (kind, shape), names in groupby(self.names, group):
+            start, end = end, end + math.prod(shape) * len(list(names))
+            self.groups.append((kind, [x[start:end].view(-1, *shape) for x in (self.masters, self.grads, self.momentum)]))
+        vectors = [(w, g) for kind, (w, g, _) in self.groups if kind == "adam"]
+        for w, g in vectors:
+            w.grad = g
+        self.adam = torch.optim.Adam([w for w, _ in vectors], betas=(0.9, 0.95))
+
+    def _where(self, config: Config) -> Tensor:
+        """For each element of the parameters, its place among the masters: read from a model whose weights are places."""
+        places = torch.arange(len(self.masters), dtype=torch.float64)
+        counting = Training()
+        Glm5(config, Tensors(self.named(places)), bind(backend=counting), "float32")
+        found = torch.cat([p.detach().flatten() for p in counting.parameters]).long()
+        if not torch.equal(found.sort().values, places.long()):
+            raise ValueError(f"{len(places)} parameters cannot be told apart by numbers in float32")
+        return found
+
+    def named(self, values: Tensor) -> dict[str, Array]:
+        parts = values.split([math.prod(s) for s in self.shapes])
+        return {n: part.view(s).numpy() for n, s, part in zip(self.names, self.shapes, parts)}
+
+    @torch.no_grad()
+    def step(self, share: float) -> None:
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in self.parameters]
+        self.grads.index_copy_(0, self.order, torch.cat(flat))
+        self.adam.param_groups[0]["lr"] = ADAM * share
+        self.adam.step()
+        for kind, (w, g, m) in self.groups:
+            if kind == "muon":
+                m.lerp_(g, 0.05)
+                tall = max(1.0, w.shape[-2] / w.shape[-1]) ** 0.5
+                w.add_(orthogonal(g.lerp(m, 0.95)), alpha=-MUON * share * tall)
+            elif kind == "balance":
+                w.sub_(g.sign(), alpha=BALANCE * share)
+        fresh = self.masters.index_select(0, self.order).split([p.numel() for p in self.parameters])
+        for p, values in zip(self.parameters, fresh):
+            p.copy_(values.view_as(p))
+            p.grad = None
+
+    def write(self, directory: Path) -> None:
+        """The checkpoint, rounded to bfloat16 as the forward pass has it; router biases stay float32, as published."""
+        directory.mkdir(parents=True, exist_ok=True)
+        named = self.named(self.masters).items()
+        tensors = {n: x.copy() if n.endswith(BIAS) else narrow(x, "bfloat16") for n, x in named}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """Five Newton-Schulz steps from matrices [n, rows, columns] towards the nearest semi-orthogonal ones (Muon)."""
+    x = g.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (2.0315 * (a @ a) - 4.7750 * a) @ x
+    return (x.mT if tall else x).float()
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def whole_texts(ops: Binding, count: int, length: int) -> Batch:
+    """`count` requests that each append positions 0 to length - 1; no page is ever touched."""
+    return ops.plan(Batch.build([length] * count, [length] * count, [range(-(-length // 64))] * count, 64))
+
+
+def train(text: Array, directory: Path, minutes: float) -> dict[str, int]:
+    """Train on a uint8 stream; the checkpoint is written whenever a stage ends."""
+    config, backend, initial = Config.parse(CONFIG), Training(), Tensors()
+    ops = bind(backend=backend)
+    model = Glm5(config, initial, ops, "bfloat16")
+    optimiser = Optimiser(config, initial, backend.parameters)
+    print(f"{len(optimiser.masters)} parameters; {ops.summary()}", flush=True)
+    rng, cache = np.random.default_rng(SEED), model.new_cache(1)
+    begin, step, tokens, shown = time.monotonic(), 0, 0, []
+    for stage, end in zip(STAGES, [*(s.start for s in STAGES[1:]), 1.0]):
+        backend.indexer, backend.sparse = stage.indexer, stage.sparse
+        batch = whole_texts(ops, BATCH // stage.length, stage.length)
+        while (done := (time.monotonic() - begin) / (60 * minutes)) < end:
+            starts = rng.integers(0, len(text) - stage.length - DRAFTS - 1, batch.R)
+            window = np.stack([text[s : s + stage.length + DRAFTS + 1] for s in starts]).astype(np.int32)
+            ids = [torch.from_numpy(window[:, i : i + stage.length].flatten()) for i in range(DRAFTS + 2)]
+            backend.losses = []
+            g = model.hidden(ids[0], batch, cache)
+            losses = [F.cross_entropy(model.logits(g), ids[1].long())]
+            for i in range(1, stage.unroll + 1):
+                g, _ = model.mtp.hidden(ids[i], model.embed, g, batch, cache.layers[-1], None)
+                losses.append(F.cross_entropy(model.logits(g), ids[i + 1].long()))
+            (losses[0] + 0.3 / stage.unroll * sum(losses[1:]) + sum(backend.losses)).backward()
+            optimiser.step(min(1.0, (step + 1) / 30, max(0.02, (1 - done) / DECAY)))
+            step, tokens = step + 1, tokens + batch.T
+            shown.append([x.item() / math.log(2) for x in losses])
+            if step % 50 == 0:
+                bits = " ".join(f"{b:.3f}" for b in np.mean([s for s in shown[-50:] if len(s) == len(losses)], axis=0))
+                kl = " ".join(f"{x.item():.3f}" for x in backend.losses)
+                speed = tokens / (time.monotonic() - begin)
+                print(f"{done:4.0%} step {step}, {tokens / 1e6:.2f} M tokens, {speed:.0f}/s: bits {bits} kl {kl}", flush=True)
+        optimiser.write(directory)
+    return {"parameters": len(optimiser.masters), "steps": step, "tokens": tokens}
+
+
+# -- what it is worth ------------------------------------------------------------------------------------------------
+
+
+def bits_per_byte(model: Glm5, text: Array) -> float:
+    """Over windows of the whole context: after the first, a byte is judged with at least half the context before it."""
+    length = model.config.max_position_embeddings
+    bits: list[Array] = []
+    for start in range(0, max(len(text) - 1 - length // 2, 1), length // 2):
+        window = text[start : start + length + 1].astype(np.int64)
+        logits = model.forward(window[:-1].tolist()).astype(np.float64)
+        shifted = logits - logits.max(-1, keepdims=True)
+        cost = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(shifted)), window[1:]]
+        bits.append(cost[length // 2 if start else 0 :] / math.log(2))
+    return float(np.concatenate(bits).mean())
+
+
+def tokens_per_forward(model: Glm5, text: Array, prompts: int = 16, length: int = 256, new: int = 128) -> float:
+    """Greedy with DRAFTS drafts after prompts spread over a text; the prefill and its one token are not counted."""
+    tokens = forwards = 0
+    for start in np.linspace(0, len(text) - length, prompts).astype(int):
+        out = generate(model, [text[start : start + length].tolist()], new, speculative=DRAFTS)
+        tokens, forwards = tokens + len(out.tokens[0]) - 1, forwards + out.forwards - 1
+    return tokens / forwards
+
+
+def evaluate(directory: Path, text: Array) -> dict[str, Any]:
+    """The written checkpoint on the inference path: backend torch, float32, paged caches."""
+    model, byte_model = load(directory, bind("torch"), dtype="float32"), corpus.ByteModel(text)
+    files = {name: corpus.stream([(name, data)]) for name, data in corpus.held_out()}
+    sizes = np.array([len(x) - 1 for x in files.values()])
+
+    def over_all(measure: Any) -> dict[str, float]:
+        each = {name: measure(x) for name, x in files.items()}
+        return {**each, "all": float(np.average(list(each.values()), weights=sizes))}
+
+    with torch.no_grad():
+        return {
+            "bits_per_byte": over_all(lambda x: bits_per_byte(model, x)),
+            "bits_per_byte_order_3": over_all(lambda x: float(byte_model.bits(x)[1:].mean())),
+            "tokens_per_forward": tokens_per_forward(model, np.concatenate(list(files.values()))),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint on this Python's standard library.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
+    parser.add_argument("--minutes", type=float, default=40, help="time to train; the evaluation comes on top")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    text = corpus.stream(corpus.training())
+    recipe = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "training_text_sha256": corpus.sha256(text.tobytes()),
+        "training_text_bytes": len(text),
+        "held_out_sha256": corpus.HELD_OUT,
+        "seed": SEED,
+        "minutes": args.minutes,
+        "threads": args.threads,
+        **train(text, args.out, args.minutes),
+    }
+    recipe |= evaluate(args.out, text)
+    (args.out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(recipe, indent=2))
+
+
+if __name__ == "__main__":
+    main()

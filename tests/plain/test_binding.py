@@ -219,7 +219,10 @@ def test_fronts_choose_by_the_call_and_follow_use() -> None:
         (lambda o, f: o.rms_norm("x", f(3)), "x is str, expected a NumPy array"),
         (lambda o, f: o.embedding(np.array([4], np.int32), f(4, 3)), r"ids\[0\] is 4, expected 0 to 3"),
         (lambda o, f: o.silu_mul(f(2, 3)), "x has 2\\*I = 3"),
-        (lambda o, f: o.rope(f(2, 1, 8), 5, theta=1.0, layout="half", start=0, width=8), "batch is int, expected Batch"),
+        (
+            lambda o, f: o.rope(f(2, 1, 8), 5, theta=1.0, layout="half", start=0, width=8),
+            "batch is int, expected Batch",
+        ),
         (lambda o, f: o.moe_route(f(1, 4), f(4), k=5, scale=1.0), "moe_route requires 1 <= k <= E, got E=4, k=5"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -241,12 +242,12 @@ def test_trace_expands_composites(run, checkpoints):
         (["trace", "--model", "{tiny}", "--rows", "4", "--context", "2"], "porthal: --rows is 4 and --context 2"),
         (["generate", "x", "--model", "{none}"], "porthal: {none}/config.json does not exist"),
         (["generate", "x", "--model", "{tiny}"], "porthal: {tiny} has no tokenizer.json"),
-        (["generate", "x", "--model", "{texts}", "--max-new", "-1"], "porthal: max_new_tokens is -1: expected 0 or more"),
-        (["generate", "x", "--model", "{texts}", "--speculative", "-2"], "porthal: speculative is -2: expected 0"),
+        (["generate", "x", "--model", "{texts}", "--max-new", "-1"], "porthal: max_new_tokens is -1: expected"),
+        (["generate", "x", "--model", "{texts}", "--speculative", "-2"], "porthal: speculative is -2: expected"),
         (["generate", "x", "--model", "{texts}", "--temperature", "nan"], "porthal: temperature is nan"),
         (["generate", "", "--model", "{texts}"], "porthal: the prompt is empty"),
-        (["generate", "x", "--dtype", "int3"], "Invalid value for '--dtype': 'int3' is not one of"),
-        (["generate"], "Missing argument 'TEXT'"),
+        (["generate", "x", "--dtype", "int3"], "'int3' is not one of"),
+        (["generate"], "Missing argument"),
         (["explian"], "No such command 'explian'"),
     ],
 )
@@ -302,3 +303,116 @@ def test_colour_is_for_terminals_that_want_it():
     plain = on_a_terminal("backends", NO_COLOR="1")
     assert green not in plain and "available" in plain
     assert b"\x1b" not in process("backends", TERM="xterm-256color").stdout
+
+
+# -- conform and replay ----------------------------------------------------------------------------------------------
+
+
+def test_conform_passes_and_writes_its_report(run, tmp_path):
+    file = tmp_path / "report.json"
+    args = ("conform", "--backend", "reference", "--op", "rms_norm", "--op", "add", "--dtype", "float32", "--json", file)
+    code, out, err = run(*args)
+    report = json.loads(file.read_text())
+    assert (code, err) == (0, "")
+    assert (report["backend"], report["place"], report["level"]) == ("reference", "hardware", "bring-up")
+    assert {(r["op"], r["verdict"], r["dtype"]) for r in report["results"]} == {
+        ("rms_norm", "PASS", "float32"),
+        ("add", "PASS", "float32"),
+    }
+    assert out.splitlines()[-1].startswith(f"{len(report['results'])} of {len(report['results'])} cases passed")
+    assert "\x1b" not in out
+
+
+def test_conform_fails_where_a_kernel_is_wrong_and_replay_repeats_it(run, tmp_path, monkeypatch):
+    from porthal.backends.reference.backend import Reference
+
+    def rms_norm(self, x, weight, *, eps=1e-5):
+        return (x * weight).astype(x.dtype)
+
+    monkeypatch.setattr(Reference, "rms_norm", rms_norm, raising=False)
+    file = tmp_path / "report.json"
+    code, out, _ = run("conform", "--backend", "reference", "--op", "rms_norm", "--json", file)
+    failed = next(r for r in json.loads(file.read_text())["results"] if r["verdict"] == "FAIL_VALUE")
+    assert code == 1
+    assert failed["token"] in out
+    code, out, _ = run("replay", failed["token"], "--backend", "reference")
+    assert (code, out.startswith("FAIL_VALUE: rms_norm")) == (1, True)
+    monkeypatch.undo()
+    code, out, _ = run("replay", failed["token"], "--backend", "reference")
+    assert (code, out.startswith("PASS: rms_norm")) == (0, True)
+
+
+def test_conform_says_when_nothing_was_tested(run, monkeypatch):
+    monkeypatch.setattr(porthal.hal.Backend, "refuses", lambda self, op, kernel, spec: "not today")
+    code, out, _ = run("conform", "--backend", "reference", "--op", "rms_norm")
+    assert code == 2
+    assert out.splitlines()[-1].startswith("nothing was tested on reference")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["conform", "--op", "rms_nrom"], "porthal: unknown op 'rms_nrom'"),
+        (["conform", "--level", "easy"], "'easy' is not one of 'bring-up', 'standard', 'strict'"),
+        (["conform", "--json", "{tmp}/none/r.json"], "porthal: cannot write {tmp}/none/r.json"),
+        (["conform", "--html", "{tmp}"], "porthal: cannot write {tmp}: expected a file name"),
+        (["conform", "--emulated"], "porthal: --emulated with --backend not given: expected one of ascend"),
+        (["conform", "--emulated", "--backend", "cpu"], "porthal: --emulated with --backend cpu: expected one of ascend"),
+        (["replay", "nonsense"], "porthal: 'nonsense' is no case token"),
+        (["replay", "rms_norm,T=7,what,0"], "porthal: case token part 'what' says nothing about rms_norm"),
+        (["replay", "add,T=1,0", "--backend", "nope"], "porthal: unknown backend 'nope'"),
+    ],
+)
+def test_conform_refuses_with_a_sentence(run, tmp_path, monkeypatch, args, sentence):
+    monkeypatch.setenv("PORTHAL_BACKEND", "reference")
+    code, out, err = run(*(a.format(tmp=tmp_path) for a in args))
+    assert (code, out) == (2, "")
+    assert sentence.format(tmp=tmp_path) in err
+    assert "Traceback" not in err and (err.count("\n") == 1 or "Usage:" in err)
+
+
+# -- the plugin of the porting guide ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """The guide's files, with the metadata that an installation would write."""
+    root = tmp_path_factory.mktemp("plugin")
+    guide = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^`([\w/]+\.\w+)`.*?^```\w+\n(.*?)^```", guide, re.MULTILINE | re.DOTALL))
+    for name, content in blocks.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(content)
+    entry = blocks["pyproject.toml"].partition('[project.entry-points."porthal.backends"]\n')[2].splitlines()[0]
+    info = root / "porthal_mychip-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: porthal-mychip\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[porthal.backends]\n{entry}\n")
+    return {"PYTHONPATH": os.pathsep.join([str(root), str(ROOT)])}
+
+
+def test_the_guides_plugin_is_found_first(plugin):
+    first, *_ = json.loads(process("backends", "--json", **plugin).stdout)["backends"]
+    assert first == {"name": "mychip", "state": "available", "why": "", "selected": True}
+
+
+def test_the_guides_plugin_owns_one_op_and_inherits_the_rest(plugin, checkpoints):
+    done = process("explain", "--backend", "mychip", "--model", checkpoints["glm5"], "--json", **plugin)
+    ops = {row["op"]: row for row in json.loads(done.stdout)["ops"]}
+    assert done.returncode == 0, done.stderr
+    assert [op for op, row in ops.items() if row["status"] == "own"] == ["topk"]
+    assert (ops["topk"]["provider"], ops["topk"]["tie"]) == ("numpy.argpartition", "any")
+    assert {row["status"] for row in ops.values()} == {"own", "inherited", "composed"}
+    assert ops["rms_norm"]["owner"] == "reference"
+
+
+def test_the_guides_plugin_conforms_and_generates_the_same_text(plugin, texts):
+    done = process("conform", "--op", "topk", **plugin)
+    assert done.returncode == 0, done.stdout
+    assert b"mychip (hardware)" in done.stdout
+    here, there = (
+        process("generate", "x", "--model", texts, "--max-new", 8, "--backend", name, **plugin).stdout
+        for name in ("mychip", "reference")
+    )
+    assert here == there
+    assert len(here) > 1

@@ -68,13 +68,15 @@ def seal(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(seal(v) for v in value)
     if isinstance(value, (Weight, Pages, Selection)):
-        return value if isinstance(value.native, Sealed) else replace(value, native=Sealed(value.native))
+        return replace(value, native=Sealed(unseal(value.native)))
     return Sealed(value) if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def unseal(value: Any) -> Any:
     if isinstance(value, (Weight, Pages, Selection)):
         return replace(value, native=unseal(value.native))
+    if isinstance(value, dict):
+        return {name: unseal(v) for name, v in value.items()}
     return value._array if isinstance(value, Sealed) else value
 
 

@@ -7,7 +7,9 @@ from porthal.hal.signature import evaluate, parse, unify
 
 
 def test_every_kind_of_operand_is_read() -> None:
-    s = parse("x[T, H], w: Weight[N, H], kv!: Pages{c[C], kp[R]?}, sel: Selection[T, k], b: Batch[T], z[N]? -> y[T, N], kv")
+    s = parse(
+        "x[T, H], w: Weight[N, H], kv!: Pages{c[C], kp[R]?}, sel: Selection[T, k], b: Batch[T], z[N]? -> y[T, N], kv"
+    )
     assert [(o.name, o.kind) for o in s.operands] == [
         ("x", "array"),
         ("w", "Weight"),

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -38,14 +38,32 @@ inline V load_raw(const T* p) {
   return v;
 }
 
+// Written out where GCC would split a __builtin_convertvector into halves; masked, because the plain ones warn in GCC 12.
+inline U widen(S s) {
+#if defined(__AVX512F__)
+  return (U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)s);
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu16_epi32((__m128i)s);
+#else
+  return __builtin_convertvector(s, U);
+#endif
+}
+inline S narrow(U u) {
+#if defined(__AVX512F__)
+  return (S)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u);
+#else
+  return __builtin_convertvector(u, S);
+#endif
+}
+
 inline F load(const float* p) { return load_raw<F>(p); }
-inline F load(const bf16* p) { return (F)(__builtin_convertvector(load_raw<S>(p), U) << 16); }
+inline F load(const bf16* p) { return (F)(widen(load_raw<S>(p)) << 16); }
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 // Round to nearest even; a NaN stays a (quiet) NaN. Not vcvtneps2bf16: that one flushes subnormals.
 inline void store(bf16* p, F v) {
   const U u = (U)v, nan = (U)(v != v);
   const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-  const S s = __builtin_convertvector((rounded & ~nan) | (quiet & nan), S);
+  const S s = narrow((rounded & ~nan) | (quiet & nan));
   std::memcpy(p, &s, sizeof s);
 }
 

@@ -1,0 +1,45 @@
+"""How well a model predicts a text: the number by which two backends are compared as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from porthal.hal import UsageError
+from porthal.model.cache import Cache
+from porthal.model.tokens import check_ids, ids_array, log2_sum
+
+if TYPE_CHECKING:
+    from porthal.model.glm5 import Glm5
+
+
+def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> float:
+    """Mean -log2 p of tokens[1:], in windows that overlap by half: all but the first score only their second half.
+
+    For a byte-level vocabulary these are bits per byte. UsageError for fewer than 2 tokens or a window that does not fit
+    the context.
+    """
+    context = model.config.max_position_embeddings
+    if not 2 <= window <= context:
+        raise UsageError(f"window is {window}: expected 2 to {context}, the context")
+    ids = check_ids(tokens, model.config.vocab_size, max(len(tokens), 1))
+    if len(ids) < 2:
+        raise UsageError(f"the text has {len(ids)} token: expected at least 2, one to predict from")
+    total, scored = 0.0, 1
+    while scored < len(ids):
+        start = max(0, scored - window // 2) if scored > 1 else 0
+        piece = ids[start : start + window]
+        targets = ids[scored : start + window + 1]
+        total -= log2_sum(_logprobs(model, piece, [*ids[start + 1 : start + window + 1]], scored - start - 1))
+        scored += len(targets)
+    return total / (len(ids) - 1)
+
+
+def _logprobs(model: Glm5, piece: list[int], following: list[int], first: int) -> list[float]:
+    """Natural log probabilities of following[first:], each after the rows of `piece` up to it."""
+    ops = model.ops
+    cache = model.new_cache(Cache.blocks_for(len(piece)))
+    batch = ops.plan(cache.step([cache.new_request()], [len(piece)]))
+    hidden = model.hidden(ops.from_numpy(ids_array(piece)), batch, cache)[first : len(following)]
+    found = ops.gather_logprob(model.logits(hidden), ops.from_numpy(ids_array(following[first:])))
+    return [float(x) for x in ops.to_numpy(found)]

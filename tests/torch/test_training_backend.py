@@ -1,0 +1,137 @@
+"""What the demo checkpoint is trained with computes the model that inference runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from porthal.hal import bind  # noqa: E402
+from porthal.model import Config, Glm5, load  # noqa: E402
+from porthal.model.checkpoint import Checkpoint  # noqa: E402
+from porthal.model.demo.train import Optimiser, Tensors, Training, whole_texts  # noqa: E402
+from tests.oracles import tiny  # noqa: E402
+
+TOLERANCE = 1e-4  # logits have a standard deviation near 1
+SPARSE = len(tiny.PROMPT)
+DENSE = tiny.CONFIG["index_topk"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("glm5"))
+
+
+def texts(length: int) -> np.ndarray:
+    """int32 [2, length + 1]: the tiny prompt, and itself turned by one token."""
+    first = np.resize(tiny.PROMPT, length + 1)
+    return np.stack([first, np.roll(first, 1)]).astype(np.int32)
+
+
+@pytest.fixture(params=[(DENSE, False), (SPARSE, True)], ids=["dense", "sparse"])
+def trained(request: pytest.FixtureRequest, directory: Path) -> tuple[Training, Glm5, np.ndarray]:
+    length, sparse = request.param
+    backend = Training()
+    backend.indexer = backend.sparse = sparse
+    model = Glm5(Config.read(directory), Checkpoint(directory), bind(backend=backend))
+    return backend, model, texts(length)
+
+
+def forward(model: Glm5, rows: np.ndarray) -> tuple:
+    """Main logits and those of the MTP layer's first step, [R, T, V] each, as the training takes them."""
+    length = rows.shape[1] - 1
+    batch, cache = whole_texts(model.ops, len(rows), length), model.new_cache(1)
+    ids = [torch.from_numpy(np.ascontiguousarray(rows[:, i : i + length]).flatten()) for i in (0, 1)]
+    hidden = model.hidden(ids[0], batch, cache)
+    drafted, _ = model.mtp.hidden(ids[1], model.embed, hidden, batch, cache.layers[-1], None)
+    return tuple(model.logits(h).unflatten(0, (len(rows), length)) for h in (hidden, drafted))
+
+
+def test_logits_equal_inference(trained, directory: Path) -> None:
+    _, model, rows = trained
+    inference = load(directory, bind("torch"))
+    main, drafted = (x.detach().numpy() for x in forward(model, rows))
+    for row, got, got_drafted in zip(rows, main, drafted):
+        assert np.abs(got - inference.forward(row[:-1].tolist())).max() < TOLERANCE
+        cache = inference.new_cache(2)
+        batch = inference.ops.plan(cache.step([cache.new_request()], [len(row) - 1]))
+        hidden = inference.hidden(inference.ops.from_numpy(row[:-1]), batch, cache)
+        following = inference.ops.from_numpy(row[1:])
+        g, _ = inference.mtp.hidden(following, inference.embed, hidden, batch, cache.layers[-1], None)
+        assert np.abs(got_drafted - inference.ops.to_numpy(inference.logits(g))).max() < TOLERANCE
+
+
+def test_selection_matters(trained) -> None:
+    """A dense pass over the same rows differs where, and only where, more is visible than is selected."""
+    backend, model, rows = trained
+    chosen = forward(model, rows)[0]
+    backend.sparse = False
+    difference = (forward(model, rows)[0] - chosen).abs().amax((0, 2))
+    assert difference[:DENSE].max() == 0
+    assert (difference[DENSE:] > 0.1).any() == (rows.shape[1] > DENSE + 1)
+
+
+def test_gradient_is_the_slope(trained) -> None:
+    """Along the gradient of every parameter at once, a central difference of the loss gives the gradient's square."""
+    backend, model, rows = trained
+    backend.sparse = False  # a selection that turns is a step, not a slope
+
+    def loss() -> torch.Tensor:
+        main, drafted = forward(model, rows)
+        return main.square().mean() + drafted.square().mean()
+
+    loss().backward()
+    moved = [p for p in backend.parameters if p.grad is not None and p.grad.any()]
+    moved = [p for p in moved if not any(p is block.mlp.bias for block in [*model.blocks[1:], model.mtp.block])]
+    norm = float(sum(p.grad.square().sum() for p in moved)) ** 0.5
+    values = []
+    with torch.no_grad():
+        for step in (1e-4, -2e-4):
+            for p in moved:
+                p.add_(p.grad, alpha=step / norm)
+            values.append(float(loss()))
+    assert (values[0] - values[1]) / 2e-4 == pytest.approx(norm, rel=0.02)
+
+
+def test_indexer_learns_from_its_own_loss_alone(trained) -> None:
+    backend, model, rows = trained
+    if not backend.indexer:
+        pytest.skip("the indexer rests")
+    forward(model, rows)
+    assert len(backend.losses) == 5  # 4 layers and the MTP layer
+    indexer, attention = model.blocks[0].attention.indexer, model.blocks[0].attention
+    assert all(float(x) > 0 for x in backend.losses)
+    sum(backend.losses).backward()
+    assert all(p.grad.any() for p in (indexer.wq_b.native, indexer.wk.native, indexer.w_head.native, indexer.k_norm))
+    assert attention.q_a.native.grad is None
+    assert model.embed.native.grad is None
+
+
+def test_router_bias_follows_the_load(directory: Path) -> None:
+    backend = Training()
+    logits = torch.tensor([[3.0, 2.0, 0.0, 0.0]] * 6)
+    bias = backend.from_numpy(np.zeros(4, np.float32))
+    backend.moe_route(logits, bias, k=2, scale=1.0)
+    assert bias.grad.tolist() == [3.0, 3.0, -3.0, -3.0]
+
+
+def test_masters_are_the_published_tensors(directory: Path, tmp_path: Path) -> None:
+    """A step moves every tensor under its published name as it moved the binding's; what is written is what ran."""
+    config, source = Config.read(directory), Tensors()
+    backend = Training()
+    model = Glm5(config, source, bind(backend=backend), "bfloat16")
+    optimiser = Optimiser(config, source, backend.parameters)
+    main, drafted = forward(model, texts(DENSE))
+    (main.square().mean() + drafted.square().mean()).backward()
+    before = {name: x.copy() for name, x in source.items()}
+    optimiser.step(1.0)
+    optimiser.write(tmp_path)
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    after = optimiser.named(optimiser.masters)
+    assert {n for n in before if not (after[n] != before[n]).any()} == {n for n in before if "indexer" in n}
+    again = Training()
+    Glm5(config, Checkpoint(tmp_path), bind(backend=again), "bfloat16")
+    assert all(torch.equal(a, b) for a, b in zip(backend.parameters, again.parameters))
