@@ -231,7 +231,7 @@ def trace(
     flops, traffic = sum(c.count * c.flops for c in calls), sum(c.count * c.bytes for c in calls)
     print(
         f"{sum(c.count for c in calls)} calls, {len(calls)} distinct, of {len({c.op for c in calls})} ops: "
-        f"{text.si(flops, 'FLOP')}, {text.si(traffic, 'B')} for {rows} rows at {ends} positions"
+        f"{text.si(flops, 'FLOP')}, {text.si(traffic, 'B')} (rows {rows}, context {ends})"
     )
 
 

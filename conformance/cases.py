@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -195,6 +195,9 @@ class _Plan:
             for value in self.contract.cases[name]:
                 for combo in everywhere():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
+        wide = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
+        for pair in combinations(self.attrs, 2):  # some attributes act together only
+            yield from self._made({**wide, **{a: self.contract.cases[a][-1] for a in pair}}, dtypes=home())
         for recipes in self._recipes():
             for combo in everywhere():
                 yield from self._made(recipes=recipes, dtypes=combo)

@@ -49,6 +49,9 @@ class Backend:
     A kernel takes the contract's operands in order and its attributes by keyword, and returns the results in order.
     It allocates only through `self.empty`, reads no environment, and may set on its function: `limits` (by `@limits`),
     `provider` (the library call behind it) and `tie` ("lowest", or "any" where the chip's tie order is its own).
+
+    Arrays may be strided in every axis: model code splits them by slicing. `moe_experts = None` in a class declines what
+    its base would give, so that a composite is made of the class's own kernels.
     """
 
     name: ClassVar[str] = ""
@@ -142,6 +145,8 @@ class Backend:
             prepare = next(vars(c)["prepare"] for c in chain[i:] if "prepare" in vars(c)).__get__(self)
             if contract.name in vars(cls):
                 function = vars(cls)[contract.name]
+                if function is None:
+                    return
                 yield Kernel(
                     function.__get__(self),
                     owner,

@@ -76,6 +76,22 @@ def test_own_inherited_and_composed_are_told_apart() -> None:
     assert ops.summary().startswith("2 own, ")
 
 
+def test_none_declines_what_the_base_would_give() -> None:
+    class Fused(Backend):
+        name = "fused"
+        base = None
+
+        def moe_experts(self, *operands: Any, **attrs: Any) -> Any:
+            return "fused"
+
+    class Split(Fused):
+        name = "split"
+        moe_experts = None  # type: ignore[assignment]
+
+    assert bind(backend=Fused()).choices["moe_experts"].status == "own"
+    assert bind(backend=Split()).choices["moe_experts"].status == "composed"
+
+
 def test_the_reference_owns_composites_too() -> None:
     assert set(c.status for c in bind("reference").choices.values()) == {"own"}
 

@@ -387,7 +387,7 @@ def plugin(tmp_path_factory):
     info = root / "porthal_mychip-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: porthal-mychip\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[porthal.backends]\n{entry}\n")
+    (info / "entry_points.txt").write_text("[porthal.backends]\n" + entry.replace('"', ""))
     return {"PYTHONPATH": os.pathsep.join([str(root), str(ROOT)])}
 
 

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from porthal.hal import bind  # noqa: E402
+from porthal.hal.discovery import backend_class  # noqa: E402
 from porthal.model import Config, Glm5, load  # noqa: E402
 from porthal.model.checkpoint import Checkpoint  # noqa: E402
 from porthal.model.demo.train import Optimiser, Tensors, Training, whole_texts  # noqa: E402
@@ -26,9 +27,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(length: int) -> np.ndarray:
-    """int32 [2, length + 1]: the tiny prompt, and itself turned by one token."""
+    """int32 [2, length + 1]: beginnings of the tiny prompt and of itself moved, neither with a close choice."""
     first = np.resize(tiny.PROMPT, length + 1)
-    return np.stack([first, np.roll(first, 1)]).astype(np.int32)
+    return np.stack([first, (first + 7) % tiny.CONFIG["vocab_size"]]).astype(np.int32)
 
 
 @pytest.fixture(params=[(DENSE, False), (SPARSE, True)], ids=["dense", "sparse"])
@@ -70,30 +71,47 @@ def test_selection_matters(trained) -> None:
     chosen = forward(model, rows)[0]
     backend.sparse = False
     difference = (forward(model, rows)[0] - chosen).abs().amax((0, 2))
-    assert difference[:DENSE].max() == 0
+    assert difference[:DENSE].max() < TOLERANCE
     assert (difference[DENSE:] > 0.1).any() == (rows.shape[1] > DENSE + 1)
 
 
-def test_gradient_is_the_slope(trained) -> None:
-    """Along the gradient of every parameter at once, a central difference of the loss gives the gradient's square."""
+class Inference(backend_class("torch")):
+    """The inherited kernels, with their parameters on record."""
+
+    name = "inference"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: list[torch.Tensor] = []
+
+    def from_numpy(self, x: np.ndarray) -> torch.Tensor:
+        tensor = super().from_numpy(x)
+        if tensor.is_floating_point():
+            self.parameters.append(tensor.requires_grad_())
+        return tensor
+
+
+def test_gradients_equal_those_through_the_cache(trained, directory: Path) -> None:
     backend, model, rows = trained
-    backend.sparse = False  # a selection that turns is a step, not a slope
-
-    def loss() -> torch.Tensor:
-        main, drafted = forward(model, rows)
-        return main.square().mean() + drafted.square().mean()
-
-    loss().backward()
-    moved = [p for p in backend.parameters if p.grad is not None and p.grad.any()]
-    moved = [p for p in moved if not any(p is block.mlp.bias for block in [*model.blocks[1:], model.mtp.block])]
-    norm = float(sum(p.grad.square().sum() for p in moved)) ** 0.5
-    values = []
-    with torch.no_grad():
-        for step in (1e-4, -2e-4):
-            for p in moved:
-                p.add_(p.grad, alpha=step / norm)
-            values.append(float(loss()))
-    assert (values[0] - values[1]) / 2e-4 == pytest.approx(norm, rel=0.02)
+    main, drafted = forward(model, rows)
+    (main.square().mean() + drafted.square().mean()).backward()
+    paged = Inference()
+    model = Glm5(Config.read(directory), Checkpoint(directory), bind(backend=paged))
+    cache, length = model.new_cache(4), rows.shape[1] - 1
+    batch = model.ops.plan(cache.step([cache.new_request() for _ in rows], [length] * len(rows)))
+    hidden = model.hidden(torch.from_numpy(rows[:, :-1].flatten()), batch, cache)
+    following = torch.from_numpy(rows[:, 1:].flatten())
+    g, _ = model.mtp.hidden(following, model.embed, hidden, batch, cache.layers[-1], None)
+    (model.logits(hidden).square().mean() + model.logits(g).square().mean()).backward()
+    router_biases = {id(block.mlp.bias) for block in [*model.blocks[1:], model.mtp.block]}
+    compared = 0
+    for ours, theirs in zip(backend.parameters, paged.parameters):
+        if theirs.grad is None or id(theirs) in router_biases:
+            assert id(theirs) in router_biases or ours.grad is None
+            continue
+        assert float((ours.grad - theirs.grad).norm()) <= 1e-4 * float(theirs.grad.norm())
+        compared += 1
+    assert compared > 60
 
 
 def test_indexer_learns_from_its_own_loss_alone(trained) -> None:
@@ -103,7 +121,7 @@ def test_indexer_learns_from_its_own_loss_alone(trained) -> None:
     forward(model, rows)
     assert len(backend.losses) == 5  # 4 layers and the MTP layer
     indexer, attention = model.blocks[0].attention.indexer, model.blocks[0].attention
-    assert all(float(x) > 0 for x in backend.losses)
+    assert all(x.item() > 0 for x in backend.losses)
     sum(backend.losses).backward()
     assert all(p.grad.any() for p in (indexer.wq_b.native, indexer.wk.native, indexer.w_head.native, indexer.k_norm))
     assert attention.q_a.native.grad is None
@@ -124,14 +142,14 @@ def test_masters_are_the_published_tensors(directory: Path, tmp_path: Path) -> N
     backend = Training()
     model = Glm5(config, source, bind(backend=backend), "bfloat16")
     optimiser = Optimiser(config, source, backend.parameters)
-    main, drafted = forward(model, texts(DENSE))
+    main, drafted = forward(model, texts(SPARSE))
     (main.square().mean() + drafted.square().mean()).backward()
     before = {name: x.copy() for name, x in source.items()}
     optimiser.step(1.0)
     optimiser.write(tmp_path)
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     after = optimiser.named(optimiser.masters)
-    assert {n for n in before if not (after[n] != before[n]).any()} == {n for n in before if "indexer" in n}
+    assert all((after[n] != before[n]).any() == ("indexer" not in n) for n in before)
     again = Training()
     Glm5(config, Checkpoint(tmp_path), bind(backend=again), "bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(backend.parameters, again.parameters))

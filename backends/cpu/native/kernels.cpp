@@ -182,7 +182,7 @@ inline void step(const bf16* const* a, const bf16* row, std::int64_t k, F (&sums
 #endif
 }
 
-// sums = or += a[Rows][begin:end] . panel; fetches `ahead` cache lines per step from `next` on.
+// out = (begin ? out : 0) + a[Rows][begin:end] . panel; fetches `ahead` cache lines per step from `next` on.
 template <class T, int Rows>
 void tile(const T* const* a, const T* panel, std::int64_t begin, std::int64_t end, float* out, const char* next,
           int ahead) {
@@ -228,7 +228,8 @@ void multiply(const T* const* a, std::int64_t rows, const T* panel, std::int64_t
     for (std::int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height: 8 rows are 4 + 4, not 6 + 2
       const std::int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
       const int ahead = !stream && next && t * share < kLines ? share : 0;
-      kTiles[height - 1](a + first, panel, k, end, sums + first * kPanel, next + t * share * steps * 64, ahead);
+      kTiles[height - 1](a + first, panel, k, end, sums + first * kPanel,
+                         ahead ? next + t * share * steps * 64 : nullptr, ahead);
     }
   }
 }

@@ -195,7 +195,7 @@ PYBIND11_MODULE(_native, m) {
         return py::tuple(names);
       },
       "Instruction sets built in that this CPU runs, best last.");
-  m.def("set_isa", &set_isa, "name"_a, "Experts packed before keep the one they were packed for.");
+  m.def("set_isa", &set_isa, "name"_a, "Last bits of results may change with it; experts packed before keep the one they were packed for.");
 
   m.def("rms_norm", &bind_rms_norm, "x"_a, "weight"_a, "y"_a, "eps"_a,
         "y[T, H] = x / sqrt(mean(x^2) + eps) * weight. x [T, H] float32 or bfloat16 of any strides; weight [H] of x's\n"

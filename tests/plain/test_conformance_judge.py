@@ -1,0 +1,421 @@
+"""The judge accepts honest kernels at the strict level and rejects planted defects on the bring-up cases."""
+
+import numpy as np
+import pytest
+
+from porthal.backends.reference.backend import Reference
+from porthal.conformance.cases import cases
+from porthal.conformance.runner import MARGIN, Bench, check, run
+from porthal.hal import contracts, narrow, widen
+
+f32 = np.float32
+
+
+def single(x):
+    return widen(x).astype(f32) if x.dtype.itemsize < 4 else x.astype(f32)
+
+
+def rounded(self, value, like):
+    """A float32 or float64 value in the dtype of `like`, in memory from the backend."""
+    out = self.empty(value.shape, str(like.dtype))
+    out[...] = narrow(value.astype(np.float64), str(like.dtype))
+    return out
+
+
+def backend(**kernels):
+    return type("Planted", (Reference,), {"name": "planted", **kernels})()
+
+
+# -- honest kernels, in plain float32 --------------------------------------------------------------------------------
+
+
+def rms_norm(self, x, weight, *, eps=1e-5, early=False):
+    wide = single(x)
+    normed = wide * (1 / np.sqrt((wide * wide).mean(-1, keepdims=True, dtype=f32) + f32(eps)))
+    if early:
+        normed = single(rounded(self, normed, x))
+    return rounded(self, normed * single(weight), x)
+
+
+def rms_norm_rounding_early(self, x, weight, *, eps=1e-5):
+    return rms_norm(self, x, weight, eps=eps, early=True)
+
+
+def layer_norm(self, x, weight, bias, *, eps=1e-6):
+    wide = single(x)
+    centred = wide - wide.mean(-1, keepdims=True, dtype=f32)
+    variance = (centred * centred).mean(-1, keepdims=True, dtype=f32)
+    return rounded(self, centred / np.sqrt(variance + f32(eps)) * single(weight) + single(bias), x)
+
+
+def product(self, x, w, out, columns=slice(None)):
+    y = single(x)[:, columns] @ w.native.astype(f32)[:, columns].T
+    like = x if out == "x" else narrow(np.zeros(0), out)
+    return y, like
+
+
+def linear(self, x, w, *, out="x"):
+    return rounded(self, *product(self, x, w, out))
+
+
+def linear_split(self, x, w, *, out="x"):
+    half = x.shape[1] // 2
+    y, like = product(self, x, w, out, slice(None, half))
+    return rounded(self, y + product(self, x, w, out, slice(half, None))[0], like)
+
+
+def silu_mul(self, x):
+    gate, up = np.split(single(x), 2, axis=-1)
+    with np.errstate(over="ignore"):
+        return rounded(self, gate / (1 + np.exp(-gate)) * up, x)
+
+
+def log_softmax(self, logits):
+    wide = single(logits)
+    shifted = wide - wide.max(-1, keepdims=True, initial=-np.inf)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=f32))
+
+
+def moe_route(self, logits, bias, *, k, scale, n_group=1, topk_group=1):
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-logits))
+    biased = np.where(np.isnan(s + bias), -np.inf, s + bias)
+    if n_group > 1:
+        groups = biased.reshape(len(s), n_group, biased.shape[1] // n_group)
+        best = np.sort(groups, -1)[..., -2:].sum(-1)
+        kept = np.argsort(-best, -1, kind="stable")[:, :topk_group]
+        open_ = np.zeros(best.shape, bool)
+        np.put_along_axis(open_, kept, True, 1)
+        biased = np.where(open_[..., None], groups, -np.inf).reshape(s.shape)
+    ids = np.argsort(-biased, -1, kind="stable")[:, :k]
+    w = np.take_along_axis(s, ids, 1)
+    return ids.astype(np.int32), (f32(scale) * w / (w.sum(-1, keepdims=True) + f32(1e-20))).astype(f32)
+
+
+def sparse_mla(self, q_latent, q_rope, kv, sel, batch, *, scale):
+    o = np.zeros(q_latent.shape, f32)
+    indices, length = sel.native
+    c, kp = (a.astype(f32) for a in (kv["c"], kv["kp"]))
+    for t in range(batch.T):
+        slots = batch.slots_of(batch.row_request[t])[indices[t, : length[t]]]
+        if len(slots):
+            logits = (single(q_latent)[t] @ c[slots].T + single(q_rope)[t] @ kp[slots].T) * f32(scale)
+            p = np.exp(logits - logits.max(-1, keepdims=True))
+            o[t] = p @ c[slots] / p.sum(-1, keepdims=True)
+    return rounded(self, o, q_latent)
+
+
+def rope(self, x, batch, *, theta, layout, start, width):
+    half = width // 2
+    frequency = (f32(theta) ** (-np.arange(half, dtype=f32) / f32(half))).astype(f32)
+    angle = batch.positions.astype(f32)[:, None, None] * frequency
+    y = single(x).copy()
+    pairs = slice(start, start + width, 2), slice(start + 1, start + width, 2)
+    if layout == "half":
+        pairs = slice(start, start + half), slice(start + half, start + width)
+    a, b = (single(x)[..., p] for p in pairs)
+    y[..., pairs[0]], y[..., pairs[1]] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+    return rounded(self, y, x)
+
+
+HONEST = {
+    "rms_norm": rms_norm,
+    "rms_norm, rounding before the weight": rms_norm_rounding_early,
+    "layer_norm": layer_norm,
+    "linear": linear,
+    "linear, in two halves of K": linear_split,
+    "silu_mul": silu_mul,
+    "log_softmax": log_softmax,
+    "moe_route": moe_route,
+    "sparse_mla": sparse_mla,
+    "rope": rope,
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_kernels_pass_at_the_strict_level(name):
+    op = name.partition(",")[0]
+    bench = Bench(backend(**{op: HONEST[name]}))
+    results = [check(case, bench, "strict") for case in cases(contracts()[op], "bring-up")]
+    assert len(results) > 15
+    assert [r.explain() for r in results if r.failed] == []
+    assert {r.status for r in results} == {"own"}
+
+
+# -- planted defects -------------------------------------------------------------------------------------------------
+
+
+def without_eps(self, x, weight, *, eps):
+    return rms_norm(self, x, weight, eps=1e-30)
+
+
+def unwritten_tail(self, x, weight, *, eps):
+    out = self.empty(x.shape, str(x.dtype))
+    out[..., :-1] = rms_norm(self, x, weight, eps=eps)[..., :-1]
+    return out
+
+
+def stale_rows(self, x, weight, *, eps):
+    y = rms_norm(self, x, weight, eps=eps)
+    y[16:] = 0  # a grid of sixteen rows
+    return y
+
+
+def beside_the_output(self, x, weight, *, eps):
+    y = rms_norm(self, x, weight, eps=eps)
+    y.base[MARGIN + y.size] = 0
+    return y
+
+
+def onto_the_input(self, x, weight, *, eps):
+    y = rms_norm(self, x, weight, eps=eps)
+    if x.flags.writeable:
+        x[...] = y
+    return y
+
+
+def into_the_gaps_of_a_view(self, x, weight, *, eps):
+    y = rms_norm(self, x, weight, eps=eps)
+    if x.base is not None and x.base.shape[-1] > x.shape[-1]:
+        x.base[..., 0] = 1
+    return y
+
+
+def as_if_contiguous(self, x, weight, *, eps):
+    whole = x if x.base is None else x.base
+    if not x.flags.c_contiguous and whole.size >= x.size:
+        x = whole.reshape(-1)[: x.size].reshape(x.shape)
+    return rms_norm(self, x, weight, eps=eps)
+
+
+def without_last_column(self, x, w, *, out="x"):
+    return rounded(self, *product(self, x, w, out, slice(None, -1)))
+
+
+def swapped_rows(self, x, w, *, out="x"):
+    y = linear(self, x, w, out=out)
+    if len(y) > 1:
+        y[[0, 1]] = y[[1, 0]]
+    return y
+
+
+def bfloat16_accumulator(self, x, w, *, out="x"):
+    y, like = product(self, x, w, out, slice(0, 16))
+    for k in range(16, x.shape[1], 16):
+        y = widen(narrow((y + product(self, x, w, out, slice(k, k + 16))[0]).astype(np.float64), "bfloat16")).astype(f32)
+    return rounded(self, y, like)
+
+
+def truncating(self, x, w, *, out="x"):
+    y, like = product(self, x, w, out)
+    if str(like.dtype) != "bfloat16":
+        return rounded(self, y, like)
+    return (y.view(np.uint32) >> 16).astype(np.uint16).view(like.dtype)
+
+
+def half_precision_inside(self, x, w, *, out="x"):
+    y, like = product(self, x, w, out)
+    with np.errstate(over="ignore"):
+        return rounded(self, y.astype(np.float16).astype(f32), like)
+
+
+def one_element_off(self, x, w, *, out="x"):
+    y = linear(self, x, w, out=out)
+    if y.size:
+        y[-1, -1] *= 1.05
+    return y
+
+
+def all_float32(self, x, w, *, out="x"):
+    return single(linear(self, x, w, out=out))
+
+
+def transposed_result(self, x, w, *, out="x"):
+    return linear(self, x, w, out=out).T
+
+
+def raising(self, x, w, *, out="x"):
+    raise RuntimeError("aicore exception 507015\nand a long trace")
+
+
+class Drifting:
+    calls = 0
+
+    def linear(self, x, w, *, out="x"):
+        Drifting.calls += 1
+        return (single(linear(self, x, w, out=out)) * f32(1 + 2**-23 * (Drifting.calls % 2))).astype(
+            str(x.dtype) if out == "x" else out
+        )
+
+
+def variance_by_difference(self, x, weight, bias, *, eps):
+    wide = single(x)
+    mean = wide.mean(-1, keepdims=True, dtype=f32)
+    variance = np.maximum((wide * wide).mean(-1, keepdims=True, dtype=f32) - mean * mean, 0)
+    return rounded(self, (wide - mean) / np.sqrt(variance + f32(eps)) * single(weight) + single(bias), x)
+
+
+def halves_swapped(self, x):
+    return silu_mul(self, np.concatenate(np.split(x, 2, axis=-1)[::-1], axis=-1))
+
+
+def sigmoid_overflowing(self, x):
+    gate, up = np.split(single(x), 2, axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        e = np.exp(gate)
+        return rounded(self, gate * (e / (1 + e)) * up, x)
+
+
+def weights_from_biased_scores(self, logits, bias, *, k, scale, n_group=1, topk_group=1):
+    ids, _ = moe_route(self, logits, bias, k=k, scale=scale, n_group=n_group, topk_group=topk_group)
+    s = np.take_along_axis(1 / (1 + np.exp(-logits)) + bias, ids, 1)
+    return ids, (f32(scale) * s / (s.sum(-1, keepdims=True) + f32(1e-20))).astype(f32)
+
+
+def same_expert_for_nan(self, logits, bias, *, k, scale, n_group=1, topk_group=1):
+    ids, w = moe_route(self, logits, bias, k=k, scale=scale, n_group=n_group, topk_group=topk_group)
+    ids[np.isnan(logits).all(-1)] = 0
+    return ids, w
+
+
+def one_group(self, logits, bias, *, k, scale, n_group=1, topk_group=1):
+    return moe_route(self, logits, bias, k=k, scale=scale)
+
+
+def ties_to_the_highest(self, scores, batch, *, k):
+    sel = Reference.derive(backend(), contracts()["topk"])(np.ascontiguousarray(scores), batch, k=k)
+    for t, n in enumerate(sel.native.length):
+        row = np.where(np.isnan(scores[t, : batch.visible[t]]), -np.inf, scores[t, : batch.visible[t]])
+        order = np.argsort(-row[::-1], kind="stable")[:n]
+        sel.native.indices[t, :n] = len(row) - 1 - order
+    return sel
+
+
+def zero_in_the_tail(self, scores, batch, *, k):
+    sel = Reference.derive(backend(), contracts()["topk"])(scores, batch, k=k)
+    sel.native.indices[sel.native.indices < 0] = 0
+    return sel
+
+
+def reading_invisible_scores(self, scores, batch, *, k):
+    sel = Reference.derive(backend(), contracts()["topk"])(scores, batch, k=k)
+    order = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
+    for t, n in enumerate(sel.native.length):
+        sel.native.indices[t, :n] = order[t, :n]
+    return sel
+
+
+def last_logit_wins(self, logits):
+    flipped = np.where(np.isnan(widen(logits)), -np.inf, widen(logits))[:, ::-1]
+    return (logits.shape[1] - 1 - flipped.argmax(-1)).astype(np.int32) if len(logits) else np.zeros(0, np.int32)
+
+
+def padding_leaks(self, x, w, counts):
+    expert = np.minimum(np.searchsorted(np.cumsum(counts), np.arange(len(x)), side="right"), len(counts) - 1)
+    member = (expert[:, None] == np.arange(len(counts))).astype(f32)
+    return rounded(self, np.einsum("me,mj,jk,enk->mn", member, np.eye(len(x), dtype=f32), single(x), w.native.astype(f32)), x)
+
+
+def last_expert_for_minus_one(self, x, w13, w2, ids, weights, *, first_expert=0):
+    ids = np.where(ids < 0, len(w13.native) - 1 + first_expert, ids)
+    return Reference.derive(Reference(), contracts()["moe_experts"])(x, w13, w2, ids, weights, first_expert=first_expert)
+
+
+def padding_written(self, pages, batch, first, second=None):
+    Reference.derive(backend(), contracts()["kv_write"])(pages, batch, first, second)
+    written = pages
+    for (name, _), rows in zip(pages.spec.fields, (first, second)):
+        if rows is not None and len(rows):
+            written[name][batch.slots] = widen(rows)  # slot -1 is the cache's last
+    return written
+
+
+def wrong_layout(self, x, batch, *, theta, layout, start, width):
+    return rope(self, x, batch, theta=theta, layout="half", start=start, width=width)
+
+
+def narrow_angles(self, x, batch, *, theta, layout, start, width):
+    table = narrow(batch.positions.astype(np.float64), "bfloat16")
+    coarse = type("Coarse", (), {"positions": widen(table)})
+    return rope(self, x, coarse, theta=theta, layout=layout, start=start, width=width)
+
+
+def truncating_cast(self, x, *, to):
+    wide = single(x)
+    if to != "bfloat16":
+        return narrow(wide.astype(np.float64), to)
+    return (wide.view(np.uint32) >> 16).astype(np.uint16).view(narrow(np.zeros(0), "bfloat16").dtype)
+
+
+def any_token(self, logits, u, temperature, top_k, top_p):
+    every = np.zeros_like(top_k)
+    return Reference.derive(backend(), contracts()["sample"])(logits, u, temperature, every, top_p)
+
+
+def short_prefix(self, logits, draft, temperature, u, draft_probs=None):
+    tokens = Reference.derive(backend(), contracts()["speculative_verify"])(logits, draft, temperature, u, draft_probs)
+    tokens[:, -1] = -1
+    return tokens
+
+
+DEFECTS = [
+    ("rms_norm", without_eps, "FAIL_VALUE"),
+    ("rms_norm", unwritten_tail, "FAIL_VALUE"),
+    ("rms_norm", stale_rows, "FAIL_VALUE"),
+    ("rms_norm", beside_the_output, "FAIL_WROTE_OUTSIDE"),
+    ("rms_norm", onto_the_input, "FAIL_WROTE_OUTSIDE"),
+    ("rms_norm", into_the_gaps_of_a_view, "FAIL_WROTE_OUTSIDE"),
+    ("rms_norm", as_if_contiguous, "FAIL_VALUE"),
+    ("linear", without_last_column, "FAIL_VALUE"),
+    ("linear", swapped_rows, "FAIL_VALUE"),
+    ("linear", bfloat16_accumulator, "FAIL_VALUE"),
+    ("linear", truncating, "FAIL_VALUE"),
+    ("linear", half_precision_inside, "FAIL_VALUE"),
+    ("linear", one_element_off, "FAIL_VALUE"),
+    ("linear", all_float32, "FAIL_DTYPE"),
+    ("linear", transposed_result, "FAIL_SHAPE"),
+    ("linear", raising, "FAIL_ERROR"),
+    ("linear", Drifting.linear, "FAIL_NONDETERMINISTIC"),
+    ("layer_norm", variance_by_difference, "FAIL_VALUE"),
+    ("silu_mul", halves_swapped, "FAIL_VALUE"),
+    ("silu_mul", sigmoid_overflowing, "FAIL_VALUE"),
+    ("moe_route", weights_from_biased_scores, "FAIL_VALUE"),
+    ("moe_route", same_expert_for_nan, "FAIL_VALUE"),
+    ("moe_route", one_group, "FAIL_VALUE"),
+    ("topk", ties_to_the_highest, "FAIL_VALUE"),
+    ("topk", zero_in_the_tail, "FAIL_VALUE"),
+    ("topk", reading_invisible_scores, "FAIL_VALUE"),
+    ("argmax", last_logit_wins, "FAIL_VALUE"),
+    ("grouped_gemm", padding_leaks, "FAIL_VALUE"),
+    ("moe_experts", last_expert_for_minus_one, "FAIL_VALUE"),
+    ("kv_write", padding_written, "FAIL_WROTE_OUTSIDE"),
+    ("rope", wrong_layout, "FAIL_VALUE"),
+    ("rope", narrow_angles, "FAIL_VALUE"),
+    ("cast", truncating_cast, "FAIL_VALUE"),
+    ("sample", any_token, "FAIL_VALUE"),
+    ("speculative_verify", short_prefix, "FAIL_VALUE"),
+]
+
+
+@pytest.mark.parametrize(("op", "kernel", "verdict"), DEFECTS, ids=[k.__qualname__ for _, k, _ in DEFECTS])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_planted_defects_are_found(op, kernel, verdict):
+    report = run(backend(**{op: kernel}), [op])
+    assert report.exit_code == 1
+    assert verdict in {r.verdict for r in report.failures}, "\n".join(r.explain() for r in report.failures)
+
+
+def test_a_declared_order_of_ties_is_accepted_and_said():
+    def topk(self, scores, batch, *, k):
+        return ties_to_the_highest(self, scores, batch, k=k)
+
+    topk.tie = "any"
+    report = run(backend(topk=topk), ["topk"])
+    assert report.ok
+    assert any("own order of ties" in r.note for r in report.results)
+
+
+def test_error_messages_lose_their_trace():
+    report = run(backend(linear=raising), ["linear"])
+    assert {r.message for r in report.failures} == {"RuntimeError: aicore exception 507015"}
+    assert len(report.failures) + report.rows[0].passed == len(report.results)  # the run went on
