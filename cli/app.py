@@ -240,7 +240,9 @@ def conform(
     backend: BackendOption = None,
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
     level: LevelOption = Level.bring_up,
-    dtype: Annotated[list[Dtype] | None, typer.Option("--dtype", help="only this one; may be repeated")] = None,
+    dtype: Annotated[
+        list[Dtype] | None, typer.Option("--dtype", metavar="DTYPE", help="only this one; may be repeated")
+    ] = None,
     emulated: EmulatedFlag = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from porthal.hal import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group
 
 STYLES = {
     "available": "green",
@@ -69,11 +69,21 @@ def check_writable(file: Path | None) -> None:
         raise UsageError(f"cannot write {file}: expected a file name in a folder that exists and is writable")
 
 
-def drawn(what: RenderableType) -> None:
-    """Something of rich's on stdout: fitted to a terminal, whole lines otherwise."""
+def drawn(parts: Group) -> None:
+    """Something of rich's on stdout: fitted to a terminal, whole lines without frames otherwise."""
     from rich.console import Console
+    from rich.table import Table
 
-    Console(width=None if sys.stdout.isatty() else 1000).print(what)
+    if sys.stdout.isatty():
+        Console().print(parts)
+        return
+    for part in parts.renderables:
+        if isinstance(part, Table):
+            part.box, part.pad_edge, part.title_justify = None, False, "left"
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(parts)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextmanager

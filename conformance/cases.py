@@ -162,6 +162,8 @@ class _Plan:
     def __init__(self, contract: Contract, level: Level) -> None:
         self.contract, self.level = contract, level
         operands = contract.signature.operands
+        results = contract.signature.results
+        self.sized = {s for o in (*operands, *results) for d in o.dims for s in symbols(d)}
         self.has_batch = any(o.kind == "Batch" for o in operands)
         self.has_pages = any(o.kind == "Pages" for o in operands)
         bound = {d for o in operands if o.kind == "Batch" for d in o.dims}
@@ -271,9 +273,9 @@ class _Plan:
         return None
 
     def _near(self, name: str) -> list[Any]:
-        """A symbol's values, home first: the smallest dim of at least 8, the first attribute."""
+        """A symbol's values, home first: the smallest size of at least 8, the first of other attributes."""
         values = list(self.contract.cases[name])
-        if name in self.free:
+        if name in self.sized:
             values.sort(key=lambda v: (v < 8, v))
         return values
 

@@ -103,8 +103,8 @@ def _repeated(value: Any) -> Any:
 
 def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
     """Query and key lengths per request of a composition with T query rows."""
-    size = case.block_size
-    drawn = Draw(f"{case.token}/kv", (max(T, 1),)).integers(1, 2 * size + 8).tolist()
+    size, reach = case.block_size, min(k, 512)  # rows on both sides of a top-k's k
+    drawn = Draw(f"{case.token}/kv", (max(T, 1),)).integers(1, 2 * size + 8 + reach).tolist()
     if case.batch == "decode":
         return [1] * T, drawn[:T]
     if case.batch == "prefill":
@@ -113,7 +113,7 @@ def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
         return [T], [T + size + 5]
     if case.batch == "mixed":
         decoding = min(T // 2, 8)
-        return [1] * decoding + [T - decoding], drawn[:decoding] + [T - decoding + 19]
+        return [1] * decoding + [T - decoding], drawn[:decoding] + [T - decoding + 19 + reach]
     if case.batch == "padded":
         return [1] * T, [0 if r % 3 == 1 else n for r, n in enumerate(drawn[:T])]
     if case.batch == "idle":

@@ -28,14 +28,16 @@ class AbstractArray:
         self.dtype = dtype
 
     def reshape(self, *shape: int) -> AbstractArray:
-        if math.prod(shape) != math.prod(self.shape):
+        if math.prod(shape) != math.prod(self.shape) or min(shape, default=0) < 0:
             raise UsageError(f"cannot reshape {list(self.shape)} to {list(shape)}")
         return AbstractArray(shape, self.dtype)
 
     def __getitem__(self, key: Any) -> AbstractArray:
         keys = key if isinstance(key, tuple) else (key,)
-        if not all(isinstance(k, (int, slice)) for k in keys):
+        if not all(type(k) in (int, slice) for k in keys):  # a bool is an int to Python, and a mask to arrays
             raise UsageError(f"an array is sliced by {key!r}: model code may use integers and slices only")
+        if len(keys) > len(self.shape):
+            raise UsageError(f"{len(keys)} indices are too many for an array of shape {list(self.shape)}")
         kept = []
         for size, k in zip(self.shape, keys):
             if isinstance(k, slice):

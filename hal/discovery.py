@@ -44,13 +44,13 @@ def probe(name: str) -> Probe:
     _known(name)
     try:
         package = importlib.import_module(_packages()[name])
+        for module in getattr(package, "requires", ()):
+            if importlib.util.find_spec(module.partition(".")[0]) is None:  # a dotted name would import its parents
+                return Probe("not here", f"needs the Python package {module}")
+        check = getattr(package, "probe", None)
+        return check() if check else Probe("available")
     except Exception as error:  # a plugin's own failure must not hide the other backends
         return Probe("broken", f"{type(error).__name__}: {error}")
-    for module in getattr(package, "requires", ()):
-        if importlib.util.find_spec(module) is None:
-            return Probe("not here", f"needs the Python package {module}")
-    check = getattr(package, "probe", None)
-    return check() if check else Probe("available")
 
 
 def backend_class(name: str) -> type[Backend]:

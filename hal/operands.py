@@ -147,8 +147,9 @@ class Batch:
             raise UsageError(f"Batch.block_size is {self.block_size}: expected at least 1 slot per page")
         if len(self.cu_q) != self.R + 1 or self.cu_q[0] != 0 or (self.q_len < 0).any():
             raise UsageError(f"Batch.cu_q is {self.cu_q.tolist()}: expected {self.R + 1} rising counts from 0")
-        if len(self.block_table) != self.R:
-            raise UsageError(f"Batch.block_table has {len(self.block_table)} rows: expected {self.R}, one per request")
+        if self.block_table.ndim != 2 or len(self.block_table) != self.R:
+            shape = list(self.block_table.shape)
+            raise UsageError(f"Batch.block_table has shape {shape}: expected {self.R} rows of page ids, one per request")
         short = (self.kv_len != 0) & (self.kv_len < self.q_len)
         if short.any() or (self.kv_len < 0).any():
             r = int(np.argmax(short | (self.kv_len < 0)))
@@ -157,10 +158,12 @@ class Batch:
                 "kv_len counts the step's own rows too (0 only for a padded request)"
             )
         need = -(-self.kv_len // self.block_size)
-        held = (np.arange(self.block_table.shape[1]) < need[:, None]).astype(bool)
-        if (need > self.block_table.shape[1]).any() or (self.block_table[held] < 0).any():
-            r = int(np.argmax(need - (self.block_table >= 0).sum(1)))
-            raise UsageError(f"request {r} needs {need[r]} pages for kv_len {self.kv_len[r]}: its block table has fewer")
+        held = np.cumprod(self.block_table >= 0, axis=1).sum(1)  # pages before the first -1
+        if (need > held).any():
+            r = int(np.argmax(need > held))
+            raise UsageError(
+                f"request {r} needs {need[r]} pages for kv_len {self.kv_len[r]}: its block table has {held[r]}"
+            )
 
     @property
     def R(self) -> int:

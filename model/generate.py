@@ -107,12 +107,12 @@ class _Run:
         if self._active():
             self._prefill(prefill_chunk)
         while active := self._active():
-            # Near the end of the context there is no room to write drafts.
-            room = self.context - 1 - max(s.position for s in active)
-            if 0 < self.drafts <= room:
-                self._verify(active)
-            else:
-                self._decode(active)
+            # Near the end of its context a request has no room for drafts, and it never will again.
+            drafting = [s for s in active if self.drafts and s.position + self.drafts < self.context]
+            if drafting:
+                self._verify(drafting)
+            if len(drafting) < len(active):
+                self._decode([s for s in active if s not in drafting])
         return Generated([s.out for s in self.streams], self.forwards)
 
     # -- steps of the main model -------------------------------------------------------------------------------------
@@ -145,8 +145,6 @@ class _Run:
         ids = self._ints([s.out[-1] for s in active])
         hidden, _ = self._hidden(ids, self.cache.step([s.pages for s in active], [1] * len(active)))
         self._emit_next(active, hidden)
-        if self.drafts:
-            self._keep(active, hidden, [1] * len(active), stride=1)
 
     def _verify(self, active: list[Stream]) -> None:
         """Draft with the MTP layer, verify all drafts in one forward, keep the accepted prefix and one token more."""
@@ -167,7 +165,7 @@ class _Run:
         for s, length, emitted in zip(active, before, new):
             self.cache.truncate(s.pages, length + len(emitted))
             self._emit(s, emitted)
-        self._keep(active, hidden, [len(emitted) for emitted in new], stride=n + 1)
+        self._keep(active, hidden, [len(emitted) for emitted in new])
 
     def _hidden(self, ids: Any, batch: Batch) -> tuple[Any, Batch]:
         self.forwards += 1
@@ -189,11 +187,11 @@ class _Run:
             drafts.append(self.ops.argmax(self.model.logits(g)))
         return drafts
 
-    def _keep(self, active: list[Stream], hidden: Any, counts: list[int], stride: int) -> None:
-        """Give the MTP layer the true hidden states of each stream's first counts[r] of `stride` rows."""
+    def _keep(self, active: list[Stream], hidden: Any, counts: list[int]) -> None:
+        """Give the MTP layer the true hidden states of the first counts[r] rows of each stream."""
         going = [(r, s) for r, s in enumerate(active) if not s.done]
         if going:
-            rows = [r * stride + i for r, _ in going for i in range(counts[r])]
+            rows = [r * (self.drafts + 1) + i for r, _ in going for i in range(counts[r])]
             true = self.ops.take_rows(hidden, self._ints(rows))
             self._catch_up([s for _, s in going], [counts[r] for r, _ in going], true)
 

@@ -99,12 +99,12 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(0.0, 256, 1, False, False),
-    Stage(0.45, 256, DRAFTS, False, False),
-    Stage(0.55, 256, DRAFTS, True, False),
-    Stage(0.68, 512, DRAFTS, True, True),
-    Stage(0.93, 1024, DRAFTS, True, True),
+    Stage(0.5, 256, DRAFTS, False, False),
+    Stage(0.56, 256, DRAFTS, True, False),
+    Stage(0.69, 512, DRAFTS, True, True),
+    Stage(0.88, 1024, DRAFTS, True, True),
 )
-DECAY = 0.5  # the last share of the time, in which step sizes fall to 0
+DECAY = 0.6  # the last share of the time, in which step sizes fall to 0
 ADAM, MUON, BALANCE = 3e-3, 0.02, 0.02
 
 
@@ -383,6 +383,7 @@ def train(text: Array, directory: Path, minutes: float) -> dict[str, int]:
     for stage, end in zip(STAGES, [*(s.start for s in STAGES[1:]), 1.0]):
         backend.indexer, backend.sparse = stage.indexer, stage.sparse
         batch = whole_texts(ops, BATCH // stage.length, stage.length)
+        half = whole_texts(ops, batch.R // 2, stage.length)  # enough for the MTP layer
         while (done := (time.monotonic() - begin) / (60 * minutes)) < end:
             starts = rng.integers(0, len(text) - stage.length - DRAFTS - 1, batch.R)
             window = np.stack([text[s : s + stage.length + DRAFTS + 1] for s in starts]).astype(np.int32)
@@ -390,9 +391,10 @@ def train(text: Array, directory: Path, minutes: float) -> dict[str, int]:
             backend.losses = []
             g = model.hidden(ids[0], batch, cache)
             losses = [F.cross_entropy(model.logits(g), ids[1].long())]
+            g = g[: half.T]
             for i in range(1, stage.unroll + 1):
-                g, _ = model.mtp.hidden(ids[i], model.embed, g, batch, cache.layers[-1], None)
-                losses.append(F.cross_entropy(model.logits(g), ids[i + 1].long()))
+                g, _ = model.mtp.hidden(ids[i][: half.T], model.embed, g, half, cache.layers[-1], None)
+                losses.append(F.cross_entropy(model.logits(g), ids[i + 1][: half.T].long()))
             (losses[0] + 0.3 / stage.unroll * sum(losses[1:]) + sum(backend.losses)).backward()
             optimiser.step(min(1.0, (step + 1) / 30, max(0.02, (1 - done) / DECAY)))
             step, tokens = step + 1, tokens + batch.T

@@ -6,7 +6,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases import cases
 from porthal.conformance.runner import MARGIN, Bench, check, run
-from porthal.hal import contracts, narrow, widen
+from porthal.hal import contracts, create, narrow, widen
 
 f32 = np.float32
 
@@ -318,7 +318,8 @@ def padding_leaks(self, x, w, counts):
 
 def last_expert_for_minus_one(self, x, w13, w2, ids, weights, *, first_expert=0):
     ids = np.where(ids < 0, len(w13.native) - 1 + first_expert, ids)
-    return Reference.derive(Reference(), contracts()["moe_experts"])(x, w13, w2, ids, weights, first_expert=first_expert)
+    return create("reference").derive(contracts()["moe_experts"])(
+        x, w13, w2, ids, weights, first_expert=first_expert)
 
 
 def padding_written(self, pages, batch, first, second=None):

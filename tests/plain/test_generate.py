@@ -56,6 +56,19 @@ def test_prompt_that_fills_the_context(checkpoints: dict[str, Path], reference: 
     assert small.generate(PROMPT, 5) == []
 
 
+def test_a_request_at_the_end_of_the_context_does_not_disturb_others(
+    checkpoints: dict[str, Path], reference: Binding, tmp_path: Path
+) -> None:
+    """It has no room for drafts, while the others go on drafting: else their sampled text would depend on it."""
+    small = short_context(checkpoints, tmp_path, reference, len(PROMPT) + 5)
+    together, alone = (
+        generate(small, prompts, 30, temperature=0.9, speculative=3).tokens
+        for prompts in ([PROMPT[:20], PROMPT], [PROMPT[:20]])
+    )
+    assert together[0] == alone[0]
+    assert len(together[1]) == 5
+
+
 @pytest.mark.parametrize("speculative", [0, 3])
 def test_end_of_text_token_stops(
     checkpoints: dict[str, Path], reference: Binding, models: dict[str, Glm5], tmp_path: Path, speculative: int

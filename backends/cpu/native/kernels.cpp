@@ -22,7 +22,7 @@ constexpr int kLanes = 4, kTileRows = 3;
 #endif
 constexpr int kVectors = 4;  // vectors across a panel; kTileRows * kVectors sums stay in registers
 constexpr int kPanel = kLanes * kVectors;
-// A panel block of this depth stays in L1 while all rows pass over it: the short one for few rows, where memory decides.
+// A panel block of this depth stays in L1 while all rows pass over it: short for few rows, where memory decides.
 constexpr std::int64_t kShortBlock = 128, kLongBlock = 256;
 constexpr std::int64_t kStreamRows = 3;  // up to so many rows, computing hides behind reading
 
@@ -38,7 +38,7 @@ inline V load_raw(const T* p) {
   return v;
 }
 
-// Written out where GCC would split a __builtin_convertvector into halves; masked, because the plain ones warn in GCC 12.
+// Written out where GCC would split a __builtin_convertvector into halves; masked, as the plain ones warn in GCC 12.
 inline U widen(S s) {
 #if defined(__AVX512F__)
   return (U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)s);

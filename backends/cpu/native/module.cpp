@@ -195,18 +195,19 @@ PYBIND11_MODULE(_native, m) {
         return py::tuple(names);
       },
       "Instruction sets built in that this CPU runs, best last.");
-  m.def("set_isa", &set_isa, "name"_a, "Last bits of results may change with it; experts packed before keep the one they were packed for.");
+  m.def("set_isa", &set_isa, "name"_a,
+        "Last bits of results may change with it; experts packed before keep the one they were packed for.");
 
   m.def("rms_norm", &bind_rms_norm, "x"_a, "weight"_a, "y"_a, "eps"_a,
         "y[T, H] = x / sqrt(mean(x^2) + eps) * weight. x [T, H] float32 or bfloat16 of any strides; weight [H] of x's\n"
         "dtype or float32; y contiguous, of x's dtype. Computed in float32, rounded once.");
   m.def("topk", &bind_topk, "scores"_a, "length"_a, "k"_a, "indices"_a,
-        "indices[T, k] int32 = positions of the min(k, length) greatest of scores[t, :length[t]], by descending score,\n"
+        "indices[T, k] int32 = positions of the min(k, length) greatest of scores[t, :length[t]], descending scores,\n"
         "ties by ascending position; the rest is -1. NaN counts as -inf, -0 as 0.");
   m.def("moe_experts", &bind_moe_experts, "x"_a, "ids"_a, "weights"_a, "w13"_a, "w2"_a, "first_expert"_a, "y"_a,
         "y[t] = sum_j weights[t, j] * w2[e] @ (silu(gate) * up), [gate; up] = w13[e] @ x[t], e = ids[t, j] -\n"
-        "first_expert; an id that is negative or not held here adds nothing. x, y [T, H]; ids int32 and weights float32\n"
-        "[T, K]. Sums in float32 in a fixed order: a row of y depends on its own inputs only, bit for bit. In bfloat16\n"
+        "first_expert; ids negative or not held here add nothing. x, y [T, H]; ids int32 and weights float32\n"
+        "[T, K]. Sums in float32 in a fixed order: a row of y depends on its own inputs only, bit by bit. In bf16\n"
         "silu(gate) * up is rounded, and subnormal products may count as 0.");
 
   py::class_<PackedExperts>(m, "PackedExperts",

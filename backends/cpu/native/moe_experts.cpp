@@ -54,7 +54,7 @@ PackedExperts::PackedExperts(std::int64_t experts, std::int64_t rows, std::int64
       panel_bytes(kernels.panel * 4 * (is_bf16 ? ceil_div(columns, 2) : columns)),
       memory_(map_pages(mapped_size(bytes())), Unmap{mapped_size(bytes())}) {}
 
-// visit(packed, stride, row, begin, end): elements [begin, end) of logical row `row` belong at `packed`, one group every
+// visit(packed, stride, row, begin, end): elements [begin, end) of logical row `row` go to `packed`, one group every
 // `stride` bytes. Panels in parallel, each in blocks of depth that stay in L1 while its rows are transposed.
 template <class Visit>
 void PackedExperts::each_run(std::int64_t expert, Visit visit) const {

@@ -51,7 +51,7 @@ template <class T>
 void topk(const Matrix& scores, const Matrix& length, std::int64_t k, std::int32_t* indices);
 
 // Expert matrices [experts, rows, columns] in the order in which the kernels read them. Per expert and panel of output
-// columns (rows of the logical matrix): [depth / group][panel][group], group = 2 for bf16, zeros as padding. With `gated`
+// columns (rows of the logical matrix): [depth / group][panel][group], group = 2 for bf16, padded with zeros. If gated,
 // a panel holds half as many gate rows (the first half of the matrix) and then their up rows.
 class PackedExperts {
  public:

@@ -17,7 +17,7 @@ using Body = void (*)(void* context, std::int64_t begin, std::int64_t end);
 void parallel_for(std::int64_t count, std::int64_t chunk, Body body, void* context);
 }  // namespace detail
 
-// Calls f(begin, end) over disjoint ranges of at most `chunk` that cover [0, count). An exception in f is rethrown here.
+// Calls f(begin, end) over disjoint ranges of at most `chunk` that cover [0, count); rethrows an exception of f.
 // A second thread that calls while the pool is busy runs its loop alone. A forked child starts with fresh workers.
 template <class F>
 void parallel_for(std::int64_t count, std::int64_t chunk, F&& f) {
