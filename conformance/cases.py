@@ -13,6 +13,7 @@ from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from porthal.conformance.values import RECIPES
 from porthal.hal import UsageError, contracts
 from porthal.hal.contract import Contract
 from porthal.hal.signature import OperandSpec, evaluate, symbols
@@ -27,7 +28,7 @@ ROWS = {
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 HOME_ROWS = 7
 # Logical elements of all operands and results: what a level is ready to generate and judge in one case.
-SIZE = {"bring-up": 2**22, "standard": 2**24, "strict": 2**27}
+SIZE = {"bring-up": 2**22, "standard": 2**25, "strict": 2**27}
 VIEWS = ("columns", "rows", "transposed", "broadcast")
 SELECTIONS = ("full", "short", "empty")
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
@@ -36,6 +37,7 @@ PAGES = 6  # of a cache that no batch describes
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG = {v: k for k, v in _SHORT.items()}
+Combo = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,14 @@ class Case:
                 found["absent"].append(name)
             elif mark == ":" and name in known:
                 found["dtypes"].append((name, _LONG.get(value, value)))
-            elif mark == "~" and name in known:
+            elif mark == "~" and name in known and value in (*RECIPES, *SELECTIONS):
                 found["recipes"].append((name, value))
             elif mark == "=" and name in ("batch", "view", "fault"):
                 named[name] = value
             elif mark == "=" and name == "block_size" and value.isdigit():
                 named[name] = int(value)
             elif mark == "=" and name in contract.attributes:
-                found["attrs"].append((name, contract.attributes[name].type(value)))
+                found["attrs"].append((name, _parsed(contract.attributes[name].type, value, part)))
             elif mark == "=" and value.isdigit():
                 found["dims"].append((name, int(value)))
             else:
@@ -129,6 +131,13 @@ def _cut(part: str) -> tuple[str, str, str]:
         if found:
             return name, mark, value
     return part, "", ""
+
+
+def _parsed(kind: type, text: str, part: str) -> Any:
+    try:
+        return text == "True" if kind is bool else kind(text)
+    except ValueError:
+        raise UsageError(f"case token part {part!r} has no {kind.__name__}: copy the token from a report") from None
 
 
 def options(contract: Contract, operand: str) -> Sequence[str]:
@@ -174,71 +183,78 @@ class _Plan:
         self.attrs = [s for s in contract.cases if s in contract.attributes]
         self.first = _first_float(contract)
         self.combos = _combos(contract)
+        self.few, self.turn = level == "bring-up", 0
 
     def cases(self) -> Iterator[Case]:
-        home, everywhere = self._combo_cycle()
-        few = self.level == "bring-up"
-        bases = [c for c in self.combos if len(c) <= 1]
-        served = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        for combo in served if few else bases:  # GLM-5's dims
-            for rows in (2,) if few else (1, 16):
-                deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
-                yield from self._made(self._first(), rows=rows, dtypes=combo, batch=deep)
+        yield from self._served()
         for combo in self.combos:
             yield from self._made(dtypes=combo)
+        yield from self._sizes()
+        yield from self._forms()
+        if self.has_batch or self.has_pages:
+            yield from self._batches()
+        if self.level == "strict":
+            for seed, combo in product((1, 2, 3), self.combos):
+                yield from self._made(rows=65, dtypes=combo, seed=seed)
+        for fault in FAULTS:
+            yield from self._made(fault=fault, dtypes=self._next())
+
+    def _served(self) -> Iterator[Case]:
+        """GLM-5's dims, in its dtype or in every one, over a cache longer than top-k; pairs of other attributes there."""
+        bases = [c for c in self.combos if len(c) <= 1]
+        if self.few:
+            bases = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
+        dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
+        attrs = {a: self.contract.cases[a][0] for a in self.attrs}
+        deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
+        for combo, rows in product(bases, (2,) if self.few else (1, 16)):
+            yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
+        for pair in combinations(self.attrs, 2):  # some act together only
+            yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
+
+    def _sizes(self) -> Iterator[Case]:
+        """Row counts, then every value of every dim and attribute."""
         for rows in ROWS[self.level]:
-            for combo in everywhere():
+            for combo in self._each():
                 yield from self._made(rows=rows, dtypes=combo)
-        if not few:
+        if not self.few:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
+            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else "crowd"
             for rows in (MANY_ROWS - 1, MANY_ROWS):
-                yield from self._made(least, rows=rows, dtypes=home(), batch="crowd" if self.has_batch else "")
+                yield from self._made(least, rows=rows, dtypes=self._next(), batch=batch)
         for name in (*self.free, *self.attrs):
             for value in self.contract.cases[name]:
-                for combo in everywhere():
+                for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
-        wide = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
-        for pair in combinations(self.attrs, 2):  # some attributes act together only
-            yield from self._made({**wide, **{a: self.contract.cases[a][-1] for a in pair}}, dtypes=home())
+
+    def _forms(self) -> Iterator[Case]:
+        """Values, views, and optional operands left out."""
         for recipes in self._recipes():
-            for combo in everywhere():
-                yield from self._made(recipes=recipes, dtypes=combo)
-                if not few:
-                    yield from self._made(recipes=recipes, dtypes=combo, rows=256)
+            for rows in (HOME_ROWS,) if self.few else (HOME_ROWS, 256):
+                for combo in self._each():
+                    yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
         for view in VIEWS:
-            for combo in everywhere():
+            for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
         for absent in _absences(self.contract):
-            for combo in everywhere():
+            for combo in self._each():
                 yield from self._made(absent=absent, dtypes=combo)
-        if self.has_batch:
-            for batch, size in product(COMPOSITIONS, BLOCK_SIZES):
-                for combo in [home()] if few else everywhere():
-                    for rows in (HOME_ROWS,) if few else (HOME_ROWS, 33):
-                        yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
-        elif self.has_pages:
-            for size in BLOCK_SIZES:
-                yield from self._made(block_size=size, dtypes=home())
-        if self.level == "strict":
-            for seed in (1, 2, 3):
-                for combo in self.combos:
-                    yield from self._made(rows=65, dtypes=combo, seed=seed)
-        for fault in FAULTS:
-            yield from self._made(fault=fault, dtypes=home())
 
-    def _combo_cycle(self) -> tuple[Any, Any]:
-        """`home()`: the next dtype in turn; `everywhere()`: that one at bring-up, all of them above it."""
-        turn = 0
+    def _batches(self) -> Iterator[Case]:
+        """Batch compositions and page sizes."""
+        for batch, size in product(COMPOSITIONS if self.has_batch else ("",), BLOCK_SIZES):
+            for rows in (HOME_ROWS,) if self.few else (HOME_ROWS, 33):
+                for combo in self._each():
+                    yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
 
-        def home() -> tuple[tuple[str, str], ...]:
-            nonlocal turn
-            turn += 1
-            return self.combos[turn % len(self.combos)]
+    def _next(self) -> Combo:
+        """The dtypes that are next in turn."""
+        self.turn += 1
+        return self.combos[self.turn % len(self.combos)]
 
-        return home, lambda: [home()] if self.level == "bring-up" else self.combos
-
-    def _first(self) -> dict[str, Any]:
-        return {s: self.contract.cases[s][0] for s in (*self.free, *self.attrs) if s != self.rows}
+    def _each(self) -> list[Combo]:
+        """All dtypes, or at bring-up the next in turn."""
+        return [self._next()] if self.few else self.combos
 
     def _made(self, fixed: Mapping[str, Any] | None = None, rows: int = HOME_ROWS, **fields: Any) -> Iterator[Case]:
         """The case with these values, everything else at home; nothing where no legal or affordable one exists."""
@@ -304,13 +320,13 @@ def _choices(contract: Contract, operand: OperandSpec) -> tuple[str, ...]:
     return contract.dtypes.get(operand.name, ())
 
 
-def _combos(contract: Contract) -> list[tuple[tuple[str, str], ...]]:
+def _combos(contract: Contract) -> list[Combo]:
     """Every base dtype with all operands following it, then with those that may differ doing so."""
     first = _first_float(contract)
     if not first:
         return [()]
     bases = _choices(contract, contract.signature[first])
-    found: list[tuple[tuple[str, str], ...]] = [((first, base),) for base in bases]
+    found: list[Combo] = [((first, base),) for base in bases]
     for base in bases:
         other = []
         for operand in contract.signature.operands:
@@ -351,10 +367,9 @@ def possible(case: Case) -> bool:
         return any(_wide_enough(contract, n, sizes) for n in contract.ranges)
     if case.fault == "attribute":
         return bool(contract.attributes)
-    for name in contract.ranges:
-        if sizes.get(contract.ranges[name][1]) == 0 and contract.ranges[name][0] == 0:  # type: ignore[call-overload]
-            if any(sizes.get(d, 1) for d in contract.signature[name].dims):
-                return False  # an index into nothing
+    for name, (low, high) in contract.ranges.items():
+        if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):
+            return False  # an index into nothing
     return not any(s == 0 for n, s in sizes.items() if n in ("P", "V", "E"))
 
 
@@ -364,10 +379,10 @@ def _wide_enough(contract: Contract, name: str, sizes: Mapping[str, int]) -> boo
 
 def elements(case: Case) -> int:
     """About how many numbers a case's operands and results hold."""
-    sizes: dict[str, int] = {**dict(case.dims), "S": 300, "R": 8, **_whole(dict(case.attrs))}
-    sizes.update(dict(case.dims))
-    count = 0
-    for operand in (*case.contract.signature.operands, *case.contract.signature.results):
+    longest = 70 if case.batch == "crowd" else 300
+    sizes: dict[str, int] = {"S": longest, "R": 8, **_whole(dict(case.attrs)), **dict(case.dims)}
+    signature, count = case.contract.signature, 0
+    for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
         if operand.kind in ("array", "Weight", "Selection"):
             count += math.prod(evaluate(d, sizes) for d in operand.dims)
         elif operand.kind == "Pages":

@@ -16,7 +16,6 @@ from porthal.hal.dtypes import is_float, narrow, numpy_dtype
 from porthal.hal.signature import OperandSpec, evaluate
 
 Array = np.ndarray[Any, Any]
-POSITIONS = 4096  # a selection without a batch points anywhere below this
 LONGEST = 131072
 
 
@@ -113,7 +112,7 @@ def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
         return [T], [T + size + 5]
     if case.batch == "mixed":
         decoding = min(T // 2, 8)
-        return [1] * decoding + [T - decoding], drawn[:decoding] + [T - decoding + 19 + reach]
+        return [1] * decoding + [T - decoding], [*drawn[:decoding], T - decoding + 19 + reach]
     if case.batch == "padded":
         return [1] * T, [0 if r % 3 == 1 else n for r, n in enumerate(drawn[:T])]
     if case.batch == "idle":
@@ -122,7 +121,8 @@ def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
         return [1, max(T - 1, 0)], [k + 1, k + T + 3]
     if case.batch == "long":
         return [1] * T, [LONGEST - 977 * (r % 100) for r in range(T)]
-    return [1] * T, [r % 4 + 1 for r in range(T)]  # crowd
+    rows = [64] * (T // 64) + [T % 64] * (T % 64 > 0)  # crowd
+    return rows, [n + r % 4 for r, n in enumerate(rows)]
 
 
 def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
@@ -134,8 +134,7 @@ def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
         tables = [[(r * 7 + p) % PAGES for p in range(n)] for r, n in enumerate(need)]
     else:
         order = Draw(f"{case.token}/pages", (1,)).order(sum(need) + 3).tolist()
-        starts = np.cumsum([0, *need])
-        tables = [order[a:b] for a, b in zip(starts, starts[1:])]
+        tables = [order[end - n : end] for n, end in zip(need, np.cumsum(need))]
     return Batch.build(q_lens, kv_lens, tables, case.block_size)
 
 
@@ -163,7 +162,7 @@ def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Ba
 def _selection(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Selection:
     """Distinct visible positions in no order: as many as there are, fewer, or none in every second row."""
     T, k = (int(evaluate(d, sizes)) for d in operand.dims)
-    visible = np.full(T, POSITIONS) if batch is None else batch.visible
+    visible = np.full(T, k + 37) if batch is None else batch.visible
     draw, chosen = Draw(f"{case.token}/{operand.name}", (T,)), case.recipe(operand.name)
     length = np.minimum(visible, k)
     if chosen == "short":

@@ -13,7 +13,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("porthal")
     group.addoption("--porthal-backend", metavar="NAME", help="test the conformance of this backend, case by case")
-    group.addoption("--porthal-level", metavar="LEVEL", default="bring-up", help="bring-up, standard or strict")
+    group.addoption("--porthal-level", default="bring-up", choices=("bring-up", "standard", "strict"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
@@ -23,10 +23,13 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         return
     from porthal.conformance.cases import cases
     from porthal.conformance.runner import Bench
-    from porthal.hal import contracts, create
+    from porthal.hal import PorthalError, contracts, create
 
     level = config.getoption("--porthal-level")
-    bench = Bench(create(name))
+    try:
+        bench = Bench(create(name))
+    except PorthalError as error:
+        raise pytest.UsageError(str(error)) from error
     for contract in contracts().values():
         for case in cases(contract, level):
             items.append(CaseItem.from_parent(session, name=case.token, case=case, bench=bench, level=level))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porthal.conformance.cases import Case
-from porthal.conformance.judge import Judgement
+from porthal.conformance.verdicts import Judgement
 from porthal.hal import Backend, contracts
 from porthal.hal.binding import Choice
 
@@ -83,10 +84,10 @@ class Result:
         lines = [f"{self.verdict}: {self.op} by {whose}" + (f" ({self.provider})" if self.provider else "")]
         if self.message:
             lines.append(self.message)
-        if self.at and np.isfinite(self.worst):
+        if self.worst:
             lines.append(
                 f"The largest error is {self.worst:.3g} of its budget, at {self.at}; "
-                f"errors have {self.ratio:.3g} times an ideal machine's energy."
+                f"all together it is {self.ratio:.3g} times an ideal machine's."
             )
         if self.note:
             lines.append(self.note)
@@ -239,10 +240,8 @@ def replay_command(result: Result, backend: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    import porthal
-
     return {
-        "porthal": porthal.__version__,
+        "porthal": sys.modules["porthal"].__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": platform.machine(),

@@ -4,7 +4,7 @@ if not __name__.startswith("porthal."):
     raise ImportError("hal is a room of porthal: import porthal.hal instead of hal")
 
 from porthal.hal.backend import Backend, Kernel, Place
-from porthal.hal.binding import Binding, Choice, bind, checked, use
+from porthal.hal.binding import Binding, Choice, bind, checked, selected, use
 from porthal.hal.contract import CallSpec, Contract, contract, contracts
 from porthal.hal.discovery import Probe, backend_names, best, create, probe
 from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
@@ -61,6 +61,7 @@ __all__ = [
     "numpy_dtype",
     "one_of",
     "probe",
+    "selected",
     "use",
     "widen",
 ]

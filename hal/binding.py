@@ -100,7 +100,7 @@ def bind(
 
     Raises UsageError for unknown names and NotClaimed when the profile needs an op that nobody claims.
     """
-    chosen = backend or discovery.create(name or _selected())
+    chosen = backend or discovery.create(name or selected()[0])
     rules = dict(overrides) if overrides is not None else _policy_ops()
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
@@ -273,8 +273,13 @@ def use(name: str) -> Iterator[Binding]:
         _used.reset(token)
 
 
-def _selected() -> str:
-    return _used.get() or os.environ.get("PORTHAL_BACKEND") or discovery.best()
+def selected() -> tuple[str, str]:
+    """The backend that a bare bind() takes, and the rule that says so."""
+    if used := _used.get():
+        return used, "porthal.use"
+    if named := os.environ.get("PORTHAL_BACKEND"):
+        return named, "PORTHAL_BACKEND"
+    return discovery.best(), "the first available in the stated order"
 
 
 def _policy_ops() -> dict[str, str]:
@@ -308,7 +313,7 @@ def _bound_for(name: str, ops: str, fallback: str, op: str, spec: CallSpec) -> B
 
 def front(contract: Contract, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A checked call with plain arrays: NumPy becomes the backend's array, weights are prepared on the fly."""
-    name = _selected()
+    name, _ = selected()
     backend = _shared(name)
     operands, attrs = contract.arrange(args, kwargs)
     plain: dict[str, np.ndarray[Any, Any]] = {}

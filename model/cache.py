@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from porthal.hal import Batch, UsageError
 from porthal.model.attention import LayerCache
 
-BLOCK_SIZE = 64
-
 
 @dataclass
 class Request:
@@ -26,10 +24,6 @@ class Cache:
         self.layers = layers
         self.block_size = block_size
         self.free = list(range(n_blocks - 1, -1, -1))
-
-    @staticmethod
-    def blocks_for(tokens: int, block_size: int = BLOCK_SIZE) -> int:
-        return max(1, -(-tokens // block_size))
 
     def new_request(self) -> Request:
         return Request()

@@ -47,10 +47,13 @@ class TensorFile:
     def tensor(self, name: str) -> Array:
         """A view: its bytes are read when used."""
         entry = self.header[name]
-        if entry["dtype"] not in DTYPES:
-            raise UsageError(f"{self.path}: {name!r} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-        begin, end = entry["data_offsets"]
-        return self._data[begin:end].view(numpy_dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+        if entry.get("dtype") not in DTYPES:
+            raise UsageError(f"{self.path}: {name!r} is {entry.get('dtype')}, expected one of {', '.join(DTYPES)}")
+        try:
+            begin, end = entry["data_offsets"]
+            return self._data[begin:end].view(numpy_dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+        except (ValueError, TypeError, LookupError):
+            raise UsageError(f"{self.path} is damaged: its header says {entry} of {name!r}") from None
 
 
 class Checkpoint:

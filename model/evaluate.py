@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from porthal.hal import UsageError
-from porthal.model.cache import Cache
 from porthal.model.tokens import check_ids, ids_array, log2_sum
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> flo
 def _logprobs(model: Glm5, piece: list[int], following: list[int], first: int) -> list[float]:
     """Natural log probabilities of following[first:], each after the rows of `piece` up to it."""
     ops = model.ops
-    cache = model.new_cache(Cache.blocks_for(len(piece)))
+    cache = model.new_cache([len(piece)])
     batch = ops.plan(cache.step([cache.new_request()], [len(piece)]))
     hidden = model.hidden(ops.from_numpy(ids_array(piece)), batch, cache)[first : len(following)]
     found = ops.gather_logprob(model.logits(hidden), ops.from_numpy(ids_array(following[first:])))

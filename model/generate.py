@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from porthal.hal import Batch, UsageError
-from porthal.model.cache import Cache, Request
+from porthal.model.cache import Request
 from porthal.model.tokens import check_count, check_ids, check_temperature, float_array, ids_array, uniforms
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _Run:
         ids = [check_ids(p, self.config.vocab_size, self.context) for p in prompts]
         self.on_tokens = on_tokens or (lambda request, tokens: None)
         longest = [min(len(p) + self.limit + self.drafts, self.context) for p in ids]
-        self.cache = model.new_cache(sum(Cache.blocks_for(n) for n in longest))
+        self.cache = model.new_cache(longest)
         self.streams = [
             Stream(i, p, self.cache.new_request(), done=not self.limit or len(p) == self.context)
             for i, p in enumerate(ids)

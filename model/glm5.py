@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from porthal.hal import Batch, Binding, Selection
 from porthal.model.attention import Attention, LayerCache
@@ -12,10 +12,7 @@ from porthal.model.checkpoint import Loader, Source
 from porthal.model.config import Config
 from porthal.model.experts import DenseMlp, MoeMlp
 from porthal.model.mtp import Mtp
-from porthal.model.tokens import check_count, check_ids, ids_array, stack_rows
-
-if TYPE_CHECKING:
-    from numpy import ndarray
+from porthal.model.tokens import Array, check_count, check_ids, ids_array, stack_rows
 
 
 class Block:
@@ -43,11 +40,14 @@ class Block:
 class Glm5:
     """A GLM-5 model in one binding's layouts: its weights and caches belong to that binding for life.
 
-    dtype is that of activations, weights and caches: "float32", "bfloat16" or "float16".
+    dtype is that of activations, weights and caches: "float32", "bfloat16" or "float16". block_size is the number of
+    tokens in a cache page; backends state which they take.
     """
 
-    def __init__(self, config: Config, source: Source, binding: Binding, dtype: str = "float32") -> None:
-        self.config, self.ops, self.dtype = config, binding, dtype
+    def __init__(
+        self, config: Config, source: Source, binding: Binding, dtype: str = "float32", block_size: int = 64
+    ) -> None:
+        self.config, self.ops, self.dtype, self.block_size = config, binding, dtype, block_size
         load = Loader(source, binding, dtype)
         hidden = config.hidden_size
         self.embed = load.weight("embedding.table", "model.embed_tokens.weight", config.vocab_size, hidden)
@@ -80,19 +80,22 @@ class Glm5:
         """float32 logits [T, vocab] of post-norm hidden states."""
         return self.ops.linear(hidden, self.lm_head, out="float32")
 
-    def new_cache(self, n_blocks: int, block_size: int = 64) -> Cache:
-        """Pages for every layer, and for the MTP layer where there is one."""
+    def new_cache(self, lengths: Sequence[int]) -> Cache:
+        """Pages in every layer for requests of these lengths; the MTP layer's come last."""
         full = [block.full for block in self.blocks] + ([True] if self.mtp else [])
-        layers = [LayerCache.alloc(self.ops, self.config, f, self.dtype, n_blocks, block_size) for f in full]
-        return Cache(layers, n_blocks, block_size)
+        n_blocks = max(1, sum(-(-length // self.block_size) for length in lengths))
+        layers = [
+            LayerCache.alloc(self.ops, self.config, f, self.dtype, n_blocks, self.block_size) for f in full
+        ]
+        return Cache(layers, n_blocks, self.block_size)
 
     # -- whole texts -------------------------------------------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int], *, chunk: int | None = None) -> ndarray[Any, Any]:
+    def forward(self, tokens: Sequence[int], *, chunk: int | None = None) -> Array:
         """float32 logits [T, vocab] of every position of one text, prefilled at once or in chunks of `chunk` tokens."""
         ids = check_ids(tokens, self.config.vocab_size, self.config.max_position_embeddings)
         chunk = len(ids) if chunk is None else check_count("chunk", chunk, 1)
-        cache = self.new_cache(Cache.blocks_for(len(ids)))
+        cache = self.new_cache([len(ids)])
         request = cache.new_request()
         parts = []
         for start in range(0, len(ids), chunk):

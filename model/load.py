@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,70 +11,98 @@ from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts
 from porthal.hal.abstract import Abstract
 from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config
+from porthal.model.generate import generate
 from porthal.model.glm5 import Glm5
 from porthal.model.tokens import ids_array
 
 DEMO = Path(__file__).parent / "demo"
 
 
-def load(path: str | Path = DEMO, binding: Binding | None = None, *, dtype: str = "float32") -> Glm5:
+def load(
+    path: str | Path = DEMO, binding: Binding | None = None, *, dtype: str = "float32", block_size: int = 64
+) -> Glm5:
     """The model in a directory, on a binding (default: what the current policy selects for this model's profile).
 
-    dtype is that of activations, weights and caches. UsageError for a directory that does not hold such a model.
+    dtype is that of activations, weights and caches; block_size is the tokens in a cache page. UsageError for a directory
+    that does not hold such a model.
     """
     if dtype not in FLOATS:
         raise UsageError(f"dtype is {dtype!r}: expected one of {', '.join(FLOATS)}")
+    if block_size < 1:
+        raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
     config = Config.read(path)
     source = Checkpoint(path, config.fp8_block)
-    return Glm5(config, source, binding or bind(profile=profile(config, dtype)), dtype)
+    return Glm5(config, source, binding or bind(profile=profile(config, dtype, block_size)), dtype, block_size)
 
 
 def trace(
-    config: Config, dtype: str = "float32", rows: int = 1, context: int | None = None, expand: bool = False
+    config: Config,
+    dtype: str = "float32",
+    rows: int = 1,
+    context: int | None = None,
+    expand: bool = False,
+    block_size: int = 64,
 ) -> list[tuple[str, CallSpec]]:
     """Every call of one step of `rows` query rows ending at `context` positions, without weights or values.
 
     Composites appear as such, or as the calls they are made of with expand=True.
     """
+    model, calls = _blank(config, dtype, expand, block_size)
+    _step(model, rows, context or rows)
+    composites = {op for op, contract in contracts().items() if contract.decomposition} if expand else set()
+    return [(op, spec) for op, spec in calls if op not in composites]
+
+
+def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> dict[str, list[CallSpec]]:
+    """The calls a model makes, from one row to the whole context, by op: what a backend must claim to run it.
+
+    Composites and what they are made of both stand in it, since the binding decides which of them are called.
+    """
+    config = replace(config, eos_token_id=())  # a model without values emits token 0: let it go on
+    longest = config.max_position_embeddings
+    model, small = _blank(config, dtype, True, block_size)
+    _step(model, 1, 1)
+    model, large = _blank(config, dtype, True, block_size)
+    _step(model, min(longest, 4096), longest)
+    merged: dict[str, dict[CallSpec, None]] = {}
+    for (op, low), (_, high) in zip(small, large):
+        dims = {k: (v, high.dims[k]) if high.dims[k] != v else v for k, v in low.dims.items()}
+        merged.setdefault(op, {})[CallSpec(dims, low.dtypes, low.attrs, low.schemes)] = None
+    model, calls = _blank(config, dtype, True, block_size)
+    for temperature in (0.0, 1.0):
+        for drafts in (0, 2) if model.mtp else (0,):
+            generate(model, [[0]], 4, temperature=temperature, speculative=drafts)
+    forward = set(merged)  # the step covers these over their whole range
+    for op, spec in calls:
+        if op not in forward:
+            merged.setdefault(op, {})[spec] = None
+    return {op: list(specs) for op, specs in merged.items()}
+
+
+def _blank(config: Config, dtype: str, expand: bool, block_size: int) -> tuple[Glm5, list[tuple[str, CallSpec]]]:
+    """A model without values, and the list to which every call on it is added."""
     calls: list[tuple[str, CallSpec]] = []
+    known = contracts()
 
     def record(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            operands, attrs = known[op].arrange(args, kwargs)
-            calls.append((op, known[op].spec(operands, attrs)))
+            calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))
             return function(*args, **kwargs)
 
         return call
 
-    known = contracts()
-    composed = {name: "composed" for name, c in known.items() if c.decomposition} if expand else {}
+    composed = {op: "composed" for op, contract in known.items() if contract.decomposition} if expand else {}
     ops = bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=(record,))
-    model = Glm5(config, Blank(), ops, dtype)
-    context = context or rows
-    cache = model.new_cache(-(-context // 64))
+    return Glm5(config, Blank(), ops, dtype, block_size), calls
+
+
+def _step(model: Glm5, rows: int, context: int) -> None:
+    ops, cache = model.ops, model.new_cache([context])
     request = cache.new_request()
     cache.step([request], [context - rows])
     batch = cache.step([request], [rows])
     ids = ops.from_numpy(ids_array([0] * rows))
     hidden = model.hidden(ids, batch, cache)
-    last = ops.take_rows(hidden, ops.from_numpy(batch.last_rows))
-    ops.argmax(model.logits(last))
+    ops.argmax(model.logits(ops.take_rows(hidden, ops.from_numpy(batch.last_rows))))
     if model.mtp:
         model.mtp.hidden(ids, model.embed, hidden, batch, cache.layers[-1], None)
-    if expand:
-        calls = [(op, spec) for op, spec in calls if op not in composed]
-    return calls
-
-
-def profile(config: Config, dtype: str = "float32") -> dict[str, list[CallSpec]]:
-    """The calls a model makes, from one row to the whole context, by op: what a backend must claim to run it."""
-    longest = config.max_position_embeddings
-    merged: dict[str, dict[Any, CallSpec]] = {}
-    for expand in (False, True):
-        small = trace(config, dtype, 1, 1, expand)
-        large = trace(config, dtype, min(longest, 4096), longest, expand)
-        for (op, low), (_, high) in zip(small, large):
-            dims = {k: (v, high.dims[k]) if high.dims[k] != v else v for k, v in low.dims.items()}
-            spec = CallSpec(dims, low.dtypes, low.attrs, low.schemes)
-            merged.setdefault(op, {})[spec.key()] = spec
-    return {op: list(specs.values()) for op, specs in merged.items()}

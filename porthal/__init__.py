@@ -1,5 +1,6 @@
 """porthal: what every operator of a GLM-5-class model must compute, how a chip does it, and the proof that the two agree."""
 
+import porthal.backends  # noqa: F401  (imported later, the package would take the place of the function below)
 from porthal.hal import Batch, Binding, NotClaimed, PorthalError, Unavailable, UsageError, bind, use
 from porthal.hal import backend_names as backends
 

@@ -20,7 +20,7 @@ def variant(
     without: tuple[str, ...] = (),
     **config: Any,
 ) -> Path:
-    """Copy a single-file checkpoint: `config` replaces keys, `without` drops keys, `change` edits the tensors in place."""
+    """Copy a single-file checkpoint: `config` replaces keys, `without` drops some, `change` edits the tensors in place."""
     target.mkdir(parents=True, exist_ok=True)
     raw = json.loads((source / "config.json").read_text()) | config
     (target / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in without}))

@@ -25,6 +25,7 @@ from porthal.hal import (
     Rows,
     Selection,
     SelectionSpec,
+    Unavailable,
     Weight,
     WeightSpec,
     dtype,
@@ -59,6 +60,10 @@ class Torch(Backend):
 
     def __init__(self, device: str = "") -> None:
         super().__init__(device or "cpu")
+        try:
+            torch.empty(1, device=self.device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise Unavailable(f"torch has no device {self.device!r} here: {str(error).splitlines()[0]}") from None
 
     # -- arrays ------------------------------------------------------------------------------------------------------
 

@@ -349,6 +349,14 @@ def test_conform_says_when_nothing_was_tested(run, monkeypatch):
     assert out.splitlines()[-1].startswith("nothing was tested on reference")
 
 
+def test_a_pass_on_an_emulated_device_says_so():
+    pytest.importorskip("torch")
+    done = process("conform", "--backend", "ascend", "--emulated", "--op", "rms_norm", "--dtype", "bfloat16")
+    first, *_, last = done.stdout.decode().splitlines()
+    assert (done.returncode, first) == (0, "ascend:0 (emulated device), level bring-up")
+    assert re.fullmatch(r"(\d+) of \1 cases passed \(\1 own\)", last)
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
-from porthal.conformance.cases import cases
+from porthal.conformance.cases import Case, cases
+from porthal.conformance.golden import Spread
+from porthal.conformance.inputs import build
+from porthal.conformance.judge import judge_floats
 from porthal.conformance.runner import MARGIN, Bench, check, run
+from porthal.conformance.verdicts import STRICTNESS, Failed
 from porthal.hal import contracts, create, narrow, widen
 
 f32 = np.float32
@@ -311,9 +315,9 @@ def last_logit_wins(self, logits):
 
 
 def padding_leaks(self, x, w, counts):
-    expert = np.minimum(np.searchsorted(np.cumsum(counts), np.arange(len(x)), side="right"), len(counts) - 1)
-    member = (expert[:, None] == np.arange(len(counts))).astype(f32)
-    return rounded(self, np.einsum("me,mj,jk,enk->mn", member, np.eye(len(x), dtype=f32), single(x), w.native.astype(f32)), x)
+    mixed = np.eye(len(x), dtype=f32) @ single(x)  # a permutation by matrix: zero times NaN is NaN
+    experts = np.minimum(np.searchsorted(np.cumsum(counts), np.arange(len(x)), side="right"), len(counts) - 1)
+    return rounded(self, np.stack([w.native[e].astype(f32) @ row for e, row in zip(experts, mixed)]), x)
 
 
 def last_expert_for_minus_one(self, x, w13, w2, ids, weights, *, first_expert=0):
@@ -404,6 +408,47 @@ def test_planted_defects_are_found(op, kernel, verdict):
     report = run(backend(**{op: kernel}), [op])
     assert report.exit_code == 1
     assert verdict in {r.verdict for r in report.failures}, "\n".join(r.explain() for r in report.failures)
+
+
+def judged(y, g, most=0.0, kind="float32", level="bring-up"):
+    """The judge's word on one array, against a value that may be off by `most`."""
+    inputs = build(Case.from_token("add,T=1,H=7,a:fp32,0"))
+    result = narrow(np.asarray(y, np.float64), kind)
+    g = np.asarray(g, np.float64)
+    spread = Spread(g, np.full(g.shape, most / 6), np.full(g.shape, most))
+    try:
+        return judge_floats(inputs, "y", result, spread, STRICTNESS[level]).verdict
+    except Failed as failed:
+        return failed.judgement.verdict
+
+
+def test_overflow_is_right_where_rounding_overflows():
+    inf, top = np.inf, 65504.0
+    assert judged([inf, -inf], [1e6, -1e6], kind="float16") == "PASS"
+    assert judged([inf], [-1e6], kind="float16") == "FAIL_VALUE"
+    assert judged([top], [65530.0], kind="float16") == "PASS"  # rounds to infinity, within the budget of the largest
+    assert judged([inf], [65500.0], kind="float16", level="strict") == "PASS"
+    assert judged([inf], [60000.0], kind="float16") == "FAIL_VALUE"
+    assert judged([top], [inf], kind="float16") == "FAIL_VALUE"
+    assert judged([inf], [top * 1.01], kind="float32") == "FAIL_VALUE"
+
+
+def test_nan_is_compared_by_position():
+    assert judged([np.nan, 1], [np.nan, 1]) == "PASS"
+    assert judged([1, np.nan], [np.nan, 1]) == "FAIL_VALUE"
+    assert judged([np.nan], [np.inf]) == "FAIL_VALUE"
+
+
+def test_zeros_within_a_wide_budget_are_not_trusted():
+    g = np.full((4, 8), 1e-3)
+    assert judged(g, g, most=1.0) == "PASS"
+    assert judged(g * 0, g, most=1.0) == "UNTRUSTED"
+    assert judged(g * 0, g * 1e-37, most=0.0) == "PASS"  # what a chip may flush
+
+
+def test_one_unit_in_the_last_place_is_the_limit_of_an_elementwise_op():
+    assert judged([1 + 2**-7], [1.0], kind="bfloat16", level="strict") == "FAIL_VALUE"
+    assert judged([1 + 2**-7], [1 + 2**-8], kind="bfloat16", level="strict") == "PASS"
 
 
 def test_a_declared_order_of_ties_is_accepted_and_said():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Cache, int]]:
     made: list[tuple[Cache, int]] = []
     new_cache = Glm5.new_cache
 
-    def record(self: Glm5, n_blocks: int, block_size: int = 64) -> Cache:
-        made.append((new_cache(self, n_blocks, block_size), n_blocks))
-        return made[-1][0]
+    def record(self: Glm5, lengths: Sequence[int]) -> Cache:
+        cache = new_cache(self, lengths)
+        made.append((cache, len(cache.free)))
+        return cache
 
     monkeypatch.setattr(Glm5, "new_cache", record)
     return made
@@ -124,7 +126,7 @@ def test_bfloat16_checkpoint_equals_its_values_in_float32(directory: Path, refer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs(directory: Path, model: Glm5, reference: Binding, dtype: str) -> None:
     half = load(directory, reference, dtype=dtype)
-    cache = half.new_cache(1)
+    cache = half.new_cache([64])
     assert {layer.kv.spec.dtype for layer in cache.layers} == {dtype}
     short = PROMPT[:16]  # within index_topk: above it, rounding may turn a choice
     logits = half.forward(short)
@@ -181,3 +183,9 @@ def test_profile_covers_one_row_to_the_whole_context(directory: Path) -> None:
     assert prolog.dims["T"] == (1, 512)
     assert prolog.dims["H"] == 96
     assert {spec.dims["S"] for spec in calls["indexer_topk"]} == {(1, 512)}
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_text_does_not_depend_on_the_page_size(directory: Path, reference: Binding, model: Glm5, block_size: int) -> None:
+    other = load(directory, reference, block_size=block_size)
+    assert other.generate(PROMPT, 8, speculative=2) == model.generate(PROMPT, 8)

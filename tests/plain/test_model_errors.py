@@ -159,11 +159,28 @@ def test_truncated_file(checkpoints: dict[str, Path], tmp_path: Path, keep: int)
     refusal(lambda: load(tmp_path), str(file), "truncated")
 
 
-@pytest.mark.parametrize("content", [b"PK" + bytes(100), b"\x02" + bytes(7) + b"[]", b"\x07" + bytes(7) + b'{"a":1}'])
+@pytest.mark.parametrize(
+    "content", [b"PK" + bytes(100), b"\xff" * 64, b"\x02" + bytes(7) + b"[]", b"\x07" + bytes(7) + b'{"a":1}']
+)
 def test_file_of_another_kind(checkpoints: dict[str, Path], tmp_path: Path, content: bytes) -> None:
     variant(checkpoints["glm5"], tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
     refusal(lambda: load(tmp_path), str(tmp_path / "model.safetensors"), "is no safetensors file")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"shape": [56, 95]}, {"data_offsets": [0, 6]}, {"data_offsets": None}, {"dtype": 3}]
+)
+def test_header_that_contradicts_itself(checkpoints: dict[str, Path], tmp_path: Path, changed: dict[str, Any]) -> None:
+    variant(checkpoints["glm5"], tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header[Q_A] |= changed
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+    refusal(lambda: load(tmp_path), str(file))
 
 
 @pytest.fixture
@@ -287,7 +304,7 @@ def test_speculation_without_mtp(checkpoints: dict[str, Path], reference: Bindin
 
 
 def test_full_cache(models: dict[str, Glm5]) -> None:
-    cache = models["glm5"].new_cache(2, block_size=16)
+    cache = models["glm5"].new_cache([64])
     request = cache.new_request()
-    cache.step([request], [32])
-    refusal(lambda: cache.step([request], [1]), "the cache is full", "33 tokens", "another page of 16")
+    cache.step([request], [64])
+    refusal(lambda: cache.step([request], [1]), "the cache is full", "65 tokens", "another page of 64")

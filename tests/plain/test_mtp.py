@@ -1,4 +1,4 @@
-"""Multi-token prediction against the transcript: ids and logits of drafts, with an own selection per step and a shared one."""
+"""Multi-token prediction against the transcript: ids and logits of drafts, with own selections and a shared one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 def drafts(model: Glm5, tokens: Sequence[int], steps: int, index_share: bool) -> tuple[list[int], np.ndarray]:
     """Ids and logits [steps, vocab] of drafts after `tokens` and the main model's next token."""
-    ops, cache = model.ops, model.new_cache(4)
+    ops, cache = model.ops, model.new_cache([256])
     assert model.mtp
     request = cache.new_request()
 

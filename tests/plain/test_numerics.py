@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +131,18 @@ def rms(x: Any) -> float:
 def test_a_product_is_off_by_root_k_roundoffs_of_its_magnitude(K: int, rng: np.random.Generator) -> None:
     a, b = rng.standard_normal((50, K)), rng.standard_normal((60, K))
     with noise(rng, DTYPES) as mode:
-        error = dot("tk,nk->tn", a, b) - dot_golden("tk,nk->tn", a, b)
+        error = dot("tk,nk->tn", a, b) - np.einsum("tk,nk->tn", a, b)
     step = error / (np.sqrt(K) * 2.0**-24 * (np.abs(a) @ np.abs(b).T))
     np.testing.assert_allclose(np.abs(step), 1, rtol=2e-4)  # float64 keeps 2^-29 of a relative 2^-24
     assert abs(step.mean()) < 5 / np.sqrt(step.size)
     assert mode.reduced
 
 
-def dot_golden(subscripts: str, a: Any, b: Any) -> Any:
-    return np.einsum(subscripts, a, b)
-
-
 def test_a_batched_product_counts_only_the_summed_axis(rng: np.random.Generator) -> None:
     a, b = rng.standard_normal((40, 8, 25)), rng.standard_normal((8, 30, 25))
     with noise(rng, DTYPES):
-        error = dot("tnk,nmk->tnm", a, b) - dot_golden("tnk,nmk->tnm", a, b)
-    magnitude = dot_golden("tnk,nmk->tnm", np.abs(a), np.abs(b))
+        error = dot("tnk,nmk->tnm", a, b) - np.einsum("tnk,nmk->tnm", a, b)
+    magnitude = np.einsum("tnk,nmk->tnm", np.abs(a), np.abs(b))
     np.testing.assert_allclose(np.abs(error), 5 * 2.0**-24 * magnitude, rtol=1e-3)
 
 
@@ -277,7 +273,7 @@ def test_every_reference_with_a_point_names_a_dtype_that_exists() -> None:
 
 
 def test_softmax_of_nothing_is_zeros() -> None:
-    x = np.array([[-np.inf, -np.inf], [0.0, -np.inf], [1e308, -1e308]])
+    x = np.array([[-np.inf, -np.inf], [0.0, -np.inf], [3e38, -3e38]])
     e, norm = softmax(x)
     np.testing.assert_array_equal(e, [[0, 0], [1, 0], [1, 0]])
     np.testing.assert_array_equal(norm, [[0], [1], [1]])
@@ -332,5 +328,5 @@ def test_choose(row: list[float], k: int, expected: list[int]) -> None:
 
 def test_choose_by_sorting_pairs(rng: np.random.Generator) -> None:
     scores = rng.integers(-3, 3, (20, 40)).astype(float)
-    by_pairs: Callable[[Any], list[int]] = lambda row: [i for _, i in sorted((-s, i) for i, s in enumerate(row))][:7]  # noqa: E731
-    assert choose(scores, 7).tolist() == [by_pairs(row) for row in scores]
+    by_pairs = [[i for _, i in sorted((-s, i) for i, s in enumerate(row))][:7] for row in scores]
+    assert choose(scores, 7).tolist() == by_pairs

@@ -1,4 +1,4 @@
-"""The model against transformers in float32, on the reference and the torch backend: logits, greedy and sampled text."""
+"""The model against transformers in float32, on the reference and torch backends: logits, greedy and sampled text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(loaded: tuple[Path, Glm5]) -> Glm5:
 
 def stepwise(model: Glm5, tokens: list[int], lengths: Sequence[int]) -> np.ndarray:
     """Logits [T, vocab] of feeding the tokens in pieces of these lengths through one cache."""
-    ops, cache, start, parts = model.ops, model.new_cache(2), 0, []
+    ops, cache, start, parts = model.ops, model.new_cache([128]), 0, []
     request = cache.new_request()
     for length in lengths:
         ids = ops.from_numpy(np.array(tokens[start : start + length], np.int32))

@@ -25,6 +25,7 @@ from porthal.hal import (  # noqa: E402
     PagesSpec,
     Selection,
     SelectionSpec,
+    Unavailable,
     Weight,
     WeightSpec,
     contracts,
@@ -242,6 +243,14 @@ def test_speculative_verification(with_probabilities: bool, n: int, seed: int) -
     agree("speculative_verify", *operands, *([q] if with_probabilities else []))
 
 
+def test_a_draw_at_a_boundary_goes_to_the_next_candidate() -> None:
+    one, all_, half = np.ones(1, np.float32), np.zeros(1, np.int32), np.full(1, 0.5, np.float32)
+    agree("sample", np.zeros((1, 2), np.float32), half, one, all_, one)
+    u = np.array([[0.9, 0.5]], np.float32)
+    agree("speculative_verify", np.zeros((1, 2, 4), np.float32), np.array([[3]], np.int32), one, u)
+    agree("speculative_verify", np.zeros((1, 2, 4), np.float32), np.array([[3]], np.int32), one, u * np.float32(0.2))
+
+
 def test_sharp_temperatures_do_not_overflow() -> None:
     logits = np.array([[0.0, 80.0, -300.0], [-np.inf, -np.inf, 1.0]], np.float32)
     cold = np.full(2, 1e-30, np.float32)
@@ -373,6 +382,8 @@ def test_pages_are_copied_as_they_were_before(dtype: str) -> None:
 def test_attention_reads_only_what_is_selected() -> None:
     """Poison everywhere else: unselected slots, other pages, the slots of padded and empty rows."""
     cache, sel = pages(BATCH, c=16, kp=8), selection(BATCH, 40)
+    sel.arrays["length"][:] = sel.arrays["length"] // 3  # not even position 0 is always among the selected
+    sel.arrays["indices"][np.arange(40) >= sel.arrays["length"][:, None]] = -1
     used = np.zeros(cache.spec.slots, bool)
     for t in range(BATCH.T):
         used[BATCH.slots_of(BATCH.row_request[t])[sel.arrays["indices"][t, : sel.arrays["length"][t]]]] = True
@@ -382,7 +393,9 @@ def test_attention_reads_only_what_is_selected() -> None:
     agree("sparse_mla", normal(1, BATCH.T, 3, 16), normal(2, BATCH.T, 3, 8), cache, sel, BATCH, scale=0.3)
 
 
-def test_selected_rows_move() -> None:
+def test_selected_and_taken_rows_move() -> None:
+    nan = np.full((2, 3), np.nan, np.float32)
+    agree("take_rows", nan, np.array([-1, 1], np.int32))
     agree("select_rows", selection(BATCH, 40), np.array([3, 1, 1], np.int32))
 
 
@@ -611,14 +624,19 @@ def test_operands_are_updated_in_place() -> None:
             np.testing.assert_array_equal(value, other[name])
 
 
-def test_a_tensor_elsewhere_is_refused() -> None:
+def test_a_tensor_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = B.backend
     assert backend.refuses_array(torch.zeros(1)) is None
     assert backend.refuses_array(np.zeros(1)) == "ndarray, expected a torch tensor"
     meta = torch.zeros(1, device="meta")
     assert backend.refuses_array(meta) == "on meta, expected a tensor on cpu"
-    assert create("torch:meta").refuses_array(meta) is None
-    assert str(create("torch:meta")) == "torch:meta"
+    monkeypatch.setattr(backend, "device", "meta")
+    assert backend.refuses_array(meta) is None
+
+
+def test_a_device_that_torch_lacks_is_unavailable() -> None:
+    with pytest.raises(Unavailable, match="torch has no device 'meta' here"):
+        create("torch:meta")
 
 
 def test_quantised_weights_are_not_claimed() -> None:

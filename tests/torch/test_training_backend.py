@@ -32,19 +32,22 @@ def texts(length: int) -> np.ndarray:
     return np.stack([first, (first + 7) % tiny.CONFIG["vocab_size"]]).astype(np.int32)
 
 
-@pytest.fixture(params=[(DENSE, False), (SPARSE, True)], ids=["dense", "sparse"])
-def trained(request: pytest.FixtureRequest, directory: Path) -> tuple[Training, Glm5, np.ndarray]:
-    length, sparse = request.param
+def build(directory: Path, length: int, sparse: bool) -> tuple[Training, Glm5, np.ndarray]:
     backend = Training()
     backend.indexer = backend.sparse = sparse
     model = Glm5(Config.read(directory), Checkpoint(directory), bind(backend=backend))
     return backend, model, texts(length)
 
 
+@pytest.fixture(params=[(DENSE, False), (SPARSE, True)], ids=["dense", "sparse"])
+def trained(request: pytest.FixtureRequest, directory: Path) -> tuple[Training, Glm5, np.ndarray]:
+    return build(directory, *request.param)
+
+
 def forward(model: Glm5, rows: np.ndarray) -> tuple:
     """Main logits and those of the MTP layer's first step, [R, T, V] each, as the training takes them."""
     length = rows.shape[1] - 1
-    batch, cache = whole_texts(model.ops, len(rows), length), model.new_cache(1)
+    batch, cache = whole_texts(model.ops, len(rows), length), model.new_cache([1])
     ids = [torch.from_numpy(np.ascontiguousarray(rows[:, i : i + length]).flatten()) for i in (0, 1)]
     hidden = model.hidden(ids[0], batch, cache)
     drafted, _ = model.mtp.hidden(ids[1], model.embed, hidden, batch, cache.layers[-1], None)
@@ -57,7 +60,7 @@ def test_logits_equal_inference(trained, directory: Path) -> None:
     main, drafted = (x.detach().numpy() for x in forward(model, rows))
     for row, got, got_drafted in zip(rows, main, drafted):
         assert np.abs(got - inference.forward(row[:-1].tolist())).max() < TOLERANCE
-        cache = inference.new_cache(2)
+        cache = inference.new_cache([128])
         batch = inference.ops.plan(cache.step([cache.new_request()], [len(row) - 1]))
         hidden = inference.hidden(inference.ops.from_numpy(row[:-1]), batch, cache)
         following = inference.ops.from_numpy(row[1:])
@@ -97,7 +100,7 @@ def test_gradients_equal_those_through_the_cache(trained, directory: Path) -> No
     (main.square().mean() + drafted.square().mean()).backward()
     paged = Inference()
     model = Glm5(Config.read(directory), Checkpoint(directory), bind(backend=paged))
-    cache, length = model.new_cache(4), rows.shape[1] - 1
+    cache, length = model.new_cache([256]), rows.shape[1] - 1
     batch = model.ops.plan(cache.step([cache.new_request() for _ in rows], [length] * len(rows)))
     hidden = model.hidden(torch.from_numpy(rows[:, :-1].flatten()), batch, cache)
     following = torch.from_numpy(rows[:, 1:].flatten())
@@ -114,10 +117,8 @@ def test_gradients_equal_those_through_the_cache(trained, directory: Path) -> No
     assert compared > 60
 
 
-def test_indexer_learns_from_its_own_loss_alone(trained) -> None:
-    backend, model, rows = trained
-    if not backend.indexer:
-        pytest.skip("the indexer rests")
+def test_indexer_learns_from_its_own_loss_alone(directory: Path) -> None:
+    backend, model, rows = build(directory, SPARSE, True)
     forward(model, rows)
     assert len(backend.losses) == 5  # 4 layers and the MTP layer
     indexer, attention = model.blocks[0].attention.indexer, model.blocks[0].attention
@@ -128,7 +129,7 @@ def test_indexer_learns_from_its_own_loss_alone(trained) -> None:
     assert model.embed.native.grad is None
 
 
-def test_router_bias_follows_the_load(directory: Path) -> None:
+def test_router_bias_follows_the_load() -> None:
     backend = Training()
     logits = torch.tensor([[3.0, 2.0, 0.0, 0.0]] * 6)
     bias = backend.from_numpy(np.zeros(4, np.float32))
@@ -153,3 +154,13 @@ def test_masters_are_the_published_tensors(directory: Path, tmp_path: Path) -> N
     again = Training()
     Glm5(config, Checkpoint(tmp_path), bind(backend=again), "bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(backend.parameters, again.parameters))
+
+
+def test_ties_go_to_the_lowest_position() -> None:
+    """With all scores equal, row t attends to the first min(k, t + 1) positions."""
+    backend = Training()
+    backend.indexer = backend.sparse = True
+    batch = whole_texts(bind(backend=backend), 1, 8)
+    iq, w, keys = torch.zeros(1, 8, 2, 4), torch.ones(1, 8, 2), torch.zeros(1, 8, 4)
+    _, hidden = backend.indexer_topk(iq, w, keys, batch, k=3, scale=1.0)
+    assert [row.nonzero()[:, 0].tolist() for row in ~hidden[0]] == [list(range(min(3, t + 1))) for t in range(8)]

@@ -1,0 +1,130 @@
+"""What the reference says about a call in float64, and how far the contract lets a chip deviate from it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.inputs import Array, Inputs
+from porthal.hal import Pages, Weight
+from porthal.hal.dtypes import widen
+from porthal.hal.numerics import Noise, noise
+
+RUNS = 8  # noisy runs of the reference behind one sigma
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A float64 value, the standard deviation that the contract permits a chip, and the largest deviation."""
+
+    value: Array
+    sigma: Array
+    most: Array
+
+    def __getitem__(self, rows: Any) -> Spread:
+        return Spread(self.value[rows], self.sigma[rows], self.most[rows])
+
+
+def widened(operand: Any) -> Any:
+    """An operand as references take it."""
+    if isinstance(operand, Weight):
+        return widen(operand.native)
+    if isinstance(operand, Pages):
+        return replace(operand, native={n: widen(a) for n, a in operand.native.items()})
+    return widen(operand) if isinstance(operand, np.ndarray) else operand
+
+
+class Golden:
+    """What the contract's reference says about a call."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.contract = inputs, inputs.contract
+        self.operands = {n: widened(v) for n, v in inputs.operands.items()}
+        # References that others are made of call their operand x and their result y.
+        first = next(iter(inputs.spec.dtypes.values()))
+        self.dtypes = {"x": first, "y": first, **inputs.spec.dtypes}
+        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        for result, shape, name in self.contract.results(inputs.spec, inputs.operands):
+            self.shapes[result.name] = shape, name
+            if name:
+                self.dtypes[result.name] = name
+
+    def results(self) -> dict[str, Any]:
+        """The results by name; where the call makes a choice, at the reference's own one."""
+        return self._named(self.call(self.contract.reference))
+
+    def spread(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
+        """Value and deviation of every float result of the reference (or of another function of the contract)."""
+        function = function or self.contract.reference
+        named = self._named if function is self.contract.reference else _as_dict
+        exact = _floats(named(self.call(function, *extra)))
+        modes: list[Noise] = []
+
+        def deviation(run: int, only: int | None = None) -> dict[str, Array]:
+            rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
+            with noise(rng, self.dtypes, only) as mode:
+                noisy = _floats(named(self.call(function, *extra)))
+            modes.append(mode)
+            with np.errstate(invalid="ignore", over="ignore"):
+                return {k: np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=0.0) for k, v in noisy.items()}
+
+        first = deviation(0)
+        if modes[0].reduced:
+            square, _ = _sums(exact, chain([first], (deviation(run) for run in range(1, RUNS))))
+            sigma = {k: _mixed(np.sqrt(v / RUNS)) for k, v in square.items()}
+            return {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
+        # Without reductions each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
+        square, total = _sums(exact, (deviation(point, point) for point in range(modes[0].met)))
+        return {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
+
+    def exactly(self) -> dict[str, Spread]:
+        """The float results of an op that has one right answer."""
+        return {k: Spread(v, np.zeros(v.shape), np.zeros(v.shape)) for k, v in _floats(self.results()).items()}
+
+    def scores(self) -> Spread:
+        """The scores behind a discrete choice."""
+        return self.spread(self.contract.scores)["value"]
+
+    def call(self, function: Any, *extra: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return function(*self.operands.values(), *extra, **self.inputs.attrs)
+
+    def _named(self, out: Any) -> dict[str, Any]:
+        return dict(zip((r.name for r in self.contract.signature.results), out if isinstance(out, tuple) else (out,)))
+
+
+def _as_dict(out: Any) -> dict[str, Any]:
+    return out if isinstance(out, dict) else {"value": out}
+
+
+def _floats(named: Mapping[str, Any]) -> dict[str, Array]:
+    """The float arrays among results, those of pages as "name.field"."""
+    found = {}
+    for name, value in named.items():
+        if isinstance(value, Pages):
+            found.update({f"{name}.{f}": a for f, a in value.native.items()})
+        elif isinstance(value, np.ndarray) and value.dtype == np.float64:
+            found[name] = value
+    return found
+
+
+def _sums(like: Mapping[str, Array], runs: Iterable[Mapping[str, Array]]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Sums of the squares and of the magnitudes, without keeping the runs."""
+    square, total = ({k: np.zeros(v.shape) for k, v in like.items()} for _ in range(2))
+    for off in runs:
+        for k, v in off.items():
+            square[k] += v**2
+            total[k] += v
+    return square, total
+
+
+def _mixed(sigma: Array) -> Array:
+    """After a reduction the elements of a row share errors, and eight runs are few: half of the row's mean square."""
+    if not sigma.size or not sigma.ndim:
+        return sigma
+    return np.sqrt((sigma**2 + np.mean(sigma**2, axis=-1, keepdims=True)) / 2)

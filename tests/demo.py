@@ -1,0 +1,50 @@
+"""The demo checkpoint as a gate for whole backends: bits per byte, and text that differs only where logits nearly tie."""
+
+from __future__ import annotations
+
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+import porthal
+from porthal.model import DEMO, Glm5, load
+from porthal.model.evaluate import bits_per_token
+
+TEXT = Path(textwrap.__file__).read_bytes()[:1537]  # a held-out file, so long that index_topk < context
+PROMPT = list(b"def ")
+
+
+def model(backend: str, dtype: str) -> Glm5:
+    config = porthal.model.Config.read(DEMO)
+    return load(DEMO, porthal.bind(backend, profile=porthal.model.profile(config, dtype)), dtype=dtype)
+
+
+def bits_per_byte(backend: str, dtype: str) -> float:
+    return bits_per_token(model(backend, dtype), list(TEXT), window=512)
+
+
+@cache
+def reference_bits(dtype: str) -> float:
+    return bits_per_byte("reference", dtype)
+
+
+def text(backend: str, dtype: str, tokens: int = 48, speculative: int = 0) -> list[int]:
+    return model(backend, dtype).generate(PROMPT, tokens, speculative=speculative)
+
+
+def explained(backend: str, dtype: str, tokens: int = 48) -> bool:
+    """Whether two texts are equal up to a position at which the reference's own rounding could turn the choice.
+
+    The budget of the logits there is what rounding to `dtype` does to the reference's logits: the largest difference
+    between its `dtype` and its float32 logits, both ways.
+    """
+    ours, theirs = text(backend, dtype, tokens), text("reference", dtype, tokens)
+    if ours == theirs:
+        return True
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+    shared = PROMPT + theirs[:at]
+    narrow, wide = (model("reference", d).forward(shared)[-1] for d in (dtype, "float32"))
+    top = np.sort(narrow)[-2:]
+    return bool(top[1] - top[0] <= 2 * np.abs(narrow - wide).max())

@@ -1,0 +1,190 @@
+"""The engine: what it counts, reports and repeats, and that nothing tested is no success."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+
+from porthal.backends.reference.backend import Reference
+from porthal.conformance import Report, replay, run
+from porthal.conformance.cases import Case, cases
+from porthal.conformance.inputs import build
+from porthal.conformance.report import SCHEMA, SUITE, Result
+from porthal.conformance.runner import MARGIN, Bench, check, parts, poison, poisoned
+from porthal.conformance.verdicts import Judgement
+from porthal.hal import Backend, UsageError, contracts, create, limits, one_of
+
+
+def backend(base=Reference, **members):
+    return type("Made", (base,), {"name": "made", **members})()
+
+
+def truth(op):
+    """The reference's kernel as a method."""
+    return lambda self, *args, **attrs: create("reference").derive(contracts()[op])(*args, **attrs)
+
+
+def test_the_reference_passes_what_it_defines():
+    report = run("reference", ["rms_norm", "topk", "kv_write", "moe_route", "argmax", "page_copy", "sample"])
+    assert report.failures == []
+    assert report.exit_code == 0 and report.ok
+    assert {r.status for r in report.results} == {"own"}
+
+
+def test_nothing_tested_is_no_success():
+    assert Report.of(create("reference"), "bring-up", []).exit_code == 2
+    nothing = run(backend(Backend), ["rms_norm"])
+    assert {r.verdict for r in nothing.results} == {"UNCLAIMED"}
+    assert nothing.exit_code == 2 and nothing.summary.startswith("nothing was tested")
+
+
+def test_a_failure_counts_more_than_nothing_tested():
+    results = [Result.of(Case("add"), Judgement("NOT_JUDGED", "no reference"), None, 0.0)]
+    assert Report.of(create("reference"), "bring-up", results).exit_code == 1
+
+
+def test_own_kernels_serve_what_they_claim_and_the_rest_is_inherited():
+    kernel = limits(dtypes={"x": one_of("bfloat16")}, H=96)(truth("rms_norm"))
+    report = run(backend(rms_norm=kernel), ["rms_norm"])
+    own = [r for r in report.results if r.status == "own"]
+    inherited = [r for r in report.results if r.status == "inherited"]
+    assert report.ok and own and inherited and len(own) + len(inherited) == len(report.results)
+    assert all("x:bf16" in r.token and "H=96" in r.token for r in own)
+    assert {r.owner for r in inherited} == {"reference"}
+    assert f"{len(own)} own, {len(inherited)} inherited" in report.summary
+
+
+def test_unclaimed_calls_are_no_failures():
+    kernel = limits(dtypes={"x": one_of("bfloat16")})(truth("rms_norm"))
+    report = run(backend(Backend, rms_norm=kernel), ["rms_norm"], dtypes=["bfloat16", "float16"])
+    assert report.ok
+    assert {r.verdict for r in report.results if "x:fp16" in r.token} == {"UNCLAIMED"}
+    assert {r.verdict for r in report.results if "x:bf16" in r.token} == {"PASS"}
+
+
+def test_composites_claim_their_parts_call_by_call():
+    """A part's own kernel that refuses the call is passed over, as it would be in a model."""
+    made = backend(linear=limits(N=1)(lambda *a, **k: pytest.fail("called outside its limits")))
+    case = next(c for c in cases(contracts()["mla_output"]) if not c.fault)
+    assert check(case, Bench(made)).verdict == "PASS"
+    found = parts(build(case))
+    assert sorted(found) == ["head_linear", "linear", "mla_output"]
+    assert found["linear"][0].dims["N"] == dict(case.dims)["H"]
+
+
+def test_progress_sees_every_case():
+    seen = []
+    report = run("reference", ["add"], progress=lambda done, of, result: seen.append((done, of, result)))
+    assert [r for _, _, r in seen] == list(report.results)
+    assert [d for d, _, _ in seen] == list(range(1, len(seen) + 1)) and {of for _, of, _ in seen} == {len(seen)}
+
+
+def test_unknown_op_is_refused():
+    with pytest.raises(UsageError, match="unknown op 'softmax'"):
+        run("reference", ["softmax"])
+
+
+def test_faults_must_be_answered_with_usage_errors():
+    faults = [r for r in run("reference", ["embedding"]).results if "fault=" in r.token]
+    assert {r.verdict for r in faults} == {"PASS"} and len(faults) == 4
+    assert any("expected 0 to" in r.note for r in faults)
+
+    class Careless(Reference):
+        name = "careless"
+
+        def refuses_array(self, x):
+            return None
+
+    report = run(Careless(), ["take_rows"])
+    assert any("fault=kind" in r.token and r.verdict in ("PASS", "FAIL_ERROR") for r in report.results)
+
+
+def test_poison_surrounds_what_a_backend_allocates():
+    machine = create("reference")
+    with poisoned(machine) as blocks:
+        out = machine.empty((2, 3), "float32")
+        ids = machine.empty((2,), "int32")
+        assert np.isnan(out).all() and (ids == poison("int32")).all()
+        out[...] = 0
+        assert blocks[0].trespass(machine) == ""
+        out.base[MARGIN + 6] = 0
+        assert blocks[0].trespass(machine) == f"memory beside an output changed at [{MARGIN + 6}]"
+    assert "empty" not in vars(machine)
+
+
+def test_replay_repeats_a_case_and_explains_it():
+    def slightly_off(self, a, b):
+        return truth("add")(self, a, b) * np.float32(1.01)
+
+    made = backend(add=slightly_off)
+    worst = run(made, ["add"], dtypes=["float32"]).failures[0]
+    again = replay(worst.token, made)
+    assert (again.verdict, again.message, again.worst) == (worst.verdict, worst.message, worst.worst)
+    text = again.explain()
+    assert text.startswith("FAIL_VALUE: add by made's own kernel") and "times its error budget" in text
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def failed():
+    def wrong(self, a, b):
+        return a - b
+
+    return run(backend(add=wrong), ["add", "take_rows"])
+
+
+def test_json_returns_the_report(failed):
+    data = json.loads(failed.json())
+    assert (data["schema"], data["suite"], data["backend"], data["place"]) == (SCHEMA, SUITE, "made", "hardware")
+    assert data["contracts"] == {"add": 1, "take_rows": 1} and data["exit_code"] == 1
+    assert {"porthal", "python", "numpy"} <= set(data["environment"])
+    assert Report.from_json(failed.json()) == failed
+
+
+def test_table_names_each_failure_and_its_command(failed):
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(failed.table())
+    text = console.export_text()
+    assert len(re.findall(r"porthal replay 'add,.*' --backend made", text)) == len(failed.failures)
+    assert "own" in text and "hardware" in text
+
+
+def test_page_stands_alone(failed):
+    page = failed.html()
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
+    assert "prefers-color-scheme" in page and 'name="viewport"' in page
+    assert page.count("<details>") == len(failed.failures) > 0
+    assert "porthal replay &#39;add,T=" in page
+    assert "failed of" in page and "passed" in page
+
+
+# -- pytest ----------------------------------------------------------------------------------------------------------
+
+
+def pytest_run(tmp_path, *options):
+    """pytest in a process of its own; its last line says whether the runner was imported."""
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n")
+    code = "import sys, pytest; pytest.main(sys.argv[1:]); print('porthal.conformance.runner' in sys.modules)"
+    installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
+    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *plugin, *options]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+
+def test_plugin_makes_one_test_per_case(tmp_path):
+    out = pytest_run(tmp_path, "--porthal-backend=reference", "-k", "take_rows")
+    expected = len(cases(contracts()["take_rows"]))
+    assert f"{expected} passed" in out and out.strip().endswith("True"), out
+
+
+def test_plugin_costs_nothing_without_its_option(tmp_path):
+    out = pytest_run(tmp_path)
+    assert "1 passed" in out and out.strip().endswith("False"), out

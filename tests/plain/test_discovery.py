@@ -1,0 +1,239 @@
+"""Which backends exist and which are here: plugins made on the spot, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from porthal.hal import Probe, UsageError, backend_names, best, create, discovery, probe
+from porthal.hal.discovery import ORDER
+
+ROOT = Path(__file__).resolve().parents[2]
+EMPTY = """
+    from porthal.hal import Backend
+
+    class Chip(Backend):
+        base = "reference"
+"""
+
+
+class Site:
+    """A folder on sys.path with plugins, as an installer leaves them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def install(self, name: str, init: str = "", backend: str | None = EMPTY) -> None:
+        package = self.folder / f"{name}_plugin"
+        package.mkdir()
+        (package / "__init__.py").write_text(dedent(init))
+        if backend is not None:
+            (package / "backend.py").write_text(dedent(backend))
+        info = self.folder / f"{name}_plugin-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[porthal.backends]\n{name} = {name}_plugin\n")
+
+    def run(self, program: str) -> Any:
+        """What `program` gives as `answer`; `attempt` gives an error's type and text."""
+        text = """
+            import json, sys
+            from porthal.hal import *
+            from porthal.hal import discovery
+
+            def attempt(call, *args, **kwargs):
+                try:
+                    return str(call(*args, **kwargs))
+                except Exception as error:
+                    return f"{type(error).__name__}: {error}"
+        """
+        text = dedent(text) + dedent(program) + "\nprint(json.dumps(answer))\n"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PORTHAL_")}
+        environment["PYTHONPATH"] = os.pathsep.join([str(self.folder), environment.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def test_an_empty_plugin_is_a_backend_that_ranks_first(site: Site) -> None:
+    site.install("zeta")
+    site.install("alpha")
+    answer = site.run(
+        """
+        bound = bind(overrides={}, fallback="error")
+        cls = type(bound.backend)
+        answer = {
+            "names": list(backend_names()), "best": best(), "probe": probe("alpha").state, "bound": str(bound.backend),
+            "class": [cls.__name__, cls.name, cls.__module__], "counts": bound.counts(), "summary": bound.summary(),
+            "owners": sorted({c.owner for c in bound.choices.values() if c.status == "inherited"}),
+            "device": str(create("alpha:3")),
+        }
+        """
+    )
+    names = answer["names"]
+    assert names[:2] == ["alpha", "zeta"]
+    assert names.index("zeta") < names.index("cpu")
+    assert names[2:] == [n for n in ORDER if n in names]
+    assert (answer["best"], answer["probe"], answer["bound"]) == ("alpha", "available", "alpha")
+    assert answer["class"] == ["Chip", "alpha", "alpha_plugin.backend"]
+    assert answer["device"] == "alpha:3"
+    assert answer["summary"].startswith("0 own, ")
+    assert answer["owners"] == ["reference"]
+    assert answer["counts"]["fallback"] == answer["counts"]["missing"] == 0
+
+
+def test_one_kernel_of_a_plugin_counts_as_its_own(site: Site) -> None:
+    site.install(
+        "one",
+        backend="""
+        from porthal.hal import Backend
+
+        class Chip(Backend):
+            base = "reference"
+
+            def add(self, a, b):
+                return a + b
+        """,
+    )
+    assert site.run('answer = bind("one", overrides={}).summary()').startswith("1 own, ")
+
+
+BROKEN = {
+    "init": ({"init": "raise RuntimeError('no driver')"}, "RuntimeError: no driver"),
+    "probe": ({"init": "def probe():\n    raise OSError('bus error')"}, "OSError: bus error"),
+    "requires": ({"init": "requires = (7,)"}, "AttributeError: 'int' object has no attribute 'partition'"),
+}
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_a_plugin_that_fails_when_looked_at_is_broken_and_hides_nothing(site: Site, where: str) -> None:
+    files, message = BROKEN[where]
+    site.install("bad", **files)
+    site.install("good")
+    answer = site.run(
+        """
+        answer = [probe("bad").state, probe("bad").why, best(), attempt(create, "bad"), attempt(create, "good"),
+                  attempt(create, "reference"), attempt(probe, "rubbish")]
+        """
+    )
+    assert answer[:3] == ["broken", message, "good"]
+    assert answer[3] == f"Unavailable: backend 'bad' is broken: {message}"
+    assert answer[4:6] == ["good", "reference"]
+    assert f"bad (broken: {message})" in answer[6]
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("raise RuntimeError('library is too old')", "RuntimeError: library is too old"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (None, "ModuleNotFoundError: No module named 'bad_plugin.backend'"),
+        ("", "bad_plugin.backend defines 0 backends, expected one"),
+        (EMPTY + "\n    class Other(Backend): ...", "bad_plugin.backend defines 2 backends, expected one"),
+    ],
+)
+def test_a_plugin_that_fails_when_used_says_so_and_hides_nothing(site: Site, backend: str | None, message: str) -> None:
+    site.install("bad", backend=backend)
+    site.install("good")
+    answer = site.run('answer = [attempt(create, "bad"), attempt(bind, "bad"), str(create("good")), best()]')
+    assert answer[0] == answer[1] == f"Unavailable: backend 'bad' is broken: {message}"
+    # Nobody has used it yet, so it still ranks: a chip somebody installed fails loudly rather than give way in silence.
+    assert answer[2:] == ["good", "bad"]
+
+
+def test_a_plugin_whose_requirement_is_missing_is_not_here(site: Site) -> None:
+    site.install("far", init="requires = ('json', 'torch_far')")
+    site.install("farther", init="requires = ('torch_far.runtime',)")
+    site.install("asks", init="from porthal.hal import Probe\ndef probe():\n    return Probe('not here', 'no device')")
+    answer = site.run(
+        """
+        answer = [[probe(n).state, probe(n).why] for n in ("far", "farther", "asks")]
+        answer += [attempt(create, "far"), best() in ("ascend", "cpu", "torch", "reference")]
+        """
+    )
+    assert answer[0] == ["not here", "needs the Python package torch_far"]
+    assert answer[1] == ["not here", "needs the Python package torch_far.runtime"]
+    assert answer[2] == ["not here", "no device"]
+    assert answer[3:] == ["Unavailable: backend 'far' is not here: needs the Python package torch_far", True]
+
+
+def test_a_plugin_whose_base_is_not_here_names_the_base(site: Site) -> None:
+    site.install("far", init="requires = ('torch_far',)")
+    site.install("near", backend=EMPTY.replace("reference", "far"))
+    site.install("lost", backend=EMPTY.replace("reference", "referense"))
+    answer = site.run('answer = [attempt(create, "near"), attempt(create, "lost")]')
+    assert answer[0] == "Unavailable: backend 'far' is not here: needs the Python package torch_far"
+    assert answer[1].startswith("UsageError: unknown backend 'referense', did you mean 'reference'? known are ")
+
+
+def test_a_plugin_may_stand_on_a_plugin(site: Site) -> None:
+    site.install("lower")
+    site.install("upper", backend=EMPTY.replace('base = "reference"', 'base = "lower"'))
+    answer = site.run(
+        """
+        mro = [vars(c).get("name") for c in type(create("upper")).__mro__ if "name" in vars(c)]
+        answer = [mro, bind("upper", overrides={}).choices["add"].owner]
+        """
+    )
+    assert answer[0] == ["upper", "upper", "lower", "lower", "reference", ""]
+    assert answer[1] == "reference"
+
+
+def test_looking_imports_no_framework_and_no_requirement(site: Site) -> None:
+    (site.folder / "vendor_kit").mkdir()
+    (site.folder / "vendor_kit" / "__init__.py").write_text("raise SystemExit('imported')")
+    site.install("kit", init="requires = ('vendor_kit', 'vendor_kit.ops')", backend="raise SystemExit('imported')")
+    answer = site.run(
+        """
+        states = {n: probe(n).state for n in backend_names()}
+        loaded = {"torch", "torch_npu", "transformers", "ml_dtypes", "vendor_kit", "kit_plugin.backend"} & set(sys.modules)
+        answer = [states["kit"], states["reference"], best(), sorted(loaded)]
+        """
+    )
+    assert answer == ["available", "available", "kit", []]
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+def test_known_backends_stand_in_order() -> None:
+    names = backend_names()
+    assert [n for n in names if n in ORDER] == list(ORDER)
+    assert probe("reference") == Probe("available")
+    assert probe(best()).state == "available"
+
+
+def test_a_device_belongs_to_the_instance() -> None:
+    assert (str(create("reference")), create("reference").device) == ("reference", "")
+    assert (str(create("reference:1:x")), create("reference:1:x").device) == ("reference:1:x", "1:x")
+    assert type(create("reference")) is type(create("reference:1"))
+
+
+def test_unknown_names_get_a_hint() -> None:
+    with pytest.raises(UsageError, match=r"^unknown backend 'refrence', did you mean 'reference'\? known are .*reference \(a"):
+        create("refrence")
+    with pytest.raises(UsageError, match=r"^unknown backend '';  ?known are "):
+        create("")
+
+
+def test_best_takes_the_first_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"torch"}
+    monkeypatch.setattr(discovery, "probe", lambda name: Probe("available" if name in here else "not here"))
+    assert best() == "torch"
+    here.clear()
+    with pytest.raises(discovery.Unavailable, match=r"^no backend is available: reinstall porthal$"):
+        best()
