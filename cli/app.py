@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from dataclasses import asdict
 from enum import Enum
@@ -86,13 +85,10 @@ def start(
 @app.command()
 def backends(json: JsonFlag = False) -> None:
     """What is here, what is not, and why. No vendor's package is imported."""
-    from porthal.hal import Unavailable, backend_names, probe
+    from porthal.hal import Unavailable, backend_names, probe, selected
 
     found = {name: probe(name) for name in backend_names()}
-    rule, chosen = "PORTHAL_BACKEND", os.environ.get("PORTHAL_BACKEND", "")
-    if not chosen:
-        rule = "the first available in this order"
-        chosen = next(name for name, here in found.items() if here.state == "available")
+    chosen, rule = selected()
     name = chosen.partition(":")[0]
     if json:
         rows = [{"name": n, "state": f.state, "why": f.why, "selected": n == name} for n, f in found.items()]

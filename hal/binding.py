@@ -279,7 +279,7 @@ def selected() -> tuple[str, str]:
         return used, "porthal.use"
     if named := os.environ.get("PORTHAL_BACKEND"):
         return named, "PORTHAL_BACKEND"
-    return discovery.best(), "the first available in the stated order"
+    return discovery.best(), "the first available in this order"
 
 
 def _policy_ops() -> dict[str, str]:
