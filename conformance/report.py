@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -149,7 +151,7 @@ class Report:
     def of(cls, backend: Backend, level: str, results: Sequence[Result]) -> Report:
         ops = dict.fromkeys(r.op for r in results)
         versions = {op: contracts()[op].version for op in ops}
-        return cls(str(backend), backend.place, level, tuple(results), environment(), versions)
+        return cls(str(backend), backend.place, level, tuple(results), environment(backend), versions)
 
     @property
     def rows(self) -> list[Row]:
@@ -239,8 +241,14 @@ def replay_command(result: Result, backend: str) -> str:
     return f"porthal replay '{result.token}' --backend {backend}"
 
 
-def environment() -> dict[str, Any]:
-    return {
+def environment(backend: Backend) -> dict[str, str]:
+    """Versions of what took part, the packages that the backend needs among them."""
+    package = sys.modules.get(type(backend).__module__.rpartition(".")[0])
+    needed = {}
+    for name in getattr(package, "requires", ()):
+        with suppress(importlib.metadata.PackageNotFoundError):  # a module whose package has another name
+            needed[name] = importlib.metadata.version(name)
+    return needed | {
         "porthal": sys.modules["porthal"].__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -80,7 +80,7 @@ def check(case: Case, bench: Bench, level: Level = "bring-up") -> Result:
         binding = bench.binding(inputs)
         choice = binding.choices[case.op]
         if case.fault:
-            verdict = _judge_fault(case, *_fault(bench.machine, inputs))
+            verdict = _judge_fault(inputs, _mistake(bench.binding(inputs, checked=True), inputs))
         else:
             verdict = judge(inputs, execute(binding, inputs), level, _tie(binding, inputs))
     except NotClaimed as refusal:
@@ -104,18 +104,19 @@ class Bench:
         self.machine = machine
         self._bindings: dict[Any, Binding] = {}
 
-    def binding(self, inputs: Inputs) -> Binding:
+    def binding(self, inputs: Inputs, checked: bool = False) -> Binding:
+        """Functions chosen for exactly this call; `checked` ones judge their arguments first."""
         op = inputs.contract.name
-        key = op, inputs.spec.key()
+        key = op, inputs.spec.key(), checked
         if key not in self._bindings:
-            binding = self._bind({op: [inputs.spec]})
+            binding = self._bind({op: [inputs.spec]}, checked)
             if binding.choices[op].status == "composed":  # its parts are claimed call by call as well
-                binding = self._bind(parts(inputs))
+                binding = self._bind(parts(inputs), checked)
             self._bindings[key] = binding
         return self._bindings[key]
 
-    def _bind(self, profile: Mapping[str, Sequence[CallSpec]]) -> Binding:
-        return bind(backend=self.machine, profile=profile, overrides={}, fallback="error", check=False)
+    def _bind(self, profile: Mapping[str, Sequence[CallSpec]], checked: bool) -> Binding:
+        return bind(backend=self.machine, profile=profile, overrides={}, fallback="error", check=checked)
 
 
 def parts(inputs: Inputs) -> dict[str, list[CallSpec]]:
@@ -287,14 +288,11 @@ def _told(error: BaseException) -> str:
 # -- the error contract ----------------------------------------------------------------------------------------------
 
 
-def _fault(machine: Backend, inputs: Inputs) -> tuple[str, BaseException | None]:
-    """Make the deliberate mistake through a checked binding."""
-    binding = bind(backend=machine, profile={inputs.contract.name: [inputs.spec]}, overrides={}, fallback="error",
-                   check=True)  # fmt: skip
-    contract, attrs = inputs.contract, dict(inputs.attrs)
-    operands = dict(inputs.operands)
+def _mistake(binding: Binding, inputs: Inputs) -> Exception | None:
+    """Make the deliberate mistake: what the checked binding raises."""
+    contract, fault = inputs.contract, inputs.case.fault
+    operands, attrs = dict(inputs.operands), dict(inputs.attrs)
     first = next(o.name for o in contract.signature.operands if o.kind == "array")
-    fault = inputs.case.fault
     if fault == "dtype":
         operands[first] = np.zeros(operands[first].shape, np.int8)
     elif fault == "shape":
@@ -310,18 +308,17 @@ def _fault(machine: Backend, inputs: Inputs) -> tuple[str, BaseException | None]
     try:
         getattr(binding, contract.name)(*placed.values(), **attrs)
     except Exception as error:
-        return fault, error
-    return fault, None
+        return error
+    return None
 
 
-def _judge_fault(case: Case, fault: str, error: BaseException | None) -> Judgement:
+def _judge_fault(inputs: Inputs, error: Exception | None) -> Judgement:
+    op, fault = inputs.contract.name, inputs.case.fault
     if error is None:
         return Judgement("FAIL_ERROR", f"a wrong {fault} was accepted, expected a UsageError")
     if not isinstance(error, UsageError):
         return Judgement("FAIL_ERROR", f"a wrong {fault} raised {_told(error)}, expected a UsageError")
     text = str(error)
-    if not text or "\n" in text or case.op not in text:
-        return Judgement("FAIL_ERROR", f"the message {text!r} is not one sentence that names {case.op}")
+    if "\n" in text or op not in text:
+        return Judgement("FAIL_ERROR", f"the message {text!r} is not one sentence that names {op}")
     return Judgement("PASS", note=text)
-
-

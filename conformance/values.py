@@ -228,8 +228,10 @@ def routed(draw: Draw) -> Array:
 
 @recipe
 def crowded(draw: Draw) -> Array:
-    """All rows go to one expert, the last."""
-    return _experts(draw, np.array([draw.sizes["E"] - 1]))
+    """All rows go to one expert, the last, and nowhere else."""
+    ids = np.full(draw.shape, -1, np.int64)
+    ids[np.arange(len(ids)), np.arange(len(ids)) % ids.shape[1]] = draw.sizes["E"] - 1 + draw.sizes.get("first_expert", 0)
+    return ids
 
 
 @recipe

@@ -10,7 +10,7 @@ import numpy as np
 
 from porthal.hal import dtypes as dt
 from porthal.hal.contract import CallSpec, Contract
-from porthal.hal.limits import Limits
+from porthal.hal.limits import NO_LIMITS, Limits
 from porthal.hal.operands import (
     Batch,
     Pages,
@@ -35,12 +35,12 @@ class Kernel:
     function: Callable[..., Any]
     owner: str
     prepare: Callable[..., Weight]
-    limits: Limits | None
+    limits: Limits
     provider: str
     tie: str
 
     def refuses(self, spec: CallSpec) -> str | None:
-        return self.limits.refuses(spec) if self.limits else None
+        return self.limits.refuses(spec)
 
 
 class Backend:
@@ -151,14 +151,14 @@ class Backend:
                     function.__get__(self),
                     owner,
                     prepare,
-                    getattr(function, "limits", None),
+                    getattr(function, "limits", NO_LIMITS),
                     getattr(function, "provider", ""),
                     getattr(function, "tie", "lowest"),
                 )
             elif "derive" in vars(cls) and cls is not Backend:
                 derived = vars(cls)["derive"](self, contract)
                 if derived is not None:
-                    yield Kernel(derived, owner, prepare, None, "", "lowest")
+                    yield Kernel(derived, owner, prepare, NO_LIMITS, "", "lowest")
 
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         """Why a kernel does not take a call of these static facts, or None: a pure function, by default of its limits."""

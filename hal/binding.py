@@ -18,7 +18,7 @@ from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import NotClaimed, UsageError
-from porthal.hal.limits import Limits
+from porthal.hal.limits import NO_LIMITS, Limits
 from porthal.hal.operands import Batch, Pages, Selection, Weight, WeightSpec
 
 Function = Callable[..., Any]
@@ -38,7 +38,7 @@ class Choice:
     provider: str
     reason: str
     tie: str = "lowest"
-    limits: Limits | None = None
+    limits: Limits = NO_LIMITS
 
 
 class Binding:
@@ -231,7 +231,7 @@ def _checker(backend: Backend, choices: Mapping[str, Choice]) -> Wrap:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             spec = checked(contract, backend, args, kwargs)
-            reason = choice.limits.refuses(spec) if choice.limits else None
+            reason = choice.limits.refuses(spec)
             if reason:
                 raise NotClaimed(f"{op} on {backend} does not take this call: {reason}; bind with a profile that has it")
             return function(*args, **kwargs)

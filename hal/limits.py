@@ -64,6 +64,9 @@ class Limits:
         return None
 
 
+NO_LIMITS = Limits({}, {})  # stated by nobody: every dtype and size, but nothing quantised
+
+
 def limits(
     *,
     provider: str = "",

@@ -7,6 +7,8 @@ dot, total       a reduction of K terms accumulated in float32: +-sqrt(K) * 2^-2
 may_round        a value that may be stored in a narrow dtype: +-u * |v| where the contract's dtype permits
 single           a value held in float32: +-2^-24 * |v|
 elementary       exp, sigmoid, ...: +-ulps * 2^-24 * |v|
+
+The last three may also flush what float32 holds only as a denormal.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ from porthal.backends.torch.ranking import comparable, first_highest, highest, r
 from porthal.hal import (
     Backend,
     Batch,
-    CallSpec,
-    Kernel,
     Pages,
     PagesSpec,
     Rows,
@@ -126,11 +124,6 @@ class Torch(Backend):
                 held.copy_(self.from_numpy(arrays[name]))
             return into
         return super().from_logical(spec, arrays, into)
-
-    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
-        if kernel.limits is None and any(scheme != "none" for scheme in spec.schemes.values()):
-            return "the kernel takes no quantised weights or pages"
-        return super().refuses(op, kernel, spec)
 
     # -- matrix products ---------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def test_any_slice_shapes_as_in_numpy(size: int, key: slice) -> None:
     "key", [[0, 1], np.array([0, 1]), None, ..., True, (0, None), (slice(None), [0]), X, np.int64(1), "a", 1.0]
 )
 def test_fancy_indexing_is_refused(key: Any) -> None:
-    with pytest.raises(UsageError, match=r"^an array is sliced by (?s:.*): model code may use integers and slices only$"):
+    with pytest.raises(UsageError, match=r"^an array is sliced by (?s:.*): model code may use integers and slices"):
         X[key]
 
 

@@ -93,14 +93,36 @@ def test_faults_must_be_answered_with_usage_errors():
     assert {r.verdict for r in faults} == {"PASS"} and len(faults) == 4
     assert any("expected 0 to" in r.note for r in faults)
 
-    class Careless(Reference):
-        name = "careless"
+    def refuses_array(self, x):
+        raise TypeError("no array of mine")
 
-        def refuses_array(self, x):
-            return None
+    report = run(backend(refuses_array=refuses_array), ["take_rows"])
+    assert {r.verdict for r in report.results if "fault=" in r.token} == {"FAIL_ERROR"}
+    assert any(r.message.endswith("raised TypeError: no array of mine, expected a UsageError") for r in report.failures)
 
-    report = run(Careless(), ["take_rows"])
-    assert any("fault=kind" in r.token and r.verdict in ("PASS", "FAIL_ERROR") for r in report.results)
+
+def test_a_batch_must_keep_its_bits():
+    def topk(self, scores, batch, *, k):
+        selection = truth("topk")(self, scores, batch, k=k)
+        batch.kv_len[:1] += 1
+        return selection
+
+    verdicts = [r.verdict for r in run(backend(topk=topk), ["topk"]).results if "batch=decode" in r.token]
+    assert set(verdicts) == {"FAIL_WROTE_OUTSIDE"}
+
+
+def test_a_composition_has_the_tie_order_of_its_parts():
+    def topk(self, scores, batch, *, k):
+        selection = truth("topk")(self, scores, batch, k=k)
+        for t, n in enumerate(selection.native.length):
+            seen = scores[t, : batch.visible[t]]
+            selection.native.indices[t, :n] = len(seen) - 1 - np.argsort(-seen[::-1], kind="stable")[:n]
+        return selection
+
+    assert not run(backend(topk=topk), ["indexer_topk"]).ok
+    topk.tie = "any"
+    report = run(backend(topk=topk), ["indexer_topk"])
+    assert report.ok and any("own order of ties" in r.note for r in report.results)
 
 
 def test_poison_surrounds_what_a_backend_allocates():

@@ -200,8 +200,8 @@ def test_looking_imports_no_framework_and_no_requirement(site: Site) -> None:
     answer = site.run(
         """
         states = {n: probe(n).state for n in backend_names()}
-        loaded = {"torch", "torch_npu", "transformers", "ml_dtypes", "vendor_kit", "kit_plugin.backend"} & set(sys.modules)
-        answer = [states["kit"], states["reference"], best(), sorted(loaded)]
+        heavy = {"torch", "torch_npu", "transformers", "ml_dtypes", "vendor_kit", "kit_plugin.backend"}
+        answer = [states["kit"], states["reference"], best(), sorted(heavy & set(sys.modules))]
         """
     )
     assert answer == ["available", "available", "kit", []]
@@ -224,7 +224,7 @@ def test_a_device_belongs_to_the_instance() -> None:
 
 
 def test_unknown_names_get_a_hint() -> None:
-    with pytest.raises(UsageError, match=r"^unknown backend 'refrence', did you mean 'reference'\? known are .*reference \(a"):
+    with pytest.raises(UsageError, match=r"^unknown backend 'refrence', did you mean 'reference'\? known are "):
         create("refrence")
     with pytest.raises(UsageError, match=r"^unknown backend '';  ?known are "):
         create("")

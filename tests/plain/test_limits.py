@@ -53,7 +53,11 @@ def test_what_a_limit_takes_and_how_it_reads(limit: Limit, text: str, taken: lis
         ),
         ({"dims": {"D": 96}}, {"D": multiple_of(64)}, "D = 96, the kernel takes a multiple of 64"),
         ({"dims": {"D": 96}}, {"D": 128}, "D = 96, the kernel takes one of 128"),
-        ({"attrs": {"layout": "half"}}, {"layout": "interleaved"}, "layout = half, the kernel takes one of interleaved"),
+        (
+            {"attrs": {"layout": "half"}},
+            {"layout": "interleaved"},
+            "layout = half, the kernel takes one of interleaved",
+        ),
         ({"attrs": {"k": 9}}, {"k": any_of(one_of(12), at_most(8))}, "k = 9, the kernel takes one of 12, or at most 8"),
         ({"schemes": {"w": "fp8_block"}}, {}, "quantisation scheme 'fp8_block' is not among what the kernel takes"),
         ({"schemes": {"a": "none", "w": "int8"}}, {}, "quantisation scheme 'int8' is not among what the kernel takes"),

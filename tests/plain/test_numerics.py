@@ -168,7 +168,7 @@ def test_a_point_may_round_to_the_dtype_it_names(to: str, rng: np.random.Generat
 
 
 def test_a_uniform_rounding_error_has_the_rms_of_the_noise(rng: np.random.Generator) -> None:
-    """u / sqrt(3) of the value is what rounding to nearest gives at the largest relative error, just above a power of 2."""
+    """u / sqrt(3) of the value is what rounding to nearest gives just above a power of 2, where it is worst."""
     value = 1 + rng.random(100_000) * 2.0**-5
     stored = np.round(value * 2.0**7) / 2.0**7  # bfloat16 has 8 bits of precision
     assert rms((stored - value) / value) == pytest.approx(2.0**-8 / np.sqrt(3), rel=0.03)

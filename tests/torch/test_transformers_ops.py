@@ -1,4 +1,4 @@
-"""The references, op by op, against the modules of transformers' glm_moe_dsa with random weights, in float64 and float32.
+"""The references, op by op, against the modules of transformers' glm_moe_dsa with random weights.
 
 transformers' modules compute in the dtype of their weights but for a few forced float32 steps: where there is none,
 float64 modules must agree to 1e-12, elsewhere to float32.
@@ -147,7 +147,8 @@ def test_rope_in_the_last_part_of_a_head(rng: np.random.Generator) -> None:
     batch = one_request(10)
     x = rng.standard_normal((10, 4, 32))
     cos, sin = rotary(config_of(), batch.positions)
-    expected, _ = hf.apply_rotary_pos_emb_interleave(t(x[..., 24:])[None], t(x[..., 24:])[None], cos, sin, unsqueeze_dim=2)
+    last = t(x[..., 24:])[None]
+    expected, _ = hf.apply_rotary_pos_emb_interleave(last, last, cos, sin, unsqueeze_dim=2)
     y = REF["rope"](x, batch, theta=1e6, layout="interleaved", start=24, width=8)
     np.testing.assert_array_equal(y[..., :24], x[..., :24])
     close(y[..., 24:], interleaved(n(expected[0])), 1e-5)
