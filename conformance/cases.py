@@ -28,7 +28,7 @@ ROWS = {
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 HOME_ROWS = 7
 # Logical elements of all operands and results: what a level is ready to generate and judge in one case.
-SIZE = {"bring-up": 2**22, "standard": 2**25, "strict": 2**27}
+SIZE = {"bring-up": 2**22, "standard": 2**25, "strict": 2**26}
 VIEWS = ("columns", "rows", "transposed", "broadcast")
 SELECTIONS = ("full", "short", "empty")
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")

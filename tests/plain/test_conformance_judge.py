@@ -5,7 +5,7 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases import Case, cases
-from porthal.conformance.golden import Spread
+from porthal.conformance.golden import Golden, Spread
 from porthal.conformance.inputs import build
 from porthal.conformance.judge import judge_floats
 from porthal.conformance.runner import MARGIN, Bench, check, run
@@ -449,6 +449,17 @@ def test_zeros_within_a_wide_budget_are_not_trusted():
 def test_one_unit_in_the_last_place_is_the_limit_of_an_elementwise_op():
     assert judged([1 + 2**-7], [1.0], kind="bfloat16", level="strict") == "FAIL_VALUE"
     assert judged([1 + 2**-7], [1 + 2**-8], kind="bfloat16", level="strict") == "PASS"
+
+
+@pytest.mark.parametrize("token", ["silu_mul,T=257,I=96,x:fp32,0", "rope,T=33,N=8,D=64,theta=10000.0,layout=half,start=0,"
+                                   "width=64,x:fp32,batch=long,block_size=64,0"])  # fmt: skip
+def test_no_budget_vanishes_by_chance(token):
+    """Without reductions every permitted point counts in full: equal ones of opposite sign cannot cancel."""
+    (spread,) = Golden(build(Case.from_token(token))).spread().values()
+    there = np.abs(spread.value) > 0
+    relative = spread.most[there] / np.abs(spread.value[there])
+    assert relative.min() > 2**-24
+    assert (spread.most <= 6 * spread.sigma).all()
 
 
 def test_a_declared_order_of_ties_is_accepted_and_said():
