@@ -21,7 +21,7 @@ help:           ## what can be made
 
 # A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
 test: lint types  ## lint, types and all tests
-	.venv/bin/pytest tests/house tests/plain tests/native tests/torch
+	.venv/bin/pytest tests/house tests/plain tests/native tests/torch tests/browser
 	.venv/bin/pytest tests/emulated
 
 lint: .venv/ready  ## ruff

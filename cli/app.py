@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from porthal.cli import text
-from porthal.hal import PorthalError
+from porthal.hal import PorthalError, UsageError
 
 EMULATED = ("ascend",)
 
@@ -38,10 +38,22 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Base(str, Enum):
+    reference = "reference"
+    torch = "torch"
+
+
 class Level(str, Enum):
     bring_up = "bring-up"
     standard = "standard"
     strict = "strict"
+
+
+class Profile(str, Enum):
+    inference = "inference"
+    moe = "moe"
+    distributed = "distributed"
+    training = "training"
 
 
 app = typer.Typer(
@@ -242,27 +254,113 @@ def conform(
     emulated: EmulatedFlag = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the report as JUnit XML")] = None,
+    profile: Annotated[
+        Profile | None, typer.Option("--profile", help="the ops of one use; default: all, judged for inference")
+    ] = None,
+    verify_waivers: Annotated[
+        bool, typer.Option("--verify-waivers", help="fail on waivers that expired, match nothing, or match what passes")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A.json B.json", help="test nothing: rank two reports op by op"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FILE", help="keep each verdict there, and continue from those kept")
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", help="processes that share the cases")] = min(2, os.cpu_count() or 1),
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="for one case")] = 300,
+    memory: Annotated[float, typer.Option(metavar="GIB", help="for one case, in a worker")] = 3,
+    properties: Annotated[
+        int, typer.Option("--properties", metavar="N", min=0, help="also draw N cases per op; needs hypothesis")
+    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="of what --properties draws")] = 0,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="test the suite instead: planted defects, honest variants; needs PyTorch")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="of --self-test: a part, in a few minutes")] = False,
 ) -> int:
     """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none was tested."""
     from porthal.conformance import run
+    from porthal.conformance.levels import members
+    from porthal.conformance.scaffold import first_step
+    from porthal.conformance.workers import Bounds
 
-    for file in (json, html):
+    for file in (json, html, junit, resume):
         text.check_writable(file)
-    machine = _machine(backend, emulated)
-    with text.progress() as advance:
-        report = run(
-            machine,
-            ops=op or None,
-            level=level.value,
-            dtypes=[d.value for d in dtype] if dtype else None,
-            progress=lambda done, of, result: advance(done, of, result.op),
-        )
+    if compare:
+        return _compare(*compare, html)
+    if self_test:
+        return _self_test(op or [], quick, workers, json)
+    if profile and op:
+        raise UsageError(f"--profile {profile.value} with --op {op[0]}: give one of the two")
+    if profile and not members(profile.value):
+        raise UsageError(f"nothing to test: no contract belongs to profile {profile.value} yet, choose another")
+    name = _named(backend, emulated)
+    journal = resume or (json and json.with_name(f"{json.name}.journal"))
+    try:
+        with text.progress() as advance:
+            report = run(
+                name,
+                ops=members(profile.value) if profile else op or None,
+                level=level.value,
+                dtypes=[d.value for d in dtype] if dtype else None,
+                progress=lambda done, of, result: advance(done, of, result.op),
+                emulated=emulated,
+                bounds=Bounds(workers, timeout, memory),
+                journal=journal,
+                resume=resume is not None,
+                properties=properties,
+                seed=seed,
+            )
+    except KeyboardInterrupt:
+        if journal and journal.exists():
+            text.note(f"porthal: stopped: the same command with --resume {journal} continues")
+        raise
+    if profile:
+        report = replace(report, profile=profile.value)
     text.drawn(report.table())
+    if not any(r.status == "own" for r in report.results) and (advice := first_step(_machine(backend, emulated))):
+        print(advice)
     if json:
         json.write_text(report.json(), encoding="utf-8")
     if html:
         html.write_text(report.html(), encoding="utf-8")
-    return int(report.exit_code)
+    if junit:
+        junit.write_text(report.junit(), encoding="utf-8")
+    if journal and not resume:  # the report has it all
+        journal.unlink()
+    wrong = report.wrong_waivers() if verify_waivers else []
+    for sentence in wrong:
+        print(f"waivers.toml: {sentence}")
+    return 1 if wrong else int(report.exit_code)
+
+
+def _self_test(ops: list[str], quick: bool, workers: int, json: Path | None) -> int:
+    """How many planted defects the suite finds, and how many honest kernels it accuses; 1 where it is not all and none."""
+    from porthal.hal import Unavailable, probe
+
+    if probe("torch").state != "available":
+        raise Unavailable("--self-test needs PyTorch, whose kernels it plants defects in: pip install torch")
+    from porthal.conformance.selftest.run import self_test
+
+    with text.progress() as advance:
+        score = self_test(ops, quick, lambda done, of, trial: advance(done, of, trial.op), workers)
+    text.drawn(score.table())
+    if json:
+        json.write_text(score.json(), encoding="utf-8")
+    return score.exit_code
+
+
+def _compare(a: Path, b: Path, html: Path | None) -> int:
+    from porthal.conformance.compare import compare
+    from porthal.conformance.report import Report
+
+    found = compare(Report.read(a), Report.read(b))
+    text.drawn(found.table())
+    if html:
+        html.write_text(found.html(), encoding="utf-8")
+    return 0
 
 
 @app.command()
@@ -271,30 +369,90 @@ def replay(
     backend: BackendOption = None,
     level: LevelOption = Level.bring_up,
     emulated: EmulatedFlag = False,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="DIR", help="also write its arrays as case.npz, with a script that needs no porthal"),
+    ] = None,
 ) -> int:
     """Run exactly one case again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
     from porthal.conformance import replay as again
 
-    result = again(token, _machine(backend, emulated), level.value)
+    if save:
+        from porthal.conformance.saved import save as write
+
+        made = write(token, _machine(backend, emulated), save, level.value)
+        text.note(f"{made}: python {made.with_name('check.py')} judges it")
+    result = again(token, _named(backend, emulated), level.value, emulated=emulated)
     print(result.explain())
     return 1 if result.failed else 0 if result.tested else 2
 
 
+@app.command()
+def diff(
+    model: ModelOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    prompt: Annotated[str, typer.Option("--text", metavar="TEXT", help="what is read; default: a piece of code")] = "",
+    tokens: Annotated[int, typer.Option(metavar="N", help="how many of its tokens, at most")] = 64,
+    decode: Annotated[int, typer.Option(metavar="N", help="steps of one token after them")] = 4,
+    emulated: EmulatedFlag = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
+    save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="write the call at fault, to replay")] = None,
+) -> int:
+    """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one."""
+    from porthal.conformance.diff import TEXT
+    from porthal.conformance.diff import diff as compare
+    from porthal.hal import bind
+    from porthal.model.load import DEMO, profile
+    from porthal.model.tokens import check_count, tokenizer
+
+    text.check_writable(json)
+    directory, config = model or DEMO, _config(model)
+    ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
+    steps = check_count("--decode", decode, 0)
+    binding = bind(profile=profile(config, dtype.value), backend=_machine(backend, emulated))
+    found = compare(binding, ids, directory, dtype.value, steps)
+    text.drawn(found.table())
+    if json:
+        json.write_text(found.json(), encoding="utf-8")
+    if save and (script := found.save(save)):
+        print(f"python {script} prints the call at fault")
+    return found.exit_code
+
+
+@app.command("new-backend")
+def new_backend(
+    name: Annotated[str, typer.Argument(show_default=False, help="of the chip, as in --backend NAME")],
+    base: Annotated[Base, typer.Option("--base", help="whose kernels it inherits; torch where the chip has a PyTorch")] = (
+        Base.reference
+    ),
+    folder: Annotated[Path | None, typer.Option("--dir", metavar="PATH", help="default: porthal-NAME")] = None,
+) -> None:
+    """Write a plugin package for a chip: it installs, inherits every op and has a stub for each."""
+    from porthal.conformance.scaffold import new_backend as write
+
+    made = write(name, base.value, folder)
+    print(f"{made}: a backend with 0 ops of its own\n\npip install -e {made}\nporthal conform --backend {name}")
+
+
+def _named(backend: str | None, emulated: bool) -> str:
+    """The selected backend's name, which must be known; one that can be emulated where that is asked for."""
+    from porthal.hal import Unavailable, UsageError, probe
+    from porthal.hal.binding import selected
+
+    name = (backend or "").partition(":")[0]
+    if emulated and name not in EMULATED:
+        raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(EMULATED)}")
+    if emulated and probe("torch").state != "available":
+        raise Unavailable("--emulated needs PyTorch: pip install torch")
+    return backend or selected()[0]
+
+
 def _machine(backend: str | None, emulated: bool) -> Any:
     """The selected backend, on an emulated device where that is asked for."""
-    from porthal.hal import Unavailable, UsageError, bind, probe
+    from porthal.conformance.workers import machine
 
-    if emulated:
-        name = (backend or "").partition(":")[0]
-        if name not in EMULATED:
-            raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(EMULATED)}")
-        if probe("torch").state != "available":
-            raise Unavailable("--emulated needs PyTorch: pip install torch")
-        try:
-            importlib.import_module(f"porthal.conformance.emulated.{name}").install()
-        except RuntimeError as error:  # the vendor's real package is loaded
-            raise Unavailable(str(error)) from None
-    return bind(backend, overrides={}, fallback="error").backend
+    return machine(_named(backend, emulated), emulated)
 
 
 def _config(model: Path | None) -> Any:

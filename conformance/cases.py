@@ -6,14 +6,17 @@ many of these variations meet how many dtypes and row counts; a case does not kn
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from porthal.conformance.values import RECIPES
+from porthal.conformance.discrepancies import named
+from porthal.conformance.values import FLOATING, PLAIN, RELATED, Draw
 from porthal.hal import UsageError, contracts
 from porthal.hal.contract import Contract
 from porthal.hal.signature import OperandSpec, evaluate, symbols
@@ -25,16 +28,29 @@ ROWS = {
     "standard": (0, 1, 2, 7, 16, 17, 255, 256, 257),
     "strict": (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025),
 }
+SERVED_ROWS = {"bring-up": (1,), "standard": (1, 17, 65), "strict": (1, 17, 65, 257)}  # at GLM-5's dims, beside 2
+SERVED_BATCHES = {
+    "bring-up": ("decode",),
+    "standard": ("decode", "mixed", "chunked"),
+    "strict": ("decode", "mixed", "chunked", "padded", "idle"),
+}
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 HOME_ROWS = 7
 # Logical elements of all operands and results: what a level is ready to generate and judge in one case.
 SIZE = {"bring-up": 2**22, "standard": 2**25, "strict": 2**26}
 VIEWS = ("columns", "rows", "transposed", "broadcast")
+FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
+BEYOND = "beyond"  # cache or expert weights behind 2^31 elements
 SELECTIONS = ("full", "short", "empty")
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
+CROWD = "crowd"
 BLOCK_SIZES = (64, 128)
 PAGES = 6  # of a cache that no batch describes
+LONGEST = 131072
+SHORT = 8  # query rows of a request that counts as decoding
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
+MOST = {"size": 2**20, "block_size": 1024, "seed": 2**32, "elements": 2**27}  # what a token may ask for
+_REQUESTS = re.compile(r"\d{1,7}/\d{1,7}(/\d{1,7})?(\+\d{1,7}/\d{1,7}(/\d{1,7})?)*", re.ASCII)
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG = {v: k for k, v in _SHORT.items()}
 Combo = tuple[tuple[str, str], ...]
@@ -49,6 +65,8 @@ class Case:
     dtypes   per operand; operands not named here follow their contract's first option
     recipes  operand -> value recipe, where it is not the first of the contract's
     absent   optional operands and page fields that are left out
+    batch    a composition's name, or its requests: "1/5+4/130/1" has one of 1 query row that sees 5 keys and one of 4
+             rows that sees 130 keys and shares its first page with the request before
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
     """
 
@@ -83,33 +101,39 @@ class Case:
 
     @classmethod
     def from_token(cls, token: str) -> Case:
-        """The case a token describes; UsageError where it is none."""
+        """The case a token describes; UsageError where it describes none that can be built."""
         op, *parts = token.split(",")
-        if op not in contracts() or not parts or not parts[-1].isdigit():
+        if op not in contracts() or not parts or _number(parts[-1], MOST["seed"]) is None:
             raise UsageError(f"{token!r} is no case token: expected op,name=value,...,seed as a report prints it")
         contract = contracts()[op]
         found: dict[str, list[Any]] = {k: [] for k in ("dims", "attrs", "dtypes", "recipes", "absent")}
         named: dict[str, Any] = {}
-        known = {o.name for o in contract.signature.operands}
         for part in parts[:-1]:
             name, mark, value = _cut(part)
+            number = _number(value, MOST["size"])
             if mark == "-":
                 found["absent"].append(name)
-            elif mark == ":" and name in known:
+            elif mark == ":":
                 found["dtypes"].append((name, _LONG.get(value, value)))
-            elif mark == "~" and name in known and value in (*RECIPES, *SELECTIONS):
+            elif mark == "~":
                 found["recipes"].append((name, value))
-            elif mark == "=" and name in ("batch", "view", "fault"):
+            elif mark == "=" and name in ("batch", "view", "fault") and value and name not in named:
                 named[name] = value
-            elif mark == "=" and name == "block_size" and value.isdigit():
-                named[name] = int(value)
+            elif mark == "=" and name == "block_size" and number and name not in named:
+                named[name] = number
             elif mark == "=" and name in contract.attributes:
                 found["attrs"].append((name, _parsed(contract.attributes[name].type, value, part)))
-            elif mark == "=" and value.isdigit():
-                found["dims"].append((name, int(value)))
+            elif mark == "=" and number is not None:
+                found["dims"].append((name, number))
             else:
                 raise UsageError(f"case token part {part!r} says nothing about {op}: copy the token from a report")
-        return cls(op, seed=int(parts[-1]), **{k: tuple(v) for k, v in found.items()}, **named)
+        case = cls(op, seed=int(parts[-1]), **{k: tuple(v) for k, v in found.items()}, **named)
+        why = refusal(case)
+        if not why and (n := elements(case)) > MOST["elements"]:
+            why = f"it holds {n} numbers, expected at most {MOST['elements']}"
+        if why:
+            raise UsageError(f"case token {token!r} describes no call of {op}: {why}")
+        return case
 
     def recipe(self, operand: str) -> str:
         return dict(self.recipes).get(operand) or options(self.contract, operand)[0]
@@ -133,11 +157,24 @@ def _cut(part: str) -> tuple[str, str, str]:
     return part, "", ""
 
 
+def _number(text: str, most: int) -> int | None:
+    """A plain decimal number up to `most`, or None."""
+    plain = text.isascii() and text.isdigit() and len(text) <= 12
+    return number if plain and (number := int(text)) <= most else None
+
+
 def _parsed(kind: type, text: str, part: str) -> Any:
-    try:
-        return text == "True" if kind is bool else kind(text)
-    except ValueError:
-        raise UsageError(f"case token part {part!r} has no {kind.__name__}: copy the token from a report") from None
+    value: Any = text
+    if kind is bool:
+        value = {"True": True, "False": False}.get(text)
+    elif kind is int:
+        value = _number(text, MOST["size"])
+    elif kind is float:
+        plain = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", text, re.ASCII) and text.count(".") <= 1 and text != "."
+        value = float(text) if plain and math.isfinite(float(text)) else None
+    if value is None:
+        raise UsageError(f"case token part {part!r} has no {kind.__name__} in range: copy the token from a report")
+    return value
 
 
 def options(contract: Contract, operand: str) -> Sequence[str]:
@@ -152,6 +189,13 @@ def options(contract: Contract, operand: str) -> Sequence[str]:
     return ("weight",) if spec.kind == "Weight" else ("normal",)
 
 
+def fitting(contract: Contract, operand: str) -> Sequence[str]:
+    """All recipes that make legal values of an operand: its options, and whatever else has their domain."""
+    own = options(contract, operand)
+    domain = FLOATING if own[0] in FLOATING else RELATED.get(own[0], ())
+    return tuple(dict.fromkeys((*own, *domain)))
+
+
 # -- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -162,9 +206,14 @@ def cases(contract: Contract, level: Level = "bring-up", dtypes: Sequence[str] |
     plan = _Plan(contract, level)
     found: dict[str, Case] = {}
     for case in plan.cases():
-        if dtypes is None or not (first := _first_float(contract)) or case.dtype(first) in dtypes:
+        if among(case, dtypes):
             found.setdefault(case.token, case)
     return list(found.values())
+
+
+def among(case: Case, dtypes: Sequence[str] | None) -> bool:
+    """Whether a case's first float is of one of the dtypes, or nothing in it can be chosen."""
+    return dtypes is None or not (first := first_float(case.contract)) or case.dtype(first) in dtypes
 
 
 class _Plan:
@@ -175,14 +224,11 @@ class _Plan:
         self.sized = {s for o in (*operands, *results) for d in o.dims for s in symbols(d)}
         self.has_batch = any(o.kind == "Batch" for o in operands)
         self.has_pages = any(o.kind == "Pages" for o in operands)
-        bound = {d for o in operands if o.kind == "Batch" for d in o.dims}
-        in_shapes = {s for o in operands for d in (*o.dims, *(w for _, w, _ in o.fields)) for s in symbols(d)}
-        self.free = [s for s in contract.cases if s in in_shapes - bound and s not in contract.attributes]
-        # Symbols that shapes use and `cases` does not list: the rows, where nothing else is one.
-        self.rows = "T" if "T" in in_shapes else next((s for s in self.free if s in ("M", "R")), "")
+        self.free = free_symbols(contract)
+        self.rows = rows_symbol(contract)
         self.attrs = [s for s in contract.cases if s in contract.attributes]
-        self.first = _first_float(contract)
-        self.combos = _combos(contract)
+        self.first = first_float(contract)
+        self.combos = combos(contract)
         self.few, self.turn = level == "bring-up", 0
 
     def cases(self) -> Iterator[Case]:
@@ -196,19 +242,27 @@ class _Plan:
         if self.level == "strict":
             for seed, combo in product((1, 2, 3), self.combos):
                 yield from self._made(rows=65, dtypes=combo, seed=seed)
+        if not self.few:
+            for recipe in self._unlisted():
+                yield from self._made(recipes=(recipe,), dtypes=self._next())
+        yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())
 
     def _served(self) -> Iterator[Case]:
-        """GLM-5's dims, in its dtype or in every one, over a cache longer than top-k; pairs of other attributes there."""
+        """GLM-5's dims, once whatever their size, in its dtype or in every one, over a cache longer than top-k; in its dtype at
+        several row counts and compositions, by which a level is reached; pairs of other attributes there."""
         bases = [c for c in self.combos if len(c) <= 1]
-        if self.few:
-            bases = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
+        served = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
         deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
-        for combo, rows in product(bases, (2,) if self.few else (1, 16)):
+        for combo in served:
+            yield from self._made(dims | attrs, rows=2, dtypes=combo, batch=deep, most=MOST["elements"])
+        for combo, rows in (*product(served, SERVED_ROWS[self.level]), *product([] if self.few else bases, (1, 16))):
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
+        for batch, combo in product(SERVED_BATCHES[self.level] if self.has_batch else (), served):
+            yield from self._made(dims | attrs, dtypes=combo, batch=batch)
         for pair in combinations(self.attrs, 2):  # some act together only
             yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
 
@@ -219,9 +273,10 @@ class _Plan:
                 yield from self._made(rows=rows, dtypes=combo)
         if not self.few:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
-            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else "crowd"
-            for rows in (MANY_ROWS - 1, MANY_ROWS):
-                yield from self._made(least, rows=rows, dtypes=self._next(), batch=batch)
+            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
+            yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
+            for combo in self.combos:
+                yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
         for name in (*self.free, *self.attrs):
             for value in self.contract.cases[name]:
                 for combo in self._each():
@@ -236,7 +291,7 @@ class _Plan:
         for view in VIEWS:
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
-        for absent in _absences(self.contract):
+        for absent in absences(self.contract):
             for combo in self._each():
                 yield from self._made(absent=absent, dtypes=combo)
 
@@ -256,7 +311,9 @@ class _Plan:
         """All dtypes, or at bring-up the next in turn."""
         return [self._next()] if self.few else self.combos
 
-    def _made(self, fixed: Mapping[str, Any] | None = None, rows: int = HOME_ROWS, **fields: Any) -> Iterator[Case]:
+    def _made(
+        self, fixed: Mapping[str, Any] | None = None, rows: int = HOME_ROWS, most: int = 0, **fields: Any
+    ) -> Iterator[Case]:
         """The case with these values, everything else at home; nothing where no legal or affordable one exists."""
         facts = self._legal(dict(fixed or {}), rows)
         if facts is None:
@@ -274,7 +331,7 @@ class _Plan:
             case = replace(case, batch="mixed")
         if (self.has_pages or self.has_batch) and not case.block_size:
             case = replace(case, block_size=BLOCK_SIZES[0])
-        if possible(case) and elements(case) <= SIZE[self.level]:
+        if not refusal(case) and elements(case) <= (most or SIZE[self.level]):
             yield case
 
     def _legal(self, fixed: dict[str, Any], rows: int) -> dict[str, Any] | None:
@@ -306,12 +363,27 @@ class _Plan:
             yield tuple(taken)
 
 
+    def _unlisted(self) -> Iterator[tuple[str, str]]:
+        """What the contract does not list and every op bears: plain values in its first floats, indices of any kind."""
+        listed = {o.name: options(self.contract, o.name) for o in self.contract.signature.operands if o.kind != "Batch"}
+        floats = [name for name, recipes in listed.items() if recipes[0] in FLOATING]
+        floats.sort(key=lambda name: self.contract.signature[name].kind != "array")
+        for name, recipes in listed.items():
+            domain = plain(self.contract) if name in floats[:1] else RELATED.get(recipes[0], ())
+            yield from ((name, recipe) for recipe in domain if recipe not in recipes)
+
+
+def plain(contract: Contract) -> Sequence[str]:
+    """Values that an op bears in any float operand; between the steps of a composite denormal ones lose their digits."""
+    return [recipe for recipe in PLAIN if recipe != "denormal" or not contract.decomposition]
+
+
 def _takes_integers(contract: Contract, operand: str) -> bool:
     plain = options(contract, operand)[0] in ("normal", "weight")
     return plain and contract.signature[operand].kind in ("array", "Weight", "Pages")
 
 
-def _first_float(contract: Contract) -> str:
+def first_float(contract: Contract) -> str:
     """The operand whose dtype the others follow, or "" where the contract fixes every dtype."""
     return next((o.name for o in contract.signature.operands if len(_choices(contract, o)) > 1), "")
 
@@ -320,9 +392,9 @@ def _choices(contract: Contract, operand: OperandSpec) -> tuple[str, ...]:
     return contract.dtypes.get(operand.name, ())
 
 
-def _combos(contract: Contract) -> list[Combo]:
+def combos(contract: Contract) -> list[Combo]:
     """Every base dtype with all operands following it, then with those that may differ doing so."""
-    first = _first_float(contract)
+    first = first_float(contract)
     if not first:
         return [()]
     bases = _choices(contract, contract.signature[first])
@@ -339,7 +411,7 @@ def _combos(contract: Contract) -> list[Combo]:
     return found
 
 
-def _absences(contract: Contract) -> list[tuple[str, ...]]:
+def absences(contract: Contract) -> list[tuple[str, ...]]:
     """Each optional operand left out, together with the optional page fields of the same width."""
     operands = contract.signature.operands
     fields = {width: name for o in operands for name, width, optional in o.fields if optional}
@@ -353,24 +425,149 @@ def _absences(contract: Contract) -> list[tuple[str, ...]]:
 # -- what a case needs -----------------------------------------------------------------------------------------------
 
 
-def possible(case: Case) -> bool:
-    """Whether the contract allows this combination at all."""
+class Request(NamedTuple):
+    """Query rows, keys that the last of them sees, and how many leading pages are those of the request before."""
+
+    q: int
+    kv: int
+    shared: int = 0
+
+
+def requests(batch: str) -> list[Request] | None:
+    """The requests that a composition spells out, or None where it is a name."""
+    if not _REQUESTS.fullmatch(batch):
+        return None
+    return [Request(*map(int, r.split("/"))) for r in batch.split("+")]
+
+
+def refusal(case: Case) -> str:
+    """Why the contract allows no such call, or ""."""
     contract, sizes = case.contract, dict(case.dims)
-    operands = contract.signature.operands
-    has_pages = any(o.kind == "Pages" for o in operands)
-    batch = next((o for o in operands if o.kind == "Batch"), None)
-    if batch and (case.batch == "long" and (has_pages or len(batch.dims) > 1)):
-        return False  # 128k positions are for ops that need no cache of that length
-    if batch and case.batch == "deep" and "k" not in sizes and "k" not in dict(case.attrs):
-        return False
-    if case.fault == "range":
-        return any(_wide_enough(contract, n, sizes) for n in contract.ranges)
-    if case.fault == "attribute":
-        return bool(contract.attributes)
+    attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
+    for kind in ("dims", "attrs", "dtypes", "recipes"):
+        names = [name for name, _ in getattr(case, kind)]
+        if len(set(names)) < len(names):
+            return f"one of {', '.join(names)} is given twice"
+    if (lacking := [n for n, v in attrs.items() if v is inspect.Parameter.empty]) or (lacking := _unsized(case)):
+        return f"it lacks {lacking[0]}"
+    for name, size in sizes.items():
+        if name not in _symbols(contract.signature.operands):
+            return f"{name} is none of its sizes"
+        if size == 0 and name != rows_symbol(contract) and 0 not in contract.cases.get(name, ()):
+            return f"{name} is 0, expected at least 1"
+    for check in (_refused_operands, _refused_batch, _refused_fault):
+        if why := check(case):
+            return why
+    facts = SimpleNamespace(**attrs, **sizes)
+    return next((f"it requires {sentence}" for sentence, holds in contract.rules if not holds(facts)), "")
+
+
+def _refused_operands(case: Case) -> str:
+    """What is wrong with dtypes, recipes, absences, the view, or the number of indices."""
+    contract, sizes = case.contract, dict(case.dims)
+    operands = {o.name: o for o in contract.signature.operands}
+    for name, given in case.dtypes:
+        permitted = [case.dtype(o) if o in operands else o for o in contract.dtypes.get(name, ())]
+        if name not in operands or given not in permitted:
+            return f"{name} as {given} is none of its dtypes"
+    for name, given in case.recipes:
+        if name not in operands or operands[name].kind == "Batch" or given not in fitting(contract, name):
+            return f"{given} makes no {name}"
+    groups = [set(group) for group in absences(contract)]
+    left = set(case.absent) - set().union(*(g for g in groups if g <= set(case.absent)))
+    if left or len(set(case.absent)) < len(case.absent):
+        return f"{', '.join(case.absent)} cannot be left out"
+    if case.view not in ("", *VIEWS, FAR, BEYOND):
+        return f"{case.view!r} is no view, expected one of {', '.join((*VIEWS, FAR, BEYOND))}"
+    kinds = {o.kind for o in operands.values()}
+    if case.view == BEYOND and not ({"Pages", "Batch"} <= kinds or "counts" in operands):
+        return "it has neither a cache that a batch describes nor experts' weights by counts"
     for name, (low, high) in contract.ranges.items():
         if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):
-            return False  # an index into nothing
-    return not any(s == 0 for n, s in sizes.items() if n in ("P", "V", "E"))
+            return f"{name} has nothing to point to"
+    return ""
+
+
+def _refused_batch(case: Case) -> str:
+    """What is wrong with the composition or the size of pages."""
+    signature = case.contract.signature
+    batch = next((o for o in signature.operands if o.kind == "Batch"), None)
+    paged = any(o.kind == "Pages" for o in signature.operands)
+    if bool(batch) != bool(case.batch):
+        return "it lacks batch" if batch else "it takes no batch"
+    if (paged or bool(batch)) != bool(case.block_size):
+        return "it lacks block_size" if paged or batch else "it takes no block_size"
+    if case.block_size > MOST["block_size"]:
+        return f"block_size is {case.block_size}, expected at most {MOST['block_size']}"
+    if not batch:
+        return ""
+    if (free := requests(case.batch)) is not None:
+        return _refused_requests(free, dict(case.dims)["T"], case.block_size, written=bool(signature.mutated))
+    if case.batch == "long" and (paged or len(batch.dims) > 1):
+        return "128k positions are for ops that need no cache of that length"
+    if case.batch == "deep" and "k" not in dict(case.dims) and "k" not in dict(case.attrs):
+        return "deep batches are for ops with a k"
+    if case.batch == CROWD and signature.mutated:
+        return "crowds share pages, which cannot be written then"
+    return "" if case.batch in (*COMPOSITIONS, CROWD) else f"{case.batch!r} is no composition"
+
+
+def _refused_requests(found: Sequence[Request], T: int, block_size: int, written: bool) -> str:
+    if sum(r.q for r in found) != T:
+        return f"its requests have {sum(r.q for r in found)} query rows, expected T = {T}"
+    if any(a.q > SHORT and b.q <= SHORT for a, b in pairwise(found)):
+        return f"requests of at most {SHORT} query rows come first"
+    if any(r.kv and r.kv < r.q for r in found) or max(r.kv for r in found) > LONGEST:
+        return f"a request sees at least its own query rows, or nothing, and at most {LONGEST} keys"
+    for before, request in pairwise((Request(0, 0), *found)):
+        if request.shared > (most := shareable(before, request, block_size, written)):
+            return f"a request shares {request.shared} pages with the one before, expected at most {most}"
+    return ""
+
+
+def shareable(before: Request, request: Request, block_size: int, written: bool) -> int:
+    """Pages at most that a request may share with the one before: those filled before this step, where it writes."""
+    new = [r.q * (written and r.kv > 0) for r in (before, request)]
+    full = [(r.kv - q) // block_size if written else -(-r.kv // block_size) for r, q in zip((before, request), new)]
+    return min(full)
+
+
+def _refused_fault(case: Case) -> str:
+    contract, sizes = case.contract, dict(case.dims)
+    if case.fault == "range" and not any(_wide_enough(contract, n, sizes) for n in contract.ranges):
+        return "it has no index that could be out of range"
+    if case.fault == "attribute" and not contract.attributes:
+        return "it has no attribute"
+    return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is no fault, expected one of {', '.join(FAULTS)}"
+
+
+def _symbols(operands: Sequence[OperandSpec]) -> set[str]:
+    return {s for o in operands for d in (*o.dims, *(w for _, w, _ in o.fields)) for s in symbols(d)}
+
+
+def free_symbols(contract: Contract) -> list[str]:
+    """The sizes that a case chooses: not the batch's and no attributes."""
+    operands = contract.signature.operands
+    bound = {d for o in operands if o.kind == "Batch" for d in o.dims}
+    return [s for s in contract.cases if s in _symbols(operands) - bound and s not in contract.attributes]
+
+
+def _unsized(case: Case) -> list[str]:
+    """Symbols in the shapes of present operands that neither dims nor attributes nor the batch bind."""
+    operands = case.contract.signature.operands
+    present = [
+        replace(o, fields=tuple(f for f in o.fields if f[0] not in case.absent))
+        for o in operands
+        if o.name not in case.absent and o.kind != "Batch"
+    ]
+    bound = {d for o in operands if o.kind == "Batch" for d in o.dims if d != "T"}
+    return sorted(_symbols(present) - bound - set(dict(case.dims)) - set(case.contract.attributes))
+
+
+def rows_symbol(contract: Contract) -> str:
+    """The symbol that counts rows: "T", or where nothing else is one "M" or "R"."""
+    found = _symbols(contract.signature.operands)
+    return "T" if "T" in found else next((s for s in contract.cases if s in found and s in ("M", "R")), "")
 
 
 def _wide_enough(contract: Contract, name: str, sizes: Mapping[str, int]) -> bool:
@@ -379,16 +576,53 @@ def _wide_enough(contract: Contract, name: str, sizes: Mapping[str, int]) -> boo
 
 def elements(case: Case) -> int:
     """About how many numbers a case's operands and results hold."""
-    longest = 70 if case.batch == "crowd" else 300
-    sizes: dict[str, int] = {"S": longest, "R": 8, **_whole(dict(case.attrs)), **dict(case.dims)}
-    signature, count = case.contract.signature, 0
+    sizes: dict[str, int] = {**_whole(dict(case.attrs)), **dict(case.dims)}
+    signature, count = case.contract.signature, sizes.get("T", 1) * sizes.get("E", 0)  # ids are drawn from E
+    slots = held_pages(case) * case.block_size
+    if any(o.kind == "Batch" for o in signature.operands):
+        q_lens, kv_lens = lengths(case, sizes["T"], sizes.get("k", 0))
+        sizes = {"R": len(q_lens), "S": max(kv_lens, default=0), **sizes}
+        slots = max(slots, sum(kv_lens) + len(kv_lens) * case.block_size)
     for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
+        if operand.name in case.absent:
+            continue
         if operand.kind in ("array", "Weight", "Selection"):
             count += math.prod(evaluate(d, sizes) for d in operand.dims)
         elif operand.kind == "Pages":
-            slots = sizes.get("T", 1) + 2 * PAGES * case.block_size + 2 * sizes.get("k", 0) * (case.batch == "deep")
-            count += slots * sum(evaluate(w, sizes) for _, w, _ in operand.fields)
+            count += slots * sum(evaluate(w, sizes) for f, w, _ in operand.fields if f not in case.absent)
     return count
+
+
+def held_pages(case: Case) -> int:
+    """Pages of a cache that no batch describes."""
+    return max(PAGES, dict(case.dims).get("M", 0) + 2)
+
+
+def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
+    """Query and key lengths per request of a composition with T query rows."""
+    if (free := requests(case.batch)) is not None:
+        return [r.q for r in free], [r.kv for r in free]
+    size, reach = case.block_size, min(k, 512)  # rows on both sides of a top-k's k
+    drawn = Draw(f"{case.token}/kv", (max(T, 1),)).integers(1, 2 * size + 8 + reach).tolist()
+    if case.batch == "decode":
+        return [1] * T, drawn[:T]
+    if case.batch == "prefill":
+        return [T], [T]
+    if case.batch == "chunked":
+        return [T], [T + size + 5]
+    if case.batch == "mixed":
+        decoding = min(T // 2, 8)
+        return [1] * decoding + [T - decoding], [*drawn[:decoding], T - decoding + 19 + reach]
+    if case.batch == "padded":
+        return [1] * T, [0 if r % 3 == 1 else n for r, n in enumerate(drawn[:T])]
+    if case.batch == "idle":
+        return [r % 2 for r in range(2 * T)], [0 if r % 4 == 0 else drawn[r // 2] for r in range(2 * T)]
+    if case.batch == "deep":
+        return [min(T, 1), max(T - 1, 0)], [k + 1, k + T + 3]
+    if case.batch == "long":
+        return [1] * T, [LONGEST - 977 * (r % 100) for r in range(T)]
+    rows = [64] * (T // 64) + [T % 64] * (T % 64 > 0)  # crowd
+    return rows, [n + r % 4 for r, n in enumerate(rows)]
 
 
 def _whole(attrs: Mapping[str, Any]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases import PAGES, Case
+from porthal.conformance.cases import CROWD, PAGES, Case, held_pages, lengths, requests
 from porthal.conformance.values import RECIPES, Draw
 from porthal.hal import Batch, CallSpec, Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
 from porthal.hal.contract import Contract
@@ -16,7 +16,6 @@ from porthal.hal.dtypes import is_float, narrow, numpy_dtype
 from porthal.hal.signature import OperandSpec, evaluate
 
 Array = np.ndarray[Any, Any]
-LONGEST = 131072
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def build(case: Case) -> Inputs:
     """The inputs of a case: a pure function of its token."""
     contract = case.contract
     attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
-    sizes: dict[str, Any] = {"P": PAGES, **attrs, **dict(case.dims)}
+    sizes: dict[str, Any] = {"P": held_pages(case), **attrs, **dict(case.dims)}
     operands: dict[str, Any] = {}
     batch = None
     for operand in contract.signature.operands:
@@ -82,8 +81,8 @@ def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any]) -> Array:
         low, high = (b if isinstance(b, int) else evaluate(b, sizes) for b in case.contract.ranges[operand.name])
         bounds = {"low": low, "high": high}
     chosen = case.recipe(operand.name)
-    if not is_float(dtype) and chosen in ("normal", "special"):  # an op that copies integers too
-        chosen = "integer"
+    if not is_float(dtype) and chosen in ("normal", "special", "huge", "denormal"):  # an op that copies integers too
+        chosen = "wide"
     values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
     if not is_float(dtype):
         return values.astype(numpy_dtype(dtype))
@@ -100,47 +99,25 @@ def _repeated(value: Any) -> Any:
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
-def lengths(case: Case, T: int, k: int) -> tuple[list[int], list[int]]:
-    """Query and key lengths per request of a composition with T query rows."""
-    size, reach = case.block_size, min(k, 512)  # rows on both sides of a top-k's k
-    drawn = Draw(f"{case.token}/kv", (max(T, 1),)).integers(1, 2 * size + 8 + reach).tolist()
-    if case.batch == "decode":
-        return [1] * T, drawn[:T]
-    if case.batch == "prefill":
-        return [T], [T]
-    if case.batch == "chunked":
-        return [T], [T + size + 5]
-    if case.batch == "mixed":
-        decoding = min(T // 2, 8)
-        return [1] * decoding + [T - decoding], [*drawn[:decoding], T - decoding + 19 + reach]
-    if case.batch == "padded":
-        return [1] * T, [0 if r % 3 == 1 else n for r, n in enumerate(drawn[:T])]
-    if case.batch == "idle":
-        return [r % 2 for r in range(2 * T)], [0 if r % 4 == 0 else drawn[r // 2] for r in range(2 * T)]
-    if case.batch == "deep":
-        return [1, max(T - 1, 0)], [k + 1, k + T + 3]
-    if case.batch == "long":
-        return [1] * T, [LONGEST - 977 * (r % 100) for r in range(T)]
-    rows = [64] * (T // 64) + [T % 64] * (T % 64 > 0)  # crowd
-    return rows, [n + r % 4 for r, n in enumerate(rows)]
-
-
 def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
-    """Pages are shuffled and belong to one request each, but for crowds and long ones, which only read and share."""
+    """Pages are shuffled and belong to one request each, but for crowds and long ones, which only read and share, and
+    for what the case shares in words."""
     T = int(sizes["T"])
     q_lens, kv_lens = lengths(case, T, int(sizes.get("k", 0)))
     need = [-(-n // case.block_size) for n in kv_lens]
-    if case.batch in ("crowd", "long"):
+    if case.batch in (CROWD, "long"):
         tables = [[(r * 7 + p) % PAGES for p in range(n)] for r, n in enumerate(need)]
     else:
         order = Draw(f"{case.token}/pages", (1,)).order(sum(need) + 3).tolist()
         tables = [order[end - n : end] for n, end in zip(need, np.cumsum(need))]
+        for r, request in enumerate(requests(case.batch) or ()):
+            tables[r][: request.shared] = tables[r - 1][: request.shared] if r else []
     return Batch.build(q_lens, kv_lens, tables, case.block_size)
 
 
 def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Pages:
     dtype = case.dtype(operand.name)
-    n_blocks = PAGES
+    n_blocks = int(sizes["P"])
     if batch is not None:
         n_blocks = max(int(batch.block_table.max(initial=-1)) + 2, 4)
     fields = tuple((name, int(evaluate(width, sizes))) for name, width, _ in operand.fields if name not in case.absent)

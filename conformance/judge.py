@@ -21,18 +21,27 @@ from porthal.conformance.verdicts import STRICTNESS, Failed, Judgement, Strictne
 from porthal.hal import Pages, Rows, Selection, Weight
 from porthal.hal.dtypes import UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
 
-BIAS = 6.0  # |z| of the rounding direction, rows as samples
+BIAS = 6.0  # |z| of the rounding direction and of a column's error, rows as samples
+LEAN = 0.25  # mean rounding direction in 16 bits, below which it is none
+STEADY = 0.1  # mean error of a column in unit roundoffs, below which it is none: a rounded parameter has 0.2
 ZEROS = 0.1  # share of results that may be zero where the reference is not
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What execution brought back: results in logical form by name, a second run's, and what changed that must not."""
+    """What execution brought back: results in logical form by name, and what changed that must not.
+
+    again      another run's results: the first that differ, where any do
+    moved      results of the call among other rows (see `invariance`), where there is such a call
+    invariant  whether the kernel declares that these are the same bits
+    """
 
     results: Mapping[str, Any] = field(default_factory=dict)
     again: Mapping[str, Any] = field(default_factory=dict)
     trespasses: tuple[str, ...] = ()
     error: str = ""
+    moved: Mapping[str, Any] = field(default_factory=dict)
+    invariant: bool = False
 
 
 # -- judgement -------------------------------------------------------------------------------------------------------
@@ -42,14 +51,30 @@ def judge(inputs: Inputs, outcome: Outcome, level: str = "bring-up", tie: str = 
     """Compare what a kernel did with what the contract says; `tie` is the kernel's declared order of ties."""
     if outcome.error:
         return Judgement("FAIL_ERROR", outcome.error)
+    golden, limit = Golden(inputs), STRICTNESS[level]
     try:
-        return _judged(inputs, outcome, STRICTNESS[level], tie)
+        judgement = _judged(golden, outcome, limit, tie)
+        _check_moved(golden, outcome, limit, tie)
+        return judgement
     except Failed as failed:
         return failed.judgement
 
 
-def _judged(inputs: Inputs, outcome: Outcome, limit: Strictness, tie: str) -> Judgement:
-    golden, contract = Golden(inputs), inputs.contract
+def _check_moved(golden: Golden, outcome: Outcome, limit: Strictness, tie: str) -> None:
+    """Results of the same rows among others: other bits may do, if they are as good."""
+    if not outcome.moved or not (change := difference(outcome.results, outcome.moved)):
+        return
+    if outcome.invariant:
+        raise Failed("FAIL_VALUE", f"{change} among other rows, though the kernel declares that its results do not change")
+    try:
+        _judged(golden, Outcome(outcome.moved, outcome.moved), limit, tie)
+    except Failed as failed:
+        told = f"among other rows, one of them poisoned: {failed.judgement.message}"
+        raise Failed(**vars(replace(failed.judgement, message=told))) from None
+
+
+def _judged(golden: Golden, outcome: Outcome, limit: Strictness, tie: str) -> Judgement:
+    inputs, contract = golden.inputs, golden.contract
     for name, (shape, wanted) in golden.shapes.items():
         _check_form(name, outcome.results.get(name), shape, wanted, inputs)
     if outcome.trespasses:
@@ -62,11 +87,10 @@ def _judged(inputs: Inputs, outcome: Outcome, limit: Strictness, tie: str) -> Ju
         note = judge_top(golden, chosen, limit, tie)
         spreads = golden.spread(contract.finish, chosen) if contract.finish else {}
     else:
-        expected = golden.results()
         spreads = golden.exactly() if contract.exact else golden.spread()
-        for name, value in expected.items():
-            if not isinstance(value, Pages) and name not in spreads:
-                _judge_exact(name, outcome.results[name], value)
+        for result in contract.signature.results:
+            if result.kind != "Pages" and result.name not in spreads:
+                _judge_exact(result.name, outcome.results[result.name], golden.results()[result.name])
     figures = []
     for key, spread in spreads.items():
         figures.append(_judge_spread(golden, key, spread, outcome, limit))
@@ -128,7 +152,7 @@ def judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Str
     rounded = narrow(g, kind)
     if not y.size:
         return Judgement("PASS")
-    if inputs.contract.exact or _exact_data(inputs, g):
+    if exactly_judged(inputs, g):
         differs = bits(y) != bits(rounded) if inputs.contract.exact else y != rounded
         if differs.any():
             at = _first(differs)
@@ -137,12 +161,12 @@ def judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Str
         return Judgement("PASS", at=name)
     wide, ideal = widen(y), widen(rounded)
     with np.errstate(invalid="ignore"):
-        budget = UNIT_ROUNDOFF[kind] * np.abs(g) + spread.most + tiny(kind)
-        _check_special(name, wide, g, limit.pointwise * budget, kind)
+        allowed = budget(spread, kind)
+        _check_special(name, wide, g, limit.pointwise * allowed, kind)
     finite = np.isfinite(wide) & np.isfinite(g)
-    g, wide, budget = (np.where(finite, x, fill) for x, fill in ((g, 0.0), (wide, 0.0), (budget, 1.0)))
+    g, wide, allowed = (np.where(finite, x, fill) for x, fill in ((g, 0.0), (wide, 0.0), (allowed, 1.0)))
     ideal = np.where(finite & np.isfinite(ideal), ideal, g)
-    over = np.abs(wide - g) / budget
+    over = np.abs(wide - g) / allowed
     at = np.unravel_index(int(np.argmax(over)), over.shape)
     where = f"{name}{[int(i) for i in at]}"
     figures: dict[str, Any] = {"worst": float(over[at]), "at": where}
@@ -157,15 +181,27 @@ def judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Str
     figures["ratio"], why = _ratio((wide - g) ** 2, granted, limit)
     if why:
         raise Failed("FAIL_VALUE", f"{name}: {why}", **figures)
-    figures["z"] = _bias(wide, ideal, g, spread.sigma)
+    figures["z"] = _bias(wide, ideal, g, spread.sigma, kind)
     if abs(figures["z"]) > BIAS:
         side = "away from" if figures["z"] > 0 else "toward"
         raise Failed("FAIL_VALUE", f"{name} is rounded {side} zero: bias z = {figures['z']:.1f}", **figures)
-    there = np.abs(ideal) > tiny(kind)
+    if (z := _column_bias(wide, ideal, g, kind)) > BIAS:
+        raise Failed("FAIL_VALUE", f"{name} errs alike in all rows, column by column: z = {z:.1f}", **figures)
+    there = (np.abs(ideal) > tiny(kind)) & ("denormal" not in dict(inputs.case.recipes).values())  # may be read as 0
     missing = np.count_nonzero(there & (wide == 0)) / max(np.count_nonzero(there), 1)
     if missing > ZEROS:
         raise Failed("UNTRUSTED", f"{name} is zero in {missing:.0%} of the places where it should not be", **figures)
     return Judgement("PASS", **figures)
+
+
+def budget(spread: Spread, kind: str) -> Array:
+    """B, element by element, of a result in the dtype `kind`."""
+    return UNIT_ROUNDOFF[kind] * np.abs(spread.value) + spread.most + tiny(kind)
+
+
+def exactly_judged(inputs: Inputs, g: Array) -> bool:
+    """Whether a float result has one right answer."""
+    return inputs.contract.exact or _exact_data(inputs, g)
 
 
 def _exact_data(inputs: Inputs, g: Array) -> bool:
@@ -209,15 +245,48 @@ def _ratio(square: Array, granted: Array, limit: Strictness) -> tuple[float, str
     return whole, ""
 
 
-def _bias(y: Array, ideal: Array, g: Array, sigma: Array) -> float:
-    """z of the mean rounding direction beyond the ideal machine's own, rows as samples; 0 where anything but output
-    rounding dominates."""
-    if y.ndim < 2 or y.shape[-1] < 64 or np.mean((ideal - g) ** 2) < 9 * np.mean(sigma**2):
+def _bias(y: Array, ideal: Array, g: Array, sigma: Array, kind: str) -> float:
+    """z of the mean rounding direction beyond the ideal machine's own, different rows as samples.
+
+    In float32 it is 0 where anything but output rounding dominates: errors of a sum or a function lean to one side. In
+    16 bits these are too small to matter, and permitted roundings inside lean to neither but for the few values that
+    such an input has: a mean below LEAN counts as none (truncation has 1).
+    """
+    wide = kind == "float32"
+    if y.ndim < 2 or y.shape[-1] < 64 or (wide and np.mean((ideal - g) ** 2) < 9 * np.mean(sigma**2)):
         return 0.0
     direction = np.sign(np.abs(y) - np.abs(g)) - np.sign(np.abs(ideal) - np.abs(g))
-    rows = direction.reshape(-1, y.shape[-1]).mean(-1)
+    direction[np.abs(g) < tiny(kind)] = 0  # may be flushed to zero
+    if not wide:
+        direction[np.abs(g) < 16 * sigma] = 0  # so near to zero any error leads away from it
+    rows = direction.reshape(-1, y.shape[-1])[_different_rows(g)].mean(-1)
+    if not wide and abs(rows.mean()) < LEAN:
+        return 0.0
     deviation = max(float(rows.std()), y.shape[-1] ** -0.5)
     return float(rows.mean() / deviation * np.sqrt(len(rows)))
+
+
+def _column_bias(y: Array, ideal: Array, g: Array, kind: str) -> float:
+    """Root mean square over columns of z of each column's mean error beyond the ideal machine's, in 16 bits.
+
+    A parameter that was rounded is wrong in the same way in every row; roundings of a row's own values are not.
+    """
+    if y.ndim < 2 or y.shape[-1] < 64 or kind == "float32":
+        return 0.0
+    at = _different_rows(g)
+    if len(at) < 64:
+        return 0.0
+    step = UNIT_ROUNDOFF[kind] * np.maximum(np.abs(g), tiny(kind))
+    error = ((np.abs(y) - np.abs(ideal)) / step).reshape(-1, y.shape[-1])[at]
+    mean, deviation = error.mean(0), np.maximum(error.std(0), len(at) ** -0.5)
+    if np.mean(mean**2) < STEADY**2:
+        return 0.0
+    return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(at)))
+
+
+def _different_rows(g: Array) -> Array:
+    """One of each set of rows that begin alike: equal rows are no samples."""
+    return np.unique(g.reshape(-1, g.shape[-1])[:, 0], return_index=True)[1]
 
 
 # -- small words -----------------------------------------------------------------------------------------------------
@@ -234,16 +303,24 @@ def bits(x: Array) -> Array:
 
 
 def _check_repeat(outcome: Outcome) -> None:
-    for name, first in outcome.results.items():
-        second = outcome.again[name]
-        parts = first.items() if isinstance(first, dict) else [("", first)]
-        if isinstance(first, Rows):
-            parts = [(f, getattr(first, f)) for f in Rows._fields]
-            second = second._asdict()
-        for part, a in parts:
-            b = second[part] if part else second
-            if a.shape != b.shape or (bits(a) != bits(b)).any():
-                raise Failed("FAIL_NONDETERMINISTIC", f"{name} differs between two runs on the same inputs")
+    if change := difference(outcome.results, outcome.again):
+        raise Failed("FAIL_NONDETERMINISTIC", f"{change} in another run on the same inputs")
+
+
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The first element whose bits differ: "y[3, 5] is 1.5, then 1.25"; "" where none does."""
+    for name, one in first.items():
+        other = second[name]
+        if isinstance(one, Rows):
+            one, other = one._asdict(), other._asdict()
+        pairs = [(f"{name}.{part}", one[part], other[part]) for part in one] if isinstance(one, dict) else [(name, one, other)]
+        for what, a, b in pairs:
+            if a.shape != b.shape:
+                return f"{what} has shape {list(a.shape)}, then {list(b.shape)}"
+            if (differs := bits(a) != bits(b)).any():
+                at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differs)), differs.shape))
+                return f"{what}{list(at)} is {a[at]}, then {b[at]}"
+    return ""
 
 
 def tiny(kind: str) -> float:

@@ -1,6 +1,8 @@
 """`pytest --porthal-backend=NAME [--porthal-level=LEVEL]`: one test per case, its id the case's token.
 
-Without the option nothing is imported and nothing is collected.
+The backend has a process of its own, so that what a kernel does to it fails one test.
+`-m "discrepancy(number=17)"` chooses the cases of one entry of docs/discrepancies.md, `-m discrepancy` those of all.
+Without the first option nothing is imported and nothing is collected.
 """
 
 from __future__ import annotations
@@ -16,41 +18,52 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--porthal-level", default="bring-up", choices=("bring-up", "standard", "strict"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "discrepancy(number): a case named in docs/discrepancies.md")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     name = config.getoption("--porthal-backend")
     if not name:
         return
     from porthal.conformance.cases import cases
-    from porthal.conformance.runner import Bench
-    from porthal.hal import PorthalError, contracts, create
+    from porthal.conformance.workers import Bounds, Pool
+    from porthal.hal import PorthalError, contracts
 
     level = config.getoption("--porthal-level")
     try:
-        bench = Bench(create(name))
+        pool = Pool(name, level, emulated=False, bounds=Bounds(), cases=1)
     except PorthalError as error:
         raise pytest.UsageError(str(error)) from error
+    config.add_cleanup(pool.close)
     for contract in contracts().values():
         for case in cases(contract, level):
-            items.append(CaseItem.from_parent(session, name=case.token, case=case, bench=bench, level=level))
+            items.append(CaseItem.from_parent(session, name=case.token, case=case, pool=pool))
 
 
 class CaseItem(pytest.Item):
     """One case: passes, fails with the reason and the command that repeats it, or is skipped where nobody claims it."""
 
-    def __init__(self, *, case: Any, bench: Any, level: Any, **rest: Any) -> None:
+    def __init__(self, *, case: Any, pool: Any, **rest: Any) -> None:
+        from porthal.conformance.discrepancies import named_for
+
         super().__init__(**rest)
-        self.case, self.bench, self.level = case, bench, level
+        self.case, self.pool = case, pool
+        for known in named_for(case.token):
+            self.add_marker(pytest.mark.discrepancy(number=known.number))
 
     def runtest(self) -> None:
         from porthal.conformance.report import replay_command
-        from porthal.conformance.runner import check
+        from porthal.conformance.waivers import waive
 
-        result = check(self.case, self.bench, self.level)
-        if result.verdict == "UNCLAIMED":
-            pytest.skip(result.message)
+        facts = self.pool.facts
+        result = waive(self.pool.one(self.case), facts.waivers)
+        if result.verdict in ("UNCLAIMED", "WAIVED"):
+            pytest.skip(result.reason or result.message)
         if result.failed:
-            pytest.fail(f"{result.explain()}\n{replay_command(result, str(self.bench.machine))}", pytrace=False)
+            again = replay_command(self.case.token, facts.backend, self.pool.setup.level, facts.place)
+            pytest.fail(f"{result.explain()}\n{again}", pytrace=False)
 
     def reportinfo(self) -> tuple[Any, None, str]:
         return self.path, None, self.name

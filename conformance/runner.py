@@ -1,21 +1,23 @@
-"""Execution: a case's inputs on a backend, its kernel run twice, everything that must not change watched."""
+"""Execution: a case's inputs on a backend, its kernel run again and among other rows, all that must not change watched."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from porthal.conformance.cases import Case, Level, cases
+from porthal.conformance.beyond import Beyond
+from porthal.conformance.cases import BEYOND, FAR, Case, Level, cases, elements
 from porthal.conformance.inputs import Array, Inputs, build
-from porthal.conformance.judge import Outcome, bits, judge
-from porthal.conformance.report import Report, Result
-from porthal.conformance.verdicts import Judgement
+from porthal.conformance.invariance import brought_back, disturbed
+from porthal.conformance.judge import Outcome, bits, difference, judge
+from porthal.conformance.report import Facts, Report, Result
+from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import (
     Backend,
     Batch,
@@ -29,13 +31,20 @@ from porthal.hal import (
     Weight,
     bind,
     contracts,
-    create,
 )
 from porthal.hal.abstract import Abstract
 from porthal.hal.binding import Choice, Function
 from porthal.hal.dtypes import dtype, is_float, numpy_dtype
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from porthal.conformance.workers import Bounds
+
 Progress = Callable[[int, int, Result], None]
+RUNS: Mapping[str, int] = {"bring-up": 2, "standard": 3, "strict": 50}  # of a kernel on the same inputs
+PATIENCE = 0.5  # seconds, after which two runs have to do
+SMALL = 2**17  # elements of a case after which another call follows, to see that results keep their bits
 MARGIN = 64  # poisoned elements on both sides of what a backend allocates
 
 
@@ -48,53 +57,119 @@ def run(
     level: Level = "bring-up",
     dtypes: Sequence[str] | None = None,
     progress: Progress | None = None,
+    *,
+    isolate: bool = True,
+    emulated: bool = False,
+    bounds: Bounds | None = None,
+    journal: Path | None = None,
+    resume: bool = False,
+    properties: int = 0,
+    seed: int = 0,
 ) -> Report:
-    """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result)` after each."""
-    machine = create(backend) if isinstance(backend, str) else backend
+    """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result)` after each.
+
+    A backend given by name runs in worker processes within `bounds`, unless `isolate` is False; an instance runs here.
+    `journal` keeps each verdict as it comes, and with `resume` those already there are not asked for again.
+    `properties` draws that many further cases per op, the same for the same `seed`, and reports the smallest that fails.
+    """
+    from porthal.conformance.journal import Journal
+    from porthal.conformance.workers import Bounds, Pool, machine
+
     known = contracts()
     for op in ops or ():
         if op not in known:
             raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
     plan = [case for op in ops or known for case in cases(known[op], level, dtypes)]
-    bench = Bench(machine)
-    results = []
-    for case in plan:
-        results.append(check(case, bench, level))
-        if progress:
-            progress(len(results), len(plan), results[-1])
-    return Report.of(machine, level, results)
+    results: dict[str, Result] = {}
+    with ExitStack() as stack:
+        if isinstance(backend, str) and isolate:
+            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan)))
+            facts, judged, one = pool.facts, pool.judged, pool.one
+        else:
+            bench = Bench(machine(backend, emulated) if isinstance(backend, str) else backend)
+            facts = Facts.of(bench.machine)
+            one = lambda case: check(case, bench, level)  # noqa: E731
+            judged = lambda cases: map(one, cases)  # noqa: E731
+        kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
+        if kept:
+            results = {case.token: kept.known[case.token] for case in plan if case.token in kept.known}
+        for result in judged([case for case in plan if case.token not in results]):
+            results[result.token] = result
+            if kept:
+                kept.add(result)
+            if progress:
+                progress(len(results), len(plan), result)
+        drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
+    return Report.of(facts, level, [*(results[case.token] for case in plan), *drawn])
 
 
-def replay(token: str, backend: str | Backend, level: Level = "bring-up") -> Result:
-    """One case again, bit for bit; `Result.explain()` says in words what came out."""
-    machine = create(backend) if isinstance(backend, str) else backend
-    return check(Case.from_token(token), Bench(machine), level)
+def _drawn(
+    ops: Iterable[str],
+    n: int,
+    seed: int,
+    dtypes: Sequence[str] | None,
+    one: Callable[[Case], Result],
+    progress: Progress | None,
+) -> list[Result]:
+    """Results of property-based cases, op by op."""
+    from porthal.conformance.properties import search
+
+    found: list[Result] = []
+    for at, op in enumerate(names := list(ops)):
+        found += search(contracts()[op], n, one, seed, dtypes)
+        if progress and found:
+            progress((at + 1) * n, len(names) * n, found[-1])
+    return found
 
 
-def check(case: Case, bench: Bench, level: Level = "bring-up") -> Result:
-    """Build, execute, judge: one case's verdict."""
+def replay(
+    token: str, backend: str | Backend, level: Level = "bring-up", *, isolate: bool = True, emulated: bool = False
+) -> Result:
+    """One case again, bit for bit; `Result.explain()` says in words what came out. Isolated as in `run`."""
+    from porthal.conformance.workers import Bounds, Pool, machine
+
+    case = Case.from_token(token)
+    if isinstance(backend, str) and isolate:
+        with Pool(backend, level, emulated, Bounds(), 1) as pool:
+            return pool.one(case)
+    return check(case, Bench(machine(backend, emulated) if isinstance(backend, str) else backend), level)
+
+
+def check(
+    case: Case, bench: Bench, level: Level = "bring-up", chosen: Callable[[Choice], None] | None = None
+) -> Result:
+    """Build, execute, judge: one case's verdict. `chosen` hears whose kernel it will be before that is called."""
     started = time.perf_counter()
     choice: Choice | None = None
+    foreign: tuple[str, ...] = ()
     try:
         inputs = build(case)
         binding = bench.binding(inputs)
         choice = binding.choices[case.op]
+        made_of = [binding.choices[op] for op in (parts(inputs) if choice.status == "composed" else (case.op,))]
+        foreign = tuple(c.op for c in made_of if c.status not in ("own", "composed"))
+        if chosen:
+            chosen(choice)
         if case.fault:
             verdict = _judge_fault(inputs, _mistake(bench.binding(inputs, checked=True), inputs))
         else:
-            verdict = judge(inputs, execute(binding, inputs), level, _tie(binding, inputs))
+            call = disturbed(inputs)  # before a kernel that writes where it must not can spoil them
+            outcome = execute(binding, inputs, RUNS[level])
+            if call and not (outcome.error or outcome.trespasses):
+                outcome = _moved(bench, binding, *call, outcome)
+            verdict = judge(inputs, outcome, level, _tie(made_of))
     except NotClaimed as refusal:
         verdict = Judgement("UNCLAIMED", str(refusal))
+    except Failed as failed:
+        verdict = failed.judgement
     except Exception as error:  # the suite's own or the reference's fault: never a statement about the chip
         verdict = Judgement("NOT_JUDGED", _told(error))
-    return Result.of(case, verdict, choice, time.perf_counter() - started)
+    return Result.of(case, verdict, choice, time.perf_counter() - started, foreign)
 
 
-def _tie(binding: Binding, inputs: Inputs) -> str:
+def _tie(made_of: Sequence[Choice]) -> str:
     """The declared order of ties: a composition's is that of its parts."""
-    op = inputs.contract.name
-    ops = parts(inputs) if binding.choices[op].status == "composed" else (op,)
-    return "any" if any(binding.choices[o].tie == "any" for o in ops) else "lowest"
+    return "any" if any(choice.tie == "any" for choice in made_of) else "lowest"
 
 
 class Bench:
@@ -109,6 +184,8 @@ class Bench:
         op = inputs.contract.name
         key = op, inputs.spec.key(), checked
         if key not in self._bindings:
+            if len(self._bindings) > 32:
+                self._bindings.clear()
             binding = self._bind({op: [inputs.spec]}, checked)
             if binding.choices[op].status == "composed":  # its parts are claimed call by call as well
                 binding = self._bind(parts(inputs), checked)
@@ -141,24 +218,68 @@ def parts(inputs: Inputs) -> dict[str, list[CallSpec]]:
 # -- execution -------------------------------------------------------------------------------------------------------
 
 
-def execute(binding: Binding, inputs: Inputs) -> Outcome:
-    """Run the kernel twice on fresh operands; whatever it raises becomes the outcome's error."""
+def execute(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
+    """Run the kernel on fresh operands, twice, then up to `runs` times as far as PATIENCE goes and nothing differs.
+
+    Whatever it raises becomes the outcome's error, but for want of memory, which is a Failed CRASH.
+    """
+    until = time.perf_counter() + PATIENCE
     try:
-        first, trespasses = _once(binding, inputs)
-        again, _ = _once(binding, inputs)
+        first, trespasses, held = _once(binding, inputs)
+        for run in range(1, runs):
+            again, *_ = _once(binding, inputs)
+            if time.perf_counter() > until or (run < runs - 1 and difference(first, again)):
+                break
+        if elements(inputs.case) <= SMALL:
+            _once(binding, replace(inputs, operands={n: _reversed(v) for n, v in inputs.operands.items()}))
+            if change := difference(first, {name: _read(binding, value) for name, value in held.items()}):
+                trespasses.append(f"the next call changed a result of this one: {change}")
     except NotClaimed:
         raise
     except Exception as error:
+        if _lacks_memory(error):
+            raise Failed("CRASH", f"out of memory: {_told(error)}") from error
         return Outcome(error=_told(error))
     return Outcome(first, again, tuple(trespasses))
 
 
-def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
+def _reversed(value: Any) -> Any:
+    """Other legal values of the same form: the rows of an array from the last to the first."""
+    return value[::-1].copy() if isinstance(value, np.ndarray) else value
+
+
+def _moved(bench: Bench, here: Binding, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
+    """The outcome together with that of the same call among other rows, where the same kernel takes that."""
+    op = call.contract.name
+    try:
+        there = bench.binding(call)
+        if (here.choices[op].status, here.choices[op].owner) != (there.choices[op].status, there.choices[op].owner):
+            return outcome
+        results, *_ = _once(there, call)
+    except NotClaimed:
+        return outcome
+    except Exception as error:
+        return Outcome(error=f"among other rows, one of them poisoned: {_told(error)}")
+    invariant = getattr(getattr(here, op), "batch_invariant", False)
+    return replace(outcome, moved=brought_back(results, to), invariant=invariant)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """NumPy's and Python's error, and what PyTorch's allocators say."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """The results in logical form, what was written elsewhere, and the results as they lie on the device."""
     contract = inputs.contract
     mutated = {o.name for o in contract.signature.mutated}
     operands, watches = {}, []
+    beyond = Beyond(binding, inputs) if inputs.case.view == BEYOND else None
+    apart = next((n for n, v in inputs.operands.items() if _spreads(v)), "")  # one such operand is memory enough
     for name, value in inputs.operands.items():
-        operands[name], watch = place(binding, name, value, inputs.case.view)
+        view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
+        operands[name], watch = place(binding, name, value, view, beyond)
         if watch and name not in mutated:
             watches.append(watch)
     with poisoned(binding.backend) as blocks:
@@ -166,10 +287,12 @@ def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
     results = dict(zip((r.name for r in contract.signature.results), out if isinstance(out, tuple) else (out,)))
     if len(results) != len(contract.signature.results) or (isinstance(out, tuple) and len(out) != len(results)):
         raise UsageError(f"{contract.name} returned {len(results)} results, expected {len(contract.signature.results)}")
+    if beyond:
+        results = {name: beyond.near(value) for name, value in results.items()}
     read = {name: _read(binding, value) for name, value in results.items()}
     trespasses = [t for w in watches if (t := w.trespass(binding))]
     trespasses += [t for b in blocks if (t := b.trespass(binding))]
-    return read, trespasses
+    return read, trespasses, results
 
 
 def _read(binding: Binding, value: Any) -> Any:
@@ -207,10 +330,18 @@ class Watch:
         return ""
 
 
-def place(binding: Binding, name: str, value: Any, view: str = "") -> tuple[Any, Watch | None]:
+def place(
+    binding: Binding, name: str, value: Any, view: str = "", beyond: Beyond | None = None
+) -> tuple[Any, Watch | None]:
     """An operand on the backend, and the watch over it."""
     if value is None:
         return None, None
+    if beyond:
+        value = beyond.moved(name, value)
+        if isinstance(value, (Pages, Weight)):
+            placed = beyond.placed(value)
+            near = isinstance(value, Pages)  # weights are too large to be read back
+            return placed, Watch(f"pages {name}", beyond.near(placed), value.native) if near else None
     if isinstance(value, Batch):
         before = {n: a.copy() for n, a in _fields(value).items()}
         return binding.plan(value), Watch(f"batch {name}", value, before)
@@ -223,6 +354,9 @@ def place(binding: Binding, name: str, value: Any, view: str = "") -> tuple[Any,
     if isinstance(value, Selection):
         placed = binding.from_logical(value.spec, {n: a.copy() for n, a in value.native._asdict().items()})
         return placed, Watch(f"selection {name}", placed, value.native._asdict())
+    if view == FAR and _spreads(value):
+        placed = _far(binding, value)
+        return placed, Watch(f"input {name}", placed, {"": value})
     parent, cut = _parent(value, view)
     device = binding.from_numpy(parent.copy())
     return cut(device), Watch(f"input {name}", device, {"": parent})
@@ -248,6 +382,22 @@ def _parent(x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
     if view == "broadcast" and len(x) and is_float(dtype(x)):
         return x[:1], lambda a: np.broadcast_to(a, x.shape) if isinstance(a, np.ndarray) else a.expand(x.shape)
     return x, lambda a: a
+
+
+def _spreads(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim > 1 and len(value) > 1
+
+
+def _far(binding: Binding, x: Array) -> Any:
+    """x with its last row 2 GiB behind the first: addresses, of which only the rows are touched."""
+    width = prod(x.shape[1:])
+    step = max(width, -(-(2**31) // (x.dtype.itemsize * (len(x) - 1))))
+    try:
+        view = binding.backend.empty((len(x), step), dtype(x))[:, :width].reshape(x.shape)
+    except (MemoryError, RuntimeError) as error:
+        raise NotClaimed(f"rows 2 GiB apart find no room on {binding.backend}: {_told(error)}") from None
+    view[...] = binding.from_numpy(x.copy())
+    return view
 
 
 def poison(kind: str) -> Any:

@@ -53,7 +53,19 @@ class Draw:
 Recipe = Callable[[Draw], Array]
 RECIPES: dict[str, Recipe] = {}
 # With these, exactly equal scores are equal by construction, so the order of ties can be judged.
-TIED = ("integer", "ties", "equal", "zeros")
+TIED = ("integer", "ties", "equal", "zeros", "signed")
+
+
+# Floats of any value, and integer recipes that may stand where their first is the default.
+FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "denormal",
+            "special", "weight", "below", "abyss")  # fmt: skip
+# Of these, values that every op bears: larger ones may overflow where a contract permits rounding to float16.
+PLAIN = ("zeros", "equal", "denormal")
+RELATED = {
+    "routed": ("crowded", "deserted", "holes", "away", "repeated", "wild"),
+    "counts": ("zeros", "skewed"),
+    "permutation": ("nowhere",),
+}
 
 
 def recipe(f: Recipe) -> Recipe:
@@ -79,6 +91,12 @@ def small(draw: Draw) -> Array:
 def large(draw: Draw) -> Array:
     """Squares beyond float16's range."""
     return draw.bell() * 2.0**8
+
+
+@recipe
+def huge(draw: Draw) -> Array:
+    """Beyond float16's range, or near its end in float16 itself."""
+    return draw.bell() * 2.0 ** (12 if draw.dtype == "float16" else 20)
 
 
 @recipe
@@ -109,6 +127,30 @@ def negative(draw: Draw) -> Array:
 
 
 @recipe
+def below(draw: Draw) -> Array:
+    """So far below zero that a probability cannot lift it above."""
+    return -np.abs(draw.bell()) - 2
+
+
+@recipe
+def sunk(draw: Draw) -> Array:
+    """Where a sigmoid is near 1e-20, and a sum of them as well."""
+    return draw.bell() * 2 - 46
+
+
+@recipe
+def signed(draw: Draw) -> Array:
+    """Zeros of both signs, and ones below them: the zeros are equal."""
+    return np.array([-0.0, 0.0, -1.0])[draw.integers(0, 3)]
+
+
+@recipe
+def abyss(draw: Draw) -> Array:
+    """From -2^13 to the most negative numbers of the dtype, all alike in probability."""
+    return -(1 + draw.integers(0, 2**7, "digits") * 2.0**-7) * 2.0 ** draw.integers(13, 16 if draw.dtype == "float16" else 128)
+
+
+@recipe
 def outlier(draw: Draw) -> Array:
     """One element of each row is 256 times the others."""
     x = draw.bell()
@@ -122,6 +164,16 @@ def outlier(draw: Draw) -> Array:
 def offset(draw: Draw) -> Array:
     """A mean that dwarfs the deviation, as far as the dtype resolves it."""
     return 64 + draw.bell() * (1 if draw.dtype == "bfloat16" else 2.0**-4)
+
+
+@recipe
+def plateau(draw: Draw) -> Array:
+    """64 but for one element of each row, which is a step higher."""
+    x = np.full(draw.shape, 64.0)
+    if x.size:
+        rows = x.reshape(-1, x.shape[-1])
+        rows[np.arange(len(rows)), np.arange(len(rows)) * 7 % x.shape[-1]] += 0.5 if draw.dtype == "bfloat16" else 2.0**-4
+    return x
 
 
 @recipe
@@ -177,8 +229,17 @@ def distribution(draw: Draw) -> Array:
 
 @recipe
 def index(draw: Draw) -> Array:
-    """Anywhere in the operand's range."""
-    return draw.integers(draw.sizes["low"], draw.sizes["high"])
+    """Anywhere in the operand's range, its last value and its first among them."""
+    x = draw.integers(draw.sizes["low"], draw.sizes["high"])
+    if x.size:
+        x.flat[-1], x.flat[0] = draw.sizes["low"], draw.sizes["high"] - 1
+    return x
+
+
+@recipe
+def wide(draw: Draw) -> Array:
+    """All of int32."""
+    return draw.integers(-(2**31), 2**31)
 
 
 @recipe
@@ -203,6 +264,11 @@ def permutation(draw: Draw) -> Array:
 
 
 @recipe
+def nowhere(draw: Draw) -> Array:
+    return np.full(draw.shape, -1)
+
+
+@recipe
 def counts(draw: Draw) -> Array:
     """Rows per expert: uneven, every third expert without any, an eighth of the rows beyond all of them."""
     E, M = draw.shape[0], draw.sizes["M"]
@@ -211,6 +277,14 @@ def counts(draw: Draw) -> Array:
     cuts[-1:] = M - M // 8
     out = np.zeros(E, np.int64)
     out[busy] = np.diff(cuts, prepend=0)
+    return out
+
+
+@recipe
+def skewed(draw: Draw) -> Array:
+    """All rows belong to the last expert."""
+    out = np.zeros(draw.shape, np.int64)
+    out[-1:] = draw.sizes["M"]
     return out
 
 
@@ -252,4 +326,19 @@ def holes(draw: Draw) -> Array:
 @recipe
 def away(draw: Draw) -> Array:
     """Ids on both sides of the local experts."""
-    return _experts(draw, np.arange(-draw.sizes.get("first_expert", 0), 2 * draw.sizes["E"]))
+    below = min(draw.sizes.get("first_expert", 0), 64)
+    return _experts(draw, np.arange(-below, 2 * draw.sizes["E"]))
+
+
+@recipe
+def repeated(draw: Draw) -> Array:
+    """One expert per row, as often as the row has places."""
+    return np.broadcast_to(routed(draw)[..., :1], draw.shape)
+
+
+@recipe
+def wild(draw: Draw) -> Array:
+    """Every second id is as far out as int32 goes."""
+    ids = routed(draw)
+    far = np.array([-(2**31), 2**31 - 1, -2, 2**24])[draw.integers(0, 4, "far")]
+    return np.where(draw.integers(0, 2, "wild") == 0, ids, far)

@@ -48,7 +48,8 @@ class Backend:
 
     A kernel takes the contract's operands in order and its attributes by keyword, and returns the results in order.
     It allocates only through `self.empty`, reads no environment, and may set on its function: `limits` (by `@limits`),
-    `provider` (the library call behind it) and `tie` ("lowest", or "any" where the chip's tie order is its own).
+    `provider` (the library call behind it), `tie` ("lowest", or "any" where the chip's tie order is its own) and
+    `batch_invariant` (True promises that a row's bits do not depend on the other rows).
 
     Arrays may be strided in every axis: model code splits them by slicing. `moe_experts = None` in a class declines what
     its base would give, so that a composite is made of the class's own kernels.

@@ -10,7 +10,7 @@ from porthal.hal.numerics import Array, choose
     rules=[("V >= 1", lambda f: f.V >= 1)],
     exact=True,
     choice="ids",
-    values={"logits": ("normal", "ties", "equal", "special")},
+    values={"logits": ("normal", "ties", "equal", "signed", "special")},
 )
 def argmax(logits: Array) -> Array:
     """ids[t] = position of the highest logit of row t, the lowest one among equals; NaN counts as -inf."""

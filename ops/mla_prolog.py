@@ -35,10 +35,14 @@ from porthal.ops.rope import rope
         "D": (192, 32),
         "C": (512,),
         "R": (64,),
-        "theta": (1e6,),
-        "eps": (1e-5,),
+        "theta": (1e6, 1e4),
+        "eps": (1e-5, 0.5),
     },
-    rules=[("eps > 0", lambda f: f.eps > 0), ("theta > 0", lambda f: f.theta > 0)],
+    rules=[
+        ("eps > 0", lambda f: f.eps > 0),
+        ("theta > 0", lambda f: f.theta > 0),
+        ("R to be even", lambda f: f.R % 2 == 0),
+    ],
 )
 def mla_prolog(
     h: Array,

@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array
     cases={"H": (6144, 96), "k": (8, 1, 2), "E": (256, 1, 16), "first_expert": (0, 3)},
     rules=[("E >= 1", lambda f: f.E >= 1), ("first_expert >= 0", lambda f: f.first_expert >= 0)],
     exact=True,
-    values={"x": ("normal", "special"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
+    values={"x": ("normal", "special", "huge", "denormal"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
 )
 def moe_permute(x: Array, ids: Array, *, E: int, first_expert: int = 0) -> tuple[Array, Array, Array]:
     """Copy each row once per local expert it goes to, sorted by expert, then by row.

@@ -8,7 +8,7 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
     "logits[T, E], bias[E] -> ids[T, k], weights[T, k]",
     dtypes={"logits": "float32", "bias": "float32", "ids": "int32", "weights": "float32"},
     cost=lambda d, b: (8 * d.T * d.E, 4 * d.T * (d.E + 2 * d.k)),
-    cases={"E": (256, 8, 17), "k": (8, 1, 2), "scale": (2.5, 1.0), "n_group": (1, 8), "topk_group": (1, 4)},
+    cases={"E": (256, 16, 17), "k": (8, 1, 2), "scale": (2.5, 1.0), "n_group": (1, 8), "topk_group": (1, 4)},
     rules=[
         ("1 <= k <= E", lambda f: 1 <= f.k <= f.E),
         ("n_group to divide E", lambda f: f.n_group >= 1 and f.E % f.n_group == 0),
@@ -17,7 +17,7 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
         ("scale > 0", lambda f: f.scale > 0),
     ],
     choice="ids",
-    values={"logits": ("normal", "large", "ties", "negative", "special")},
+    values={"logits": ("normal", "large", "ties", "negative", "sunk", "special"), "bias": ("normal", "ties")},
 )
 def moe_route(
     logits: Array, bias: Array, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1

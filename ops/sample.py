@@ -36,21 +36,24 @@ def sample(logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Arr
     """
     ids = np.zeros(len(logits), np.int32)
     for t in range(len(logits)):
-        order, cumulated, kept = _candidates(logits[t], temperature[t], int(top_k[t]), top_p[t])
+        order, cumulated = _candidates(logits[t], temperature[t])
+        kept = _kept(cumulated, temperature[t], int(top_k[t]), top_p[t])
         ids[t] = order[min(np.searchsorted(cumulated, u[t] * cumulated[kept - 1], side="right"), kept - 1)]
     return ids
 
 
-def _candidates(row: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array, int]:
-    """Ids in order, cumulated probabilities, and how many candidates are kept."""
+def _candidates(row: Array, temperature: float) -> tuple[Array, Array]:
+    """Ids in order, and their cumulated probabilities."""
     order = choose(row[None], len(row))[0]
-    if temperature == 0:
-        return order, np.ones(len(row)), 1
-    weights, norm = softmax(row[None, order] / temperature)
-    cumulated = np.cumsum(weights[0] / norm[0])
-    limit = top_k or len(row)
+    weights, norm = softmax(row[None, order] / (temperature or 1.0))
+    return order, np.cumsum(weights[0] / norm[0])
+
+
+def _kept(cumulated: Array, temperature: float, top_k: int, top_p: float) -> int:
+    """How many candidates are kept."""
+    limit = 1 if temperature == 0 else top_k or len(cumulated)
     within = cumulated[:limit] / cumulated[limit - 1]
-    return order, cumulated, int(min(np.searchsorted(within, top_p) + 1, limit))
+    return int(min(np.searchsorted(within, top_p) + 1, limit))
 
 
 @sample.admitted
@@ -59,14 +62,11 @@ def _(
 ) -> int | None:
     """First row whose id no machine could have drawn whose probabilities are off by at most `slack`, or None."""
     for t, drawn in enumerate(results):
-        order, cumulated, kept = _candidates(logits[t], temperature[t], int(top_k[t]), top_p[t])
+        order, cumulated = _candidates(logits[t], temperature[t])
+        fewest, most = (_kept(cumulated, temperature[t], int(top_k[t]), top_p[t] + off) for off in (-slack, slack))
         at = int(np.nonzero(order == drawn)[0][0])
-        edge = cumulated[kept - 1]
         before = cumulated[at - 1] if at else 0.0
-        if temperature[t] == 0:
-            good = at == 0
-        else:
-            good = before - slack <= u[t] * edge <= cumulated[at] + slack and before <= edge + slack
-        if not good:
+        low, high = u[t] * cumulated[fewest - 1] - slack, u[t] * cumulated[most - 1] + slack
+        if at >= most or before > high or low > cumulated[at]:
             return t
     return None

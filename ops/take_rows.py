@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array
     cases={"H": (6144, 96), "M": (4, 1, 0, 17)},
     ranges={"rows": (-1, "T")},
     exact=True,
-    values={"x": ("normal", "special")},
+    values={"x": ("normal", "special", "huge", "denormal")},
 )
 def take_rows(x: Array, rows: Array) -> Array:
     """y[m] = x[rows[m]]; row -1 gives zeros (a request without query rows)."""

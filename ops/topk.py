@@ -12,7 +12,7 @@ from porthal.hal.numerics import Array, choose
     rules=[("k >= 1", lambda f: f.k >= 1)],
     exact=True,
     choice="sel",
-    values={"scores": ("normal", "ties", "equal", "large", "special")},
+    values={"scores": ("normal", "ties", "equal", "signed", "large", "special")},
 )
 def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     """The positions of the min(k, visible[t]) highest scores among the first visible[t]: valid first, then -1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import pytest
 import porthal
 from porthal.model import Glm5, load
 from tests.oracles import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests keep on disk goes with their folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.hal import Backend, Contract, Pages, Selection, Weight, WeightSpec, narrow, numpy_dtype, widen
+from porthal.hal import Backend, Contract, Pages, PagesSpec, Selection, Weight, WeightSpec, narrow, numpy_dtype, widen
 
 
 class Reference(Backend):
@@ -26,6 +26,9 @@ class Reference(Backend):
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
         wide = {name: widen(np.asarray(value)) for name, value in arrays.items()}
         return super().from_logical(spec, wide, into)
+
+    def alloc_pages(self, spec: PagesSpec) -> Pages:
+        return Pages(spec, {name: np.zeros((spec.slots, width)) for name, width in spec.fields})
 
     def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:
         logical = super().to_logical(operand)

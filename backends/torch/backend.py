@@ -102,8 +102,14 @@ class Torch(Backend):
         return batch.with_native(Plan(*wide, *packed[len(long) : -1], packed[-1].view(table.shape)))
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        shape = {name: (spec.slots, width) for name, width in spec.fields}
-        return Pages(spec, {name: self.empty(s, spec.dtype).zero_() for name, s in shape.items()})
+        return Pages(spec, {name: self._zeros((spec.slots, width), spec.dtype) for name, width in spec.fields})
+
+    def _zeros(self, shape: tuple[int, int], dtype: str) -> Tensor:
+        if torch.device(self.device).type != "cpu":
+            return self.empty(shape, dtype).zero_()
+        # NumPy's zeros are the system's and take no memory before they are written; PyTorch writes its own.
+        width = shape[1] * numpy_dtype(dtype).itemsize
+        return torch.from_numpy(np.zeros((shape[0], width), np.uint8)).view(getattr(torch, dtype))
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         array = self.from_numpy(read(slice(None)))

@@ -79,7 +79,7 @@ def test_composites_claim_their_parts_call_by_call():
 def test_progress_sees_every_case():
     seen = []
     report = run("reference", ["add"], progress=lambda done, of, result: seen.append((done, of, result)))
-    assert [r for _, _, r in seen] == list(report.results)
+    assert {r.token for _, _, r in seen} == {r.token for r in report.results}
     assert [d for d, _, _ in seen] == list(range(1, len(seen) + 1)) and {of for _, of, _ in seen} == {len(seen)}
 
 
@@ -194,7 +194,7 @@ def test_page_stands_alone(failed):
 def pytest_run(tmp_path, *options):
     """pytest in a process of its own; its last line says whether the runner was imported."""
     (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n")
-    code = "import sys, pytest; pytest.main(sys.argv[1:]); print('porthal.conformance.runner' in sys.modules)"
+    code = "import sys, pytest; pytest.main(sys.argv[1:]); print('porthal.conformance.workers' in sys.modules)"
     installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
     plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *plugin, *options]

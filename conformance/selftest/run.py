@@ -1,0 +1,207 @@
+"""The score: every planted defect against the cases of its op, every honest variant against as many seeds."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from porthal.conformance.cases import Case, Level, cases, elements
+from porthal.conformance.runner import Bench, check
+from porthal.conformance.selftest.planting import defects, planted
+from porthal.conformance.selftest.variants import variants
+from porthal.hal import UsageError, contracts
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+LEVEL: Level = "standard"
+SEEDS = 20
+CHEAP = 2**17  # elements of a case that honest variants meet at every eighth seed
+COSTLY = 2**20  # and of one that they meet at none: a plain run at this level has them all
+QUICK_SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A defect in one dtype, or a variant at one seed, and what the suite said.
+
+    token    of the case that failed first, "" where none did
+    verdict  its verdict; NOT_JUDGED counts as no catch and no pass
+    """
+
+    op: str
+    name: str
+    dtype: str
+    seed: int
+    token: str
+    verdict: str
+    message: str
+    cases: int
+    seconds: float
+
+
+Task = tuple[str, str, str, int]  # "defect" or "variant", its key, dtype, seed
+
+
+def plan(op: str, dtype: str = "") -> list[Case]:
+    """The cases of an op that run a kernel, the cheapest first."""
+    found = [c for c in cases(contracts()[op], LEVEL, [dtype] if dtype else None) if not c.fault]
+    return sorted(found, key=elements)
+
+
+def attempt(task: Task) -> Trial:
+    """Run one task in this process: up to the first case that fails."""
+    kind, key, dtype, seed = task
+    started = time.perf_counter()
+    op, _, name = key.partition("/")
+    if kind == "defect":
+        bench = Bench(planted(next(d for d in defects() if d.key == key)))
+        chosen: Sequence[Case] = plan(op, dtype)
+    else:
+        bench = _bench(key)
+        chosen = sampled(op, seed)
+    tried = 0
+    for case in chosen:
+        result = check(case, bench, LEVEL)
+        tried += result.verdict != "UNCLAIMED"
+        if result.failed and (result.verdict != "NOT_JUDGED" or kind == "variant"):
+            break
+    else:
+        result = None
+    found = (result.token, result.verdict, result.message) if result else ("", "", "")
+    return Trial(op, name, dtype, seed, *found, tried, time.perf_counter() - started)
+
+
+def sampled(op: str, seed: int) -> list[Case]:
+    """A variant's cases at one seed: of the cheap ones every eighth, of others every twentieth: all have their turn."""
+    found = [c for c in plan(op) if elements(c) <= COSTLY]
+    cheap = [c for c in found if elements(c) <= CHEAP]
+    costly = found[len(cheap) :]
+    return [replace(c, seed=seed) for c in (*cheap[seed % 8 :: 8], *costly[seed::SEEDS])]
+
+
+@cache
+def _bench(key: str) -> Bench:
+    return Bench(next(v for v in variants() if v.key == key).make())
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came of all trials."""
+
+    caught: tuple[Trial, ...]
+    passed: tuple[Trial, ...]
+    equivalent: tuple[str, ...]
+    seconds: float
+
+    @property
+    def escaped(self) -> list[Trial]:
+        return [t for t in self.caught if not t.token]
+
+    @property
+    def alarms(self) -> list[Trial]:
+        return [t for t in self.passed if t.token]
+
+    @property
+    def idle(self) -> list[Trial]:
+        """Trials that ran no case at all: no evidence of anything."""
+        return [t for t in (*self.caught, *self.passed) if not t.cases]
+
+    @property
+    def exit_code(self) -> int:
+        return int(bool(self.escaped or self.alarms or self.idle))
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"{len(self.caught) - len(self.escaped)} of {len(self.caught)} planted defects caught, "
+            f"{len(self.alarms)} false alarms in {len(self.passed)} honest runs "
+            f"({sum(t.cases for t in self.passed)} cases), {len(self.equivalent)} equivalent; "
+            f"level {LEVEL}, {self.seconds:.0f} s"
+        )
+
+    def table(self) -> RenderableType:
+        """Per op: defects caught of planted by dtype, equivalents, honest runs passed, and where each was caught."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"planted defects and honest variants, level {LEVEL}")
+        for name in ("op", "float32", "bfloat16", "fixed", "equivalent", "honest runs", "cases", "most caught by"):
+            table.add_column(name, justify="left" if name in ("op", "most caught by") else "right", overflow="fold")
+        for op in dict.fromkeys(t.op for t in (*self.caught, *self.passed)):
+            mine = [t for t in self.caught if t.op == op]
+            honest = [t for t in self.passed if t.op == op]
+            cells = [_share([bool(t.token) for t in mine if t.dtype == d]) for d in ("float32", "bfloat16", "")]
+            same = sum(k.startswith(f"{op}/") for k in self.equivalent)
+            first = Counter(t.token for t in mine if t.token).most_common(1)
+            told = _share([not t.token for t in honest]), str(sum(t.cases for t in honest)), first[0][0] if first else ""
+            table.add_row(op, *cells, str(same or ""), *told)
+        said = [Text(f"ESCAPED {t.op}/{t.name} {t.dtype} after {t.cases} cases") for t in self.escaped]
+        said += [Text(f"FALSE ALARM {t.op}/{t.name}: {t.verdict} {t.message}\n  {t.token}") for t in self.alarms]
+        said += [Text(f"NOTHING TESTED {t.op}/{t.name} {t.dtype}") for t in self.idle]
+        return Group(table, *said, Text(self.summary))
+
+    def json(self) -> str:
+        """Every trial: each defect with the case that caught it first."""
+        return json.dumps(asdict(self) | {"level": LEVEL, "summary": self.summary, "exit_code": self.exit_code}, indent=1)
+
+
+def _share(good: Sequence[bool]) -> str:
+    return f"{sum(good)}/{len(good)}" if good else ""
+
+
+def tasks(ops: Sequence[str] = (), quick: bool = False) -> list[Task]:
+    """What there is to try; `quick` takes one defect of each op and class, and two seeds."""
+    known = contracts()
+    for op in ops:
+        if op not in known:
+            raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
+    chosen = [d for d in defects() if (not ops or d.op in ops) and not d.equivalent]
+    if quick:
+        chosen = list({(d.op, d.kind): d for d in reversed(chosen)}.values())
+    found: list[Task] = [("defect", d.key, dtype, 0) for d in chosen for dtype in d.scored]
+    honest = [v for v in variants() if not ops or v.op in ops]
+    seeds = QUICK_SEEDS if quick else SEEDS
+    return found + [("variant", v.key, "", seed) for seed in range(seeds) for v in honest]
+
+
+def self_test(
+    ops: Sequence[str] = (),
+    quick: bool = False,
+    progress: Callable[[int, int, Trial], None] | None = None,
+    workers: int = 0,
+) -> Score:
+    """Try everything in as many processes as there are processors (`workers` of them)."""
+    started = time.perf_counter()
+    todo = tasks(ops, quick)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or os.cpu_count(), context, initializer=_alone) as pool:
+        running = {pool.submit(attempt, task): task for task in todo}
+        for count, future in enumerate(as_completed(running), 1):
+            if progress:
+                progress(count, len(todo), future.result())
+    done = [(task[0], future.result()) for future, task in running.items()]
+    return Score(
+        tuple(trial for kind, trial in done if kind == "defect"),
+        tuple(trial for kind, trial in done if kind == "variant"),
+        tuple(d.key for d in defects() if d.equivalent and (not ops or d.op in ops)),
+        time.perf_counter() - started,
+    )
+
+
+def _alone() -> None:
+    import torch
+
+    torch.set_num_threads(1)

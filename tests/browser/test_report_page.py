@@ -1,0 +1,102 @@
+"""The pages in a browser: no width forces sideways scrolling, marks stand where their numbers say, dark is dark."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from porthal.backends.reference.backend import Reference
+from porthal.conformance import run
+from porthal.conformance.compare import compare
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is here: apt-get install chromium")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--virtual-time-budget=4000"),
+]
+WIDTHS = (360, 390, 768, 1280)
+# Each page stands in frames of these widths; what is measured there becomes the text of the outer page.
+MEASURE = """<!doctype html><meta charset="utf-8">%s<pre id="out"></pre><script>
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement;
+    const middle = e => { const r = e.getBoundingClientRect(); return r.left + r.width / 2; };
+    const all = (s) => [...page.querySelectorAll(s)];
+    return {
+      width: root.clientWidth, needs: root.scrollWidth,
+      font: parseFloat(getComputedStyle(page.body).fontSize),
+      background: getComputedStyle(page.body).backgroundColor,
+      limits: all(".plot line.limit").map(middle),
+      bad: all(".plot .dot-bad").map(middle),
+      good: all(".plot .dot-own, .plot .dot-other").map(middle),
+      details: all("details").length,
+      open: all("details").map(d => { d.open = true; return d.querySelector("pre").getBoundingClientRect().width; }),
+      afterwards: root.scrollWidth,
+    };
+  });
+  document.getElementById("out").textContent = JSON.stringify(found);
+};
+</script>"""
+
+
+def measured(page: str, folder, *flags: str) -> list[dict]:
+    """What a browser says of a page at each of the widths."""
+    frame = '<iframe srcdoc="{}" width="{}" height="800" style="border: 0"></iframe>'
+    frames = "".join(frame.format(html.escape(page), width) for width in WIDTHS)
+    file = folder / "measure.html"
+    file.write_text(MEASURE % frames, encoding="utf-8")
+    command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(folder)})
+    out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.S)
+    assert out, done.stderr
+    return json.loads(html.unescape(out[1]))
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Passed, failed, inherited, waived and not claimed; long tokens."""
+
+    def wrong(self, x, weight, *, eps=1e-5):
+        return x * 0 + 3
+
+    made = run(type("Made", (Reference,), {"name": "made", "rms_norm": wrong})(), ["rms_norm", "add", "rope", "topk"])
+    results = list(made.results)
+    results[-1] = replace(results[-1], verdict="WAIVED", waived="FAIL_VALUE", reason="the chip has no such thing")
+    results[-2] = replace(results[-2], verdict="UNCLAIMED")
+    return replace(made, results=tuple(results))
+
+
+def test_no_width_needs_sideways_scrolling(report, tmp_path):
+    for width, page in zip(WIDTHS, measured(report.html(), tmp_path), strict=True):
+        assert width - 20 < page["width"] <= width and page["font"] >= 14  # a scroll bar takes its part
+        assert page["needs"] <= page["width"], f"{page['needs']} wide at {page['width']}"
+        assert page["afterwards"] <= page["width"], "an opened failure is too wide"
+        assert page["details"] == len(report.failures) > 0 and min(page["open"]) > 250
+
+
+def test_errors_beyond_the_limit_stand_right_of_it(report, tmp_path):
+    for page in measured(report.html(), tmp_path):
+        assert page["limits"] and max(page["limits"]) - min(page["limits"]) < 0.5  # one line through all rows
+        assert page["bad"] and min(page["bad"]) > max(page["limits"])
+        assert page["good"] and max(page["good"]) <= min(page["limits"])
+
+
+def test_dark_is_dark(report, tmp_path):
+    def brightness(*flags):
+        background = measured(report.html(), tmp_path, *flags)[0]["background"]
+        return sum(map(int, re.findall(r"\d+", background)[:3])) / 3
+
+    assert brightness() > 230 and brightness("--force-dark-mode") < 40
+
+
+def test_a_comparison_fits_every_width(report, tmp_path):
+    page = compare(report, replace(report, backend="other-chip:0", place="emulated device")).html()
+    assert all(found["needs"] <= found["width"] for found in measured(page, tmp_path))

@@ -1,0 +1,149 @@
+"""Golden values kept on disk: the same as computed, never another call's, never a broken file's, never without bound."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from porthal.conformance import cache
+from porthal.conformance.cases import cases
+from porthal.conformance.golden import Golden
+from porthal.conformance.inputs import Inputs, build
+from porthal.hal import Weight, contracts
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PORTHAL_CACHE", str(tmp_path / "golden"))
+    monkeypatch.setattr(cache, "WORTH", 0.0)
+    return tmp_path / "golden"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line for each evaluation of a reference."""
+    made: list[str] = []
+    call = Golden.call
+
+    def counted(self: Golden, function: Any, *extra: Any) -> Any:
+        made.append(self.contract.name)
+        return call(self, function, *extra)
+
+    monkeypatch.setattr(Golden, "call", counted)
+    return made
+
+
+def inputs(op: str) -> Inputs:
+    return build(next(c for c in cases(contracts()[op]) if ("T", 7) in c.dims and not c.fault))
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(getattr(one[k], part), getattr(other[k], part), equal_nan=True)
+        for k in one
+        for part in ("value", "sigma", "most")
+    )
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "silu_mul", "mla_prolog"])
+def test_warm_is_cold(folder: Path, calls: list[str], op: str) -> None:
+    cold = Golden(inputs(op)).spread()
+    assert calls
+    calls.clear()
+    warm = Golden(inputs(op)).spread()
+    assert calls == [] and same(cold, warm)
+
+
+def test_scores_and_results_are_kept_apart(folder: Path, calls: list[str]) -> None:
+    golden = Golden(inputs("moe_route"))
+    scores, weights = golden.scores(), golden.spread()
+    calls.clear()
+    again = Golden(inputs("moe_route"))
+    assert np.array_equal(again.scores().value, scores.value) and same(again.spread(), weights) and calls == []
+
+
+def test_other_operands_under_the_same_token_have_their_own_entry(folder: Path, calls: list[str]) -> None:
+    given = inputs("linear")
+    clean = Golden(given).spread()["y"]
+    poisoned = dict(given.operands, x=given.operands["x"].copy())
+    poisoned["x"][0] = np.nan
+    weight = given.operands["w"]
+    doubled = dict(given.operands, w=Weight(weight.spec, weight.native * 2))
+    assert np.isnan(Golden(replace(given, operands=poisoned)).spread()["y"].value[0]).all()
+    assert np.array_equal(Golden(replace(given, operands=doubled)).spread()["y"].value, 2 * clean.value)
+    calls.clear()
+    assert np.array_equal(Golden(given).spread()["y"].value, clean.value) and calls == []
+
+
+def test_the_key_follows_attributes_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs("rms_norm")
+    keys = [cache.key(given, "results"), cache.key(given, "scores")]
+    keys.append(cache.key(replace(given, attrs={"eps": 1.0}), "results"))
+    monkeypatch.setattr(cache, "_sources", lambda reference: "an edited reference")
+    keys.append(cache.key(given, "results"))
+    assert len(set(keys)) == 4
+    monkeypatch.undo()
+    assert cache.key(inputs("rms_norm"), "results") == keys[0]
+
+
+def test_an_edited_reference_has_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = contracts()["rms_norm"].reference
+    cache._sources.cache_clear()
+    before = cache._sources(reference)
+    cache._sources.cache_clear()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"#" * (self.name == "rms_norm.py"))
+    after = cache._sources(reference)
+    cache._sources.cache_clear()
+    assert before != after
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "replaced"])
+def test_a_broken_entry_is_computed_again(folder: Path, calls: list[str], damage: str) -> None:
+    cold = Golden(inputs("rms_norm")).spread()
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(
+        {
+            "cut": content[:middle],
+            "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+            "emptied": b"",
+            "replaced": b"nonsense",
+        }[damage]
+    )
+    calls.clear()
+    assert same(Golden(inputs("rms_norm")).spread(), cold) and calls
+    calls.clear()
+    assert same(Golden(inputs("rms_norm")).spread(), cold) and calls == []  # and mended
+
+
+def test_what_is_used_least_goes_first(folder: Path) -> None:
+    folder.mkdir()
+    for age, name in enumerate(("new", "old", "older")):
+        (folder / f"{name}.npz").write_bytes(bytes(100))
+        os.utime(folder / f"{name}.npz", (1000 - age, 1000 - age))
+    cache.trim(250)
+    assert sorted(p.name for p in folder.iterdir()) == ["new.npz", "old.npz"]
+    cache.trim(0)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PORTHAL_CACHE", str(tmp_path / "file" / "golden"))
+    monkeypatch.setattr(cache, "WORTH", 0.0)
+    assert Golden(inputs("rms_norm")).spread()["y"].value.shape == (7, 96)
+
+
+def test_where_entries_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTHAL_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a")
+    assert cache.folder() == Path("/a/porthal/golden")
+    monkeypatch.setenv("PORTHAL_CACHE", "/b")
+    assert cache.folder() == Path("/b")

@@ -1,0 +1,338 @@
+"""Isolation: a backend that does its worst in one case each, in real worker processes; journals; bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from importlib.metadata import entry_points
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from porthal.conformance import Report, run
+from porthal.conformance.cases import Case, cases
+from porthal.conformance.inputs import build
+from porthal.conformance.journal import Journal
+from porthal.conformance.report import Facts, Result
+from porthal.conformance.verdicts import Judgement
+from porthal.conformance.workers import Bounds
+from porthal.hal import UsageError, contracts, create
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-c", "from porthal.cli import main; main()"]
+# What happens to a call of `add`, known by its first operand's bytes: each is one case.
+DEADLY = """
+    import ctypes, os, signal, sys, time, zlib
+    import numpy as np
+    from porthal.hal import Backend
+
+    class Chip(Backend):
+        def add(self, a, b):
+            deed = {deeds}.get(zlib.crc32(a.tobytes()))
+            if deed:
+                globals()[deed]()
+            return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+
+    def segfaults():
+        ctypes.string_at(0)
+
+    def aborts():
+        os.abort()
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hangs():
+        time.sleep(1000)
+
+    def hoards():
+        return [np.empty(2**26) for _ in range(64)]
+
+    def leaves():
+        print("no such device", file=sys.stderr)
+        os._exit(3)
+
+    def fails():
+        raise RuntimeError("no such core")
+"""
+SENTENCES = {
+    "segfaults": ("CRASH", "killed by SIGSEGV in string_at (__init__.py:"),
+    "aborts": ("CRASH", "killed by SIGABRT in aborts (backend.py:16), called by add (backend.py:9), called by "),
+    "killed": ("CRASH", "killed by SIGKILL, which is also how a system out of memory ends a process"),
+    "hangs": ("TIMEOUT", "no answer within 3 s"),
+    "hoards": ("CRASH", "out of memory: MemoryError: Unable to allocate 512. MiB"),
+    "leaves": ("CRASH", "exited with code 3: no such device"),
+    "fails": ("FAIL_ERROR", "RuntimeError: no such core"),
+}
+
+
+def additions() -> list[Case]:
+    return [c for c in cases(contracts()["add"]) if not c.fault and build(c).operands["a"].size]
+
+
+def mark(case: Case) -> int:
+    return zlib.crc32(build(case).operands["a"].tobytes())
+
+
+@pytest.fixture
+def deadly(install: Any) -> dict[str, str]:
+    """The plugin, and what happens in which case."""
+    victims = dict(zip(additions()[1:], SENTENCES))
+    install("deadly", DEADLY.format(deeds={mark(case): deed for case, deed in victims.items()}))
+    return {case.token: deed for case, deed in victims.items()}
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A plugin as an installer leaves it, for this process's workers and for commands."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
+
+    def write(name: str, backend: str) -> None:
+        package = folder / f"{name}_plugin"
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        (package / "backend.py").write_text(dedent(backend).lstrip())
+        info = folder / f"{name}_plugin-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[porthal.backends]\n{name} = {name}_plugin\n")
+
+    return write
+
+
+def command(*args: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Processes whose parent this one is."""
+    stats = [p.read_text().rpartition(")")[2].split() for p in Path("/proc").glob(f"{pid}/task/*/stat")]
+    assert stats
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+# -- what kills a worker ---------------------------------------------------------------------------------------------
+
+
+def test_a_case_that_takes_its_process_down_costs_that_case_alone(deadly: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    done = command("conform", "--backend", "deadly", "--op", "add", "--op", "cast", "--timeout", 3, "--json", file)
+    report = Report.from_json(file.read_text())
+    found = {r.token: r for r in report.results}
+    assert done.returncode == 1
+    assert len(deadly) == len(SENTENCES)
+    for token, deed in deadly.items():
+        verdict, message = SENTENCES[deed]
+        assert found[token].verdict == verdict
+        assert found[token].message.startswith(message)
+        assert (found[token].status, found[token].owner) == ("own", "deadly")  # known before the kernel was called
+        assert token in done.stdout
+    assert {r.verdict for t, r in found.items() if t not in deadly} == {"PASS"}
+    plan = [case.token for op in ("add", "cast") for case in cases(contracts()[op])]
+    assert [r.token for r in report.results] == plan
+    assert not file.with_name("report.json.journal").exists()
+
+
+def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
+    token = next(t for t, deed in deadly.items() if deed == "killed")
+    done = command("replay", token, "--backend", "deadly")
+    assert done.returncode == 1
+    assert done.stdout.startswith("CRASH: add by deadly's own kernel\nkilled by SIGKILL")
+
+
+def test_pytest_survives_as_well(install: Any, tmp_path: Path) -> None:
+    victim = additions()[0]
+    install("fatal", DEADLY.format(deeds={mark(victim): "aborts"}))
+    installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
+    options = ["-q", "-p", "no:cacheprovider", *plugin, "--porthal-backend=fatal", "-k", "add and not rms"]
+    (tmp_path / "test_mine.py").touch()
+    program = [sys.executable, "-m", "pytest", *options]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert re.search(r"^1 failed, \d\d passed", done.stdout, re.MULTILINE), done.stdout
+    assert "CRASH: add by fatal's own kernel" in done.stdout and f"FAILED ::{victim.token}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("os.abort()", "killed by SIGABRT in <module> (backend.py:2), called by _call_with_frames_removed"),
+        ("os._exit(7)", "exited with code 7"),
+        ("raise OSError('no driver')", "backend 'dead' is broken: OSError: no driver"),
+    ],
+)
+def test_a_backend_that_dies_at_its_start_is_one_sentence(install: Any, body: str, said: str) -> None:
+    install("dead", f"import os\n{body}\n")
+    done = command("conform", "--backend", "dead", "--op", "add")
+    assert (done.returncode, done.stdout) == (2, "")
+    prefix = "" if "broken" in said else "backend 'dead' does not start: "
+    assert done.stderr.startswith(f"porthal: {prefix}{said}") and done.stderr.count("\n") == 1
+
+
+def test_what_is_left_when_no_worker_starts_any_more_is_not_judged(install: Any, tmp_path: Path) -> None:
+    install(
+        "once",
+        f"""
+        import os
+        from pathlib import Path
+        from porthal.hal import Backend
+
+        Path({str(tmp_path / "starts")!r}).open("a").write("x")
+        if Path({str(tmp_path / "starts")!r}).stat().st_size > 1:
+            os._exit(9)
+
+        class Chip(Backend):
+            def add(self, a, b):
+                if len(a) == 17:
+                    os.abort()
+                return (a.astype("float32") + b.astype("float32")).astype(a.dtype)
+        """,
+    )
+    file = tmp_path / "run.journal"
+    report = run("once", ["add"], bounds=Bounds(workers=1), journal=file)
+    verdicts = [r.verdict for r in report.results]
+    at = verdicts.index("CRASH")
+    assert verdicts == ["PASS"] * at + ["CRASH"] + ["NOT_JUDGED"] * (len(verdicts) - at - 1) and 0 < at < len(verdicts) - 1
+    assert report.results[-1].message == "backend 'once' does not start: exited with code 9"
+    assert len(file.read_text().splitlines()) == 1 + at + 1  # the others are asked for again
+    assert (tmp_path / "starts").stat().st_size == 2
+
+
+def test_workers_end_with_the_run(install: Any) -> None:
+    before = workers_of(os.getpid())
+    run("reference", ["select_rows"])
+    assert workers_of(os.getpid()) == before
+
+
+def test_a_worker_that_hangs_ends_with_a_run_that_is_killed(install: Any, tmp_path: Path) -> None:
+    flag = tmp_path / "hangs"
+    install("stuck", f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\ntime.sleep(1000)\n")
+    run = subprocess.Popen([*PROGRAM, "conform", "--backend", "stuck", "--op", "add", "--workers", "1"], cwd=ROOT)
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not flag.exists():
+        time.sleep(0.05)
+    children = workers_of(run.pid)
+    run.kill()
+    run.wait()
+    while time.monotonic() < until and Path(f"/proc/{children[0]}").exists():
+        time.sleep(0.05)
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_a_script_without_a_main_guard_may_run(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text("from porthal.conformance import run\nprint(run('reference', ['select_rows']).summary)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    count = len(cases(contracts()["select_rows"]))
+    assert done.stdout == f"{count} of {count} cases passed ({count} own)\n", done.stderr
+
+
+def test_isolated_or_not_the_verdicts_are_the_same() -> None:
+    apart, here = run("reference", ["rms_norm"]), run("reference", ["rms_norm"], isolate=False)
+    assert [(r.token, r.verdict, r.worst, r.z) for r in apart.results] == [
+        (r.token, r.verdict, r.worst, r.z) for r in here.results
+    ]
+    assert (apart.environment, apart.place) == (here.environment, here.place)
+
+
+@pytest.mark.parametrize("name", ["workers", "timeout", "memory"])
+def test_bounds_are_positive(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name} is 0: expected more than 0$"):
+        Bounds(**{name: 0})
+
+
+# -- journals --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
+    """Ctrl-C while a kernel hangs: verdicts stay, workers do not, and the rest is asked for once."""
+    calls, flag = tmp_path / "calls", tmp_path / "hang"
+    flag.touch()
+    plan = cases(contracts()["add"])
+    victim = additions()[5]
+    before, later = plan[: plan.index(victim)], mark(victim)
+    install(
+        "slow",
+        f"""
+        import time, zlib
+        from pathlib import Path
+        from porthal.hal import Backend
+
+        class Chip(Backend):
+            def add(self, a, b):
+                Path({str(calls)!r}).open("a").write(f"{{zlib.crc32(a.tobytes())}} ")
+                if zlib.crc32(a.tobytes()) == {later} and Path({str(flag)!r}).exists():
+                    time.sleep(1000)
+                return (a.astype("float32") + b.astype("float32")).astype(a.dtype)
+        """,
+    )
+    file = tmp_path / "report.json"
+    journal = file.with_name("report.json.journal")
+    options = [*PROGRAM, "conform", "--backend", "slow", "--op", "add", "--workers", "1"]
+    stopped = subprocess.Popen([*options, "--json", file], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not (calls.exists() and str(later) in calls.read_text()):
+        time.sleep(0.05)
+    children = workers_of(stopped.pid)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.stderr is not None
+    assert stopped.stderr.read() == f"porthal: stopped: the same command with --resume {journal} continues\n"
+    assert stopped.wait(30) == 130
+    assert len(children) == 1 and not Path(f"/proc/{children[0]}").exists()
+    kept = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert [(r["token"], r["verdict"]) for r in kept] == [(c.token, "PASS") for c in before]
+
+    flag.unlink()
+    calls.unlink()
+    with journal.open("a") as torn:
+        torn.write('{"token": "add,T=')
+    done = subprocess.run([*options, "--json", file, "--resume", journal], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    report = Report.from_json(file.read_text())
+    assert [r.token for r in report.results] == [c.token for c in plan] and report.ok
+    assert calls.read_text().startswith(str(later))
+    assert not {str(mark(c)) for c in before if c in additions()} & set(calls.read_text().split())
+    assert len(journal.read_text().splitlines()) == 1 + len(report.results)
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.journal"
+    run("reference", ["select_rows"], journal=file)
+    with pytest.raises(UsageError, match=r'run\.journal is the journal of a run with level "bring-up", this one has "strict"'):
+        run("reference", ["select_rows"], level="strict", journal=file, resume=True)
+    lines = file.read_text().splitlines(keepends=True)
+    for name, value in (("backend", "torch"), ("suite", 0), ("numpy", "1.0")):
+        other = tmp_path / f"{name}.journal"
+        other.write_text(json.dumps(json.loads(lines[0]) | {name: value}) + "\n")
+        with pytest.raises(UsageError, match=f"is the journal of a run with {name} {json.dumps(value)}, this one has "):
+            run("reference", ["select_rows"], journal=other, resume=True)
+    rubbish = tmp_path / "report.json"
+    rubbish.write_text("[1]\n")
+    with pytest.raises(UsageError, match=r"report\.json is no journal of a conformance run"):
+        run("reference", ["select_rows"], journal=rubbish, resume=True)
+    assert rubbish.read_text() == "[1]\n"
+
+
+def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    facts = Facts.of(create("reference"))
+    case = cases(contracts()["moe_layer"])[0]
+    result = Result.of(case, Judgement("FAIL_VALUE", "y[0] is odd", 3.5, "y[0]", 2.0, -7.0), None, 1.25, ("linear",))
+    journal = Journal(tmp_path / "a", facts, "bring-up", resume=False)
+    journal.add(result)
+    journal.close()
+    again = Journal(tmp_path / "a", facts, "bring-up", resume=True)
+    again.close()
+    assert again.known == {case.token: result}

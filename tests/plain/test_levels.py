@@ -1,0 +1,172 @@
+"""Levels and profiles: what is required belongs to the contract, and only a chip's own kernels reach anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from porthal.backends.reference.backend import Reference
+from porthal.cli import app as cli
+from porthal.conformance import run
+from porthal.conformance.cases import LEVELS, Case, cases
+from porthal.conformance.levels import PROFILES, Reached, is_required, members, overall, reached, required
+from porthal.hal import UsageError, contracts, create, limits, multiple_of, one_of
+from porthal.model.config import Config
+from porthal.model.load import DEMO, profile, trace
+
+
+def truth(op):
+    """The reference's kernel as a method."""
+    return lambda self, *args, **attrs: create("reference").derive(contracts()[op])(*args, **attrs)
+
+
+def made(**members):
+    return type("Made", (Reference,), {"name": "made", **members})()
+
+
+# -- the domain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "within"),
+    [
+        ("rms_norm,T=17,H=6144,x:bf16,0", True),
+        ("rms_norm,T=0,H=6144,x:bf16,view=rows,0", True),
+        ("rms_norm,T=17,H=6144,x:fp16,0", False),
+        ("rms_norm,T=17,H=6144,x:bf16,weight:fp32,0", False),
+        ("rms_norm,T=17,H=96,x:bf16,0", False),
+        ("linear,T=1,K=6144,N=576,x:bf16,0", True),
+        ("linear,T=1,K=6144,N=576,out=float32,x:bf16,0", False),
+        ("indexer_scores,T=1,G=32,D=128,scale=0.015625000000000003,iq:bf16,batch=decode,block_size=64,0", True),
+        ("sparse_mla,T=2,N=64,C=512,R=64,k=2048,scale=0.0625,q_latent:bf16,batch=deep,block_size=64,0", True),
+        ("sparse_mla,T=2,N=64,C=512,R=64,k=128,scale=0.0625,q_latent:bf16,batch=deep,block_size=64,0", False),
+        ("take_rows,T=7,H=6144,M=17,x:bf16,0", False),
+        ("take_rows,T=7,H=6144,M=4,x:bf16,0", True),
+    ],
+)
+def test_the_domain_is_glm5s_dims_in_bfloat16_at_any_number_of_rows(token, within):
+    assert is_required(Case.from_token(token)) is within
+
+
+@pytest.mark.parametrize("op", contracts())
+def test_every_op_has_required_cases_at_every_level(op):
+    for level in LEVELS[:2]:
+        wanted = required(contracts()[op], level)
+        assert wanted and {c.token for c in wanted} < {c.token for c in cases(contracts()[op], level)}
+        assert not any(c.fault and is_required(c) and c.op not in ("index_prolog", "page_copy", "sample") for c in wanted)
+
+
+# -- what is reached -------------------------------------------------------------------------------------------------
+
+
+def level_of(machine, op):
+    return run(machine, [op]).levels[op]
+
+
+def test_own_kernels_reach_the_level():
+    n = len(required(contracts()["rms_norm"], "bring-up"))
+    assert level_of(made(rms_norm=truth("rms_norm")), "rms_norm") == Reached("bring-up", "", n, n, n)
+
+
+def test_inherited_kernels_never_count():
+    n = len(required(contracts()["rms_norm"], "bring-up"))
+    found = level_of(made(), "rms_norm")
+    assert found == Reached("none", "inherited", 0, 0, n) and str(found) == "none (inherited)" and found.fraction == f"0/{n}"
+
+
+def test_what_glm5_does_not_need_may_be_left_to_others():
+    """Limits that GLM-5's call fulfils cost nothing, however many other cases they leave out."""
+    narrow = limits(dtypes={"x": one_of("bfloat16")}, H=multiple_of(512))(truth("rms_norm"))
+    report = run(made(rms_norm=narrow), ["rms_norm"])
+    assert sum(r.own for r in report.results) < len(report.results) / 2
+    assert report.levels["rms_norm"].level == "bring-up"
+
+
+def test_a_narrow_claim_shows_as_a_fraction():
+    one_row = limits(T=1)(truth("rms_norm"))
+    found = level_of(made(rms_norm=one_row), "rms_norm")
+    assert (found.level, found.why) == ("none", "narrow") and 0 < found.claimed < found.required
+    assert found.claimed == found.passed
+    outside = limits(H=96)(truth("rms_norm"))
+    assert level_of(made(rms_norm=outside), "rms_norm").why == "inherited"
+
+
+def test_one_failure_in_the_domain_is_one_too_many():
+    def wrong(self, x, weight, *, eps=1e-5):
+        y = truth("rms_norm")(self, x, weight, eps=eps)
+        return -y if x.shape == (2, 6144) else y
+
+    report = run(made(rms_norm=wrong), ["rms_norm"])
+    found = report.levels["rms_norm"]
+    assert (found.level, found.why, found.claimed) == ("none", "failed", found.required) and found.passed < found.claimed
+    waived = [replace(r, verdict="WAIVED", waived=r.verdict) if r.failed else r for r in report.results]
+    assert str(reached("rms_norm", "bring-up", waived)) == "none (waived)"
+
+
+def test_a_run_of_some_dtypes_reaches_nothing():
+    report = run(made(rms_norm=truth("rms_norm")), ["rms_norm"], dtypes=["float32"])
+    assert str(report.levels["rms_norm"]) == "none (not all run)"
+    assert str(reached("add", "bring-up", report.results)) == "none (not run)"
+
+
+def test_a_composition_counts_when_all_its_parts_are_own():
+    parts = ("linear", "head_linear")
+    n = len(required(contracts()["mla_output"], "bring-up"))
+    complete = made(**{op: truth(op) for op in parts})
+    report = run(complete, ["mla_output"])
+    assert {(r.status, r.foreign) for r in report.results} == {("composed", ())}
+    assert report.levels["mla_output"] == Reached("bring-up", "", n, n, n)
+    report = run(made(linear=truth("linear")), ["mla_output"])
+    assert {r.foreign for r in report.results} == {("head_linear",)}
+    assert str(report.levels["mla_output"]) == "none (composed of inherited)"
+
+
+# -- profiles --------------------------------------------------------------------------------------------------------
+
+
+def test_inference_is_what_the_model_calls():
+    config = Config.read(DEMO)
+    step = {op for op, _ in trace(config)}
+    inside = {op for op, _ in trace(config, expand=True)}
+    composed = {op for op in contracts() if contracts()[op].decomposition}
+    generated = set(profile(config)) - inside - composed  # by generation alone, such as sampling
+    assert set(PROFILES["inference"]) == step | generated
+    assert set(PROFILES["moe"]) < set(PROFILES["inference"])
+
+
+def test_a_profile_holds_what_its_ops_are_composed_of():
+    assert {"moe_route", "moe_layer", "moe_experts", "grouped_gemm", "moe_permute", "silu_mul"} <= set(members("moe"))
+    assert set(members("inference")) == set(profile(Config.read(DEMO)))
+    assert members("training") == members("distributed") == []
+    with pytest.raises(UsageError, match="unknown profile 'vision': expected one of inference, moe"):
+        members("vision")
+
+
+def test_the_overall_level_is_the_worst_over_what_a_profile_calls():
+    good, bad = Reached("bring-up", "", 2, 2, 2), Reached("none", "inherited", 0, 0, 2)
+    assert overall({"moe_route": good, "moe_layer": good, "grouped_gemm": bad}, "bring-up", "moe") == "bring-up"
+    assert overall({"moe_route": good, "moe_layer": bad}, "bring-up", "moe") == "none: 1 of 2 ops have reached bring-up"
+    assert overall({"moe_route": good}, "strict", "moe") == "none: 1 of 2 ops have reached strict"
+
+
+def test_the_command_offers_these_profiles():
+    assert [p.value for p in cli.Profile] == list(PROFILES)
+
+
+def command(capsys, *args):
+    with pytest.raises(SystemExit) as left:
+        cli.app(["conform", *args], prog_name="porthal")
+    return left.value.code or 0, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["distributed", "training"])
+def test_an_empty_profile_is_nothing_to_test(capsys, name):
+    code, out, err = command(capsys, "--profile", name)
+    assert (code, out) == (2, "")
+    assert err == f"porthal: nothing to test: no contract belongs to profile {name} yet, choose another\n"
+
+
+def test_a_profile_and_an_op_are_one_too_many(capsys):
+    code, _, err = command(capsys, "--profile", "moe", "--op", "add")
+    assert code == 2 and err == "porthal: --profile moe with --op add: give one of the two\n"

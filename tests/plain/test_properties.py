@@ -1,0 +1,315 @@
+"""Any legal token builds and any other text is refused; what properties find is small, repeatable and fits in a file."""
+
+import hashlib
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from porthal.backends.reference.backend import Reference
+from porthal.cli.app import app
+from porthal.conformance import run
+from porthal.conformance.cases import FAR, SELECTIONS, VIEWS, Case, cases, elements
+from porthal.conformance.inputs import build
+from porthal.conformance.judge import Outcome, judge
+from porthal.conformance.properties import search
+from porthal.conformance.report import Result
+from porthal.conformance.runner import Bench, check, execute
+from porthal.conformance.saved import save
+from porthal.conformance.values import RECIPES
+from porthal.conformance.verdicts import Judgement
+from porthal.hal import Batch, Pages, Selection, Unavailable, UsageError, Weight, contracts, create, widen
+
+PLAIN = [case.token for contract in contracts().values() for case in cases(contract)]
+
+
+def backend(**members):
+    return type("Made", (Reference,), {"name": "made", "base": "reference", **members})()
+
+
+def passed(case):
+    """As if the case had been run: only builds it."""
+    inputs = build(case)
+    assert Case.from_token(case.token) == case
+    assert all(inputs.spec.dims.get(name, size) == size for name, size in case.dims), case.token
+    return Result.of(case, Judgement("PASS"), None, 0.0)
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
+
+NAMES = sorted({p.partition("=")[0] for t in PLAIN for p in t.split(",") if "=" in p})
+OPERANDS = sorted({o.name for c in contracts().values() for o in c.signature.operands})
+VALUES = st.sampled_from(
+    ["", "0", "1", "7", "-1", "1e999", "nan", "²", "True", *VIEWS, FAR, "mixed", "crowd", "0/0", "1/5+1/300/2", "3/2"]
+)  # fmt: skip
+PARTS = (
+    st.sampled_from(sorted({p for t in PLAIN for p in t.split(",")}))
+    | st.builds("{}={}".format, st.sampled_from(NAMES), VALUES | st.text(max_size=5))
+    | st.builds("{}~{}".format, st.sampled_from(OPERANDS), st.sampled_from([*RECIPES, *SELECTIONS]))
+    | st.text(max_size=8)
+)
+
+
+@st.composite
+def edited(draw):
+    """A token with parts replaced, added, dropped or doubled."""
+    parts = draw(st.sampled_from(PLAIN)).split(",")
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(parts) - 1))
+        parts[at : at + draw(st.integers(0, 1))] = draw(st.lists(PARTS, max_size=1))
+    return ",".join(parts)
+
+
+@settings(max_examples=500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(edited() | st.text())
+def test_text_is_a_case_or_refused_in_one_sentence(token):
+    try:
+        case = Case.from_token(token)
+    except UsageError as error:
+        assert "\n" not in str(error)
+        return
+    if elements(case) < 2**18:
+        passed(case)
+
+
+REFUSED = {
+    "rms_norm,T=2,0": "lacks H",
+    "rms_norm,T=2,H=0,0": "H is 0",
+    "rms_norm,T=2,T=3,H=4,0": "given twice",
+    "rms_norm,T=2,H=4,K=4,0": "K is none of its sizes",
+    "rms_norm,T=2,H=4,x:int32,0": "none of its dtypes",
+    "rms_norm,T=2,H=4,x~routed,0": "routed makes no x",
+    "rms_norm,T=2,H=4,batch=mixed,0": "takes no batch",
+    "rms_norm,T=2,H=4,-weight,0": "cannot be left out",
+    "rms_norm,T=1000000,H=1000000,0": "numbers, expected at most",
+    "rms_norm,T=2,H=4,eps=0.0,0": "requires eps > 0",
+    "topk,T=2,k=1,block_size=16,0": "lacks batch",
+    "topk,T=2,k=1,batch=1/4,block_size=16,0": "1 query rows, expected T = 2",
+    "topk,T=2,k=1,batch=2/1,block_size=16,0": "at least its own query rows",
+    "topk,T=10,k=1,batch=9/9+1/1,block_size=16,0": "come first",
+    "topk,T=2,k=1,batch=1/40+1/40/4,block_size=16,0": "shares 4 pages with the one before, expected at most 3",
+    "kv_write,T=2,A=8,B=8,batch=1/40+1/40/3,block_size=16,0": "shares 3 pages with the one before, expected at most 2",
+    "kv_write,T=2,A=8,B=8,batch=crowd,block_size=16,0": "cannot be written",
+    "take_rows,T=0,H=4,M=0,fault=range,0": "no index",
+    "select_rows,M=3,T=0,k=4,0": "nothing to point to",
+    "moe_route,T=2,E=4,k=5,scale=1.0,0": "requires 1 <= k <= E",
+}
+
+
+@pytest.mark.parametrize("token", REFUSED)
+def test_refusals_say_why(token):
+    with pytest.raises(UsageError, match=REFUSED[token]):
+        Case.from_token(token)
+
+
+def test_rotated_widths_must_be_even():
+    """Found by properties: the rope inside cannot turn an odd number of elements."""
+    for token, sentence in (
+        ("index_prolog,T=1,Q=8,H=8,G=1,D=8,theta=1e6,width=3,batch=1/1,block_size=16,0", "width to be even"),
+        ("mla_prolog,T=1,H=8,Q=8,N=1,D=8,C=8,R=3,theta=1e6,eps=1e-5,batch=1/1,block_size=16,0", "R to be even"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            Case.from_token(token)
+
+
+def test_requests_of_a_token_share_pages():
+    batch = build(Case.from_token("kv_write,T=9,A=8,B=8,batch=1/40+1/80/2+7/50/2,block_size=16,0")).batch
+    assert batch.q_len.tolist() == [1, 1, 7] and batch.kv_len.tolist() == [40, 80, 50]
+    first, second, third = batch.block_table
+    assert first[:2].tolist() == second[:2].tolist() == third[:2].tolist()
+    assert len(set(first[2:3]) | set(second[2:5]) | set(third[2:4])) == 6
+
+
+def test_every_copied_page_exists():
+    """Found by properties: M pages were cut to the 6 that the cache had."""
+    inputs = build(Case.from_token("page_copy,M=17,A=8,B=8,block_size=16,0"))
+    assert len(set(inputs.operands["target"].tolist())) == 17 < inputs.operands["pages"].spec.n_blocks
+
+
+def bytes_of(value):
+    arrays = value.leaves() if isinstance(value, (Batch, Selection, Pages, Weight)) else (value,)
+    return b"".join(np.ascontiguousarray(a).tobytes() for a in arrays if a is not None)
+
+
+PINNED = {
+    "linear,T=3,K=7,N=5,x:bf16,x~large,0": "12a73ee536ad1674",
+    "moe_experts,T=5,H=4,I=3,E=3,k=2,first_expert=1,x:fp16,ids~wild,0": "5318d7480e4e58a6",
+    "sparse_mla,T=3,N=2,C=8,R=4,k=5,scale=0.5,batch=1/9+2/30/0,block_size=16,sel~short,0": "b1628a3a68deec38",
+    "mla_prolog,T=4,H=6,Q=4,N=2,D=4,C=8,R=4,theta=10000.0,eps=1e-05,h:fp32,batch=mixed,block_size=64,7": "d1ff8f1ca3d81b5c",
+    "sample,T=6,V=11,logits:bf16,logits~ties,0": "90bbbcda53a87d49",
+    "grouped_gemm,M=12,K=3,N=2,E=5,x~denormal,counts~skewed,0": "c1b1d3b638c5312e",
+}
+
+
+@pytest.mark.parametrize("token", PINNED)
+def test_inputs_are_the_same_bits_on_every_machine(token):
+    found = hashlib.sha256(b"".join(bytes_of(v) for v in build(Case.from_token(token)).operands.values()))
+    assert found.hexdigest()[:16] == PINNED[token]
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", sorted(contracts()))
+def test_drawn_cases_are_legal_and_differ(op):
+    drawn = search(contracts()[op], 12, passed)
+    assert len({r.token for r in drawn}) == len(drawn) >= 8
+
+
+def test_drawn_cases_go_where_no_plan_goes():
+    tokens = [r.token for op in ("kv_write", "topk", "moe_experts") for r in search(contracts()[op], 50, passed)]
+    for wanted in (f"view={FAR}", "view=transposed", "ids~wild", "ids~repeated", "block_size=16", "T=0,"):
+        assert any(wanted in t for t in tokens), wanted
+    batches = [r.split("/") for t in tokens for p in t.split(",") if p.startswith("batch=") for r in p[6:].split("+")]
+    assert any(len(r) == 3 for r in batches)
+    assert any(r[0] == "0" and r[1] != "0" for r in batches) and any(r[0] != "0" and r[1] == "0" for r in batches)
+
+
+def test_the_seed_decides():
+    first, again, other = ([r.token for r in search(contracts()["rope"], 10, passed, seed)] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_drawn_cases_keep_to_the_dtypes():
+    drawn = search(contracts()["linear"], 10, passed, dtypes=["float16"])
+    assert drawn and all("x:fp16" in r.token for r in drawn)
+
+
+def off_from_five_columns(self, x, weight, *, eps=1e-5):
+    y = create("reference").derive(contracts()["rms_norm"])(x, weight, eps=eps)
+    return y * np.array(1 if x.shape[1] < 5 else 1.5, y.dtype)
+
+
+def test_what_fails_is_the_smallest_that_does():
+    made = backend(rms_norm=off_from_five_columns)
+    report = run(made, ["rms_norm"], dtypes=["bfloat16"], properties=40)
+    smallest = report.failures[-1]
+    assert smallest.token == "rms_norm,T=1,H=5,x:bf16,0" and smallest.verdict == "FAIL_VALUE"
+    assert "replay 'rms_norm,T=1,H=5,x:bf16,0'" in report.replay(smallest)
+    assert check(Case.from_token(smallest.token), Bench(made)).message == smallest.message
+
+
+def test_drawn_cases_run_in_workers():
+    plan = len(cases(contracts()["cast"]))
+    report = run("reference", ["cast"], properties=5)
+    assert report.ok and len(report.results) == plan + 5
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "topk", "kv_write", "sparse_mla", "moe_experts", "page_copy"])
+def test_the_reference_has_every_property(op):
+    bench = Bench(create("reference"))
+    drawn = search(contracts()[op], 8, lambda case: check(case, bench), seed=3)
+    assert [r.message for r in drawn if r.failed] == []
+
+
+def test_without_hypothesis_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    monkeypatch.delitem(sys.modules, "porthal.conformance.properties")
+    with pytest.raises(Unavailable, match="pip install"):
+        importlib.import_module("porthal.conformance.properties")
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "linear,T=20,K=256,N=64,x:bf16,x~denormal,w~integer,0",
+        "rms_norm,T=20,H=64,x:bf16,x~denormal,0",
+        "silu_mul,T=20,I=64,x:fp32,x~denormal,0",
+    ],
+)
+def test_chips_may_take_denormals_for_zeros(token):
+    """Found by properties: bfloat16 products of PyTorch on x86 are zero then."""
+    inputs = build(Case.from_token(token))
+    x = inputs.operands["x"]
+    zeros = {"y": np.zeros((20, 64), x.dtype)}
+    assert judge(inputs, Outcome(zeros, zeros)).verdict == "PASS"
+    twice = {"y": np.full((20, 64), 2.0**-100, x.dtype)}
+    assert judge(inputs, Outcome(twice, twice)).verdict == "FAIL_VALUE"
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def printed(file):
+    done = subprocess.run([sys.executable, "-I", file.with_name("check.py")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_saved_case_is_judged_without_porthal(tmp_path):
+    token = "rms_norm,T=3,H=5,x:bf16,0"
+    file = save(token, backend(rms_norm=off_from_five_columns), tmp_path / "new")
+    script = file.with_name("check.py").read_text()
+    assert "porthal" not in script and len(script.splitlines()) < 16
+    title, line = printed(file)
+    assert title == f"{token} on made: permitted is 4 times the error budget"
+    worst = float(line.split("worst by ")[1].split()[0])
+    found = check(Case.from_token(token), Bench(backend(rms_norm=off_from_five_columns)))
+    assert line.startswith("y: 15 of 15 differ") and worst == pytest.approx(found.worst, rel=0.01)
+    kept = np.load(file)
+    inputs = build(Case.from_token(token))
+    np.testing.assert_array_equal(kept["in/x"], widen(inputs.operands["x"]))
+    assert kept["dtype/x"] == "bfloat16" and kept["attr/eps"] == 1e-5
+    assert np.abs(kept["got/y"] / kept["golden/y"] - 1.5).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "kv_write,T=3,A=4,B=2,batch=1/9+2/30,block_size=16,0",
+        "indexer_topk,T=3,G=2,D=8,k=4,scale=0.5,batch=1/9+2/30,block_size=16,0",
+        "moe_route,T=3,E=9,k=2,scale=1.0,0",
+        "grouped_gemm,M=12,K=3,N=2,E=5,0",
+        "select_rows,M=3,T=4,k=4,0",
+        "argmax,T=3,V=9,logits~special,0",
+    ],
+)
+def test_every_kind_of_result_is_saved(tmp_path, token):
+    lines = printed(save(token, create("reference"), tmp_path))[1:]
+    results = contracts()[token.partition(",")[0]].signature.results
+    assert {line.partition(":")[0].partition(".")[0] for line in lines} == {r.name for r in results}
+    assert all(float(line.split("worst by ")[1].split()[0]) <= 1 for line in lines), lines
+
+
+def test_a_saved_batch_is_the_batch(tmp_path):
+    token = "sparse_mla,T=3,N=2,C=8,R=4,k=5,scale=0.5,batch=1/9+2/30,block_size=16,0"
+    kept, inputs = np.load(save(token, create("reference"), tmp_path)), build(Case.from_token(token))
+    batch, kv = inputs.batch, inputs.operands["kv"]
+    for name in ("cu_q", "kv_len", "block_table", "block_size"):
+        np.testing.assert_array_equal(kept[f"in/batch.{name}"], getattr(batch, name))
+    np.testing.assert_array_equal(kept["in/kv.c"], widen(kv["c"]))
+    np.testing.assert_array_equal(kept["in/sel.indices"], inputs.operands["sel"].native.indices)
+
+
+def test_the_commands(tmp_path, capsys):
+    def call(*args):
+        with pytest.raises(SystemExit) as left:
+            app([*args], prog_name="porthal")
+        return left.value.code or 0, *capsys.readouterr()
+
+    token = "take_rows,T=4,H=3,M=2,0"
+    code, out, err = call("replay", token, "--backend", "reference", "--save", str(tmp_path))
+    assert code == 0 and out.startswith("PASS") and f"python {tmp_path / 'check.py'}" in err
+    assert printed(tmp_path / "case.npz")[1] == "y: 0 of 6 differ, the worst by 0 times its budget, at flat index 0"
+    code, _, err = call("replay", "take_rows,T=4,H=3,M=2,fault=dtype,0", "--backend", "reference", "--save", str(tmp_path))
+    assert code == 2 and "deliberate mistake" in err
+    code, out, _ = call("conform", "--backend", "reference", "--op", "take_rows", "--properties", "5", "--seed", "2")
+    assert code == 0 and f"{len(cases(contracts()['take_rows'])) + 5} of" in out
+
+
+def test_far_rows_are_far():
+    strides = []
+
+    def add(self, a, b):
+        strides.append(a.strides[0])
+        return create("reference").derive(contracts()["add"])(a, b)
+
+    made = backend(add=add)
+    inputs = build(Case.from_token(f"add,T=5,H=3,view={FAR},0"))
+    outcome = execute(Bench(made).binding(inputs), inputs)
+    assert judge(inputs, outcome).verdict == "PASS"
+    assert min(strides) * 4 >= 2**31

@@ -1,0 +1,102 @@
+"""The suite is tested: what is planted is found, what is honest is accepted."""
+
+import pytest
+
+from porthal.conformance.cases import elements
+from porthal.conformance.selftest import planting
+from porthal.conformance.selftest.planting import SCORED, Defect, defects, edited, plant, planted
+from porthal.conformance.selftest.run import COSTLY, LEVEL, Score, Trial, attempt, plan, sampled, self_test, tasks
+from porthal.conformance.selftest.variants import variants
+from porthal.hal import UsageError, contracts
+
+
+def test_every_op_has_planted_defects_and_honest_variants():
+    planted_in = {d.op for d in defects()}
+    assert planted_in == {v.op for v in variants()} == set(contracts())
+    assert len(defects()) >= 80
+    assert len({d.kind for d in defects()}) >= 25
+    assert LEVEL == "standard"
+
+
+def test_exceptions_are_explained():
+    for d in defects():
+        assert set(d.dtypes) <= set(SCORED) and d.dtypes, d.key
+        assert bool(d.why) == (d.dtypes != SCORED), d.key
+        assert d.old != d.new, d.key
+        if d.equivalent:
+            assert d.equivalent.count(" ") > 8, d.key
+    assert sum(bool(d.equivalent) for d in defects()) < len(defects()) / 20
+
+
+def test_every_edit_applies():
+    for d in defects():
+        assert planted(d).name == "planted"
+    for v in variants():
+        if v.edits:
+            plant(v.key, v.source, *v.edits)
+
+
+def test_an_edit_that_no_longer_applies_is_an_error():
+    with pytest.raises(UsageError, match="x: its snippet stands 0 times in backend, expected once"):
+        edited("backend", (("no such line", ""),), "x")
+    with pytest.raises(UsageError, match="expected once; renew it: 'return'"):
+        edited("backend", (("return", ""),), "x")
+
+
+def test_planting_leaves_the_real_backend_alone():
+    from porthal.backends.torch import backend
+
+    before = dict(vars(backend)), dict(vars(backend.Torch))
+    made = planted(next(d for d in defects() if d.source == "ranking"))
+    assert type(made) is not backend.Torch
+    assert (dict(vars(backend)), dict(vars(backend.Torch))) == before
+
+
+def test_a_kernel_without_a_defect_escapes_and_one_with_it_does_not(monkeypatch):
+    whole = "return _rows_or_zero(x, rows)\n"
+    same = Defect("take_rows", "nothing", "none", whole, "return _rows_or_zero(x, rows + 0)\n")
+    gone = Defect("take_rows", "raises", "error", whole, "raise RuntimeError\n")
+    monkeypatch.setattr(planting, "defects", lambda: (same, gone))
+    monkeypatch.setattr("porthal.conformance.selftest.run.defects", lambda: (same, gone))
+    escaped = attempt(("defect", same.key, "bfloat16", 0))
+    caught = attempt(("defect", gone.key, "bfloat16", 0))
+    assert not escaped.token and escaped.cases > 20
+    assert caught.verdict == "FAIL_ERROR" and caught.token.startswith("take_rows,") and caught.cases == 1
+
+
+def test_the_score_fails_on_escapes_alarms_and_idleness():
+    good = Trial("add", "x", "float32", 0, "add,T=1,0", "FAIL_VALUE", "", 1, 0.0)
+    bad = Trial("add", "x", "float32", 0, "", "", "", 9, 0.0)
+    idle = Trial("add", "x", "float32", 0, "", "", "", 0, 0.0)
+    assert Score((good,), (bad,), (), 0.0).exit_code == 0
+    assert Score((bad,), (bad,), (), 0.0).exit_code == 1
+    assert Score((good,), (good,), (), 0.0).exit_code == 1
+    assert Score((good,), (idle,), (), 0.0).exit_code == 1
+
+
+def test_seeds_make_other_cases_and_all_have_their_turn():
+    first, second = sampled("linear", 0), sampled("linear", 1)
+    assert {c.seed for c in first} == {0} and {c.seed for c in second} == {1}
+    assert {c.token for c in first}.isdisjoint(c.token for c in second)
+    turns = {c.token.rpartition(",")[0] for seed in range(20) for c in sampled("linear", seed)}
+    everything = {c.token.rpartition(",")[0] for c in plan("linear") if elements(c) <= COSTLY}
+    assert turns == everything
+
+
+def test_unknown_ops_are_refused():
+    with pytest.raises(UsageError, match="unknown op 'softmax'"):
+        tasks(["softmax"])
+
+
+def test_truncation_and_a_rounded_weight_are_seen_beside_permitted_roundings():
+    """Both hide in what a norm may round; the first leans to one side, the second is the same in all rows."""
+    for name in ("truncates", "weight-in-the-dtype-of-x"):
+        trial = attempt(("defect", f"rms_norm/{name}", "bfloat16", 0))
+        assert trial.verdict == "FAIL_VALUE", name
+
+
+def test_quick_score():
+    """One defect of each class and op in every dtype it has, and the honest variants at two seeds."""
+    score = self_test(quick=True)
+    assert score.exit_code == 0, "\n".join(str(t) for t in (*score.escaped, *score.alarms, *score.idle))
+    assert len(score.caught) > 200 and len(score.passed) > 200
