@@ -19,7 +19,9 @@ help:           ## what can be made
 	.venv-demo/bin/pip install -e .
 	touch $@
 
-# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
+# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart. One thread: the
+# tests' matrices are so small that a second one costs more than it brings.
+test: export OMP_NUM_THREADS = 1
 test: lint types  ## lint, types and all tests
 	.venv/bin/pytest tests/house tests/plain tests/native tests/torch tests/browser
 	.venv/bin/pytest tests/emulated
