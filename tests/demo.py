@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import porthal
 from porthal.model import DEMO, Glm5, load
@@ -48,3 +49,21 @@ def explained(backend: str, dtype: str, tokens: int = 48) -> bool:
     narrow, wide = (model("reference", d).forward(shared)[-1] for d in (dtype, "float32"))
     top = np.sort(narrow)[-2:]
     return bool(top[1] - top[0] <= 2 * np.abs(narrow - wide).max())
+
+
+class SameAsReference:
+    """What every backend owes the demo checkpoint; a subclass names the backend."""
+
+    backend: str
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_bits_per_byte_are_the_references(self, dtype):
+        assert bits_per_byte(self.backend, dtype) == pytest.approx(reference_bits(dtype), rel=1e-3)
+
+    def test_text_is_the_references_in_float32_with_and_without_drafts(self):
+        expected = text("reference", "float32")
+        assert text(self.backend, "float32") == expected
+        assert text(self.backend, "float32", speculative=3) == expected
+
+    def test_text_differs_in_bfloat16_only_where_logits_nearly_tie(self):
+        assert explained(self.backend, "bfloat16")

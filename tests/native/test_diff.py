@@ -1,21 +1,7 @@
-"""The native CPU backend in lockstep with the reference: no op exceeds its budget, and its choices are honest."""
+"""The native CPU backend in lockstep with the reference."""
 
-import pytest
-
-from porthal import bind
-from porthal.conformance.diff import diff
-from porthal.model import profile
-from porthal.model.config import Config
-from tests.oracles.tiny import PROMPT
+from tests.lockstep import Honest
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("glm5", "float32"), ("glm52", "bfloat16")])
-def test_no_op_exceeds_its_budget(checkpoints, kind, dtype):
-    directory = checkpoints[kind]
-    theirs = bind("cpu", profile=profile(Config.read(directory), dtype), overrides={}, fallback="error")
-    found = diff(theirs, PROMPT[:40], directory, dtype, decode=1)
-    assert found.at_fault is None, found.sentence
-    assert sum(layer.wrong for layer in found.layers) == 0
-    assert 0 < max(layer.accumulated for layer in found.layers) < {"float32": 1e-5, "bfloat16": 0.05}[dtype]
-    if dtype == "float32":  # the tiny checkpoints' choices are further apart than float32 rounds
-        assert found.first_flip is None
+class TestCpu(Honest):
+    backend = "cpu"

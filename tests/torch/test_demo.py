@@ -1,20 +1,7 @@
 """The demo checkpoint on the torch backend, against the reference."""
 
-import pytest
-
-from tests import demo
+from tests.demo import SameAsReference
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_per_byte_are_the_references(dtype):
-    assert demo.bits_per_byte("torch", dtype) == pytest.approx(demo.reference_bits(dtype), rel=1e-3)
-
-
-def test_text_is_the_references_in_float32_with_and_without_drafts():
-    expected = demo.text("reference", "float32")
-    assert demo.text("torch", "float32") == expected
-    assert demo.text("torch", "float32", speculative=3) == expected
-
-
-def test_text_differs_in_bfloat16_only_where_logits_nearly_tie():
-    assert demo.explained("torch", "bfloat16")
+class TestTorch(SameAsReference):
+    backend = "torch"
