@@ -369,13 +369,8 @@ class _Plan:
         floats = [name for name, recipes in listed.items() if recipes[0] in FLOATING]
         floats.sort(key=lambda name: self.contract.signature[name].kind != "array")
         for name, recipes in listed.items():
-            domain = plain(self.contract) if name in floats[:1] else RELATED.get(recipes[0], ())
+            domain = PLAIN if name in floats[:1] else RELATED.get(recipes[0], ())
             yield from ((name, recipe) for recipe in domain if recipe not in recipes)
-
-
-def plain(contract: Contract) -> Sequence[str]:
-    """Values that an op bears in any float operand; between the steps of a composite denormal ones lose their digits."""
-    return [recipe for recipe in PLAIN if recipe != "denormal" or not contract.decomposition]
 
 
 def _takes_integers(contract: Contract, operand: str) -> bool:

@@ -18,13 +18,12 @@ from porthal.conformance.cases import (
     cases,
     elements,
     options,
-    plain,
     rows_symbol,
 )
 from porthal.conformance.inputs import build
 from porthal.conformance.invariance import disturbed
 from porthal.conformance.runner import RUNS
-from porthal.conformance.values import FLOATING
+from porthal.conformance.values import FLOATING, PLAIN
 from porthal.hal import contracts
 
 ROUTING = ("crowded", "deserted", "holes", "away", "repeated", "wild")
@@ -66,12 +65,12 @@ def omission(op: str) -> str:
 
 
 def values(op: str) -> str:
-    """Zeros, equal numbers and, but for composites, denormals; infinities, NaN and large ones where a contract lists them."""
+    """Zeros, equal numbers, denormals; infinities, NaN and large ones where a contract lists them."""
     contract = contracts()[op]
     if not any(options(contract, o.name)[0] in FLOATING for o in contract.signature.operands if o.kind != "Batch"):
         return ""
     met = {recipe for case in plan(op) for _, recipe in case.recipes}
-    return _lacking(v for v in plain(contract) if v not in met)
+    return _lacking(v for v in PLAIN if v not in met)
 
 
 def routing(op: str) -> str:

@@ -2,6 +2,7 @@
 
 In golden mode every helper is exact float64 arithmetic. In noise mode (`with noise(...)`) it perturbs its result by what
 an honest machine may do at that point, so that running a reference a few times yields the error budget of any formula.
+The sign is a hash of the value: a machine rounds equal numbers alike, and a sum over them adds up what they are off by.
 
 dot, total       a reduction of K terms accumulated in float32: +-sqrt(K) * 2^-24 * (the same sum of magnitudes)
 may_round        a value that may be stored in a narrow dtype: +-u * |v| where the contract's dtype permits
@@ -38,11 +39,19 @@ class Noise:
         self.met = 0  # perturbations so far, of which `only` the given one is made
         self.reduced = False  # a reduction was met: errors of one row are shared among its elements
 
-    def signs(self, shape: tuple[int, ...]) -> Array:
+    def signs(self, value: Array) -> Array:
+        """1 or -1, the same for values that float32 cannot tell apart, the other for their negatives."""
         self.met += 1
+        salt = self.rng.integers(2**32, dtype=np.uint32)
         if self.only is not None and self.only != self.met - 1:
-            return np.zeros(shape)
-        return self.rng.integers(0, 2, shape).astype(np.float64) * 2 - 1
+            return np.zeros(value.shape)
+        with np.errstate(over="ignore"):
+            single = np.asarray(value, np.float32)
+            word = (np.abs(single).view(np.uint32) ^ salt) * np.uint32(0x9E3779B1)
+            word ^= word >> np.uint32(15)
+            word *= np.uint32(0x85EBCA77)
+            word ^= single.view(np.uint32)
+        return np.copysign(1.0, word.view(np.int32))
 
 
 _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
@@ -71,7 +80,7 @@ def dot(subscripts: str, a: Array, b: Array) -> Array:
     size = dict(zip(left.replace(",", ""), a.shape + b.shape))
     terms = np.prod([n for s, n in size.items() if s not in right]) if value.size else 1
     magnitude = _contract(subscripts, np.abs(a), np.abs(b))
-    return np.asarray(value + mode.signs(value.shape) * (np.sqrt(float(terms)) * U_ACC) * magnitude)
+    return np.asarray(value + mode.signs(value) * (np.sqrt(float(terms)) * U_ACC) * magnitude)
 
 
 def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
@@ -82,7 +91,7 @@ def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
         return value
     mode.reduced = True
     magnitude = np.sum(np.abs(x), axis=axis, keepdims=keepdims)
-    return np.asarray(value + mode.signs(value.shape) * np.sqrt(max(x.shape[axis], 1)) * U_ACC * magnitude)
+    return np.asarray(value + mode.signs(value) * np.sqrt(max(x.shape[axis], 1)) * U_ACC * magnitude)
 
 
 def may_round(name: str, value: Array, to: str) -> Array:
@@ -109,7 +118,7 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
 
 def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED) -> Array:
     with np.errstate(invalid="ignore"):
-        return np.asarray(value + mode.signs(value.shape) * (u * np.abs(value) + least) / np.sqrt(3))
+        return np.asarray(value + mode.signs(value) * (u * np.abs(value) + least) / np.sqrt(3))
 
 
 def softmax(x: Array) -> tuple[Array, Array]:

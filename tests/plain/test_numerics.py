@@ -208,6 +208,26 @@ def test_the_seed_decides_the_noise(rng: np.random.Generator) -> None:
     assert (run(5) != run(6)).any()
 
 
+def test_equal_values_are_rounded_alike_and_negatives_in_mirror_image(rng: np.random.Generator) -> None:
+    x = rng.standard_normal(1000)
+    with noise(rng, DTYPES):
+        error = single(np.stack([x, x, -x])) - np.stack([x, x, -x])
+        again = single(x) - x
+        scalar = float(total(x[:4])) - x[:4].sum()
+    np.testing.assert_array_equal(error[0], error[1])
+    np.testing.assert_array_equal(error[0], -error[2])
+    assert abs(np.sign(error[0] * again).mean()) < 5 / np.sqrt(1000)  # each point has signs of its own
+    assert abs(np.sign(error[0]).mean()) < 5 / np.sqrt(1000)
+    assert scalar != 0
+
+
+def test_a_sum_over_equal_values_adds_up_their_error(rng: np.random.Generator) -> None:
+    """1000 roundings of one number are 1000 times off, not sqrt(1000) times."""
+    with noise(rng, DTYPES):
+        error = may_round("p", np.full(1000, 0.3), to="bfloat16").sum() - 300
+    assert abs(error) == pytest.approx(300 * 2.0**-8 / np.sqrt(3), rel=1e-6)
+
+
 def test_points_are_recorded_in_the_order_met(rng: np.random.Generator) -> None:
     experts = contracts()["moe_experts"].reference
     ids, ones = np.array([[0, 1]], np.int32), np.ones((1, 2))

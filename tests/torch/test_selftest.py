@@ -2,12 +2,13 @@
 
 import pytest
 
-from porthal.conformance.cases import elements
+from porthal.conformance.cases import Case, elements
+from porthal.conformance.runner import Bench, check
 from porthal.conformance.selftest import planting
 from porthal.conformance.selftest.planting import SCORED, Defect, defects, edited, plant, planted
 from porthal.conformance.selftest.run import COSTLY, LEVEL, Score, Trial, attempt, plan, sampled, self_test, tasks
 from porthal.conformance.selftest.variants import variants
-from porthal.hal import UsageError, contracts
+from porthal.hal import UsageError, contracts, create
 
 
 def test_every_op_has_planted_defects_and_honest_variants():
@@ -93,6 +94,26 @@ def test_truncation_and_a_rounded_weight_are_seen_beside_permitted_roundings():
     for name in ("truncates", "weight-in-the-dtype-of-x"):
         trial = attempt(("defect", f"rms_norm/{name}", "bfloat16", 0))
         assert trial.verdict == "FAIL_VALUE", name
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "mla_prolog,T=2,H=256,Q=128,N=8,D=32,C=512,R=64,theta=1000000.0,eps=0.5,h:fp16,h~denormal,q_a~equal,q_norm~equal,"
+        "q_b~equal,kv_a~equal,kv_norm~denormal,w_uk~equal,kv~equal,batch=prefill,block_size=64,0",
+        "mla_prolog,T=2,H=256,Q=128,N=8,D=32,C=512,R=64,theta=1000000.0,eps=1e-05,h:fp16,h~denormal,q_a~equal,q_norm~equal,"
+        "q_b~equal,kv_a~denormal,kv_norm~equal,w_uk~equal,kv~equal,batch=prefill,block_size=64,0",
+        "mla_prolog,T=2,H=256,Q=128,N=8,D=32,C=512,R=64,theta=1000000.0,eps=0.5,h:fp16,q_a~equal,q_norm~denormal,h~equal,"
+        "q_b~equal,kv_a~equal,kv_norm~equal,w_uk~equal,kv~equal,batch=prefill,block_size=64,0",
+        "mla_prolog,T=2,H=256,Q=128,N=8,D=32,C=512,R=64,theta=1000000.0,eps=0.5,h:fp16,q_b~denormal,h~equal,q_a~equal,"
+        "q_norm~equal,kv_a~equal,kv_norm~equal,w_uk~equal,kv~equal,batch=prefill,block_size=64,0",
+        "mtp_input,T=1,H=6,eps=1e-05,e:bf16,enorm:fp32,hnorm:fp32,e~equal,g~equal,enorm~equal,hnorm~equal,eh_proj~ties,0",
+    ],
+)
+def test_equal_numbers_are_one_sample(token):
+    """Every weight alike: each rounding is shared by all results, none of which cancels or makes a mean."""
+    result = check(Case.from_token(token), Bench(create("torch")), "standard")
+    assert result.verdict == "PASS", result.explain()
 
 
 def test_quick_score():
