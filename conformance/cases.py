@@ -243,8 +243,8 @@ class _Plan:
             for seed, combo in product((1, 2, 3), self.combos):
                 yield from self._made(rows=65, dtypes=combo, seed=seed)
         if not self.few:
-            for recipe in self._unlisted():
-                yield from self._made(recipes=(recipe,), dtypes=self._next())
+            for recipe, combo in product(self._unlisted(), self.combos):
+                yield from self._made(recipes=(recipe,), dtypes=combo, rows=33)
         yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())

@@ -15,7 +15,7 @@ from porthal.conformance.cache import recall
 from porthal.conformance.inputs import Array, Inputs
 from porthal.hal import Pages, Weight
 from porthal.hal.dtypes import widen
-from porthal.hal.numerics import FLUSHED, Noise, noise
+from porthal.hal.numerics import FLUSHED, ROUNDED, Noise, noise
 
 RUNS = 8  # noisy runs of the reference behind one sigma
 
@@ -98,6 +98,7 @@ class Golden:
         named = _as_dict if function else self._named
         exact = _floats(named(self.call(function, *extra)) if function else self._results)
         function = function or self.contract.reference
+        turned = np.inf if function is self.contract.scores else 0.0  # a score that an inner choice may exclude is free
         modes: list[Noise] = []
 
         def deviation(run: int, only: int | None = None) -> dict[str, Array]:
@@ -106,7 +107,7 @@ class Golden:
                 noisy = _floats(named(self.call(function, *extra)))
             modes.append(mode)
             with np.errstate(invalid="ignore", over="ignore"):
-                return {k: np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=0.0) for k, v in noisy.items()}
+                return {k: np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=turned) for k, v in noisy.items()}
 
         first = deviation(0)
         if modes[0].reduced:
@@ -115,13 +116,16 @@ class Golden:
             spreads = {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
         else:
             # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
-            square, total = _sums(exact, (deviation(point, point) for point in range(modes[0].met)))
+            points = (*range(modes[0].met), *[ROUNDED] * bool(turned))
+            square, total = _sums(exact, (deviation(abs(point), point) for point in points))
             spreads = {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
         flushed = {n: _flushed(v) for n, v in self.operands.items()}
         if all(flushed[n] is v for n, v in self.operands.items()):
             return spreads
         least = _floats(named(self.call(function, *extra, operands=flushed)))
-        return {k: s.wider(np.nan_to_num(np.abs(least[k] - s.value), nan=0.0, posinf=0.0)) for k, s in spreads.items()}
+        with np.errstate(invalid="ignore"):
+            off = {k: np.nan_to_num(np.abs(least[k] - s.value), nan=0.0, posinf=0.0) for k, s in spreads.items()}
+        return {k: s.wider(off[k]) for k, s in spreads.items()}
 
     def exactly(self) -> dict[str, Spread]:
         """The float results of an op that has one right answer."""

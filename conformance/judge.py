@@ -188,11 +188,7 @@ def judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Str
         raise Failed("FAIL_VALUE", f"{name} is rounded {side} zero: bias z = {figures['z']:.1f}", **figures)
     if (z := _column_bias(wide, ideal, g, kind)) > BIAS:
         raise Failed("FAIL_VALUE", f"{name} errs alike in all rows, column by column: z = {z:.1f}", **figures)
-    # Denormals may be read as zeros, and what cancels to next to nothing may be one.
-    there = np.abs(ideal) > np.maximum(tiny(kind), spread.sigma * 2.0**-10)
-    there &= "denormal" not in dict(inputs.case.recipes).values()
-    missing = np.count_nonzero(there & (wide == 0)) / max(np.count_nonzero(there), SAMPLES)
-    if missing > ZEROS:
+    if (missing := _zeros(wide, ideal, spread.sigma, kind)) and "denormal" not in dict(inputs.case.recipes).values():
         raise Failed("UNTRUSTED", f"{name} is zero in {missing:.0%} of the places where it should not be", **figures)
     return Judgement("PASS", **figures)
 
@@ -255,6 +251,17 @@ def _different(g: Array) -> int:
         return len(np.unique(g.astype(np.float32)))
 
 
+def _zeros(y: Array, ideal: Array, sigma: Array, kind: str) -> float:
+    """The share of zeros where none should be, if that is more than ZEROS of what stands out of the permitted deviation,
+    or half of what does not vanish beside it, as sums that cancel do."""
+    for least, share in ((2.0, ZEROS), (2.0**-10, 0.5)):
+        there = np.abs(ideal) > np.maximum(tiny(kind), sigma * least)
+        missing = np.count_nonzero(there & (y == 0)) / max(np.count_nonzero(there), SAMPLES)
+        if missing > share:
+            return missing
+    return 0.0
+
+
 def _bias(y: Array, ideal: Array, g: Array, sigma: Array, kind: str) -> float:
     """z of the mean rounding direction beyond the ideal machine's own, different rows as samples, at least SAMPLES.
 
@@ -262,17 +269,17 @@ def _bias(y: Array, ideal: Array, g: Array, sigma: Array, kind: str) -> float:
     16 bits these are too small to matter, and permitted roundings inside lean to neither but for the few values that
     such an input has: a mean below LEAN counts as none (truncation has 1).
     """
-    wide = kind == "float32"
-    if len(at := _different_rows(g)) < SAMPLES or (wide and np.mean((ideal - g) ** 2) < 9 * np.mean(sigma**2)):
+    wide, at = kind == "float32", _samples(y)
+    if len(at[0]) < SAMPLES or (wide and np.mean((ideal - g) ** 2) < 9 * np.mean(sigma**2)):
         return 0.0
     direction = np.sign(np.abs(y) - np.abs(g)) - np.sign(np.abs(ideal) - np.abs(g))
     direction[np.abs(g) < tiny(kind)] = 0  # may be flushed to zero
     if not wide:
         direction[np.abs(g) < 16 * sigma] = 0  # so near to zero any error leads away from it
-    rows = direction[at].reshape(len(at), -1).mean(-1)
+    rows = direction.reshape(len(g), -1)[at].mean(-1)
     if not wide and abs(rows.mean()) < LEAN:
         return 0.0
-    deviation = max(float(rows.std()), g[0].size ** -0.5)
+    deviation = max(float(rows.std()), at[1].size ** -0.5)
     return float(rows.mean() / deviation * np.sqrt(len(rows)))
 
 
@@ -281,21 +288,23 @@ def _column_bias(y: Array, ideal: Array, g: Array, kind: str) -> float:
 
     A parameter that was rounded is wrong in the same way in every row; roundings of a row's own values are not.
     """
-    if kind == "float32" or len(at := _different_rows(g)) < 4 * SAMPLES:
+    if kind == "float32" or len((at := _samples(y))[0]) < 4 * SAMPLES:
         return 0.0
     step = UNIT_ROUNDOFF[kind] * np.maximum(np.abs(g), tiny(kind))
-    error = ((np.abs(y) - np.abs(ideal)) / step)[at].reshape(len(at), -1)
-    mean, deviation = error.mean(0), np.maximum(error.std(0), len(at) ** -0.5)
+    error = ((np.abs(y) - np.abs(ideal)) / step).reshape(len(g), -1)[at]
+    mean, deviation = error.mean(0), np.maximum(error.std(0), len(error) ** -0.5)
     if np.mean(mean**2) < STEADY**2:
         return 0.0
-    return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(at)))
+    return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(error)))
 
 
-def _different_rows(g: Array) -> Array:
-    """One of each set of rows that begin alike, of rows wide enough to have a mean: equal ones are no samples."""
-    if g.ndim < 2 or g[0].size < 64:
-        return np.zeros(0, np.int64)
-    return np.unique(g.reshape(len(g), -1)[:, 0], return_index=True)[1]
+def _samples(y: Array) -> tuple[Array, Array]:
+    """Rows and columns, as an index, whose errors have nothing in common: one of each set of rows that begin alike, and
+    the columns that vary from row to row; none where fewer than 64 do."""
+    flat = y.reshape(len(y), -1) if y.ndim > 1 else y[:0, None]
+    rows = np.unique(flat[:, :1], return_index=True)[1]
+    columns = np.flatnonzero(flat[rows].std(0) > 0.5 * np.sqrt(np.mean(flat[rows] ** 2, 0))) if len(rows) > 1 else rows
+    return np.ix_(rows if len(columns) >= 64 else rows[:0], columns)
 
 
 # -- small words -----------------------------------------------------------------------------------------------------

@@ -225,12 +225,16 @@ def execute(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
     """
     until = time.perf_counter() + PATIENCE
     try:
-        first, trespasses, held = _once(binding, inputs)
+        first, trespasses, held, watches = _once(binding, inputs)
         for run in range(1, runs):
             again, *_ = _once(binding, inputs)
             if time.perf_counter() > until or (run < runs - 1 and difference(first, again)):
                 break
         if elements(inputs.case) <= SMALL:
+            for watch in watches:
+                watch.spoil(binding)
+            if change := difference(first, {name: _read(binding, value) for name, value in held.items()}):
+                trespasses.append(f"a result shares memory with an input: {change}, when the inputs are overwritten")
             _once(binding, replace(inputs, operands={n: _reversed(v) for n, v in inputs.operands.items()}))
             if change := difference(first, {name: _read(binding, value) for name, value in held.items()}):
                 trespasses.append(f"the next call changed a result of this one: {change}")
@@ -270,8 +274,8 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
-def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
-    """The results in logical form, what was written elsewhere, and the results as they lie on the device."""
+def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str], dict[str, Any], list[Watch]]:
+    """The results in logical form, what was written elsewhere; results and watched operands as they lie on the device."""
     contract = inputs.contract
     mutated = {o.name for o in contract.signature.mutated}
     operands, watches = {}, []
@@ -292,13 +296,13 @@ def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str], 
     read = {name: _read(binding, value) for name, value in results.items()}
     trespasses = [t for w in watches if (t := w.trespass(binding))]
     trespasses += [t for b in blocks if (t := b.trespass(binding))]
-    return read, trespasses, results
+    return read, trespasses, results, watches
 
 
 def _read(binding: Binding, value: Any) -> Any:
     """A result in logical form: an array, Rows, or a page's fields."""
     if isinstance(value, Selection):
-        return Rows(**binding.to_logical(value))
+        return Rows(*(np.array(part) for part in binding.to_logical(value).values()))
     if isinstance(value, (Pages, Weight)):
         return binding.to_logical(value)
     return np.array(binding.to_numpy(value))
@@ -328,6 +332,11 @@ class Watch:
                 at = [int(i[0]) for i in np.nonzero(changed)]
                 return f"{self.what}{'.' * bool(name)}{name} changed at {at}"
         return ""
+
+    def spoil(self, binding: Binding) -> None:
+        """Overwrite an array on the device; operands of other kinds stay."""
+        if not isinstance(self.value, (Batch, Weight, Pages, Selection)):
+            self.value[...] = binding.from_numpy(_filled(self.before[""].shape, dtype(self.before[""])))
 
 
 def place(

@@ -65,6 +65,7 @@ RELATED = {
     "routed": ("crowded", "deserted", "holes", "away", "repeated", "wild"),
     "counts": ("zeros", "skewed"),
     "permutation": ("nowhere",),
+    "index": ("ascending",),
 }
 
 
@@ -234,6 +235,12 @@ def index(draw: Draw) -> Array:
     if x.size:
         x.flat[-1], x.flat[0] = draw.sizes["low"], draw.sizes["high"] - 1
     return x
+
+
+@recipe
+def ascending(draw: Draw) -> Array:
+    """0, 1, 2, ... as far as the range goes, and again from 0: what some kernels answer without a copy."""
+    return np.arange(prod(draw.shape)).reshape(draw.shape) % draw.sizes["high"]
 
 
 @recipe

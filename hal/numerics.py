@@ -25,6 +25,7 @@ from porthal.hal.dtypes import UNIT_ROUNDOFF
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
+ROUNDED = -1  # a noisy run in which `single` rounds and nothing else is perturbed: near ties become ties
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
@@ -36,7 +37,7 @@ class Noise:
         self.dtypes = dtypes
         self.only = only
         self.points: list[str] = []
-        self.met = 0  # perturbations so far, of which `only` the given one is made
+        self.met = 0  # perturbations so far, of which `only` the given one is made; ROUNDED is none of them
         self.reduced = False  # a reduction was met: errors of one row are shared among its elements
 
     def signs(self, value: Array) -> Array:
@@ -107,6 +108,9 @@ def may_round(name: str, value: Array, to: str) -> Array:
 def single(value: Array) -> Array:
     """An intermediate result held in float32."""
     mode = _noise.get()
+    if mode is not None and mode.only == ROUNDED:
+        with np.errstate(over="ignore"):
+            return value.astype(np.float32).astype(np.float64)
     return value if mode is None else _perturb(mode, value, U_ACC)
 
 

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, dot, may_round, single
+from porthal.hal.numerics import Array, dot, may_round, single, total
 from porthal.ops.silu_mul import silu_mul
 
 
@@ -25,16 +25,14 @@ def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, 
     ascending j in float32. The gate and up products, the activation and each expert's output may be rounded to x's
     dtype. Source: DeepSeek-V3; GLM-5 has 256 experts, 8 per token.
     """
-    y = np.zeros(x.shape)
-    local = ids - first_expert
+    parts = np.zeros((*ids.shape, x.shape[1]))
     for e in range(len(w13)):
-        t, j = np.nonzero(local == e)
+        t, j = np.nonzero(ids - first_expert == e)
         if len(t):
             h = may_round("gate_up", dot("th,ih->ti", x[t], w13[e]), to="x")
             h = may_round("activation", silu_mul.reference(h), to="x")
-            out = may_round("expert", dot("ti,hi->th", h, w2[e]), to="x")
-            np.add.at(y, t, single(out * weights[t, j][:, None]))
-    return y
+            parts[t, j] = may_round("expert", dot("ti,hi->th", h, w2[e]), to="x")
+    return total(single(parts * weights[..., None]), axis=1)
 
 
 @moe_experts.decomposed(w13="grouped_gemm.w", w2="grouped_gemm.w")

@@ -182,7 +182,7 @@ class Torch(Backend):
         return a + b
 
     def cast(self, x: Tensor, *, to: str) -> Tensor:
-        return x.to(getattr(torch, to))
+        return x.to(getattr(torch, to), copy=True)
 
     def concat(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], dim=-1)

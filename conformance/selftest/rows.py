@@ -15,7 +15,7 @@ layer = partial(Defect, "layer_norm")
 rope = partial(Defect, "rope")
 silu = partial(Defect, "silu_mul", old="return (F.silu(gate) * up).to(x.dtype)\n")
 add = partial(Defect, "add", old="return a + b\n")
-cast = partial(Defect, "cast", old="return x.to(getattr(torch, to))\n")
+cast = partial(Defect, "cast", old="return x.to(getattr(torch, to), copy=True)\n")
 concat = partial(Defect, "concat", old="return torch.cat([a, b], dim=-1)\n")
 take = partial(Defect, "take_rows", old="return _rows_or_zero(x, rows)\n")
 embed = partial(Defect, "embedding", old="return F.embedding(ids, table.native)\n")
@@ -149,6 +149,9 @@ DEFECTS = [
         return torch.where(z.double().abs() > y.abs(), torch.nextafter(z, torch.zeros_like(z)), z)\n"""),
     add("saturates", "special", new="return torch.clamp(a + b, -3e38, 3e38)\n"),
     add("nan-to-zero", "special", new="return torch.nan_to_num(a + b, nan=0.0, posinf=torch.inf, neginf=-torch.inf)\n"),
+    add("into-workspace-kept", "aliasing", new="""if getattr(self, "kept", None) is None or self.kept.shape != a.shape or self.kept.dtype != a.dtype:
+            self.kept = torch.empty_like(a)
+        return torch.add(a, b, out=self.kept)\n"""),
     add("strides-ignored", "strides", new="return a + b.as_strided(b.shape, (b.shape[1], 1))\n", discrepancy=28),
     cast("truncates", "rounding", new="""wide = x.float().contiguous().view(torch.int32)
         if to == "bfloat16":
@@ -161,6 +164,8 @@ DEFECTS = [
     cast("saturates", "special", new="""y = getattr(torch, to)
         return x.clamp(torch.finfo(y).min, torch.finfo(y).max).to(y)\n"""),
     cast("dtype-ignored", "dtype", new="return x.clone()\n"),
+    cast("same-dtype-is-the-input", "aliasing", new="return x.to(getattr(torch, to))\n", dtypes=("bfloat16",),
+         why="nothing is cast from float32 to float32"),
     concat("swapped", "order", new="return torch.cat([b, a], dim=-1)\n"),
     concat("tail-unwritten", "unwritten", new="""y = self.empty((len(a), a.shape[1] + b.shape[1]), str(a.dtype)[6:])
         y[:, : a.shape[1]], y[:, a.shape[1] : -1] = a, b[:, :-1]
@@ -174,6 +179,9 @@ DEFECTS = [
     take("last-row-out-of-reach", "off by one", new="return _rows_or_zero(x, rows.clamp(max=max(len(x) - 2, 0)))\n"),
     take("nan-masked-by-zero", "special", old="return torch.where(rows[:, None] >= 0, x.index_select(0, rows.clamp(min=0)), 0)\n",
          new="return x.index_select(0, rows.clamp(min=0)) * (rows[:, None] >= 0).to(x.dtype)\n", discrepancy=29),
+    take("first-rows-as-a-view", "aliasing", new="""n = min(len(x), len(rows))
+        there = n == len(rows) and torch.equal(rows, torch.arange(n, dtype=rows.dtype))
+        return x[:n] if there else _rows_or_zero(x, rows)\n"""),
     take("rows-in-int8", "overflow", new="return _rows_or_zero(x, rows.to(torch.int8).int())\n", discrepancy=20),
     embed("last-row-out-of-reach", "off by one", new="return F.embedding(ids.clamp(max=max(len(table.native) - 2, 0)), table.native)\n"),
     embed("ids-in-uint16", "overflow", new="return F.embedding(ids % 65536, table.native)\n", discrepancy=21),

@@ -107,11 +107,22 @@ def test_truncation_and_a_rounded_weight_are_seen_beside_permitted_roundings():
         "q_b~equal,kv_a~equal,kv_norm~equal,w_uk~equal,kv~equal,batch=prefill,block_size=64,0",
         "mla_prolog,T=2,H=256,Q=128,N=8,D=32,C=512,R=64,theta=1000000.0,eps=0.5,h:fp16,q_b~denormal,h~equal,q_a~equal,"
         "q_norm~equal,kv_a~equal,kv_norm~equal,w_uk~equal,kv~equal,batch=prefill,block_size=64,0",
+        "index_prolog,T=78,Q=1,H=1,G=8,D=8,theta=1000000.0,width=6,qr:bf16,h~zeros,batch=0/0+65/72+13/0,block_size=16,"
+        "view=broadcast,0",
+        "index_prolog,T=65,Q=2,H=1,G=5,D=13,theta=1000000.0,width=6,qr:bf16,qr~equal,batch=0/0+65/65,block_size=16,"
+        "view=columns,0",
         "mtp_input,T=1,H=6,eps=1e-05,e:bf16,enorm:fp32,hnorm:fp32,e~equal,g~equal,enorm~equal,hnorm~equal,eh_proj~ties,0",
+        "silu_mul,T=6,I=2,x:fp32,x~large,view=transposed,0",
+        "moe_route,T=1,E=8,k=2,scale=2.5,n_group=2,logits~large,bias~negative,view=broadcast,0",
+        "moe_experts,T=1,H=4,I=6,E=1,k=2,x:fp32,weights~ties,0",
+        "moe_experts,T=20,H=5,I=1,E=1,k=1,x:fp16,w13~small,w2~small,0",
+        "mla_prolog,T=25,H=1,Q=1,N=1,D=1,C=1,R=64,theta=1000000.0,eps=1e-05,h:bf16,h~equal,q_b~equal,kv~zeros,"
+        "batch=0/0+25/25,block_size=16,0",
     ],
 )
-def test_equal_numbers_are_one_sample(token):
-    """Every weight alike: each rounding is shared by all results, none of which cancels or makes a mean."""
+def test_what_no_machine_can_tell_is_no_mistake(token):
+    """Roundings that all results share, as every number is alike; rows that differ by rotation alone; sums that cancel, or
+    underflow where the chip may flush; groups of experts that differ by less than float32 resolves."""
     result = check(Case.from_token(token), Bench(create("torch")), "standard")
     assert result.verdict == "PASS", result.explain()
 
