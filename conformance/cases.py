@@ -41,6 +41,7 @@ SIZE = {"bring-up": 2**22, "standard": 2**25, "strict": 2**26}
 VIEWS = ("columns", "rows", "transposed", "broadcast")
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 BEYOND = "beyond"  # cache or expert weights behind 2^31 elements
+THREADS = "threads"  # operands placed and the kernel called in several threads at once
 SELECTIONS = ("full", "short", "empty")
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
 CROWD = "crowd"
@@ -288,7 +289,7 @@ class _Plan:
             for rows in (HOME_ROWS,) if self.few else (HOME_ROWS, 256):
                 for combo in self._each():
                     yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
-        for view in VIEWS:
+        for view in (*VIEWS, THREADS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
         for absent in absences(self.contract):
@@ -472,8 +473,8 @@ def _refused_operands(case: Case) -> str:
     left = set(case.absent) - set().union(*(g for g in groups if g <= set(case.absent)))
     if left or len(set(case.absent)) < len(case.absent):
         return f"{', '.join(case.absent)} cannot be left out"
-    if case.view not in ("", *VIEWS, FAR, BEYOND):
-        return f"{case.view!r} is no view, expected one of {', '.join((*VIEWS, FAR, BEYOND))}"
+    if case.view not in ("", *(known := (*VIEWS, FAR, BEYOND, THREADS))):
+        return f"{case.view!r} is no view, expected one of {', '.join(known)}"
     kinds = {o.kind for o in operands.values()}
     if case.view == BEYOND and not ({"Pages", "Batch"} <= kinds or "counts" in operands):
         return "it has neither a cache that a batch describes nor experts' weights by counts"

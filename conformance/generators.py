@@ -12,6 +12,7 @@ from functools import cache
 from porthal.conformance.cases import (
     MANY_ROWS,
     ROWS,
+    THREADS,
     VIEWS,
     Case,
     absences,
@@ -42,8 +43,8 @@ def row_counts(op: str) -> str:
 
 
 def views(op: str) -> str:
-    """Inputs as slices of columns, of rows, transposed, with stride 0."""
-    return _lacking(v for v in VIEWS if v not in {case.view for case in plan(op)})
+    """Inputs as slices of columns, of rows, transposed, with stride 0; in several threads at once."""
+    return _lacking(v for v in (*VIEWS, THREADS) if v not in {case.view for case in plan(op)})
 
 
 def disturbance(op: str) -> str:

@@ -15,6 +15,7 @@ from porthal.conformance.cases import (
     FAR,
     LONGEST,
     SHORT,
+    THREADS,
     VIEWS,
     Case,
     Request,
@@ -132,7 +133,7 @@ def calls(draw: Any, contract: Contract) -> Case:
         tuple(name for group in absences(contract) if draw(st.booleans()) for name in group),
         "+".join("/".join(map(str, r if r.shared else r[:2])) for r in batch or ()),
         block_size or 0,
-        draw(st.sampled_from(("", *VIEWS, FAR))),
+        draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
     )
     overflows = "float16" in dict(case.dtypes).values() and any(r in ONE_SIGN for _, r in recipes)
     assume(not overflows and not refusal(case) and elements(case) <= SIZE)

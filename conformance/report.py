@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SCHEMA = 2  # of the JSON
-SUITE = 1  # of the plan of cases and the rules of judgement
+SUITE = 2  # of the plan of cases and the rules of judgement
 MOST = 1e300  # stands for an infinite figure
 NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED")
 STATUSES = ("own", "inherited", "composed", "fallback", "missing")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from porthal.conformance.beyond import Beyond
-from porthal.conformance.cases import BEYOND, FAR, Case, Level, cases, elements
+from porthal.conformance.cases import BEYOND, FAR, THREADS, Case, Level, cases, elements
 from porthal.conformance.inputs import Array, Inputs, build
 from porthal.conformance.invariance import brought_back, disturbed
 from porthal.conformance.judge import Outcome, bits, difference, judge
@@ -45,6 +48,8 @@ Progress = Callable[[int, int, Result], None]
 RUNS: Mapping[str, int] = {"bring-up": 2, "standard": 3, "strict": 50}  # of a kernel on the same inputs
 PATIENCE = 0.5  # seconds, after which two runs have to do
 SMALL = 2**17  # elements of a case after which another call follows, to see that results keep their bits
+ABREAST = 4  # threads that call a kernel at once, and
+ROUNDS = 3  # how often
 MARGIN = 64  # poisoned elements on both sides of what a backend allocates
 
 
@@ -230,12 +235,14 @@ def execute(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
             again, *_ = _once(binding, inputs)
             if time.perf_counter() > until or (run < runs - 1 and difference(first, again)):
                 break
+        if inputs.case.view == THREADS and not difference(first, again):
+            again = next((found for found in _abreast(binding, inputs) if difference(first, found)), again)
         if elements(inputs.case) <= SMALL:
             for watch in watches:
                 watch.spoil(binding)
             if change := difference(first, {name: _read(binding, value) for name, value in held.items()}):
                 trespasses.append(f"a result shares memory with an input: {change}, when the inputs are overwritten")
-            _once(binding, replace(inputs, operands={n: _reversed(v) for n, v in inputs.operands.items()}))
+            _once(binding, replace(inputs, operands=_reversed(inputs.operands)))
             if change := difference(first, {name: _read(binding, value) for name, value in held.items()}):
                 trespasses.append(f"the next call changed a result of this one: {change}")
     except NotClaimed:
@@ -247,9 +254,31 @@ def execute(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
     return Outcome(first, again, tuple(trespasses))
 
 
-def _reversed(value: Any) -> Any:
-    """Other legal values of the same form: the rows of an array from the last to the first."""
-    return value[::-1].copy() if isinstance(value, np.ndarray) else value
+def _reversed(operands: Mapping[str, Any]) -> dict[str, Any]:
+    """Other legal values of the same form: the rows of every array from the last to the first."""
+    return {name: v[::-1].copy() if isinstance(v, np.ndarray) else v for name, v in operands.items()}
+
+
+def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    """Results of the call in several threads, every second of which has other values; switched as often as Python can."""
+    other = _reversed(inputs.operands)
+    for name, value in inputs.operands.items():
+        if isinstance(value, Weight):
+            other[name] = replace(value, native=value.native[::-1].copy())
+    calls = (inputs, replace(inputs, operands=other))
+    start, interval = Barrier(ABREAST), sys.getswitchinterval()
+
+    def call(n: int) -> dict[str, Any]:
+        start.wait()
+        return _once(binding, calls[n % 2], guarded=False)[0]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(ABREAST) as pool:
+            for _ in range(ROUNDS):
+                yield from list(pool.map(call, range(ABREAST)))[::2]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _moved(bench: Bench, here: Binding, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
@@ -274,7 +303,9 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
-def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str], dict[str, Any], list[Watch]]:
+def _once(
+    binding: Binding, inputs: Inputs, guarded: bool = True
+) -> tuple[dict[str, Any], list[str], dict[str, Any], list[Watch]]:
     """The results in logical form, what was written elsewhere; results and watched operands as they lie on the device."""
     contract = inputs.contract
     mutated = {o.name for o in contract.signature.mutated}
@@ -286,17 +317,27 @@ def _once(binding: Binding, inputs: Inputs) -> tuple[dict[str, Any], list[str], 
         operands[name], watch = place(binding, name, value, view, beyond)
         if watch and name not in mutated:
             watches.append(watch)
-    with poisoned(binding.backend) as blocks:
+    with poisoned(binding.backend) if guarded else nullcontext([]) as blocks:
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
     results = dict(zip((r.name for r in contract.signature.results), out if isinstance(out, tuple) else (out,)))
     if len(results) != len(contract.signature.results) or (isinstance(out, tuple) and len(out) != len(results)):
         raise UsageError(f"{contract.name} returned {len(results)} results, expected {len(contract.signature.results)}")
+    if guarded:
+        _churn(binding, results)
     if beyond:
         results = {name: beyond.near(value) for name, value in results.items()}
     read = {name: _read(binding, value) for name, value in results.items()}
     trespasses = [t for w in watches if (t := w.trespass(binding))]
     trespasses += [t for b in blocks if (t := b.trespass(binding))]
     return read, trespasses, results, watches
+
+
+def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
+    """Allocate memory of the results' size and overwrite it: a result whose memory was given back early does not survive."""
+    for value in results.values():
+        if not isinstance(value, (Pages, Weight, Selection)) and prod(value.shape) <= SMALL:
+            scrap = binding.backend.empty(tuple(value.shape), dtype(value))
+            scrap[...] = binding.from_numpy(_filled(tuple(value.shape), dtype(value)))
 
 
 def _read(binding: Binding, value: Any) -> Any:

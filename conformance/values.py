@@ -240,7 +240,8 @@ def index(draw: Draw) -> Array:
 @recipe
 def ascending(draw: Draw) -> Array:
     """0, 1, 2, ... as far as the range goes, and again from 0: what some kernels answer without a copy."""
-    return np.arange(prod(draw.shape)).reshape(draw.shape) % draw.sizes["high"]
+    high = draw.sizes["high"]
+    return np.arange(prod(draw.shape)).reshape(draw.shape) % high if high > 0 else np.full(draw.shape, draw.sizes["low"])
 
 
 @recipe

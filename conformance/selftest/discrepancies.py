@@ -234,11 +234,42 @@ pages = self.right(pages, batch, first, second)
 for row in np.flatnonzero(((batch.kv_len == 0) & (batch.q_len > 1))[batch.row_request]):
     pages[pages.spec.fields[0][0]][-1] = first[row]
 return pages""", "negative-position-of-a-padded-request"),
+    Defect(
+        "sample",
+        "memory-given-back-while-it-is-read",
+        "discrepancy",
+        "    def sample(",
+        """    def empty(self, shape, dtype):
+        freed = vars(self).pop("freed", None)
+        return freed if freed is not None and freed.shape == shape else torch.empty(shape, dtype=getattr(torch, dtype))
+
+    def sample(self, *args):
+        self.freed = self.right(*args)
+        return self.freed
+
+    def right(""",
+        discrepancy=41,
+    ),
     experts(42, """
 self.calls = getattr(self, "calls", 0) + 1
 y = right()
 if T * k > 2100:
     y = y * (1 + 2**-23 * (self.calls % 2))""", "race-of-the-sum"),
+    Defect(
+        "linear",
+        "parts-through-one-staging-buffer",
+        "discrepancy",
+        "        array = self.from_numpy(read(slice(None)))\n",
+        """        import time
+
+        array = self.from_numpy(read(slice(None)))
+        for part in array.split(64) if spec.op == "linear" else ():
+            self.staging = part.clone()
+            time.sleep(1e-4)
+            part.copy_(self.staging)
+""",
+        discrepancy=43,
+    ),
     experts(50, "ids = torch.where(ids > 2**20, E - 1 + first_expert, ids)", "garbage-ids-clamped"),
     around(51, "moe_permute", "x, ids, *, E, first_expert=0", """
 local = torch.where(ids - first_expert >= E, (ids - first_expert) % E + first_expert, ids)

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from porthal.conformance.cases import FAULTS, LEVELS, MANY_ROWS, VIEWS, Case, cases, elements
+from porthal.conformance.cases import FAULTS, LEVELS, MANY_ROWS, THREADS, VIEWS, Case, cases, elements
 from porthal.conformance.inputs import build, written_slots
 from porthal.conformance.judge import bits
 from porthal.conformance.values import RECIPES, Draw
@@ -44,7 +44,7 @@ def test_every_case_is_its_token():
 @pytest.mark.parametrize("op", sorted(contracts()))
 def test_every_op_has_every_kind_of_case(op):
     own = [c for c in BRING_UP if c.op == op]
-    assert {c.view for c in own} == {"", *VIEWS}
+    assert {c.view for c in own} == {"", *VIEWS, THREADS}
     assert {c.fault for c in own} >= {"", "dtype", "shape", "kind"}
     assert {dict(c.dims).get("T", dict(c.dims).get("M", dict(c.dims).get("R"))) for c in own} >= {1, 2, 7, 17}
     recipes = {r for values in contracts()[op].values.values() for r in values[1:]}

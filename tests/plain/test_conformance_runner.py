@@ -4,7 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +139,46 @@ def test_poison_surrounds_what_a_backend_allocates():
         out.base[MARGIN + 6] = 0
         assert blocks[0].trespass(machine) == f"memory beside an output changed at [{MARGIN + 6}]"
     assert "empty" not in vars(machine)
+
+
+def test_a_result_that_is_a_view_of_an_input_is_refused():
+    def cast(self, x, *, to):
+        return x[:] if x.dtype == to else truth("cast")(self, x, to=to)
+
+    failures = run(backend(cast=cast), ["cast"]).failures
+    assert failures and {r.verdict for r in failures} == {"FAIL_WROTE_OUTSIDE"}
+    assert all(r.message.startswith("a result shares memory with an input: y[0, 0] is ") for r in failures)
+
+
+def test_memory_that_a_result_gives_back_early_is_overwritten():
+    class Pooled(Reference):
+        name, freed = "pooled", None
+
+        def empty(self, shape, dtype):
+            given, self.freed = self.freed, None
+            return given if given is not None and given.shape == shape else super().empty(shape, dtype)
+
+        def add(self, a, b):
+            self.freed = a + b
+            return self.freed
+
+    verdicts = {r.verdict for r in run(Pooled(), ["add"]).failures}
+    assert verdicts == {"FAIL_VALUE"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_threads_have_no_state_in_common(own):
+    """One workspace for all serves a single thread; a thread at a time needs one each."""
+    places = threading.local() if own else SimpleNamespace()
+
+    def add(self, a, b):
+        places.sum = a + b
+        time.sleep(1e-3)
+        return places.sum
+
+    found = run(backend(add=add), ["add"])
+    assert {r.token for r in found.failures} == (set() if own else {r.token for r in found.results if "threads" in r.token})
+    assert {r.verdict for r in found.failures} <= {"FAIL_NONDETERMINISTIC"}
 
 
 def test_replay_repeats_a_case_and_explains_it():
