@@ -48,7 +48,7 @@ SIZES = range(1, 41)  # besides those that a contract lists, up to
 LARGE = 1024
 BLOCK_SIZES = (16, 32, 64, 128)
 PLAIN = ("zeros", "equal", "ties", "integer", "negative", "small", "denormal")  # values that every op bears
-ONE_SIGN = ("equal", "negative")  # whose sums may overflow where a contract permits rounding to float16
+ONE_SIGN = ("equal", "negative", "offset")  # whose sums may overflow where a contract permits rounding to float16
 FLOATS = {"eps": (1e-6, 1e-2), "scale": (1.0, 0.125), "theta": (1e4,)}
 # Attributes whose values depend on other facts.
 DEPENDENT: dict[str, Callable[[dict[str, Any]], Sequence[int]]] = {

@@ -57,8 +57,8 @@ TIED = ("integer", "ties", "equal", "zeros", "signed")
 
 
 # Floats of any value, and integer recipes that may stand where their first is the default.
-FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "denormal",
-            "special", "weight", "below", "abyss")  # fmt: skip
+FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
+            "denormal", "special", "weight", "below", "abyss")  # fmt: skip
 # Of these, values that every op bears: larger ones may overflow where a contract permits rounding to float16.
 PLAIN = ("zeros", "equal", "denormal")
 RELATED = {
@@ -165,6 +165,14 @@ def outlier(draw: Draw) -> Array:
 def offset(draw: Draw) -> Array:
     """A mean that dwarfs the deviation, as far as the dtype resolves it."""
     return 64 + draw.bell() * (1 if draw.dtype == "bfloat16" else 2.0**-4)
+
+
+@recipe
+def comb(draw: Draw) -> Array:
+    """Every eighth element is far above the others: what a strided sample takes for the whole."""
+    x = draw.bell()
+    x[..., ::8] += 8
+    return x
 
 
 @recipe

@@ -14,9 +14,9 @@ from porthal.ops.silu_mul import silu_mul
         6 * d.T * d.k * d.H * d.I,
         2 * d.T * d.H * b.x + min(d.E, d.T * d.k) * 3 * d.H * d.I * b.w13,
     ),
-    cases={"H": (6144, 128, 96), "I": (256, 128, 96), "E": (8, 1, 17), "k": (8, 1, 2, 256), "first_expert": (0, 3)},
+    cases={"H": (6144, 128, 96, 129), "I": (256, 128, 96, 131), "E": (8, 1, 17), "k": (8, 1, 2, 256), "first_expert": (0, 3)},
     rules=[("first_expert >= 0", lambda f: f.first_expert >= 0)],
-    values={"x": ("normal", "small", "zeros"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
+    values={"x": ("normal", "small", "zeros", "offset"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
 )
 def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, first_expert: int = 0) -> Array:
     """y[t] = sum_j weights[t, j] * w2[e] (silu(w13[e, :I] x_t) * (w13[e, I:] x_t)), e = ids[t, j] - first_expert.

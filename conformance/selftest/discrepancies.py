@@ -293,6 +293,22 @@ return self.right(x, local, E=E, first_expert=first_expert)""", "experts-counted
     route(53, """
 if n_group > 1:
     weights = weights / weights.sum(-1, keepdim=True)""", "renormalised-twice"),
+    around(59, "topk", "scores, batch, *, k", """
+scores = scores.clone()
+coarse = scores.half().view(torch.int16) >> 8
+for row, bins, n in zip(scores, coarse, batch.visible.tolist()):
+    if n > max(k, 4096):
+        edge = bins[:n] == bins[row[:n].topk(k).indices[-1]]
+        row[:n][edge & (edge.cumsum(0) > 4096)] = -torch.inf
+return self.right(scores, batch, k=k)""", "candidates-beyond-a-buffer"),
+    around(60, "topk", "scores, batch, *, k", """
+sel = self.right(scores, batch, k=k)
+for row, chosen, n in zip(scores, sel.native.indices, batch.visible.tolist()):
+    if n >= 8192 and k <= n // 4:
+        sample, expected = row[torch.arange(1024) * n // 1024], k * 1024 / n
+        guess = sample.topk(int(expected + 4 * expected**0.5 + 4)).values[-1]
+        chosen[int((row[:n] >= guess).sum()) :] = -1
+return sel""", "guess-of-the-threshold-kept"),
 ]  # fmt: skip
 
 

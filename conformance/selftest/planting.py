@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from porthal.conformance.cases import first_float
+from porthal.conformance.selftest import compiled
 from porthal.hal import Backend, UsageError, contracts
+from porthal.hal.discovery import backend_class
 
-# The sources that edits apply to, and the class that each makes.
+# The sources that edits apply to, and the module and class that each makes; the C++ ones make a native module for theirs.
 SOURCES = {
     "backend": ("porthal.backends.torch.backend", "Torch"),
     "ranking": ("porthal.backends.torch.ranking", "Torch"),
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
+    **dict.fromkeys(compiled.UNITS, ("porthal.backends.cpu.backend", "Cpu")),
 }
-THEMES = ("dense", "rows", "experts", "cache", "attention", "tokens", "composites")
+THEMES = ("dense", "rows", "experts", "cache", "attention", "tokens", "composites", "native")
 SCORED = ("float32", "bfloat16")
 
 
@@ -50,6 +54,11 @@ class Defect:
         return f"{self.op}/{self.name}"
 
     @property
+    def native(self) -> bool:
+        """Whether it is planted in C++, which takes a compiler."""
+        return self.source in compiled.UNITS
+
+    @property
     def scored(self) -> tuple[str, ...]:
         """The dtypes it must be found in; one empty word where the contract fixes every dtype."""
         return self.dtypes if first_float(contracts()[self.op]) else ("",)
@@ -65,9 +74,25 @@ def defects() -> tuple[Defect, ...]:
     return tuple(found)
 
 
+def plantable(ops: Sequence[str] = ()) -> tuple[Defect, ...]:
+    """The defects of these ops, or of all, that can be planted on this machine."""
+    return tuple(d for d in defects() if (not ops or d.op in ops) and not (d.native and compiled.lacking()))
+
+
+def unplanted(ops: Sequence[str] = ()) -> str:
+    """One sentence on those that cannot, or ""."""
+    left = sum(not ops or d.op in ops for d in defects()) - len(plantable(ops))
+    return f"{left} defects in C++ were not planted: {compiled.lacking()}" if left else ""
+
+
 def text(source: str) -> str:
-    module = importlib.import_module(SOURCES[source][0])
-    return Path(str(module.__file__)).read_text(encoding="utf-8")
+    if source in compiled.UNITS:
+        return (compiled.HERE / source).read_text(encoding="utf-8")
+    return _text(SOURCES[source][0])
+
+
+def _text(module: str) -> str:
+    return Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8")
 
 
 def edited(source: str, edits: tuple[tuple[str, str], ...], what: str) -> str:
@@ -82,14 +107,20 @@ def edited(source: str, edits: tuple[tuple[str, str], ...], what: str) -> str:
 
 def plant(name: str, source: str, *edits: tuple[str, str]) -> Backend:
     """A backend whose kernels come from the edited source, which lives in a module nobody else sees."""
-    _, kind = SOURCES[source]
-    module = _compiled(f"planted {name}", edited(source, edits, name))
-    if source == "ranking":
+    home, kind = SOURCES[source]
+    changed = edited(source, edits, name)
+    native = source in compiled.UNITS
+    module = _compiled(f"planted {name}", _text(home) if native else changed)
+    if native:
+        vars(module)["_native"] = compiled.load(source, changed, name)
+    elif source == "ranking":
         torch = _compiled(f"planted {name}", text("backend"))
         vars(torch).update((k, v) for k, v in vars(module).items() if isinstance(v, types.FunctionType))
         module = torch
     made: type[Backend] = vars(module)[kind]
     made.name = "planted"
+    if made.base:
+        made = type(kind, (made, backend_class(made.base)), {"name": "planted"})
     return made()
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from porthal.conformance.cases import Case, Level, cases, elements
 from porthal.conformance.runner import Bench, check
-from porthal.conformance.selftest.planting import defects, planted
-from porthal.conformance.selftest.variants import variants
+from porthal.conformance.selftest.planting import defects, plantable, planted, unplanted
+from porthal.conformance.selftest.variants import Variant, variants
 from porthal.hal import UsageError, contracts
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def attempt(task: Task) -> Trial:
         bench = Bench(planted(next(d for d in defects() if d.key == key)))
         chosen: Sequence[Case] = plan(op, dtype)
     else:
-        bench = _bench(key)
+        variant = next(v for v in variants() if v.key == key)
+        variant.settle()
+        bench = _bench(variant)
         chosen = sampled(op, seed)
     tried = 0
     for case in chosen:
@@ -89,8 +91,8 @@ def sampled(op: str, seed: int) -> list[Case]:
 
 
 @cache
-def _bench(key: str) -> Bench:
-    return Bench(next(v for v in variants() if v.key == key).make())
+def _bench(variant: Variant) -> Bench:
+    return Bench(variant.make())
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
@@ -98,12 +100,13 @@ def _bench(key: str) -> Bench:
 
 @dataclass(frozen=True)
 class Score:
-    """What came of all trials."""
+    """What came of all trials; `unplanted` says in one sentence what could not be tried."""
 
     caught: tuple[Trial, ...]
     passed: tuple[Trial, ...]
     equivalent: tuple[str, ...]
     seconds: float
+    unplanted: str = ""
 
     @property
     def escaped(self) -> list[Trial]:
@@ -129,7 +132,7 @@ class Score:
             f"{len(self.alarms)} false alarms in {len(self.passed)} honest runs "
             f"({sum(t.cases for t in self.passed)} cases), {len(self.equivalent)} equivalent; "
             f"level {LEVEL}, {self.seconds:.0f} s"
-        )
+        ) + (f"; {self.unplanted}" if self.unplanted else "")
 
     def table(self) -> RenderableType:
         """Per op: defects caught of planted by dtype, equivalents, honest runs passed, and where each was caught."""
@@ -168,7 +171,7 @@ def tasks(ops: Sequence[str] = (), quick: bool = False) -> list[Task]:
     for op in ops:
         if op not in known:
             raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
-    chosen = [d for d in defects() if (not ops or d.op in ops) and not d.equivalent]
+    chosen = [d for d in plantable(ops) if not d.equivalent]
     if quick:
         chosen = list({(d.op, d.kind): d for d in reversed(chosen)}.values())
     found: list[Task] = [("defect", d.key, dtype, 0) for d in chosen for dtype in d.scored]
@@ -196,8 +199,9 @@ def self_test(
     return Score(
         tuple(trial for kind, trial in done if kind == "defect"),
         tuple(trial for kind, trial in done if kind == "variant"),
-        tuple(d.key for d in defects() if d.equivalent and (not ops or d.op in ops)),
+        tuple(d.key for d in plantable(ops) if d.equivalent),
         time.perf_counter() - started,
+        unplanted(ops),
     )
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 from porthal.conformance.selftest import attention, composites, dense, experts, rows, tokens
-from porthal.conformance.selftest.planting import defects, plant
+from porthal.conformance.selftest.planting import plant, plantable
 from porthal.hal import Backend, contracts, create, probe
 
 Edit = tuple[str, str]
@@ -20,7 +21,7 @@ Edit = tuple[str, str]
 
 @dataclass(frozen=True)
 class Variant:
-    """One honest kernel, or a whole backend with so many threads."""
+    """One honest kernel, or a whole backend; the cpu one with so many threads, in one of its instruction sets."""
 
     op: str
     name: str
@@ -28,19 +29,22 @@ class Variant:
     source: str = "backend"
     backend: str = ""
     threads: int = 0
+    isa: str = ""
 
     @property
     def key(self) -> str:
         return f"{self.op}/{self.name}"
 
     def make(self) -> Backend:
-        if not self.backend:
-            return plant(self.key, self.source, *self.edits)
+        return create(self.backend) if self.backend else plant(self.key, self.source, *self.edits)
+
+    def settle(self) -> None:
+        """Set what is the process's own and not the backend's, before every trial."""
         if self.threads:
             from porthal.backends.cpu import _native
 
             _native.set_num_threads(self.threads)
-        return create(self.backend)
+            _native.set_isa(self.isa)
 
 
 def _edit(op: str, name: str, *edits: Edit, source: str = "backend") -> Variant:
@@ -50,7 +54,7 @@ def _edit(op: str, name: str, *edits: Edit, source: str = "backend") -> Variant:
 @cache
 def variants() -> tuple[Variant, ...]:
     """The edited kernels, the correct backends, and the mutants that are said to be equivalent."""
-    same = (Variant(d.op, f"equivalent: {d.name}", ((d.old, d.new),), d.source) for d in defects() if d.equivalent)
+    same = (Variant(d.op, f"equivalent: {d.name}", ((d.old, d.new),), d.source) for d in plantable() if d.equivalent)
     return (*EDITED, *_whole(), *same)
 
 
@@ -62,9 +66,14 @@ def _whole() -> Iterator[Variant]:
         if contract.decomposition and op not in ("indexer_topk", "moe_experts"):
             yield Variant(op, "fused", source="fused")
     if probe("cpu").state == "available":
+        from porthal.backends.cpu import _native
+
+        *others, best = _native.isas()
         for op in ("rms_norm", "topk", "moe_experts", "moe_layer", "indexer_topk"):
             for threads in (1, 2):
-                yield Variant(op, f"cpu with {threads} threads", backend="cpu", threads=threads)
+                yield Variant(op, f"cpu with {threads} threads", backend="cpu", threads=threads, isa=best)
+        for op, isa in product(("rms_norm", "topk", "moe_experts"), others):
+            yield Variant(op, f"cpu in {isa}", backend="cpu", threads=2, isa=isa)
 
 
 linear = partial(_edit, "linear")

@@ -1,11 +1,13 @@
 """The suite is tested: what is planted is found, what is honest is accepted."""
 
+from pathlib import Path
+
 import pytest
 
 from porthal.conformance.cases import Case, elements
 from porthal.conformance.runner import Bench, check
-from porthal.conformance.selftest import planting
-from porthal.conformance.selftest.planting import SCORED, Defect, defects, edited, plant, planted
+from porthal.conformance.selftest import compiled, planting, run
+from porthal.conformance.selftest.planting import SCORED, Defect, defects, edited, plant, plantable, planted
 from porthal.conformance.selftest.run import COSTLY, LEVEL, Score, Trial, attempt, plan, sampled, self_test, tasks
 from porthal.conformance.selftest.variants import variants
 from porthal.hal import UsageError, contracts, create
@@ -31,9 +33,10 @@ def test_exceptions_are_explained():
 
 def test_every_edit_applies():
     for d in defects():
-        assert planted(d).name == "planted"
+        assert d.native or planted(d).name == "planted"
+        assert edited(d.source, ((d.old, d.new),), d.key)
     for v in variants():
-        if v.edits:
+        if v.edits and v.source not in compiled.UNITS:
             plant(v.key, v.source, *v.edits)
 
 
@@ -51,6 +54,64 @@ def test_planting_leaves_the_real_backend_alone():
     made = planted(next(d for d in defects() if d.source == "ranking"))
     assert type(made) is not backend.Torch
     assert (dict(vars(backend)), dict(vars(backend.Torch))) == before
+
+
+# -- in C++ ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_defect_in_cpp_is_built_loaded_and_caught_beside_the_real_kernels():
+    from porthal.backends.cpu import _native, backend
+
+    before = dict(vars(_native)), dict(vars(backend)), dict(vars(backend.Cpu)), _native.num_threads(), _native.isa()
+    trial = attempt(("defect", "rms_norm/eps-forgotten", "float32", 0))
+    assert trial.verdict == "FAIL_VALUE" and trial.token.startswith("rms_norm,T=3,H=1,") and trial.cases == 1
+    assert before == (
+        dict(vars(_native)),
+        dict(vars(backend)),
+        dict(vars(backend.Cpu)),
+        _native.num_threads(),
+        _native.isa(),
+    )
+    assert check(Case.from_token(trial.token), Bench(create("cpu")), LEVEL).verdict == "PASS"
+
+
+def test_cpp_is_compiled_as_the_real_kernels_are():
+    from porthal.backends.cpu import _native
+
+    assert sorted(compiled.UNITS) == sorted(path.name for path in compiled.HERE.glob("*.cpp"))
+    assert set(_native.isas()) <= set(compiled.ISA)
+    build = (compiled.HERE / "CMakeLists.txt").read_text()
+    assert [flag for flag in (*compiled.OPTIONS[1:4], *compiled.ISA["avx512bf16"].split()) if flag not in build] == []
+
+
+def test_cpp_that_does_not_compile_is_an_error(monkeypatch):
+    broken = Defect("topk", "broken", "none", "    n = kept;\n", "    n = lost;\n", source="topk.cpp")
+    with pytest.raises(UsageError, match=r"^topk/broken: the edited source does not compile; renew the edit: .*lost"):
+        planted(broken)
+    with pytest.raises(UsageError, match=r"x: its snippet stands 0 times in topk\.cpp, expected once"):
+        edited("topk.cpp", (("no such line", ""),), "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (("HERE", Path("/nowhere")), "their sources are not part of a wheel; run the self-test in a clone"),
+        (("_compiler", lambda: ["no-c++"]), "there is no C++ compiler 'no-c++'; install one, or name it in CXX"),
+    ],
+)
+def test_what_keeps_cpp_from_being_planted_is_said_in_one_sentence(monkeypatch, change, why):
+    native = {d.key for d in defects() if d.native and d.op == "topk"}
+    assert native & {key for _, key, *_ in tasks(["topk"])}
+    monkeypatch.setattr(compiled, *change)
+    monkeypatch.setattr(run, "tasks", lambda ops, quick: [])
+    score = self_test(["topk"], workers=1)
+    assert score.summary.endswith(f"; {len(native)} defects in C++ were not planted: {why}")
+    assert not native & {key for _, key, *_ in tasks(["topk"])} and not native & set(score.equivalent)
+    assert [d for d in plantable(["topk"])] == [d for d in defects() if d.op == "topk" and not d.native]
+    assert self_test(["add"], workers=1).unplanted == ""
+
+
+# -- the score ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_kernel_without_a_defect_escapes_and_one_with_it_does_not(monkeypatch):

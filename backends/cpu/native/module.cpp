@@ -210,7 +210,8 @@ PYBIND11_MODULE(_native, m) {
         "[T, K]. Sums in float32 in a fixed order: a row of y depends on its own inputs only, bit by bit. In bf16\n"
         "silu(gate) * up is rounded, and subnormal products may count as 0.");
 
-  py::class_<PackedExperts>(m, "PackedExperts",
+  // Local to the module: a second build of it, as the suite's self-test makes, has a type of its own.
+  py::class_<PackedExperts>(m, "PackedExperts", py::module_local(),
                             "Expert matrices [experts, rows, columns] in the order in which moe_experts reads them;\n"
                             "gated=True for w13 (gate rows, then up rows). Zero until set.")
       .def(py::init(&make_packed), "experts"_a, "rows"_a, "columns"_a, "dtype"_a, "gated"_a = false)

@@ -1,0 +1,63 @@
+"""Planted in the C++ kernels of the cpu backend: rms_norm, topk, moe_experts and the threads below them."""
+
+# ruff: noqa: E501, since a snippet is quoted on one line as it stands in its source
+# fmt: off
+from __future__ import annotations
+
+from functools import partial
+
+from porthal.conformance.selftest.planting import Defect
+
+PAIRS = "float32 is not read in pairs, so it has no padding"
+norm = partial(Defect, "rms_norm", source="kernels.cpp")
+keys = partial(Defect, "topk", source="kernels.cpp")
+top = partial(Defect, "topk", source="topk.cpp")
+loops = partial(Defect, "moe_experts", source="kernels.cpp")
+experts = partial(Defect, "moe_experts", source="moe_experts.cpp")
+tail = """  if (i < n) {
+    const F v = load_some(x + i, n - i);
+    squares[0] += v * v;
+  }
+"""
+written = "if (i < n) store_some(y + i, load_some(x + i, n - i) * scale * load_some(weight + i, n - i), n - i);\n"
+key = "const U u = (((U)v & ~nan) | (0xff800000u & nan)) & ~zero;\n"
+chosen = "for (std::size_t i = 0; i < k; ++i, ++chosen) choose(i);"
+local = "return id >= 0 && e >= 0 && e < experts ? e : -1;\n"
+
+DEFECTS = [
+    norm("squares-of-the-tail-missing", "vector tail", tail, ""),
+    norm("tail-written-whole", "outside", written, written.replace("store_some(", "store(").replace("n - i), n - i)", "n - i))")),
+    norm("bits-cut-off", "rounding", "rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "rounded = u >> 16", dtypes=("bfloat16",),
+         why="nothing is stored in bfloat16 where x is float32"),
+    norm("partial-sums-in-bfloat16", "accumulator", "squares[j] += v * v;\n", "squares[j] = (F)((U)(squares[j] + v * v) & 0xffff0000u);\n"),
+    norm("eps-forgotten", "eps", "__builtin_sqrtf(mean + eps)", "__builtin_sqrtf(mean)"),
+    norm("copy-of-the-first-row-kept", "stale", "x.dense_row<X>(t, copy)", "copy.empty() ? x.dense_row<X>(t, copy) : copy.data()",
+         source="rms_norm.cpp"),
+    norm("last-chunk-dropped", "threads", "if (begin >= count) return;\n", "if (begin + chunk > count) return;\n", source="threads.cpp"),
+    keys("negative-zero-below-zero", "ties", key, key.replace(" & ~zero", "")),
+    keys("nan-is-infinite", "special", key, key.replace("0xff800000u", "0x7f800000u")),
+    keys("lanes-behind-the-row", "vector tail", "const std::size_t some = n - i < kLanes ? n - i : kLanes;\n", "const std::size_t some = kLanes;\n"),
+    top("last-of-equal-keys", "ties", chosen, chosen.replace("choose(i)", "choose(n - k + i)")),
+    top("first-digit-only", "radix", "    n = kept;\n", "    n = kept;\n    break;\n"),
+    top("guess-taken-for-granted", "guess", "if (found < count) found =", "if (found == 0) found =", discrepancy=60),
+    top("unsorted", "order", "  sort_by_key(space.chosen, space.sorted);\n", "",
+        equivalent="the contract leaves the order of the positions inside a row free, and which they are is settled before"),
+    loops("first-blocks-of-the-depth-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};"),
+    loops("last-columns-written-whole", "outside", "store_some(y + v * kLanes, out[v], columns - v * kLanes);", "store(y + v * kLanes, out[v]);"),
+    loops("exponent-unbounded", "overflow", "  x = x > 88.3f ? F{} + 88.3f : x;\n", ""),
+    experts("up-before-gate", "preparation", "gated && lane >= half ? rows / 2 : 0", "gated && lane < half ? rows / 2 : 0"),
+    experts("odd-column-not-packed", "preparation", "k < end; k += 2, to", "k + 1 < end; k += 2, to", dtypes=("bfloat16",), why=PAIRS),
+    experts("padding-of-the-hidden-stale", "stale", "r < routed && stride != inner", "r < routed && stride < inner",
+            dtypes=("bfloat16",), why=PAIRS),
+    experts("column-behind-the-input-read", "vector tail", "k < model ? x.at<T>(t, k) : T{}", "x.at<T>(t, k)",
+            dtypes=("bfloat16",), why=PAIRS),
+    experts("negative-ids-are-the-first-expert", "-1", local, "return e < experts ? std::max<std::int64_t>(e, 0) : -1;\n", discrepancy=9),
+    experts("first-expert-not-subtracted", "attribute", "e = id - first_expert;", "e = id;"),
+    experts("ids-compared-unsigned", "-1", local, "return static_cast<std::uint64_t>(e) < static_cast<std::uint64_t>(experts) ? e : -1;\n",
+            equivalent="first_expert is never negative, so a negative id stays negative without it, and is huge when unsigned"),
+    experts("second-round-over-the-first", "blocks", "y + t * model + p * width", "y + (t - begin) * model + p * width"),
+    experts("rows-between-blocks-lost", "blocks", "count * (part + 1) / parts - first}", "count / parts}"),
+    experts("strided-rows-in-place", "strides", "if (!x.packed<T>() || depth != model) {", "if (depth != model) {", discrepancy=27),
+    experts("sums-shared-by-threads", "threads", "alignas(64) float sums[kRowBlock * 64];", "alignas(64) static float sums[kRowBlock * 64];",
+            discrepancy=42),
+]
