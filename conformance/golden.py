@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -15,7 +15,7 @@ from porthal.conformance.cache import recall
 from porthal.conformance.inputs import Array, Inputs
 from porthal.hal import Pages, Weight
 from porthal.hal.dtypes import widen
-from porthal.hal.numerics import FLUSHED, ROUNDED, Noise, noise
+from porthal.hal.numerics import FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, noise
 
 RUNS = 8  # noisy runs of the reference behind one sigma
 
@@ -95,16 +95,13 @@ class Golden:
         return {k: Spread(*(kept[f"{part}/{k}"].astype(np.float64, copy=False) for part in parts)) for k in keys}
 
     def _perturbed(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
-        named = _as_dict if function else self._named
-        exact = _floats(named(self.call(function, *extra)) if function else self._results)
-        function = function or self.contract.reference
-        turned = np.inf if function is self.contract.scores else 0.0  # a score that an inner choice may exclude is free
+        exact = _floats(self._call_named(function, *extra) if function else self._results)
+        scores = function is not None and function is self.contract.scores
+        turned = np.inf if scores else 0.0  # what an inner choice may exclude as well is free
         modes: list[Noise] = []
 
         def deviation(run: int, only: int | None = None) -> dict[str, Array]:
-            rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
-            with noise(rng, self.dtypes, only) as mode:
-                noisy = _floats(named(self.call(function, *extra)))
+            noisy, mode = self._noisy(run, only, function, *extra)
             modes.append(mode)
             with np.errstate(invalid="ignore", over="ignore"):
                 return {k: np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=turned) for k, v in noisy.items()}
@@ -116,16 +113,26 @@ class Golden:
             spreads = {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
         else:
             # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
-            points = (*range(modes[0].met), *[ROUNDED] * bool(turned))
+            points = (*range(modes[0].met), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
             square, total = _sums(exact, (deviation(abs(point), point) for point in points))
             spreads = {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
         flushed = {n: _flushed(v) for n, v in self.operands.items()}
         if all(flushed[n] is v for n, v in self.operands.items()):
             return spreads
-        least = _floats(named(self.call(function, *extra, operands=flushed)))
+        least = _floats(self._call_named(function, *extra, operands=flushed))
         with np.errstate(invalid="ignore"):
             off = {k: np.nan_to_num(np.abs(least[k] - s.value), nan=0.0, posinf=0.0) for k, s in spreads.items()}
         return {k: s.wider(off[k]) for k, s in spreads.items()}
+
+    def machines(self, function: Any = None, *extra: Any) -> Iterator[dict[str, Array]]:
+        """Float results of machines that round where the contract permits; they themselves round once more, at the end."""
+        for run in range(RUNS):
+            yield self._noisy(run, None, function, *extra)[0]
+
+    def _noisy(self, run: int, only: int | None, function: Any, *extra: Any) -> tuple[dict[str, Array], Noise]:
+        rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
+        with noise(rng, self.dtypes, only) as mode:
+            return _floats(self._call_named(function, *extra)), mode
 
     def exactly(self) -> dict[str, Spread]:
         """The float results of an op that has one right answer."""
@@ -138,6 +145,11 @@ class Golden:
     def call(self, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None) -> Any:
         with np.errstate(all="ignore"):
             return function(*(operands or self.operands).values(), *extra, **self.inputs.attrs)
+
+    def _call_named(self, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Results of another function of the contract, or where that is None of the reference, by name."""
+        out = self.call(function or self.contract.reference, *extra, operands=operands)
+        return _as_dict(out) if function else self._named(out)
 
     def _named(self, out: Any) -> dict[str, Any]:
         return dict(zip((r.name for r in self.contract.signature.results), out if isinstance(out, tuple) else (out,)))

@@ -3,30 +3,35 @@
 The budget of a float result is B = u |g| + 6 sigma + tiny: u the result's unit roundoff, g the float64 reference, sigma its
 standard deviation over runs perturbed at the points where the reference says that a chip may round (without reductions
 the sum over these points, where that is less). A result passes when |y - g| <= c B everywhere, when its energy is near
-that of an ideal machine (g rounded once, plus sigma), and when its rounding has no preferred direction.
+that of an ideal machine (g rounded once, plus sigma), and when its rounding has no preferred direction: no more, in both,
+than the perturbed runs themselves where these stand out as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases import rows_symbol
 from porthal.conformance.choices import judge_admitted, judge_top
 from porthal.conformance.golden import Golden, Spread
 from porthal.conformance.inputs import Array, Inputs, specified_rows, written_slots
+from porthal.conformance.measures import Measure, tiny, zeros
 from porthal.conformance.verdicts import STRICTNESS, Failed, Judgement, Strictness
 from porthal.hal import Pages, Rows, Selection, Weight
 from porthal.hal.dtypes import UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
 
-BIAS = 6.0  # |z| of the rounding direction and of a column's error, rows as samples
-LEAN = 0.25  # mean rounding direction in 16 bits, below which it is none
-STEADY = 0.1  # mean error of a column in unit roundoffs, below which it is none: a rounded parameter has 0.2
-ZEROS = 0.1  # share of results that may be zero where the reference is not
-SAMPLES = 16  # different rows from which a direction of rounding can be told
+Machines = Callable[[], Iterable[Array]]
+TO = {True: "away from", False: "toward"}
+TOLD = {  # figure, what is permitted, direction
+    "whole": ": the error is {0:.2f} times an ideal machine's, permitted is {1:.3g}",
+    "row": ": the error of one row is {0:.2f} times an ideal machine's, permitted is {1:.3g}",
+    "direction": " is rounded {2} zero: bias z = {0:.1f}, permitted is {1:.3g}",
+    "column": " errs alike in all rows, column by column: z = {0:.1f}, permitted is {1:.3g}",
+}
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,15 @@ def _judged(golden: Golden, outcome: Outcome, limit: Strictness, tie: str) -> Ju
         _check_form(name, outcome.results.get(name), shape, wanted, inputs)
     if outcome.trespasses:
         raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
-    spreads, note = {}, ""
+    spreads, note, machines = {}, "", golden.machines
     if contract.admits:
         judge_admitted(golden, outcome.results[contract.choice or ""], limit)
     elif contract.choice:
         chosen = outcome.results[contract.choice]
         note = judge_top(golden, chosen, limit, tie)
-        spreads = golden.spread(contract.finish, chosen) if contract.finish else {}
+        if contract.finish:
+            spreads = golden.spread(contract.finish, chosen)
+            machines = partial(golden.machines, contract.finish, chosen)
     else:
         spreads = golden.exactly() if contract.exact else golden.spread()
         for result in contract.signature.results:
@@ -95,7 +102,7 @@ def _judged(golden: Golden, outcome: Outcome, limit: Strictness, tie: str) -> Ju
                 _judge_exact(result.name, outcome.results[result.name], golden.results()[result.name])
     figures = []
     for key, spread in spreads.items():
-        figures.append(_judge_spread(golden, key, spread, outcome, limit))
+        figures.append(_judge_spread(golden, key, spread, outcome, limit, machines))
     _check_repeat(outcome)
     if not figures:
         return Judgement("PASS", note=note)
@@ -132,24 +139,31 @@ def _judge_exact(name: str, got: Any, expected: Any) -> None:
     raise Failed("FAIL_VALUE", f"{name}{list(at)} is {got[at]}, expected {expected[at]}", at=f"{name}{list(at)}")
 
 
-def _judge_spread(golden: Golden, key: str, spread: Spread, outcome: Outcome, limit: Strictness) -> Judgement:
+def _judge_spread(
+    golden: Golden, key: str, spread: Spread, outcome: Outcome, limit: Strictness, machines: Callable[[], Iterable[Any]]
+) -> Judgement:
     """One float result, or one field of mutated pages: untouched slots bit for bit first."""
     inputs = golden.inputs
     name, _, part = key.partition(".")
     got = outcome.results[name]
     if not part:
         rows = specified_rows(inputs, name)
-        return judge_floats(inputs, key, got[:rows], spread[:rows], limit)
+        return judge_floats(inputs, key, got[:rows], spread[:rows], limit, lambda: (m[key][:rows] for m in machines()))
     before: Pages = inputs.operands[name]
     written = written_slots(inputs, before)
     touched = (bits(got[part]) != bits(before.native[part])).any(-1) & ~written
     if touched.any():
         raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed and is none that is written")
-    return judge_floats(inputs, key, got[part][written], spread[written], limit)
+    return judge_floats(
+        inputs, key, got[part][written], spread[written], limit, lambda: (m[key][written] for m in machines())
+    )
 
 
-def judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Strictness) -> Judgement:
-    """One array of floats against its reference; raises Failed."""
+def judge_floats(
+    inputs: Inputs, name: str, y: Array, spread: Spread, limit: Strictness, machines: Machines = lambda: ()
+) -> Judgement:
+    """One array of floats against its reference; raises Failed. `machines` gives results of machines that round where the
+    contract permits: it is asked where a statistic stands out."""
     kind, g = dtype(y), spread.value
     rounded = narrow(g, kind)
     if not y.size:
@@ -179,18 +193,16 @@ def judge_floats(inputs: Inputs, name: str, y: Array, spread: Spread, limit: Str
             f"permitted is {limit.pointwise:g}",
             **figures,
         )
-    granted = np.maximum((ideal - g) ** 2, (UNIT_ROUNDOFF[kind] * g / 3) ** 2) + spread.sigma**2 + tiny(kind) ** 2
-    figures["ratio"], why = _ratio((wide - g) ** 2, granted, g, limit)
-    if why:
-        raise Failed("FAIL_VALUE", f"{name}: {why}", **figures)
-    if not _rows_alike(inputs):
-        figures["z"] = _bias(wide, ideal, g, spread.sigma, kind)
-        if abs(figures["z"]) > BIAS:
-            side = "away from" if figures["z"] > 0 else "toward"
-            raise Failed("FAIL_VALUE", f"{name} is rounded {side} zero: bias z = {figures['z']:.1f}", **figures)
-        if (z := _column_bias(wide, ideal, g, kind)) > BIAS:
-            raise Failed("FAIL_VALUE", f"{name} errs alike in all rows, column by column: z = {z:.1f}", **figures)
-    if (missing := _zeros(wide, ideal, spread.sigma, kind)) and "denormal" not in dict(inputs.case.recipes).values():
+    measure = Measure(g, ideal, spread.sigma, kind)
+    found, permitted = measure(wide), measure.limits(limit)
+    if any(abs(found[test]) > permitted[test] for test in found):
+        others = [measure(np.where(finite & np.isfinite(m), m, g)) for m in (widen(narrow(m, kind)) for m in machines())]
+        permitted = measure.limits(limit, others)
+    figures |= {"ratio": max(found["whole"], found["row"]), "z": found["direction"]}
+    for test, figure in found.items():
+        if abs(figure) > permitted[test]:
+            raise Failed("FAIL_VALUE", f"{name}{TOLD[test].format(abs(figure), permitted[test], TO[figure > 0])}", **figures)
+    if (missing := zeros(wide, ideal, spread.sigma, kind)) and "denormal" not in dict(inputs.case.recipes).values():
         raise Failed("UNTRUSTED", f"{name} is zero in {missing:.0%} of the places where it should not be", **figures)
     return Judgement("PASS", **figures)
 
@@ -229,93 +241,6 @@ def _check_special(name: str, y: Array, g: Array, slack: Array, kind: str) -> No
         raise Failed("FAIL_VALUE", f"{name}{at} is {y[tuple(at)]}, expected {g[tuple(at)]:.9g}{left}", at=f"{name}{at}")
 
 
-def _ratio(square: Array, granted: Array, g: Array, limit: Strictness) -> tuple[float, str]:
-    """Error over that of an ideal machine, root mean square: of the whole, and of rows long enough to have one.
-
-    What is granted is the ideal machine's own error, at least that of uniform rounding, plus the permitted deviation.
-    Equal numbers are rounded alike, so only different ones make a mean: 128 in the whole, 32 in a row.
-    """
-    whole = float(np.sqrt(np.mean(square) / np.mean(granted)))
-    if whole > limit.whole and _different(g) >= 128:
-        return whole, f"the error is {whole:.2f} times an ideal machine's, permitted is {limit.whole:g}"
-    if square.ndim > 1 and square.shape[-1] >= 64:
-        rows = np.sqrt(np.mean(square, axis=-1) / np.mean(granted, axis=-1))
-        for row in np.argwhere(rows > limit.row).tolist():
-            if _different(g[tuple(row)]) >= 32:
-                worst = float(rows[tuple(row)])
-                return worst, f"the error of row {row} is {worst:.2f} times an ideal machine's, permitted is {limit.row:g}"
-    return whole, ""
-
-
-def _different(g: Array) -> int:
-    """How many numbers float32 tells apart."""
-    with np.errstate(over="ignore"):
-        return len(np.unique(g.astype(np.float32)))
-
-
-def _zeros(y: Array, ideal: Array, sigma: Array, kind: str) -> float:
-    """The share of zeros where none should be, if that is more than ZEROS of what stands out of the permitted deviation,
-    or half of what does not vanish beside it, as sums that cancel do."""
-    for least, share in ((2.0, ZEROS), (2.0**-10, 0.5)):
-        there = np.abs(ideal) > np.maximum(tiny(kind), sigma * least)
-        missing = np.count_nonzero(there & (y == 0)) / max(np.count_nonzero(there), SAMPLES)
-        if missing > share:
-            return missing
-    return 0.0
-
-
-def _bias(y: Array, ideal: Array, g: Array, sigma: Array, kind: str) -> float:
-    """z of the mean rounding direction beyond the ideal machine's own, different rows as samples, at least SAMPLES.
-
-    In float32 it is 0 where anything but output rounding dominates: errors of a sum or a function lean to one side. In
-    16 bits these are too small to matter, and permitted roundings inside lean to neither but for the few values that
-    such an input has: a mean below LEAN counts as none (truncation has 1).
-    """
-    wide, at = kind == "float32", _samples(y)
-    if len(at[0]) < SAMPLES or (wide and np.mean((ideal - g) ** 2) < 9 * np.mean(sigma**2)):
-        return 0.0
-    direction = np.sign(np.abs(y) - np.abs(g)) - np.sign(np.abs(ideal) - np.abs(g))
-    direction[np.abs(g) < tiny(kind)] = 0  # may be flushed to zero
-    if not wide:
-        direction[np.abs(g) < 16 * sigma] = 0  # so near to zero any error leads away from it
-    rows = direction.reshape(len(g), -1)[at].mean(-1)
-    if not wide and abs(rows.mean()) < LEAN:
-        return 0.0
-    deviation = max(float(rows.std()), at[1].size ** -0.5)
-    return float(rows.mean() / deviation * np.sqrt(len(rows)))
-
-
-def _column_bias(y: Array, ideal: Array, g: Array, kind: str) -> float:
-    """Root mean square over columns of z of each column's mean error beyond the ideal machine's, in 16 bits.
-
-    A parameter that was rounded is wrong in the same way in every row; roundings of a row's own values are not.
-    """
-    if kind == "float32" or len((at := _samples(y))[0]) < 4 * SAMPLES:
-        return 0.0
-    step = UNIT_ROUNDOFF[kind] * np.maximum(np.abs(g), tiny(kind))
-    error = ((np.abs(y) - np.abs(ideal)) / step).reshape(len(g), -1)[at]
-    mean, deviation = error.mean(0), np.maximum(error.std(0), len(error) ** -0.5)
-    if np.mean(mean**2) < STEADY**2:
-        return 0.0
-    return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(error)))
-
-
-def _rows_alike(inputs: Inputs) -> bool:
-    """Whether every row is given the same numbers in one of its operands: then rows share what is made of them."""
-    rows = rows_symbol(inputs.contract)
-    given = [inputs.operands[o.name] for o in inputs.contract.signature.operands if o.kind == "array" and o.dims[:1] == (rows,)]
-    return any(x is not None and is_float(dtype(x)) and not (x != x[:1]).any() for x in given)
-
-
-def _samples(y: Array) -> tuple[Array, Array]:
-    """Rows and columns, as an index, whose errors have nothing in common: one of each set of rows that begin alike, and
-    the columns that vary from row to row; none where fewer than 64 do."""
-    flat = y.reshape(len(y), -1) if y.ndim > 1 else y[:0, None]
-    rows = np.unique(flat[:, :1], return_index=True)[1]
-    columns = np.flatnonzero(flat[rows].std(0) > 0.5 * np.sqrt(np.mean(flat[rows] ** 2, 0))) if len(rows) > 1 else rows
-    return np.ix_(rows if len(columns) >= 64 else rows[:0], columns)
-
-
 # -- small words -----------------------------------------------------------------------------------------------------
 
 
@@ -348,11 +273,6 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
                 at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differs)), differs.shape))
                 return f"{what}{list(at)} is {a[at]}, then {b[at]}"
     return ""
-
-
-def tiny(kind: str) -> float:
-    """Half the smallest step of float16; elsewhere the smallest normal number, below which chips may flush to zero."""
-    return 2.0**-25 if kind == "float16" else 2.0**-126
 
 
 def largest(kind: str) -> float:

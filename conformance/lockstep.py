@@ -20,7 +20,8 @@ import numpy as np
 from porthal.conformance.capture import observed
 from porthal.conformance.golden import Golden
 from porthal.conformance.inputs import Array, Inputs, specified_rows, written_slots
-from porthal.conformance.judge import Outcome, bits, judge, tiny
+from porthal.conformance.judge import Outcome, bits, judge
+from porthal.conformance.measures import tiny
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import (
     Backend,

@@ -25,7 +25,7 @@ from porthal.hal.dtypes import UNIT_ROUNDOFF
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
-ROUNDED = -1  # a noisy run in which `single` rounds and nothing else is perturbed: near ties become ties
+ROUNDED, ROUNDED_TO_ZERO = -1, -2  # noisy runs that only round to float32, denormals to zero: near ties become ties
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
@@ -37,18 +37,19 @@ class Noise:
         self.dtypes = dtypes
         self.only = only
         self.points: list[str] = []
-        self.met = 0  # perturbations so far, of which `only` the given one is made; ROUNDED is none of them
+        self.met = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
         self.reduced = False  # a reduction was met: errors of one row are shared among its elements
 
-    def signs(self, value: Array) -> Array:
-        """1 or -1, the same for values that float32 cannot tell apart, the other for their negatives."""
+    def signs(self, value: Array, u: float = U_ACC) -> Array:
+        """1 or -1, the same for values that a rounding by u moves alike, the other for their negatives."""
         self.met += 1
         salt = self.rng.integers(2**32, dtype=np.uint32)
         if self.only is not None and self.only != self.met - 1:
             return np.zeros(value.shape)
         with np.errstate(over="ignore"):
             single = np.asarray(value, np.float32)
-            word = (np.abs(single).view(np.uint32) ^ salt) * np.uint32(0x9E3779B1)
+            alike = np.uint32(max(0, 20 + round(np.log2(u))))  # bits worth an eighth of u and less
+            word = (np.abs(single).view(np.uint32) >> alike ^ salt) * np.uint32(0x9E3779B1)
             word ^= word >> np.uint32(15)
             word *= np.uint32(0x85EBCA77)
             word ^= single.view(np.uint32)
@@ -108,9 +109,6 @@ def may_round(name: str, value: Array, to: str) -> Array:
 def single(value: Array) -> Array:
     """An intermediate result held in float32."""
     mode = _noise.get()
-    if mode is not None and mode.only == ROUNDED:
-        with np.errstate(over="ignore"):
-            return value.astype(np.float32).astype(np.float64)
     return value if mode is None else _perturb(mode, value, U_ACC)
 
 
@@ -121,8 +119,12 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
 
 
 def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED) -> Array:
+    if mode.only in (ROUNDED, ROUNDED_TO_ZERO):
+        with np.errstate(over="ignore"):
+            rounded = value.astype(np.float32).astype(np.float64)
+        return np.where(np.abs(rounded) < FLUSHED, 0.0, rounded) if mode.only == ROUNDED_TO_ZERO else rounded
     with np.errstate(invalid="ignore"):
-        return np.asarray(value + mode.signs(value) * (u * np.abs(value) + least) / np.sqrt(3))
+        return np.asarray(value + mode.signs(value, u) * (u * np.abs(value) + least) / np.sqrt(3))
 
 
 def softmax(x: Array) -> tuple[Array, Array]:

@@ -38,7 +38,7 @@ def _scores(logits: Array, bias: Array, *, k: int, scale: float, n_group: int = 
     if n_group == 1:
         return biased
     groups = biased.reshape(len(biased), n_group, biased.shape[1] // n_group)
-    best_two = np.sort(np.where(np.isnan(groups), -np.inf, groups), axis=-1)[..., -2:].sum(-1)
+    best_two = single(np.sort(np.where(np.isnan(groups), -np.inf, groups), axis=-1)[..., -2:].sum(-1))
     kept = np.zeros((len(biased), n_group), bool)
     np.put_along_axis(kept, choose(best_two, topk_group), True, axis=1)
     return np.where(kept[..., None], groups, -np.inf).reshape(biased.shape)
