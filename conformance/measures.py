@@ -15,7 +15,7 @@ BIAS = 6.0  # |z| of the rounding direction and of a column's error, rows as sam
 USUAL = 3.0  # of these, what machines show that round as is permitted
 LEAN = 0.25  # mean rounding direction in 16 bits, below which it is none
 STEADY = 0.1  # mean error of a column in unit roundoffs, below which it is none: a rounded parameter has 0.2
-ZEROS = 0.1  # share of results that may be zero where the reference is not
+ZEROS, BLANKS = 0.1, 0.5  # shares of results that may be zero where the reference is not
 SAMPLES = 16  # rows from which a direction of rounding can be told
 
 
@@ -26,6 +26,8 @@ class Measure:
     whole, row   root mean square error over that of the ideal machine, of the whole and of the worst row
     direction    z of the mean rounding direction, rows as samples
     column       root mean square over columns of z of each column's mean error, rows as samples
+    zeros        the share of zeros among what stands out of the permitted deviation
+    blanks       and among what does not vanish beside it, as sums that cancel do
     """
 
     g: Array
@@ -35,13 +37,15 @@ class Measure:
 
     def __call__(self, y: Array) -> dict[str, float]:
         whole, row = self._ratios(y)
-        return {"whole": whole, "row": row, "direction": self._direction(y), "column": self._column(y)}
+        signs = {"direction": self._direction(y), "column": self._column(y)}
+        return {"whole": whole, "row": row, **signs, "zeros": self._zeros(y, 2.0), "blanks": self._zeros(y, 2.0**-10)}
 
     @staticmethod
     def limits(limit: Strictness, others: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """What each may be. Where machines that round as is permitted show more than usual, because few numbers make
         the sample or share their roundings, the limit rises with them."""
         usual = {"whole": (limit.whole, 1.0), "row": (limit.row, 1.0), "direction": (BIAS, USUAL), "column": (BIAS, USUAL)}
+        usual |= {"zeros": (ZEROS, ZEROS), "blanks": (BLANKS, BLANKS)}
         shown = {test: max((abs(o[test]) for o in others), default=0.0) for test in usual}
         return {test: most * max(1.0, shown[test] / share) for test, (most, share) in usual.items()}
 
@@ -81,16 +85,9 @@ class Measure:
         mean, deviation = error.mean(0), np.maximum(error.std(0), len(y) ** -0.5)
         return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(y))) if np.mean(mean**2) >= STEADY**2 else 0.0
 
-
-def zeros(y: Array, ideal: Array, sigma: Array, kind: str) -> float:
-    """The share of zeros where none should be, if that is more than ZEROS of what stands out of the permitted deviation,
-    or half of what does not vanish beside it, as sums that cancel do."""
-    for least, share in ((2.0, ZEROS), (2.0**-10, 0.5)):
-        there = np.abs(ideal) > np.maximum(tiny(kind), sigma * least)
-        missing = np.count_nonzero(there & (y == 0)) / max(np.count_nonzero(there), SAMPLES)
-        if missing > share:
-            return missing
-    return 0.0
+    def _zeros(self, y: Array, least: float) -> float:
+        there = np.abs(self.ideal) > np.maximum(tiny(self.kind), self.sigma * least)
+        return np.count_nonzero(there & (y == 0)) / max(np.count_nonzero(there), SAMPLES)
 
 
 def tiny(kind: str) -> float:

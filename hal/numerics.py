@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from porthal.hal.dtypes import UNIT_ROUNDOFF
+from porthal.hal.dtypes import UNIT_ROUNDOFF, narrow, widen
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
-ROUNDED, ROUNDED_TO_ZERO = -1, -2  # noisy runs that only round to float32, denormals to zero: near ties become ties
+ROUNDED, ROUNDED_TO_ZERO = -1, -2  # runs that round wherever that is permitted, denormals to zero: a machine, for once
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
@@ -103,7 +103,7 @@ def may_round(name: str, value: Array, to: str) -> Array:
         return value
     mode.points.append(name)
     dtype = mode.dtypes.get(to, to)
-    return _perturb(mode, value, UNIT_ROUNDOFF[dtype], 2.0**-25 if dtype == "float16" else FLUSHED)
+    return _perturb(mode, value, UNIT_ROUNDOFF[dtype], 2.0**-25 if dtype == "float16" else FLUSHED, dtype)
 
 
 def single(value: Array) -> Array:
@@ -118,10 +118,9 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
     return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
 
 
-def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED) -> Array:
+def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype: str = "float32") -> Array:
     if mode.only in (ROUNDED, ROUNDED_TO_ZERO):
-        with np.errstate(over="ignore"):
-            rounded = value.astype(np.float32).astype(np.float64)
+        rounded = widen(narrow(np.asarray(value), dtype))
         return np.where(np.abs(rounded) < FLUSHED, 0.0, rounded) if mode.only == ROUNDED_TO_ZERO else rounded
     with np.errstate(invalid="ignore"):
         return np.asarray(value + mode.signs(value, u) * (u * np.abs(value) + least) / np.sqrt(3))

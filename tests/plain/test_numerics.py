@@ -16,6 +16,8 @@ import porthal.ops
 from porthal.hal import UNIT_ROUNDOFF, contracts
 from porthal.hal.numerics import (
     FLUSHED,
+    ROUNDED,
+    ROUNDED_TO_ZERO,
     U_ACC,
     _contract,
     _noise,
@@ -226,6 +228,16 @@ def test_a_sum_over_equal_values_adds_up_their_error(rng: np.random.Generator) -
     with noise(rng, DTYPES):
         error = may_round("p", np.full(1000, 0.3), to="bfloat16").sum() - 300
     assert abs(error) == pytest.approx(300 * 2.0**-8 / np.sqrt(3), rel=1e-6)
+
+
+def test_a_run_can_round_and_do_nothing_else(rng: np.random.Generator) -> None:
+    x = np.append(rng.standard_normal(100), [1e-30, 1e-45])
+    for only, least in ((ROUNDED, np.float64(np.float32(1e-45))), (ROUNDED_TO_ZERO, 0.0)):
+        with noise(rng, DTYPES, only):
+            np.testing.assert_array_equal(single(x)[:-1], x.astype(np.float32).astype(np.float64)[:-1])
+            assert single(x)[-1] == least
+            np.testing.assert_array_equal(may_round("p", x, to="float16"), np.append(x[:100].astype(np.float16), [0, 0]))
+            np.testing.assert_array_equal(total(x), x.sum())
 
 
 def test_points_are_recorded_in_the_order_met(rng: np.random.Generator) -> None:
