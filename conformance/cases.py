@@ -1,43 +1,21 @@
-"""Which calls are tested: cases derived from a contract, and the token that replays one anywhere.
-
-A plan varies one thing at a time around a small home call, and once takes GLM-5's own dims. Levels only differ in how
-many of these variations meet how many dtypes and row counts; a case does not know the level it came from.
-"""
+"""One call that is tested: the token that replays it anywhere, and what a contract allows in it."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, product
+from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from porthal.conformance.discrepancies import named
-from porthal.conformance.values import FLOATING, PLAIN, RELATED, Draw
+from porthal.conformance.values import FLOATING, RELATED, Draw
 from porthal.hal import UsageError, contracts
 from porthal.hal.contract import Contract
 from porthal.hal.signature import OperandSpec, evaluate, symbols
 
-Level = Literal["bring-up", "standard", "strict"]
-LEVELS: tuple[Level, ...] = ("bring-up", "standard", "strict")
-ROWS = {
-    "bring-up": (0, 1, 2, 17),
-    "standard": (0, 1, 2, 7, 16, 17, 255, 256, 257),
-    "strict": (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025),
-}
-SERVED_ROWS = {"bring-up": (1,), "standard": (1, 17, 65), "strict": (1, 17, 65, 257)}  # at GLM-5's dims, beside 2
-SERVED_BATCHES = {
-    "bring-up": ("decode",),
-    "standard": ("decode", "mixed", "chunked"),
-    "strict": ("decode", "mixed", "chunked", "padded", "idle"),
-}
-MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
-HOME_ROWS = 7
-# Logical elements of all operands and results: what a level is ready to generate and judge in one case.
-SIZE = {"bring-up": 2**22, "standard": 2**25, "strict": 2**26}
 VIEWS = ("columns", "rows", "transposed", "broadcast")
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 BEYOND = "beyond"  # cache or expert weights behind 2^31 elements
@@ -45,7 +23,6 @@ THREADS = "threads"  # operands placed and the kernel called in several threads 
 SELECTIONS = ("full", "short", "empty")
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
 CROWD = "crowd"
-BLOCK_SIZES = (64, 128)
 PAGES = 6  # of a cache that no batch describes
 LONGEST = 131072
 SHORT = 8  # query rows of a request that counts as decoding
@@ -195,188 +172,6 @@ def fitting(contract: Contract, operand: str) -> Sequence[str]:
     own = options(contract, operand)
     domain = FLOATING if own[0] in FLOATING else RELATED.get(own[0], ())
     return tuple(dict.fromkeys((*own, *domain)))
-
-
-# -- the plan --------------------------------------------------------------------------------------------------------
-
-
-def cases(contract: Contract, level: Level = "bring-up", dtypes: Sequence[str] | None = None) -> list[Case]:
-    """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them."""
-    if level not in LEVELS:
-        raise UsageError(f"unknown level {level!r}: expected one of {', '.join(LEVELS)}")
-    plan = _Plan(contract, level)
-    found: dict[str, Case] = {}
-    for case in plan.cases():
-        if among(case, dtypes):
-            found.setdefault(case.token, case)
-    return list(found.values())
-
-
-def among(case: Case, dtypes: Sequence[str] | None) -> bool:
-    """Whether a case's first float is of one of the dtypes, or nothing in it can be chosen."""
-    return dtypes is None or not (first := first_float(case.contract)) or case.dtype(first) in dtypes
-
-
-class _Plan:
-    def __init__(self, contract: Contract, level: Level) -> None:
-        self.contract, self.level = contract, level
-        operands = contract.signature.operands
-        results = contract.signature.results
-        self.sized = {s for o in (*operands, *results) for d in o.dims for s in symbols(d)}
-        self.has_batch = any(o.kind == "Batch" for o in operands)
-        self.has_pages = any(o.kind == "Pages" for o in operands)
-        self.free = free_symbols(contract)
-        self.rows = rows_symbol(contract)
-        self.attrs = [s for s in contract.cases if s in contract.attributes]
-        self.first = first_float(contract)
-        self.combos = combos(contract)
-        self.few, self.turn = level == "bring-up", 0
-
-    def cases(self) -> Iterator[Case]:
-        yield from self._served()
-        for combo in self.combos:
-            yield from self._made(dtypes=combo)
-        yield from self._sizes()
-        yield from self._forms()
-        if self.has_batch or self.has_pages:
-            yield from self._batches()
-        if self.level == "strict":
-            for seed, combo in product((1, 2, 3), self.combos):
-                yield from self._made(rows=65, dtypes=combo, seed=seed)
-        if not self.few:
-            for recipe, combo in product(self._unlisted(), self.combos):
-                yield from self._made(recipes=(recipe,), dtypes=combo, rows=33)
-        yield from named(self.contract.name, self.level)
-        for fault in FAULTS:
-            yield from self._made(fault=fault, dtypes=self._next())
-
-    def _served(self) -> Iterator[Case]:
-        """GLM-5's dims, once whatever their size, in its dtype or in every one, over a cache longer than top-k; in its dtype at
-        several row counts and compositions, by which a level is reached; pairs of other attributes there."""
-        bases = [c for c in self.combos if len(c) <= 1]
-        served = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
-        attrs = {a: self.contract.cases[a][0] for a in self.attrs}
-        deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
-        for combo in served:
-            yield from self._made(dims | attrs, rows=2, dtypes=combo, batch=deep, most=MOST["elements"])
-        for combo, rows in (*product(served, SERVED_ROWS[self.level]), *product([] if self.few else bases, (1, 16))):
-            yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
-        for batch, combo in product(SERVED_BATCHES[self.level] if self.has_batch else (), served):
-            yield from self._made(dims | attrs, dtypes=combo, batch=batch)
-        for pair in combinations(self.attrs, 2):  # some act together only
-            yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
-
-    def _sizes(self) -> Iterator[Case]:
-        """Row counts, then every value of every dim and attribute."""
-        for rows in ROWS[self.level]:
-            for combo in self._each():
-                yield from self._made(rows=rows, dtypes=combo)
-        if not self.few:
-            least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
-            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
-            yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
-            for combo in self.combos:
-                yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
-        for name in (*self.free, *self.attrs):
-            for value in self.contract.cases[name]:
-                for combo in self._each():
-                    yield from self._made({name: value}, rows=3, dtypes=combo)
-
-    def _forms(self) -> Iterator[Case]:
-        """Values, views, and optional operands left out."""
-        for recipes in self._recipes():
-            for rows in (HOME_ROWS,) if self.few else (HOME_ROWS, 256):
-                for combo in self._each():
-                    yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
-        for view in (*VIEWS, THREADS):
-            for combo in self._each():
-                yield from self._made(view=view, dtypes=combo)
-        for absent in absences(self.contract):
-            for combo in self._each():
-                yield from self._made(absent=absent, dtypes=combo)
-
-    def _batches(self) -> Iterator[Case]:
-        """Batch compositions and page sizes."""
-        for batch, size in product(COMPOSITIONS if self.has_batch else ("",), BLOCK_SIZES):
-            for rows in (HOME_ROWS,) if self.few else (HOME_ROWS, 33):
-                for combo in self._each():
-                    yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
-
-    def _next(self) -> Combo:
-        """The dtypes that are next in turn."""
-        self.turn += 1
-        return self.combos[self.turn % len(self.combos)]
-
-    def _each(self) -> list[Combo]:
-        """All dtypes, or at bring-up the next in turn."""
-        return [self._next()] if self.few else self.combos
-
-    def _made(
-        self, fixed: Mapping[str, Any] | None = None, rows: int = HOME_ROWS, most: int = 0, **fields: Any
-    ) -> Iterator[Case]:
-        """The case with these values, everything else at home; nothing where no legal or affordable one exists."""
-        facts = self._legal(dict(fixed or {}), rows)
-        if facts is None:
-            return
-        attributes = self.contract.attributes
-        dims = [(s, facts[s]) for s in dict.fromkeys((self.rows, *self.free)) if s]
-        attrs = [(a, attributes[a].type(facts[a])) for a in attributes if a in facts]
-        case = Case(
-            self.contract.name,
-            tuple(dims),
-            tuple((a, v) for a, v in attrs if v != attributes[a].default),
-            **fields,
-        )
-        if self.has_batch and not case.batch:
-            case = replace(case, batch="mixed")
-        if (self.has_pages or self.has_batch) and not case.block_size:
-            case = replace(case, block_size=BLOCK_SIZES[0])
-        if not refusal(case) and elements(case) <= (most or SIZE[self.level]):
-            yield case
-
-    def _legal(self, fixed: dict[str, Any], rows: int) -> dict[str, Any] | None:
-        """Values for every dim and attribute that fulfil the contract's rules, as near home as those allow."""
-        fixed = {self.rows: rows, **fixed} if self.rows else fixed
-        names = [s for s in (*self.free, *self.attrs) if s not in fixed]
-        for values in product(*(self._near(s) for s in names)):
-            facts = {**fixed, **dict(zip(names, values))}
-            defaults = {a.name: a.default for a in self.contract.attributes.values()}
-            if all(holds(SimpleNamespace(**{**defaults, **facts})) for _, holds in self.contract.rules):
-                return facts
-        return None
-
-    def _near(self, name: str) -> list[Any]:
-        """A symbol's values, home first: the smallest size of at least 8, the first of other attributes."""
-        values = list(self.contract.cases[name])
-        if name in self.sized:
-            values.sort(key=lambda v: (v < 8, v))
-        return values
-
-    def _recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
-        """One recipe at a time, in every operand that lists it; integers everywhere, so that results are exact."""
-        names = [o.name for o in self.contract.signature.operands if o.kind != "Batch"]
-        others = {r: None for n in names for r in options(self.contract, n)[1:]}
-        for chosen in others:
-            taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
-            if chosen == "integer":
-                taken = [(n, chosen) for n in names if _takes_integers(self.contract, n)]
-            yield tuple(taken)
-
-
-    def _unlisted(self) -> Iterator[tuple[str, str]]:
-        """What the contract does not list and every op bears: plain values in its first floats, indices of any kind."""
-        listed = {o.name: options(self.contract, o.name) for o in self.contract.signature.operands if o.kind != "Batch"}
-        floats = [name for name, recipes in listed.items() if recipes[0] in FLOATING]
-        floats.sort(key=lambda name: self.contract.signature[name].kind != "array")
-        for name, recipes in listed.items():
-            domain = PLAIN if name in floats[:1] else RELATED.get(recipes[0], ())
-            yield from ((name, recipe) for recipe in domain if recipe not in recipes)
-
-
-def _takes_integers(contract: Contract, operand: str) -> bool:
-    plain = options(contract, operand)[0] in ("normal", "weight")
-    return plain and contract.signature[operand].kind in ("array", "Weight", "Pages")
 
 
 def first_float(contract: Contract) -> str:

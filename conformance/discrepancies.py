@@ -12,8 +12,10 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from porthal.conformance.cases import BEYOND, FAR, Case, elements
+
 if TYPE_CHECKING:
-    from porthal.conformance.cases import Case, Level
+    from porthal.conformance.plan import Level
 
 LIMIT = {"bring-up": 2**17, "standard": 2**23, "strict": 2**27}  # numbers that a level's named cases hold at most
 
@@ -516,16 +518,12 @@ DISCREPANCIES = (
 @cache
 def of_op(op: str) -> tuple[Case, ...]:
     """The named cases of an op, each once."""
-    from porthal.conformance.cases import Case
-
     tokens = dict.fromkeys(t for d in DISCREPANCIES for t in d.cases if t.partition(",")[0] == op)
     return tuple(Case.from_token(t) for t in tokens)
 
 
 def named(op: str, level: Level) -> Iterator[Case]:
     """The named cases of an op that are within a level's means."""
-    from porthal.conformance.cases import BEYOND, FAR, elements
-
     for case in of_op(op):
         if elements(case) <= LIMIT[level] and not (level == "bring-up" and case.view in (BEYOND, FAR)):
             yield case

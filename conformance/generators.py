@@ -9,20 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
-from porthal.conformance.cases import (
-    MANY_ROWS,
-    ROWS,
-    THREADS,
-    VIEWS,
-    Case,
-    absences,
-    cases,
-    elements,
-    options,
-    rows_symbol,
-)
+from porthal.conformance.cases import THREADS, VIEWS, Case, absences, elements, options, rows_symbol
 from porthal.conformance.inputs import build
 from porthal.conformance.invariance import disturbed
+from porthal.conformance.plan import MANY_ROWS, ROWS, cases
 from porthal.conformance.runner import RUNS
 from porthal.conformance.values import FLOATING, PLAIN
 from porthal.hal import contracts

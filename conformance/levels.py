@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from porthal.conformance.cases import Case, cases, elements, first_float, rows_symbol
+from porthal.conformance.cases import Case, elements, first_float, rows_symbol
+from porthal.conformance.plan import cases
 from porthal.hal import UsageError, contracts
 from porthal.hal.contract import Contract
 

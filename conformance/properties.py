@@ -20,7 +20,6 @@ from porthal.conformance.cases import (
     Case,
     Request,
     absences,
-    among,
     combos,
     elements,
     free_symbols,
@@ -29,6 +28,7 @@ from porthal.conformance.cases import (
     rows_symbol,
     shareable,
 )
+from porthal.conformance.plan import among
 from porthal.conformance.report import Result
 from porthal.conformance.values import FLOATING, RELATED
 from porthal.hal import Unavailable

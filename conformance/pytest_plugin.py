@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     name = config.getoption("--porthal-backend")
     if not name:
         return
-    from porthal.conformance.cases import cases
+    from porthal.conformance.plan import cases
     from porthal.conformance.workers import Bounds, Pool
     from porthal.hal import PorthalError, contracts
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from porthal.conformance.beyond import Beyond
-from porthal.conformance.cases import BEYOND, FAR, THREADS, Case, Level, cases, elements
+from porthal.conformance.cases import BEYOND, FAR, THREADS, Case, elements
 from porthal.conformance.inputs import Array, Inputs, build
 from porthal.conformance.invariance import brought_back, disturbed
 from porthal.conformance.judge import Outcome, bits, difference, judge
+from porthal.conformance.plan import Level, cases
 from porthal.conformance.report import Facts, Report, Result
 from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import (

@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases import Case, Level
+from porthal.conformance.cases import Case
 from porthal.conformance.golden import Golden, Spread
 from porthal.conformance.inputs import Array, Inputs, build, specified_rows, written_slots
 from porthal.conformance.judge import budget, exactly_judged
+from porthal.conformance.plan import Level
 from porthal.conformance.runner import Bench, execute
 from porthal.conformance.verdicts import STRICTNESS
 from porthal.hal import Backend, Batch, Pages, Rows, Selection, UsageError, Weight, narrow

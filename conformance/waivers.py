@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from porthal.conformance.cases import LEVELS, cases
+from porthal.conformance.plan import LEVELS, cases
 from porthal.hal import Backend, UsageError, contracts
 
 if sys.version_info >= (3, 11):

@@ -27,7 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from porthal.conformance.cases import BEYOND, FAR, Case, Level
+from porthal.conformance.cases import BEYOND, FAR, Case
+from porthal.conformance.plan import Level
 from porthal.conformance.report import Facts, Result
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import PorthalError, Unavailable, UsageError, create

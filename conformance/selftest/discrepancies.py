@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from porthal.conformance.cases import Case, Level, cases
+from porthal.conformance.cases import Case
 from porthal.conformance.discrepancies import DISCREPANCIES
+from porthal.conformance.plan import Level, cases
 from porthal.conformance.report import Result
 from porthal.conformance.runner import Bench, check
 from porthal.conformance.selftest.planting import Defect, planted

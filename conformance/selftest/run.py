@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from porthal.conformance.cases import Case, Level, cases, elements
+from porthal.conformance.cases import Case, elements
+from porthal.conformance.plan import Level, cases
 from porthal.conformance.runner import Bench, check
 from porthal.conformance.selftest.planting import defects, plantable, planted, unplanted
 from porthal.conformance.selftest.variants import Variant, variants

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from porthal.conformance import cache
-from porthal.conformance.cases import cases
 from porthal.conformance.golden import Golden
 from porthal.conformance.inputs import Inputs, build
+from porthal.conformance.plan import cases
 from porthal.hal import Weight, contracts
 
 

@@ -6,9 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from porthal.conformance.cases import FAULTS, LEVELS, MANY_ROWS, THREADS, VIEWS, Case, cases, elements
+from porthal.conformance.cases import FAULTS, THREADS, VIEWS, Case, elements
 from porthal.conformance.inputs import build, written_slots
 from porthal.conformance.judge import bits
+from porthal.conformance.plan import LEVELS, MANY_ROWS, cases
 from porthal.conformance.values import RECIPES, Draw
 from porthal.hal import Batch, Pages, Selection, UsageError, Weight, contracts, dtype, narrow
 

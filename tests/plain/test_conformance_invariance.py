@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
-from porthal.conformance.cases import Case, cases, elements
+from porthal.conformance.cases import Case, elements
 from porthal.conformance.golden import Golden
 from porthal.conformance.inputs import build
 from porthal.conformance.invariance import brought_back, disturbed
+from porthal.conformance.plan import cases
 from porthal.conformance.runner import Bench, check
 from porthal.hal import Pages, Selection, contracts, create
 

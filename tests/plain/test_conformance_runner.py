@@ -14,8 +14,9 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import Report, replay, run
-from porthal.conformance.cases import Case, cases
+from porthal.conformance.cases import Case
 from porthal.conformance.inputs import build
+from porthal.conformance.plan import cases
 from porthal.conformance.report import SCHEMA, SUITE, Result
 from porthal.conformance.runner import MARGIN, Bench, check, parts, poison, poisoned
 from porthal.conformance.verdicts import Judgement

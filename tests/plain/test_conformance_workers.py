@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from porthal.conformance import Report, run
-from porthal.conformance.cases import Case, cases
+from porthal.conformance.cases import Case
 from porthal.conformance.inputs import build
 from porthal.conformance.journal import Journal
+from porthal.conformance.plan import cases
 from porthal.conformance.report import Facts, Result
 from porthal.conformance.verdicts import Judgement
 from porthal.conformance.workers import Bounds

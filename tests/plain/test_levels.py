@@ -9,8 +9,9 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.cli import app as cli
 from porthal.conformance import run
-from porthal.conformance.cases import LEVELS, Case, cases
+from porthal.conformance.cases import Case
 from porthal.conformance.levels import PROFILES, Reached, is_required, members, overall, reached, required
+from porthal.conformance.plan import LEVELS, cases
 from porthal.hal import UsageError, contracts, create, limits, multiple_of, one_of
 from porthal.model.config import Config
 from porthal.model.load import DEMO, profile, trace

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import run
-from porthal.conformance.cases import FAR, SELECTIONS, VIEWS, Case, cases, elements
+from porthal.conformance.cases import FAR, SELECTIONS, VIEWS, Case, elements
 from porthal.conformance.inputs import build
 from porthal.conformance.judge import Outcome, judge
+from porthal.conformance.plan import cases
 from porthal.conformance.properties import search
 from porthal.conformance.report import Result
 from porthal.conformance.runner import Bench, check, execute

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from porthal.cli.app import app
-from porthal.conformance.cases import cases
+from porthal.conformance.plan import cases
 from porthal.conformance.scaffold import first_step, groups, new_backend, stub
 from porthal.conformance.waivers import parse
 from porthal.hal import Backend, UsageError, contracts, create

@@ -13,7 +13,7 @@ import pytest
 
 from porthal.backends.cpu.backend import Cpu
 from porthal.backends.torch.backend import Torch
-from porthal.conformance.cases import LEVELS, Case, cases, elements
+from porthal.conformance.cases import Case, elements
 from porthal.conformance.discrepancies import (
     COLLECTIVES,
     DISCREPANCIES,
@@ -24,6 +24,7 @@ from porthal.conformance.discrepancies import (
     named_for,
 )
 from porthal.conformance.generators import GENERATORS, lacking
+from porthal.conformance.plan import LEVELS, cases
 from porthal.conformance.runner import Bench, check, replay
 from porthal.conformance.selftest.discrepancies import DEFECTS, findings
 from porthal.conformance.selftest.fused import Fused
