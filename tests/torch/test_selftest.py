@@ -8,7 +8,18 @@ from porthal.conformance.cases import Case, elements
 from porthal.conformance.runner import Bench, check
 from porthal.conformance.selftest import compiled, planting, run
 from porthal.conformance.selftest.planting import SCORED, Defect, defects, edited, plant, plantable, planted
-from porthal.conformance.selftest.run import COSTLY, LEVEL, Score, Trial, attempt, plan, sampled, self_test, tasks
+from porthal.conformance.selftest.run import (
+    COSTLY,
+    LEVEL,
+    SEEDS,
+    Score,
+    Trial,
+    attempt,
+    plan,
+    sampled,
+    self_test,
+    tasks,
+)
 from porthal.conformance.selftest.variants import variants
 from porthal.hal import UsageError, contracts, create
 
@@ -143,6 +154,20 @@ def test_seeds_make_other_cases_and_all_have_their_turn():
     turns = {c.token.rpartition(",")[0] for seed in range(20) for c in sampled("linear", seed)}
     everything = {c.token.rpartition(",")[0] for c in plan("linear") if elements(c) <= COSTLY}
     assert turns == everything
+
+
+def test_the_page_speaks_of_what_is_planted_now():
+    """Its figures are those of a whole run; after a change of defects or variants it must be made again."""
+    page = (Path(__file__).parents[2] / "docs" / "self-test.md").read_text(encoding="utf-8")
+    planted_now, honest = tasks(), [v for v in variants() if not v.isa]  # instruction sets are the machine's
+    for op in contracts():
+        mine = [t for t in planted_now if t[0] == "defect" and t[1].startswith(f"{op}/")]
+        counts = [sum(t[2] == dtype for t in mine) for dtype in ("float32", "bfloat16", "")]
+        cells = [f"{n}/{n}" if n else "" for n in counts]
+        row = next(line for line in page.splitlines() if line.startswith(f"| {op} | ")).split(" | ")
+        passed, of = map(int, row[4].split("/"))
+        assert row[1:4] == cells, op
+        assert passed == of >= SEEDS * sum(v.op == op for v in honest), op
 
 
 def test_unknown_ops_are_refused():
