@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from porthal.conformance.workers import Bounds
 
 Progress = Callable[[int, int, Result], None]
+Returned = Callable[[Mapping[str, Any]], None]  # results in logical form by name
 RUNS: Mapping[str, int] = {"bring-up": 2, "standard": 3, "strict": 50}  # of a kernel on the same inputs
 PATIENCE = 0.5  # seconds, after which two runs have to do
 SMALL = 2**17  # elements of a case after which another call follows, to see that results keep their bits
@@ -129,27 +130,45 @@ def _drawn(
 
 
 def replay(
-    token: str, backend: str | Backend, level: Level = "bring-up", *, isolate: bool = True, emulated: bool = False
+    call: str | Inputs,
+    backend: str | Backend,
+    level: Level = "bring-up",
+    *,
+    isolate: bool = True,
+    emulated: bool = False,
+    returned: Returned | None = None,
 ) -> Result:
-    """One case again, bit for bit; `Result.explain()` says in words what came out. Isolated as in `run`."""
+    """One case again, bit for bit, by its token or with given inputs; `Result.explain()` says in words what came out.
+
+    Isolated as in `run`. `returned` hears the results, where there are any.
+    """
     from porthal.conformance.workers import Bounds, Pool, machine
 
-    case = Case.from_token(token)
+    case, inputs = (call.case, call) if isinstance(call, Inputs) else (Case.from_token(call), None)
     if isinstance(backend, str) and isolate:
         with Pool(backend, level, emulated, Bounds(), 1) as pool:
-            return pool.one(case)
-    return check(case, Bench(machine(backend, emulated) if isinstance(backend, str) else backend), level)
+            return pool.one(case, inputs, returned)
+    bench = Bench(machine(backend, emulated) if isinstance(backend, str) else backend)
+    return check(case, bench, level, inputs=inputs, returned=returned)
 
 
 def check(
-    case: Case, bench: Bench, level: Level = "bring-up", chosen: Callable[[Choice], None] | None = None
+    case: Case,
+    bench: Bench,
+    level: Level = "bring-up",
+    chosen: Callable[[Choice], None] | None = None,
+    inputs: Inputs | None = None,
+    returned: Returned | None = None,
 ) -> Result:
-    """Build, execute, judge: one case's verdict. `chosen` hears whose kernel it will be before that is called."""
+    """Build (unless there are `inputs`), execute, judge: one case's verdict.
+
+    `chosen` hears whose kernel it will be before that is called, `returned` the results before they are judged.
+    """
     started = time.perf_counter()
     choice: Choice | None = None
     foreign: tuple[str, ...] = ()
     try:
-        inputs = build(case)
+        inputs = inputs or build(case)
         binding = bench.binding(inputs)
         choice = binding.choices[case.op]
         made_of = [binding.choices[op] for op in (parts(inputs) if choice.status == "composed" else (case.op,))]
@@ -161,6 +180,8 @@ def check(
         else:
             call = disturbed(inputs)  # before a kernel that writes where it must not can spoil them
             outcome = execute(binding, inputs, RUNS[level])
+            if returned:
+                returned(outcome.results)
             if call and not (outcome.error or outcome.trespasses):
                 outcome = _moved(bench, binding, *call, outcome)
             verdict = judge(inputs, outcome, level, _tie(made_of))

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from porthal.conformance.cases import BEYOND, FAR, Case
 from porthal.conformance.plan import Level
@@ -34,6 +34,10 @@ from porthal.conformance.verdicts import Judgement
 from porthal.hal import PorthalError, Unavailable, UsageError, create
 from porthal.hal.binding import Choice
 from porthal.hal.limits import NO_LIMITS
+
+if TYPE_CHECKING:
+    from porthal.conformance.inputs import Inputs
+    from porthal.conformance.runner import Returned
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 START = 120.0  # seconds in which a backend must be ready
@@ -79,7 +83,7 @@ def machine(backend: str, emulated: bool = False) -> Any:
 
 
 def serve(descriptor: int) -> None:
-    """Send Facts, then for every case received the chosen kernel and the Result."""
+    """Send Facts, then for every case received the chosen kernel, its results if they are wanted, and the Result."""
     from porthal.conformance.runner import Bench, check
 
     os.set_inheritable(descriptor, False)  # a kernel's own processes must not keep the pipe open
@@ -97,9 +101,10 @@ def serve(descriptor: int) -> None:
             held = int(file.read().split()[5]) * resource.getpagesize() / GIB
         pipe.send(facts)
         while True:
-            case = pipe.recv()
+            case, inputs, wanted = pipe.recv()
             _limit_memory(held + setup.memory + ADDRESSES * (case.view in (BEYOND, FAR)))
-            pipe.send(check(case, bench, setup.level, lambda c: pipe.send(replace(c, limits=NO_LIMITS))))
+            chosen = lambda c: pipe.send(replace(c, limits=NO_LIMITS))  # noqa: E731
+            pipe.send(check(case, bench, setup.level, chosen, inputs, pipe.send if wanted else None))
 
 
 def _limit_memory(gib: float) -> None:
@@ -118,6 +123,7 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         self.case: Case | None = None
         self.choice: Choice | None = None
+        self.returned: Returned | None = None
         self.began = time.monotonic()
         self.patience = START
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
@@ -143,22 +149,27 @@ class Worker:
     def deadline(self) -> float:
         return self.began + self.patience
 
-    def give(self, case: Case, patience: float) -> None:
-        self.case, self.choice, self.patience = case, None, patience
+    def give(
+        self, case: Case, patience: float, inputs: Inputs | None = None, returned: Returned | None = None
+    ) -> None:
+        self.case, self.choice, self.returned, self.patience = case, None, returned, patience
         self.began = time.monotonic()
         self.log.seek(0)
         self.log.truncate()
         with suppress(BrokenPipeError):
-            self.pipe.send(case)
+            self.pipe.send((case, inputs, returned is not None))
 
     def answer(self) -> Facts | Result | Judgement | PorthalError | None:
         """What has come in: a Judgement where the process is dead or out of time, None while there is nothing yet."""
         try:
             while self.pipe.poll():
                 message = self.pipe.recv()
-                if not isinstance(message, Choice):
+                if isinstance(message, Choice):
+                    self.choice = message
+                elif self.returned and isinstance(message, dict):
+                    self.returned(message)
+                else:
                     return message
-                self.choice = message
         except (EOFError, OSError):
             return Judgement("CRASH", self._end())
         if time.monotonic() >= self.deadline:
@@ -248,15 +259,15 @@ class Pool:
         for case in waiting:
             yield Result.of(case, Judgement("NOT_JUDGED", why), None, 0.0)
 
-    def one(self, case: Case) -> Result:
-        """One case's result, from a worker that stays for the next; NOT_JUDGED where none starts."""
+    def one(self, case: Case, inputs: Inputs | None = None, returned: Returned | None = None) -> Result:
+        """One case's result, from a worker that stays for the next; NOT_JUDGED where none starts. See `runner.check`."""
         if not self.workers:
             self.workers.append(Worker(self.setup))
             if not isinstance(message := _awaited(self.workers[0]), Facts):
                 self._drop(self.workers[0])
                 return Result.of(case, Judgement("NOT_JUDGED", self._does_not_start(message)), None, 0.0)
         worker = self.workers[0]
-        worker.give(case, self.timeout)
+        worker.give(case, self.timeout, inputs, returned)
         message = _awaited(worker)
         result = message if isinstance(message, Result) else worker.result(message)
         worker.case = None
