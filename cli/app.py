@@ -365,7 +365,9 @@ def _compare(a: Path, b: Path, html: Path | None) -> int:
 
 @app.command()
 def replay(
-    token: Annotated[str, typer.Argument(show_default=False, help="a case, as a report names it")],
+    call: Annotated[
+        str, typer.Argument(show_default=False, metavar="CALL", help="a case's token, or the path of a saved .npz")
+    ],
     backend: BackendOption = None,
     level: LevelOption = Level.bring_up,
     emulated: EmulatedFlag = False,
@@ -374,16 +376,20 @@ def replay(
         typer.Option("--save", metavar="DIR", help="also write its arrays as case.npz, with a script that needs no porthal"),
     ] = None,
 ) -> int:
-    """Run exactly one case again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
+    """Run exactly one call again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
     from porthal.conformance import replay as again
+    from porthal.conformance import saved
 
-    if save:
-        from porthal.conformance.saved import save as write
-
-        made = write(token, _machine(backend, emulated), save, level.value)
-        text.note(f"{made}: python {made.with_name('check.py')} judges it")
-    result = again(token, _named(backend, emulated), level.value, emulated=emulated)
+    name = _named(backend, emulated)
+    inputs = saved.call(call) if save or call.endswith(".npz") else None
+    got: dict[str, Any] = {}
+    result = again(inputs or call, name, level.value, emulated=emulated, returned=got.update if save else None)
     print(result.explain())
+    if save and result.verdict == "NOT_JUDGED":
+        text.note("nothing is saved of a call that cannot be judged")
+    elif save and inputs:
+        where = name + " (emulated device)" * emulated
+        _told(saved.save(inputs, got, save, "case", where, level.value), bool(got))
     return 1 if result.failed else 0 if result.tested else 2
 
 
@@ -415,8 +421,8 @@ def diff(
     text.drawn(found.table())
     if json:
         json.write_text(found.json(), encoding="utf-8")
-    if save and (script := found.save(save)):
-        print(f"python {script} prints the call at fault")
+    if save and found.at_fault and (file := found.save(save)):
+        _told(file, bool(found.at_fault.returned))
     return found.exit_code
 
 
@@ -433,6 +439,12 @@ def new_backend(
 
     made = write(name, base.value, folder)
     print(f"{made}: a backend with 0 ops of its own\n\npip install -e {made}\nporthal conform --backend {name}")
+
+
+def _told(file: Path, returned: bool) -> None:
+    """What a saved call is good for."""
+    lacks = "" if returned else " without results, for none came back"
+    text.note(f"saved{lacks}: `python {file.with_suffix('.py')}` measures it, `porthal replay {file}` judges it again")
 
 
 def _named(backend: str | None, emulated: bool) -> str:

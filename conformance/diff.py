@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from porthal.conformance.capture import Capture
 from porthal.conformance.lockstep import Call, Halt, Lockstep, binding
+from porthal.conformance.saved import save
 from porthal.hal import Binding
 from porthal.model.checkpoint import Checkpoint
 from porthal.model.config import Config
@@ -211,12 +211,14 @@ class Difference:
         return json.dumps(facts, indent=1, allow_nan=False)
 
     def save(self, directory: Path) -> Path | None:
-        """Write the first call at fault as a file and a script that prints it; gives the script's path."""
+        """Write the first call at fault, to be measured and judged again; gives the path of its .npz."""
         call = self.at_fault
         if call is None or call.inputs is None:
             return None
         name = "-".join(call.place).replace(" ", "")
-        return Capture.of(call.inputs, call.returned).save(directory, name, f"{call.label} on {self.backend}")
+        inputs = replace(call.inputs, met=call.label)
+        where = self.backend + f" ({self.place})" * (self.place != "hardware")
+        return save(inputs, call.returned, directory, name, where)
 
 
 def _facts(call: Call) -> dict[str, Any]:

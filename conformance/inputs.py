@@ -20,12 +20,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """A call in logical form: Weight, Pages and Selection hold NumPy arrays in the operand's dtype."""
+    """A call in logical form: Weight, Pages and Selection hold NumPy arrays in the operand's dtype.
+
+    met  where, of a call that was met rather than planned: its case gives sizes, but no values
+    """
 
     case: Case
     operands: Mapping[str, Any]
     attrs: Mapping[str, Any]
     spec: CallSpec
+    met: str = ""
 
     @property
     def contract(self) -> Contract:
@@ -68,6 +72,19 @@ def build(case: Case) -> Inputs:
     if case.view == "broadcast":
         operands = {n: _repeated(v) for n, v in operands.items()}
     return Inputs(case, operands, attrs, contract.spec(operands, attrs))
+
+
+def observed(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> Inputs:
+    """A call that was met rather than planned."""
+    spec = contract.spec(operands, attrs)
+    sizes = {name: size for name, size in spec.dims.items() if isinstance(size, int)}  # no ranges in a call
+    page = sizes.pop("block_size", 0)
+    absent = [name for name, value in operands.items() if value is None]
+    for operand in contract.signature.operands:
+        if operand.kind == "Pages":
+            absent += [name for name, _, _ in operand.fields if name not in dict(operands[operand.name].spec.fields)]
+    case = Case(contract.name, tuple(sizes.items()), tuple(attrs.items()), absent=tuple(absent), block_size=page)
+    return Inputs(case, operands, attrs, spec, met=contract.name)
 
 
 def _draw(case: Case, part: str, shape: tuple[int, ...], dtype: str, sizes: Mapping[str, Any]) -> Draw:

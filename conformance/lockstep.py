@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.capture import observed
 from porthal.conformance.golden import Golden
-from porthal.conformance.inputs import Array, Inputs, specified_rows, written_slots
+from porthal.conformance.inputs import Array, Inputs, observed, specified_rows, written_slots
 from porthal.conformance.judge import Outcome, bits, judge
 from porthal.conformance.measures import tiny
 from porthal.conformance.verdicts import Judgement

@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pytest
 
-from porthal.conformance import Report, run
+from porthal.cli.app import app
+from porthal.conformance import Report, replay, run
 from porthal.conformance.cases import Case
 from porthal.conformance.inputs import build
 from porthal.conformance.journal import Journal
 from porthal.conformance.plan import cases
 from porthal.conformance.report import Facts, Result
+from porthal.conformance.saved import read
 from porthal.conformance.verdicts import Judgement
 from porthal.conformance.workers import Bounds
 from porthal.hal import UsageError, contracts, create
@@ -151,6 +155,29 @@ def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
     done = command("replay", token, "--backend", "deadly")
     assert done.returncode == 1
     assert done.stdout.startswith("CRASH: add by deadly's own kernel\nkilled by SIGKILL")
+
+
+@pytest.mark.parametrize("deed", ["segfaults", "hangs", "hoards", "leaves", "fails"])
+def test_what_gave_no_result_is_saved_without_one(
+    deadly: dict[str, str], deed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("porthal.conformance.workers.Bounds", partial(Bounds, timeout=3))
+    token = next(t for t, d in deadly.items() if d == deed)
+    file = tmp_path / "case.npz"
+    said = (
+        f"saved without results, for none came back: `python {file.with_suffix('.py')}` measures it, "
+        f"`porthal replay {file}` judges it again\n"
+    )
+    for call, told in ((token, said), (file, "")):
+        with pytest.raises(SystemExit) as left:
+            app(["replay", str(call), "--backend", "deadly", *(["--save", str(tmp_path)] if told else [])], "porthal")
+        out, err = capsys.readouterr()
+        verdict, message = SENTENCES[deed]
+        assert (left.value.code, err) == (1, told)
+        assert out.startswith(f"{verdict}: add by deadly's own kernel\n{message}"), out
+    kept = np.load(file)
+    assert {key for key in kept if key.partition("/")[0] in ("golden", "budget", "got")} == {"golden/y", "budget/y"}
+    assert replay(read(file), "reference").verdict == "PASS"
 
 
 def test_pytest_survives_as_well(install: Any, tmp_path: Path) -> None:

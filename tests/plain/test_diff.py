@@ -16,8 +16,9 @@ import pytest
 import porthal
 from porthal import bind
 from porthal.cli.app import app
-from porthal.conformance.capture import Capture
+from porthal.conformance import replay
 from porthal.conformance.diff import Difference, diff
+from porthal.conformance.saved import read
 from porthal.hal import Rows, Selection, Weight, contracts, discovery
 from tests.checkpoints import Tensors, variant
 from tests.oracles.tiny import PROMPT
@@ -369,16 +370,18 @@ def test_a_wrong_choice_is_no_honest_flip(short, honest):
 def test_a_call_at_fault_is_saved_to_be_replayed(short, honest, tmp_path):
     label = "layer 1 / mla_prolog / rope"
     found = run(short, parts(wrap=[planted(honest, label, half_pairs)]), dtype="bfloat16")
-    script = found.save(tmp_path)
-    assert script == tmp_path / "layer1-mla_prolog-rope.py"
-    call = Capture.read(script.with_suffix(".npz"))
-    assert call.inputs.operands["x"].dtype.name == "bfloat16" and call.inputs.attrs["layout"] == "interleaved"
-    off = np.abs(call.returned["y"].astype(np.float64) - call.golden()["y"])
+    file = found.save(tmp_path)
+    assert file == tmp_path / "layer1-mla_prolog-rope.npz"
+    inputs, kept = read(file), np.load(file)
+    assert (inputs.met, kept["call"], kept["token"], kept["backend"]) == (label, label, "", "parts")
+    assert inputs.operands["x"].dtype.name == "bfloat16" and inputs.attrs["layout"] == "interleaved"
+    off = np.abs(kept["got/y"] - kept["golden/y"])
     assert off[0].max() < 0.1 < off[1:].max()  # position 0 does not turn
-    assert call.again(bind("reference")).verdict == "PASS"
-    done = subprocess.run([sys.executable, script, "reference"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "golden:" in done.stdout and "returned:" in done.stdout and "verdict='PASS'" in done.stdout
+    assert replay(inputs, "reference").verdict == "PASS"  # in a worker
+    done = subprocess.run([sys.executable, "-I", file.with_suffix(".py")], capture_output=True, text=True)
+    title, line = done.stdout.splitlines()
+    assert title == f"{label} on parts: permitted is 4 times the error budget"
+    assert float(line.split("worst by ")[1].split()[0]) > 4
 
 
 def test_an_honest_run_saves_nothing(honest, tmp_path):
@@ -386,12 +389,14 @@ def test_an_honest_run_saves_nothing(honest, tmp_path):
 
 
 @pytest.mark.parametrize("op", ["kv_write", "sparse_mla", "topk", "grouped_gemm", "moe_route"])
-def test_a_capture_keeps_every_kind_of_operand(short, honest, tmp_path, op):
+def test_a_saved_call_has_every_kind_of_operand(short, honest, tmp_path, op):
     label = next(c.label for c in honest.calls if c.op == op)
     found = run(short, parts(wrap=[planted(honest, label, raises)]))
-    call = Capture.read(found.save(tmp_path).with_suffix(".npz"))
-    assert call.inputs.spec == found.at_fault.inputs.spec
-    assert call.again(parts()).verdict == "PASS"
+    file = found.save(tmp_path)
+    assert not [key for key in np.load(file) if key.startswith(("got/", "chosen/"))]
+    inputs = read(file)
+    assert inputs.spec == found.at_fault.inputs.spec
+    assert replay(inputs, Parts()).verdict == "PASS"
 
 
 @pytest.fixture
@@ -428,14 +433,15 @@ def test_the_command_names_and_saves_what_is_at_fault(command, tmp_path, monkeyp
 
     monkeypatch.setattr("porthal.cli.app._machine", lambda backend, emulated: Broken())
     file, folder = tmp_path / "report.json", tmp_path / "saved"
-    code, out, _ = command("--text", "def f", "--decode", 0, "--json", file, "--save", folder)
+    code, out, err = command("--text", "def f", "--decode", 0, "--json", file, "--save", folder)
     report = json.loads(file.read_text())
     assert code == 1
     assert "layer 0 / silu_mul is the first at fault, in step 0: " in out
-    assert out.splitlines()[-1] == f"python {folder / 'layer0-silu_mul.py'} prints the call at fault"
+    script, file = folder / "layer0-silu_mul.py", folder / "layer0-silu_mul.npz"
+    assert err == f"saved: `python {script}` measures it, `porthal replay {file}` judges it again\n"
     assert (report["at_fault"]["layer"], report["at_fault"]["op"], report["tokens"]) == ("layer 0", "silu_mul", 5)
     assert {f["op"] for f in report["faults"]} == {"silu_mul"}
-    assert (folder / "layer0-silu_mul.npz").is_file()
+    assert script.is_file() and read(file).met == "layer 0 / silu_mul"
 
 
 @pytest.mark.parametrize(
