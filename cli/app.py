@@ -290,6 +290,8 @@ def conform(
         text.check_writable(file)
     if compare:
         return _compare(*compare, html)
+    if quick and not self_test:
+        raise UsageError("--quick is a part of --self-test: give both")
     if self_test:
         return _self_test(op or [], quick, workers, json)
     if profile and op:

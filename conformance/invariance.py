@@ -48,11 +48,15 @@ def disturbed(inputs: Inputs) -> tuple[Inputs, Array] | None:
 
 
 def brought_back(results: Mapping[str, Any], to: Array) -> dict[str, Any]:
-    """Results in the order of the call that was disturbed."""
-    return {
-        name: value if isinstance(value, dict) else Rows(*(v[to] for v in value)) if isinstance(value, Rows) else value[to]
-        for name, value in results.items()
-    }
+    """Results in the order of the call that was disturbed; those without its rows as they are."""
+
+    def back(value: Any) -> Any:
+        if isinstance(value, Rows):
+            return Rows(*map(back, value))
+        there = isinstance(value, np.ndarray) and value.shape[:1] == (len(to) + 1,)
+        return value[to] if there else value
+
+    return {name: back(value) for name, value in results.items()}
 
 
 def _rows(contract: Contract) -> str:

@@ -141,11 +141,11 @@ def same(calls: list[Any]) -> int:
 @pytest.mark.parametrize(("level", "runs"), [("bring-up", 2), ("standard", 3), ("strict", 50)])
 def test_the_last_of_a_levels_runs_counts(level: Any, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is wrong once, in the last run that the level asks for."""
-    monkeypatch.setattr("porthal.conformance.runner.PATIENCE", 60.0)
+    monkeypatch.setattr("porthal.conformance.execution.PATIENCE", 60.0)
     calls: list[Any] = []
 
     def add(self: Any, a: Any, b: Any) -> Any:
-        calls.append(a)
+        calls.append(a.copy())  # what is called is overwritten afterwards
         y = truth("add")(self, a, b)
         if same(calls) == runs:
             y[2, 5] = 7
@@ -158,11 +158,11 @@ def test_the_last_of_a_levels_runs_counts(level: Any, runs: int, monkeypatch: py
 
 
 def test_a_slow_kernel_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("porthal.conformance.runner.PATIENCE", 0.0)
+    monkeypatch.setattr("porthal.conformance.execution.PATIENCE", 0.0)
     calls: list[Any] = []
 
     def add(self: Any, a: Any, b: Any) -> Any:
-        calls.append(a)
+        calls.append(a.copy())  # what is called is overwritten afterwards
         return truth("add")(self, a, b)
 
     assert check(home("add"), Bench(backend(add=add)), "strict").verdict == "PASS"

@@ -5,11 +5,12 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases import Case
+from porthal.conformance.execution import MARGIN
 from porthal.conformance.golden import Golden, Spread
 from porthal.conformance.inputs import build
 from porthal.conformance.judge import judge_floats
 from porthal.conformance.plan import cases
-from porthal.conformance.runner import MARGIN, Bench, check, run
+from porthal.conformance.runner import Bench, check, run
 from porthal.conformance.verdicts import STRICTNESS, Failed
 from porthal.hal import contracts, create, narrow, widen
 

@@ -15,10 +15,11 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import Report, replay, run
 from porthal.conformance.cases import Case
+from porthal.conformance.execution import MARGIN, poison, poisoned
 from porthal.conformance.inputs import build
 from porthal.conformance.plan import cases
 from porthal.conformance.report import SCHEMA, SUITE, Result
-from porthal.conformance.runner import MARGIN, Bench, check, parts, poison, poisoned
+from porthal.conformance.runner import Bench, check, parts
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Backend, UsageError, contracts, create, limits, one_of
 
@@ -180,6 +181,23 @@ def test_threads_have_no_state_in_common(own):
     found = run(backend(add=add), ["add"])
     assert {r.token for r in found.failures} == (set() if own else {r.token for r in found.results if "threads" in r.token})
     assert {r.verdict for r in found.failures} <= {"FAIL_NONDETERMINISTIC"}
+
+
+def test_a_kernel_that_returns_nothing_is_told_so():
+    found = run(backend(add=lambda self, a, b: None), ["add"]).failures
+    assert {(r.verdict, r.message) for r in found} == {
+        ("FAIL_ERROR", "UsageError: add returned None for y, expected an array or operand")
+    }
+
+
+def test_rows_lost_among_others_are_a_wrong_shape():
+    def add(self, a, b):
+        y = truth("add")(self, a, b)
+        return y[:-2] if len(y) == 8 else y
+
+    found = [r for r in run(backend(add=add), ["add"]).failures if r.verdict != "FAIL_ERROR"]
+    assert found and {r.verdict for r in found} == {"FAIL_SHAPE"}
+    assert found[0].message.startswith("among other rows, one of them poisoned: y has shape [6, ")
 
 
 def test_replay_repeats_a_case_and_explains_it():

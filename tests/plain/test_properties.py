@@ -13,12 +13,13 @@ from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import run
 from porthal.conformance.cases import FAR, SELECTIONS, VIEWS, Case, elements
+from porthal.conformance.execution import execute
 from porthal.conformance.inputs import build
 from porthal.conformance.judge import Outcome, judge
 from porthal.conformance.plan import cases
 from porthal.conformance.properties import search
 from porthal.conformance.report import Result
-from porthal.conformance.runner import Bench, check, execute
+from porthal.conformance.runner import Bench, check
 from porthal.conformance.values import RECIPES
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Batch, Pages, Selection, Unavailable, UsageError, Weight, contracts, create
