@@ -310,7 +310,8 @@ def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     journal = file.with_name("report.json.journal")
     options = [*PROGRAM, "conform", "--backend", "slow", "--op", "add", "--workers", "1"]
-    stopped = subprocess.Popen([*options, "--json", file], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests themselves run in the background, it is not
+    stopped = subprocess.Popen([*options, "--json", file], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     until = time.monotonic() + 30
     while time.monotonic() < until and not (calls.exists() and str(later) in calls.read_text()):
         time.sleep(0.05)
