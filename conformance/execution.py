@@ -138,7 +138,7 @@ def _meet(abreast: Barrier | None) -> None:
 def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
     """Allocate memory of the results' size and overwrite it: a result whose memory was given back early does not survive."""
     for value in results.values():
-        if not isinstance(value, (Pages, Weight, Selection)) and prod(value.shape) <= SMALL:
+        if hasattr(value, "shape") and prod(value.shape) <= SMALL:  # operands have none
             scrap = binding.backend.empty(tuple(value.shape), dtype(value))
             scrap[...] = binding.from_numpy(_filled(tuple(value.shape), dtype(value)))
 

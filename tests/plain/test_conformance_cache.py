@@ -30,9 +30,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     call = Golden.call
 
-    def counted(self: Golden, function: Any, *extra: Any) -> Any:
+    def counted(self: Golden, function: Any, *extra: Any, **operands: Any) -> Any:
         made.append(self.contract.name)
-        return call(self, function, *extra)
+        return call(self, function, *extra, **operands)
 
     monkeypatch.setattr(Golden, "call", counted)
     return made
