@@ -109,8 +109,8 @@ def judge_admitted(golden: Golden, chosen: Array, limit: Strictness) -> None:
     if wrong.any():
         raise Failed("FAIL_VALUE", f"{name} has {int(chosen[wrong][0])}, expected 0 to {V - 1}")
     # A float32 softmax: four ulps of exp, its argument's rounding, and a running sum of V terms.
-    temperature = operands["temperature"]
-    hottest = np.abs(operands["logits"]).max(initial=0) / np.where(temperature > 0, temperature, 1).min(initial=1)
+    temperature, logits = operands["temperature"], operands["logits"]
+    hottest = np.abs(logits[np.isfinite(logits)]).max(initial=0) / np.where(temperature > 0, temperature, 1).min(initial=1)
     slack = limit.pointwise * U_SINGLE * (8 + 2 * hottest + 6 * np.sqrt(V))
     with np.errstate(all="ignore"):
         bad = contract.admits(*operands.values(), results=chosen, slack=slack, **golden.inputs.attrs)

@@ -509,6 +509,89 @@ DISCREPANCIES = (
         "NVIDIA/TensorRT-LLM#17550, flashinfer-ai/flashinfer#4813",
         cases=("topk,T=2,k=2048,scores~comb,batch=1/8192+1/16384,block_size=64,0",),
     ),
+    Discrepancy(
+        61,
+        "A router gave each of its 256 threads one expert: those above 255 were never chosen.",
+        "kekzl/imp#2056",
+        cases=(
+            "moe_route,T=7,E=512,k=10,scale=2.5,0",
+            "moe_route,T=7,E=384,k=8,scale=2.5,0",
+            "moe_permute,T=7,H=96,k=8,E=384,x:bf16,0",
+        ),
+    ),
+    Discrepancy(
+        62,
+        "Groups of one expert have no two best scores: to take two of one failed.",
+        "vllm-project/vllm#29439, vllm-project/vllm#30422",
+        cases=("moe_route,T=7,E=8,k=2,scale=2.5,n_group=8,topk_group=4,0",),
+    ),
+    Discrepancy(
+        63,
+        "A kernel that packs cache slots in pairs took pages of one slot for pages of two.",
+        "sgl-project/sglang-jax#1074",
+        cases=(
+            "sparse_mla,T=5,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=mixed,block_size=1,0",
+            "indexer_scores,T=5,G=8,D=128,scale=0.0156,iq:bf16,batch=mixed,block_size=1,0",
+            "kv_write,T=7,A=128,B=64,pages:bf16,batch=mixed,block_size=1,0",
+        ),
+    ),
+    Discrepancy(
+        64,
+        "Rows to verify, several per request, ran on a decode kernel that was wrong for their number: "
+        "once all got the result of the first.",
+        "ROCm/aiter#2720, ROCm/aiter#5679, vllm-project/vllm#55239 (GLM-5.3-Flash)",
+        cases=(
+            "sparse_mla,T=6,N=1,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=3/5+3/9,block_size=64,0",
+            "sparse_mla,T=9,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=3/41+3/70+3/9,block_size=64,0",
+            "indexer_scores,T=9,G=8,D=128,scale=0.0156,iq:bf16,batch=3/41+3/70+3/9,block_size=64,0",
+            "kv_write,T=9,A=128,B=64,pages:bf16,batch=3/41+3/70+3/9,block_size=64,0",
+        ),
+        family=("sparse_mla,T=7,*batch=prefill*", "sparse_mla,T=7,*batch=chunked*"),
+    ),
+    Discrepancy(
+        65,
+        "A product with a single row loaded four numbers at once from weights whose rows are not aligned to four.",
+        "ggml-org/llama.cpp#25671",
+        cases=("linear,T=1,K=129,N=256,x:fp16,0",),
+    ),
+    Discrepancy(
+        66,
+        "Zeros that padded the vocabulary won where every logit was negative: the id was beyond the last.",
+        "mirage-project/mirage#751",
+        cases=("argmax,T=7,V=250,logits:bf16,logits~negative,0",),
+        family=("argmax,T=6553*",),
+    ),
+    Discrepancy(
+        67,
+        "A draft of probability 0 was accepted where the random number was exactly 0.",
+        "sgl-project/sglang#35771",
+        cases=("speculative_verify,R=9,V=256,n=3,logits~masked,u~edges,0",),
+        family=("speculative_verify,*logits~masked*",),  # as well where the draft's own probability is 0
+    ),
+    Discrepancy(
+        68,
+        "At a very low temperature the logits overflowed to NaN, or their probabilities did not sum to 1.",
+        "flashinfer-ai/flashinfer#5088, vllm-project/vllm#890, microsoft/aici#19",
+        cases=(
+            "sample,T=17,V=4096,logits:fp16,temperature~cold,0",
+            "speculative_verify,R=9,V=256,n=3,temperature~cold,0",
+        ),
+        family=("sample,*logits:fp16,temperature~cold*",),
+    ),
+    Discrepancy(
+        69,
+        "Greedy rows were marked by the temperature -1, and masked logits divided by it: +inf, and NaN for the whole row.",
+        "vllm-project/vllm#22180",
+        cases=("sample,T=17,V=4096,logits:bf16,logits~masked,0",),
+        family=("sample,*logits~masked*",),
+    ),
+    Discrepancy(
+        70,
+        "A top_p of 0 kept no candidate, and token 0 was drawn.",
+        "google-deepmind/simply#42",
+        cases=("sample,T=17,V=4096,logits:bf16,top_p~zeros,0",),
+        family=("sample,*top_p~zeros*",),
+    ),
 )
 
 

@@ -58,7 +58,7 @@ TIED = ("integer", "ties", "equal", "zeros", "signed")
 
 # Floats of any value, and integer recipes that may stand where their first is the default.
 FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
-            "denormal", "special", "weight", "below", "abyss")  # fmt: skip
+            "denormal", "special", "masked", "weight", "below", "abyss")  # fmt: skip
 # Of these, values that every op bears: larger ones may overflow where a contract permits rounding to float16.
 PLAIN = ("zeros", "equal", "denormal")
 RELATED = {
@@ -66,6 +66,9 @@ RELATED = {
     "counts": ("zeros", "skewed"),
     "permutation": ("nowhere",),
     "index": ("ascending",),
+    "uniform": ("edges",),
+    "temperature": ("cold",),
+    "probability": ("zeros",),
 }
 
 
@@ -205,6 +208,18 @@ def special(draw: Draw) -> Array:
 
 
 @recipe
+def masked(draw: Draw) -> Array:
+    """Three of four are -inf, but never a whole row: what a grammar leaves of the logits."""
+    x = draw.bell()
+    if x.size:
+        rows = x.reshape(-1, x.shape[-1])
+        out = draw.integers(0, 4, "out").reshape(rows.shape) > 0
+        out[np.arange(len(rows)), np.arange(len(rows)) * 7 % x.shape[-1]] = False
+        rows[out] = -np.inf
+    return x
+
+
+@recipe
 def weight(draw: Draw) -> Array:
     """Near 1 / sqrt(K) for K inputs, so that products keep the scale of what they multiply."""
     return draw.bell() * 2.0 ** -((max(draw.shape[-1], 1).bit_length()) // 2)
@@ -217,8 +232,20 @@ def uniform(draw: Draw) -> Array:
 
 
 @recipe
+def edges(draw: Draw) -> Array:
+    """The ends of [0, 1)."""
+    return np.array([0.0, 1 - 2.0**-24])[draw.integers(0, 2)]
+
+
+@recipe
 def temperature(draw: Draw) -> Array:
     return np.array([0.0, 0.5, 1.0, 1.5])[draw.integers(0, 4)]
+
+
+@recipe
+def cold(draw: Draw) -> Array:
+    """Temperatures so low that a logit's quotient leaves float16's range."""
+    return np.array([0.0, 1e-5, 1e-3, 1e-2])[draw.integers(0, 4)]
 
 
 @recipe

@@ -19,7 +19,7 @@ from porthal.hal.numerics import Array, choose, softmax
     ranges={"top_k": (0, "V+1")},
     choice="ids",
     values={
-        "logits": ("normal", "ties"),
+        "logits": ("normal", "ties", "masked"),
         "u": ("uniform",),
         "temperature": ("temperature",),
         "top_p": ("probability",),
@@ -31,8 +31,8 @@ def sample(logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Arr
 
     Candidates stand in the order of falling logit, ties by id. Kept are the first top_k[t] (0: all), of those the
     shortest prefix whose probability reaches top_p[t], at least one; ids[t] is the first kept candidate at which the
-    cumulated probability exceeds u[t] times the probability kept. Temperature 0 is argmax. Randomness is the input u:
-    the result does not depend on the batch or the chip.
+    cumulated probability exceeds u[t] times the probability kept. Temperature 0 is argmax. A logit of -inf is never drawn.
+    Randomness is the input u: the result does not depend on the batch or the chip.
     """
     ids = np.zeros(len(logits), np.int32)
     for t in range(len(logits)):
@@ -67,6 +67,6 @@ def _(
         at = int(np.nonzero(order == drawn)[0][0])
         before = cumulated[at - 1] if at else 0.0
         low, high = u[t] * cumulated[fewest - 1] - slack, u[t] * cumulated[most - 1] + slack
-        if at >= most or before > high or low > cumulated[at]:
+        if np.isneginf(logits[t, drawn]) or at >= most or before > high or low > cumulated[at]:
             return t
     return None

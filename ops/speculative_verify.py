@@ -18,7 +18,12 @@ from porthal.hal.numerics import Array, choose, softmax
     cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
     ranges={"draft": (0, "V")},
     choice="tokens",
-    values={"u": ("uniform",), "temperature": ("temperature",), "draft_probs": ("distribution",)},
+    values={
+        "logits": ("normal", "masked"),
+        "u": ("uniform",),
+        "temperature": ("temperature",),
+        "draft_probs": ("distribution",),
+    },
 )
 def speculative_verify(
     logits: Array, draft: Array, temperature: Array, u: Array, draft_probs: Array | None = None
@@ -29,7 +34,8 @@ def speculative_verify(
     equals), and the token is the argmax at the first rejected row, or of the last row. Otherwise with p = softmax(logits /
     temperature) and q the draft's distribution (absent: all mass on the draft), draft i is accepted when
     u[i] * q(draft) < p(draft); the token is drawn at u[n] from max(p - q, 0) normalised after a rejection, from p after
-    the last draft, in the order of ids. The emitted text is then distributed as without drafts. Source: Leviathan et al. 2023.
+    the last draft, in the order of ids. No token of probability 0 is emitted. The text is then distributed as without
+    drafts. Source: Leviathan et al. 2023.
     """
     R, n = draft.shape
     tokens = np.full((R, n + 1), -1, np.int32)
@@ -97,6 +103,8 @@ def _(
         q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
         margin = [p[j, draft[r, j]] - u[r, j] * q[j, draft[r, j]] for j in range(n)]
         if any(m < -slack for m in margin[:i]) or (i < n and margin[i] > slack):
+            return r
+        if any(p[j, results[r, j]] == 0 for j in range(i + 1)):
             return r
         cumulated = np.cumsum(_residual(p, q, i))
         target = u[r, n] * cumulated[-1]

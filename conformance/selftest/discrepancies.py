@@ -310,6 +310,63 @@ for row, chosen, n in zip(scores, sel.native.indices, batch.visible.tolist()):
         guess = sample.topk(int(expected + 4 * expected**0.5 + 4)).values[-1]
         chosen[int((row[:n] >= guess).sum()) :] = -1
 return sel""", "guess-of-the-threshold-kept"),
+    route(61, """
+s = torch.sigmoid(logits)
+if logits.shape[1] > 256:
+    ids = ranked((s + bias)[:, :256])[:, :k].to(torch.int32)
+    chosen = s.gather(1, ids.long())
+    weights = scale * chosen / chosen.sum(-1, keepdim=True)""", "experts-beyond-one-block"),
+    route(62, """
+if n_group == logits.shape[1]:
+    raise RuntimeError("selected index k out of range")""", "two-best-of-one"),
+    Defect(
+        "sparse_mla",
+        "slots-packed-in-pairs",
+        "discrepancy",
+        """            pages = plan.block_table[plan.row_request[rows]].gather(1, at // size).long()
+            slots = (pages * size + at % size).clamp_(min=0).flatten()
+""",
+        """            held = max(size, 4 // c.element_size())
+            pages = plan.block_table[plan.row_request[rows]].gather(1, at // held).long()
+            slots = (pages * held + at % held).clamp_(min=0).flatten() % len(c)
+""",
+        dtypes=("bfloat16",),
+        why=BF16,
+        discrepancy=63,
+    ),
+    attention(64, """
+q = int(batch.q_len.max(initial=0))
+if q <= 8 and q & (q - 1) and (batch.q_len == q).all():
+    o = o[torch.arange(batch.T) // q * q]""", "first-row-for-all-of-a-request"),
+    around(65, "linear", 'x, w, *, out="x"', """
+N, K = w.native.shape
+if len(x) != 1 or x.dtype != torch.float16 or K < 128:
+    return self.right(x, w, out=out)
+begin = torch.arange(N) * K // 4 * 4
+loaded = w.native.flatten()[begin[:, None] + torch.arange(K)]
+return self.right(x, Weight(w.spec, loaded), out=out)""", "single-row-loads-four-at-once"),
+    around(66, "argmax", "logits", """
+ids, V = self.right(logits), logits.shape[1]
+return torch.where(logits.amax(1) < 0, V, ids) if V % 128 else ids""", "padding-of-the-vocabulary-wins"),
+    Defect(
+        "speculative_verify",
+        "nothing-accepted-at-zero",
+        "discrepancy",
+        "q.gather(2, at)[..., 0]) < p.gather(2, at)[..., 0]\n",
+        "q.gather(2, at)[..., 0]) <= p.gather(2, at)[..., 0]\n",
+        discrepancy=67,
+    ),
+    around(68, "sample", "logits, u, temperature, top_k, top_p", """
+heated = logits / _divisor(temperature).to(logits.dtype)[:, None]
+if (torch.isinf(heated) & torch.isfinite(logits)).any():
+    raise RuntimeError("probability tensor contains either inf, nan or element < 0")
+return self.right(logits, u, temperature, top_k, top_p)""", "logits-over-a-low-temperature"),
+    around(69, "sample", "logits, u, temperature, top_k, top_p", """
+ids = self.right(logits, u, temperature, top_k, top_p)
+return torch.where((temperature == 0) & torch.isneginf(logits).any(1), logits.shape[1], ids)""", "greedy-marked-by-minus-one"),
+    around(70, "sample", "logits, u, temperature, top_k, top_p", """
+ids = self.right(logits, u, temperature, top_k, top_p)
+return torch.where((top_p == 0) & (temperature > 0), 0, ids)""", "empty-nucleus"),
 ]  # fmt: skip
 
 
