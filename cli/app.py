@@ -13,9 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from porthal.cli import text
+from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
-
-EMULATED = ("ascend",)
 
 
 class Commands(TyperGroup):
@@ -43,18 +42,7 @@ class Base(str, Enum):
     torch = "torch"
 
 
-class Level(str, Enum):
-    bring_up = "bring-up"
-    standard = "standard"
-    strict = "strict"
-
-
-class Profile(str, Enum):
-    inference = "inference"
-    moe = "moe"
-    distributed = "distributed"
-    training = "training"
-
+Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
 
 app = typer.Typer(
     cls=Commands,
@@ -73,6 +61,8 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of activations, wei
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
+WORKERS = min(2, os.cpu_count() or 1)
+WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]
 LevelOption = Annotated[Level, typer.Option("--level", help="how many cases, and how sharply judged")]
 
 
@@ -110,7 +100,7 @@ def backends(json: JsonFlag = False) -> None:
     if probe(name).state != "available":  # an unknown name is refused by probe itself
         raise Unavailable(f"{rule} is {chosen!r}, which is {found[name].state}: {found[name].why}; choose another above")
     if not json:
-        print(f"* is selected: {chosen}, by {rule}")
+        print(f"* is selected: {chosen} ({rule})")
 
 
 @app.command()
@@ -217,8 +207,8 @@ def trace(
     json: JsonFlag = False,
 ) -> None:
     """Every op of one step with its shapes: what a chip must be able to do for this model."""
-    from porthal.cli.calls import distinct
     from porthal.hal import UsageError
+    from porthal.hal.calls import distinct
     from porthal.model.load import trace as calls_of
 
     config = _config(model)
@@ -256,55 +246,45 @@ def conform(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the report as JUnit XML")] = None,
     profile: Annotated[
-        Profile | None, typer.Option("--profile", help="the ops of one use; default: all, judged for inference")
-    ] = None,
+        str, typer.Option("--profile", metavar="USE", help="the ops of one use, inference or moe; default: all ops")
+    ] = "",
     verify_waivers: Annotated[
         bool, typer.Option("--verify-waivers", help="fail on waivers that expired, match nothing, or match what passes")
     ] = False,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option("--compare", metavar="A.json B.json", help="test nothing: rank two reports op by op"),
-    ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="keep each verdict there, and continue from those kept")
     ] = None,
-    workers: Annotated[int, typer.Option(metavar="N", help="processes that share the cases")] = min(2, os.cpu_count() or 1),
+    workers: WorkersOption = WORKERS,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="for one case")] = 300,
     memory: Annotated[float, typer.Option(metavar="GIB", help="for one case, in a worker")] = 3,
     properties: Annotated[
         int, typer.Option("--properties", metavar="N", min=0, help="also draw N cases per op; needs hypothesis")
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="of what --properties draws")] = 0,
-    self_test: Annotated[
-        bool, typer.Option("--self-test", help="test the suite instead: planted defects, honest variants; needs PyTorch")
-    ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="of --self-test: a part, in a few minutes")] = False,
+    self_test: Annotated[bool, typer.Option("--self-test", hidden=True)] = False,
+    compare: Annotated[bool, typer.Option("--compare", hidden=True)] = False,
 ) -> int:
     """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none was tested."""
+    from porthal.cli.scaffold import first_step
     from porthal.conformance import run
-    from porthal.conformance.levels import members
-    from porthal.conformance.scaffold import first_step
-    from porthal.conformance.workers import Bounds
+    from porthal.conformance.report.reached import members
+    from porthal.conformance.runner.workers import Bounds
+    from porthal.hal import create
 
+    if self_test or compare:
+        moved = "self-test" if self_test else "compare A.json B.json"
+        raise UsageError(f"this is a command of its own now: porthal {moved}")
     for file in (json, html, junit, resume):
         text.check_writable(file)
-    if compare:
-        return _compare(*compare, html)
-    if quick and not self_test:
-        raise UsageError("--quick is a part of --self-test: give both")
-    if self_test:
-        return _self_test(op or [], quick, workers, json)
     if profile and op:
-        raise UsageError(f"--profile {profile.value} with --op {op[0]}: give one of the two")
-    if profile and not members(profile.value):
-        raise UsageError(f"nothing to test: no contract belongs to profile {profile.value} yet, choose another")
+        raise UsageError(f"--profile {profile} with --op {op[0]}: give one of the two")
     name = _named(backend, emulated)
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     try:
         with text.progress() as advance:
             report = run(
                 name,
-                ops=members(profile.value) if profile else op or None,
+                ops=members(profile) if profile else op or None,
                 level=level.value,
                 dtypes=[d.value for d in dtype] if dtype else None,
                 progress=lambda done, of, result: advance(done, of, result.op),
@@ -320,9 +300,9 @@ def conform(
             text.note(f"porthal: stopped: the same command with --resume {journal} continues")
         raise
     if profile:
-        report = replace(report, profile=profile.value)
+        report = replace(report, profile=profile)
     text.drawn(report.table())
-    if not any(r.status == "own" for r in report.results) and (advice := first_step(_machine(backend, emulated))):
+    if not any(r.status == "own" for r in report.results) and (advice := first_step(create(name, emulated))):
         print(advice)
     if json:
         json.write_text(report.json(), encoding="utf-8")
@@ -338,31 +318,44 @@ def conform(
     return 1 if wrong else int(report.exit_code)
 
 
-def _self_test(ops: list[str], quick: bool, workers: int, json: Path | None) -> int:
-    """How many planted defects the suite finds, and how many honest kernels it accuses; 1 where it is not all and none."""
+@app.command("self-test")
+def self_test(
+    op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a part, in a few minutes")] = False,
+    workers: WorkersOption = WORKERS,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every trial as JSON")] = None,
+) -> int:
+    """Test the suite itself: planted defects it must find, honest kernels it must accept. Needs PyTorch."""
     from porthal.hal import Unavailable, probe
 
+    text.check_writable(json)
     if probe("torch").state != "available":
-        raise Unavailable("--self-test needs PyTorch, whose kernels it plants defects in: pip install torch")
-    from porthal.conformance.selftest.run import self_test
+        raise Unavailable("the self-test needs PyTorch, whose kernels it plants defects in: pip install torch")
+    from porthal.conformance.selftest.run import self_test as score_of
 
     with text.progress() as advance:
-        score = self_test(ops, quick, lambda done, of, trial: advance(done, of, trial.op), workers)
+        score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op), workers)
     text.drawn(score.table())
     if json:
         json.write_text(score.json(), encoding="utf-8")
     return score.exit_code
 
 
-def _compare(a: Path, b: Path, html: Path | None) -> int:
-    from porthal.conformance.compare import compare
-    from porthal.conformance.report import Report
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(show_default=False, metavar="A.json", help="the report of one backend")],
+    b: Annotated[Path, typer.Argument(show_default=False, metavar="B.json", help="and of another")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the comparison as one page")] = None,
+) -> None:
+    """Two conformance reports op by op: whose own kernels cover more, and err less."""
+    from porthal.conformance.report.compare import comparison
+    from porthal.conformance.report.report import Report
 
-    found = compare(Report.read(a), Report.read(b))
+    text.check_writable(html)
+    found = comparison(Report.read(a), Report.read(b))
     text.drawn(found.table())
     if html:
         html.write_text(found.html(), encoding="utf-8")
-    return 0
 
 
 @app.command()
@@ -379,19 +372,20 @@ def replay(
     ] = None,
 ) -> int:
     """Run exactly one call again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
-    from porthal.conformance import replay as again
-    from porthal.conformance import saved
+    from porthal.conformance import replay as replayed
+    from porthal.conformance.judgement import saved
 
     name = _named(backend, emulated)
     inputs = saved.call(call) if save or call.endswith(".npz") else None
     got: dict[str, Any] = {}
-    result = again(inputs or call, name, level.value, emulated=emulated, returned=got.update if save else None)
+    heard = {"returned": got.update} if save else {}
+    result = replayed(inputs or call, name, level.value, emulated=emulated, **heard)
     print(result.explain())
     if save and result.verdict == "NOT_JUDGED":
         text.note("nothing is saved of a call that cannot be judged")
     elif save and inputs:
         where = name + " (emulated device)" * emulated
-        _told(saved.save(inputs, got, save, "case", where, level.value), bool(got))
+        _note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
     return 1 if result.failed else 0 if result.tested else 2
 
 
@@ -408,9 +402,8 @@ def diff(
     save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="write the call at fault, to replay")] = None,
 ) -> int:
     """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one."""
-    from porthal.conformance.diff import TEXT
-    from porthal.conformance.diff import diff as compare
-    from porthal.hal import bind
+    from porthal.conformance.diff.model import TEXT, lockstep
+    from porthal.hal import bind, create
     from porthal.model.load import DEMO, profile
     from porthal.model.tokens import check_count, tokenizer
 
@@ -418,13 +411,13 @@ def diff(
     directory, config = model or DEMO, _config(model)
     ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
     steps = check_count("--decode", decode, 0)
-    binding = bind(profile=profile(config, dtype.value), backend=_machine(backend, emulated))
-    found = compare(binding, ids, directory, dtype.value, steps)
+    binding = bind(profile=profile(config, dtype.value), backend=create(_named(backend, emulated), emulated))
+    found = lockstep(binding, ids, directory, dtype.value, steps)
     text.drawn(found.table())
     if json:
         json.write_text(found.json(), encoding="utf-8")
     if save and found.at_fault and (file := found.save(save)):
-        _told(file, bool(found.at_fault.returned))
+        _note_saved(file, bool(found.at_fault.returned))
     return found.exit_code
 
 
@@ -437,36 +430,26 @@ def new_backend(
     folder: Annotated[Path | None, typer.Option("--dir", metavar="PATH", help="default: porthal-NAME")] = None,
 ) -> None:
     """Write a plugin package for a chip: it installs, inherits every op and has a stub for each."""
-    from porthal.conformance.scaffold import new_backend as write
+    from porthal.cli.scaffold import new_backend as write
 
     made = write(name, base.value, folder)
     print(f"{made}: a backend with 0 ops of its own\n\npip install -e {made}\nporthal conform --backend {name}")
 
 
-def _told(file: Path, returned: bool) -> None:
+def _note_saved(file: Path, returned: bool) -> None:
     """What a saved call is good for."""
     lacks = "" if returned else " without results, for none came back"
     text.note(f"saved{lacks}: `python {file.with_suffix('.py')}` measures it, `porthal replay {file}` judges it again")
 
 
 def _named(backend: str | None, emulated: bool) -> str:
-    """The selected backend's name, which must be known; one that can be emulated where that is asked for."""
-    from porthal.hal import Unavailable, UsageError, probe
-    from porthal.hal.binding import selected
+    """The selected backend's name; one that can be emulated where that is asked for."""
+    from porthal.hal import emulatable, selected
 
     name = (backend or "").partition(":")[0]
-    if emulated and name not in EMULATED:
-        raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(EMULATED)}")
-    if emulated and probe("torch").state != "available":
-        raise Unavailable("--emulated needs PyTorch: pip install torch")
+    if emulated and name not in emulatable():
+        raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(emulatable())}")
     return backend or selected()[0]
-
-
-def _machine(backend: str | None, emulated: bool) -> Any:
-    """The selected backend, on an emulated device where that is asked for."""
-    from porthal.conformance.workers import machine
-
-    return machine(_named(backend, emulated), emulated)
 
 
 def _config(model: Path | None) -> Any:

@@ -1,7 +1,7 @@
-"""The proof that a backend computes what the contracts say: cases, execution, judgement, report.
+"""The proof that a backend computes what the contracts say.
 
-`run(backend=...)` gives a Report, `replay(token, backend)` repeats one case. Cases (`cases`, `inputs`, `values`), execution
-(`runner`) and judgement (`judge`) know nothing of each other beyond plain values.
+`run(backend=...)` gives a Report, `replay(token, backend)` repeats one case. The rooms form a line, and each imports only
+what stands to its left: cases < execution < judgement < report < runner, diff < selftest; all know `level` and `verdicts`.
 """
 
 if not __name__.startswith("porthal."):
@@ -10,13 +10,13 @@ if not __name__.startswith("porthal."):
 from typing import Any
 
 __all__ = ["Case", "Report", "replay", "run"]
-_HOMES = {"Case": "cases", "Report": "report", "replay": "runner", "run": "runner"}
+_PLACES = {"Case": "cases.case", "Report": "report.report", "replay": "runner.run", "run": "runner.run"}
 
 
 def __getattr__(name: str) -> Any:
     """Loaded on first use: the pytest plugin stands in this package and must cost nothing."""
-    if name not in _HOMES:
+    if name not in _PLACES:
         raise AttributeError(f"porthal.conformance has no {name!r}: it offers {', '.join(__all__)}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -15,7 +15,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("porthal")
     group.addoption("--porthal-backend", metavar="NAME", help="test the conformance of this backend, case by case")
-    group.addoption("--porthal-level", default="bring-up", choices=("bring-up", "standard", "strict"))
+    group.addoption("--porthal-level", default="bring-up", metavar="LEVEL", help="bring-up, standard or strict")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,12 +27,13 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     name = config.getoption("--porthal-backend")
     if not name:
         return
-    from porthal.conformance.plan import cases
-    from porthal.conformance.workers import Bounds, Pool
+    from porthal.conformance.cases.plan import cases
+    from porthal.conformance.level import level_of
+    from porthal.conformance.runner.workers import Bounds, Pool
     from porthal.hal import PorthalError, contracts
 
-    level = config.getoption("--porthal-level")
     try:
+        level = level_of(config.getoption("--porthal-level")).name
         pool = Pool(name, level, emulated=False, bounds=Bounds(), cases=1)
     except PorthalError as error:
         raise pytest.UsageError(str(error)) from error
@@ -46,7 +47,7 @@ class CaseItem(pytest.Item):
     """One case: passes, fails with the reason and the command that repeats it, or is skipped where nobody claims it."""
 
     def __init__(self, *, case: Any, pool: Any, **rest: Any) -> None:
-        from porthal.conformance.discrepancies import named_for
+        from porthal.conformance.cases.discrepancies import named_for
 
         super().__init__(**rest)
         self.case, self.pool = case, pool
@@ -54,8 +55,8 @@ class CaseItem(pytest.Item):
             self.add_marker(pytest.mark.discrepancy(number=known.number))
 
     def runtest(self) -> None:
-        from porthal.conformance.report import replay_command
-        from porthal.conformance.waivers import waive
+        from porthal.conformance.report.results import replay_command
+        from porthal.conformance.report.waivers import waive
 
         facts = self.pool.facts
         result = waive(self.pool.one(self.case), facts.waivers)

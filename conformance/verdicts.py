@@ -1,46 +1,37 @@
-"""The closed list of verdicts, what each level permits, and a judgement's form."""
+"""The closed list of verdicts, and a judgement's form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Verdict = Literal[
-    "PASS",
-    "FAIL_VALUE",
-    "FAIL_SHAPE",
-    "FAIL_DTYPE",
-    "FAIL_ERROR",
-    "FAIL_NONDETERMINISTIC",
-    "FAIL_WROTE_OUTSIDE",
-    "CRASH",
-    "TIMEOUT",
-    "UNTRUSTED",
-    "NOT_JUDGED",
-    "WAIVED",
-    "UNCLAIMED",
+    "PASS",  # within the contract
+    "FAIL_VALUE",  # a wrong number, or a wrong choice
+    "FAIL_SHAPE",  # a result of another shape
+    "FAIL_DTYPE",  # a result of another dtype
+    "FAIL_ERROR",  # an exception, or none where there must be one
+    "FAIL_NONDETERMINISTIC",  # other bits on the same inputs
+    "FAIL_WROTE_OUTSIDE",  # memory changed that the call may not write
+    "CRASH",  # the kernel ended its process
+    "TIMEOUT",  # no answer in the given time
+    "UNTRUSTED",  # zeros where the reference has none: perhaps nothing was computed
+    "NOT_JUDGED",  # the suite's own fault, which says nothing about the chip
+    "WAIVED",  # not passed, and the plugin says why
+    "UNCLAIMED",  # no kernel takes the call
 ]
-
-
-@dataclass(frozen=True)
-class Strictness:
-    """pointwise: the factor c; whole, row: limits of the ratio to the ideal machine."""
-
-    pointwise: float
-    whole: float
-    row: float
-
-
-STRICTNESS = {
-    "bring-up": Strictness(4, 4, 8),
-    "standard": Strictness(2, 2, 4),
-    "strict": Strictness(1, 1.25, 2),
-}
+NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED")  # neither of these is a failure
+UNTESTED = ("UNCLAIMED", "WAIVED", "NOT_JUDGED")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`worst` is the largest |e| / B met (at `at`), `ratio` and `z` the largest ratio to the ideal machine and bias."""
+    """A verdict with what was measured.
+
+    worst   the largest |error| / budget, found `at`
+    ratio   the largest ratio to an ideal machine's error, `z` the bias of the rounding direction
+    note    what a passing result is to be told with
+    """
 
     verdict: Verdict
     message: str = ""
@@ -50,8 +41,18 @@ class Judgement:
     z: float = 0.0
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(f"{self.verdict!r} is not a verdict, expected one of {', '.join(get_args(Verdict))}")
+        if self.message and self.verdict == "PASS":
+            raise ValueError(f"a PASS has no message, and this says {self.message!r}: use note")
+        if self.note and self.verdict != "PASS":
+            raise ValueError(f"a {self.verdict} has no note, and this says {self.note!r}: use message")
+
 
 class Failed(Exception):
+    """A judgement other than PASS, on its way up."""
+
     def __init__(self, verdict: Verdict, message: str, **figures: Any) -> None:
         super().__init__(message)
         self.judgement = Judgement(verdict, message, **figures)

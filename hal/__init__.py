@@ -1,17 +1,19 @@
 """The abstraction: contracts, operands, backends, binding. Imports nothing above it."""
 
 if not __name__.startswith("porthal."):
-    raise ImportError("hal is a room of porthal: import porthal.hal instead of hal")
+    raise ImportError(f"import porthal.{__name__} instead of {__name__}: two names make two registries.")
 
 from porthal.hal.backend import Backend, Kernel, Place
 from porthal.hal.binding import Binding, Choice, bind, checked, selected, use
 from porthal.hal.contract import CallSpec, Contract, contract, contracts
-from porthal.hal.discovery import Probe, backend_names, best, create, probe
+from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe
 from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
 from porthal.hal.errors import NotClaimed, PorthalError, Unavailable, UsageError
 from porthal.hal.limits import any_of, at_least, at_most, limits, multiple_of, one_of
 from porthal.hal.operands import (
+    KINDS,
     Batch,
+    Operand,
     Pages,
     PagesSpec,
     Rows,
@@ -20,9 +22,11 @@ from porthal.hal.operands import (
     Weight,
     WeightSpec,
 )
+from porthal.hal.recorder import Recorder, recorded
 
 __all__ = [
     "FLOATS",
+    "KINDS",
     "UNIT_ROUNDOFF",
     "Backend",
     "Batch",
@@ -32,11 +36,13 @@ __all__ = [
     "Contract",
     "Kernel",
     "NotClaimed",
+    "Operand",
     "Pages",
     "PagesSpec",
     "Place",
     "PorthalError",
     "Probe",
+    "Recorder",
     "Rows",
     "Selection",
     "SelectionSpec",
@@ -55,12 +61,14 @@ __all__ = [
     "contracts",
     "create",
     "dtype",
+    "emulatable",
     "limits",
     "multiple_of",
     "narrow",
     "numpy_dtype",
     "one_of",
     "probe",
+    "recorded",
     "selected",
     "use",
     "widen",

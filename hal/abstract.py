@@ -15,7 +15,8 @@ from porthal.hal.backend import Backend, Read
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import UsageError
-from porthal.hal.operands import Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
+from porthal.hal.operands import KINDS, Pages, PagesSpec, Weight, WeightSpec
+from porthal.hal.signature import ARRAY
 
 
 class AbstractArray:
@@ -51,7 +52,6 @@ class Abstract(Backend):
     """Infers instead of computing; to_numpy gives zeros."""
 
     name = "abstract"
-    base = None
 
     def from_numpy(self, x: np.ndarray[Any, Any]) -> AbstractArray:
         return AbstractArray(x.shape, dtype(x))
@@ -73,14 +73,16 @@ class Abstract(Backend):
             operands, attrs = contract.arrange(args, kwargs)
             spec = contract.spec(operands, attrs)
             out = []
-            for result, shape, name in contract.results(spec, operands):
+            for result, shape, name in contract.results(spec):
                 if result.mutated:
                     out.append(operands[result.name])
-                elif result.kind == "Selection":
-                    rows = Rows(AbstractArray(shape, "int32"), AbstractArray(shape[:1], "int32"))
-                    out.append(Selection(SelectionSpec(*shape), rows))
-                else:
+                elif result.kind == ARRAY:
                     out.append(AbstractArray(shape, name))
+                else:
+                    kind = KINDS[result.kind]
+                    made = kind.result_spec(shape)
+                    parts: Any = {part: AbstractArray(*form) for part, form in kind.form(made).items()}
+                    out.append(kind.of(made, parts))
             return tuple(out) if len(out) > 1 else out[0]
 
         return infer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,16 +11,7 @@ import numpy as np
 from porthal.hal import dtypes as dt
 from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.limits import NO_LIMITS, Limits
-from porthal.hal.operands import (
-    Batch,
-    Pages,
-    PagesSpec,
-    Rows,
-    Selection,
-    SelectionSpec,
-    Weight,
-    WeightSpec,
-)
+from porthal.hal.operands import Batch, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
 
 Array = Any
 Read = Callable[[Any], np.ndarray[Any, Any]]
@@ -29,34 +20,43 @@ Place = Literal["hardware", "vendor package on a stub runtime", "emulated device
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend's function for one contract, the backend in the chain that wrote it, how that one packs the contract's
-    weights, and the function's stated limits."""
+    """A backend's function for one contract.
+
+    owner    the registered backend whose class, or whose mixin, defines it
+    prepare  how that class packs the contract's weights
+    limits, provider, tie    what is stated about it by `@limits`
+    """
 
     function: Callable[..., Any]
     owner: str
     prepare: Callable[..., Weight]
-    limits: Limits
-    provider: str
-    tie: str
-
-    def refuses(self, spec: CallSpec) -> str | None:
-        return self.limits.refuses(spec)
+    limits: Limits = NO_LIMITS
+    provider: str = ""
+    tie: str = "lowest"
 
 
 class Backend:
-    """Base of every backend. A subclass names its `base` and defines a method per op it owns.
+    """Base of every backend: `class Ascend(Torch)` inherits what it does not define, and defines a method per op it owns.
 
     A kernel takes the contract's operands in order and its attributes by keyword, and returns the results in order.
     It allocates only through `self.empty`, reads no environment, and may set on its function: `limits` (by `@limits`),
     `provider` (the library call behind it), `tie` ("lowest", or "any" where the chip's tie order is its own) and
     `batch_invariant` (True promises that a row's bits do not depend on the other rows).
 
+    The kernels of one library may stand in a mixin, a plain class: `class Cuda(FlashMla, DeepGemm, Torch)`. What stands
+    above the first registered backend among the bases is the chip's own; where several define an op, the first in Python's
+    order of bases that takes a call gets it.
+
     Arrays may be strided in every axis: model code splits them by slicing. `moe_experts = None` in a class declines what
     its base would give, so that a composite is made of the class's own kernels.
     """
 
-    name: ClassVar[str] = ""
-    base: ClassVar[str | None] = "reference"
+    name: ClassVar[str] = ""  # that of its folder, or of its entry point: discovery gives it
+
+    def __init_subclass__(cls) -> None:
+        folder, _, module = cls.__module__.rpartition(".")
+        if folder.startswith("porthal.backends.") and module == "backend":
+            cls.name = folder.rpartition(".")[2]
 
     def __init__(self, device: str = "") -> None:
         self.device = device
@@ -108,24 +108,12 @@ class Backend:
 
     def from_logical(self, spec: Any, arrays: dict[str, np.ndarray[Any, Any]], into: Any = None) -> Any:
         """An operand from its logical NumPy arrays; `into` overwrites an existing one in place."""
-        if isinstance(spec, WeightSpec):
-            return self.prepare(spec, lambda index: arrays["w"][index], into)
-        if isinstance(spec, SelectionSpec):
-            return Selection(spec, Rows(self.from_numpy(arrays["indices"]), self.from_numpy(arrays["length"])))
-        if into is not None:
-            for name, value in arrays.items():
-                into[name][...] = self.from_numpy(value)
-            return into
-        return Pages(spec, {name: self.from_numpy(value) for name, value in arrays.items()})
+        return kind_of(spec).from_logical(self, spec, arrays, into)
 
     def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:
         """An operand's logical form as NumPy arrays, bit for bit."""
-        if isinstance(operand, Weight):
-            return {"w": self.to_numpy(operand.native)}
-        if isinstance(operand, Selection):
-            rows = self.rows(operand)
-            return {"indices": self.to_numpy(rows.indices), "length": self.to_numpy(rows.length)}
-        return {name: self.to_numpy(operand[name]) for name, _ in operand.spec.fields}
+        logical: dict[str, np.ndarray[Any, Any]] = operand.to_logical(self)
+        return logical
 
     def rows(self, selection: Selection) -> Rows:
         """A selection as the inherited kernels read it; override it together with a native form of your own."""
@@ -139,28 +127,27 @@ class Backend:
         return None
 
     def candidates(self, contract: Contract) -> Iterator[Kernel]:
-        """The kernels for a contract, own first, then along the bases."""
-        chain = [c for c in type(self).__mro__ if issubclass(c, Backend)]
+        """The kernels for a contract in Python's order of bases: own ones first, mixins' among them, then inherited ones."""
+        chain = type(self).__mro__
+        owner = self.name
         for i, cls in enumerate(chain):
-            owner = vars(cls).get("name", "")
-            prepare = next(vars(c)["prepare"] for c in chain[i:] if "prepare" in vars(c)).__get__(self)
+            owner = vars(cls).get("name") or owner
             if contract.name in vars(cls):
                 function = vars(cls)[contract.name]
                 if function is None:
                     return
-                yield Kernel(
-                    function.__get__(self),
-                    owner,
-                    prepare,
-                    getattr(function, "limits", NO_LIMITS),
-                    getattr(function, "provider", ""),
-                    getattr(function, "tie", "lowest"),
-                )
+                stated = {f: getattr(function, f) for f in ("limits", "provider", "tie") if hasattr(function, f)}
+                yield Kernel(function.__get__(self), owner, self._packing(chain[i:]), **stated)
             elif "derive" in vars(cls) and cls is not Backend:
                 derived = vars(cls)["derive"](self, contract)
                 if derived is not None:
-                    yield Kernel(derived, owner, prepare, NO_LIMITS, "", "lowest")
+                    yield Kernel(derived, owner, self._packing(chain[i:]))
+
+    def _packing(self, chain: Sequence[type]) -> Callable[..., Weight]:
+        """`prepare` as the first of these classes and its bases have it."""
+        packing: Callable[..., Weight] = next(vars(c)["prepare"] for c in chain if "prepare" in vars(c)).__get__(self)
+        return packing
 
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         """Why a kernel does not take a call of these static facts, or None: a pure function, by default of its limits."""
-        return kernel.refuses(spec)
+        return kernel.limits.refuses(spec)

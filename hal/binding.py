@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -19,12 +19,13 @@ from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits
-from porthal.hal.operands import Batch, Pages, Selection, Weight, WeightSpec
+from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 
 Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
 Profile = Mapping[str, Sequence[CallSpec]]
 Status = Literal["own", "inherited", "composed", "fallback", "missing"]
+VIA = "via="  # before a provider's name, in an override and in a case's token
 SERVICES = ("from_numpy", "to_numpy", "plan", "alloc_pages", "from_logical", "to_logical")
 
 
@@ -40,6 +41,10 @@ class Choice:
     tie: str = "lowest"
     limits: Limits = NO_LIMITS
 
+    @classmethod
+    def of(cls, op: str, status: Status, kernel: Kernel, reason: str) -> Choice:
+        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie, kernel.limits)
+
 
 class Binding:
     """An immutable set of functions, one per op, for one backend, device, policy and profile, plus its services."""
@@ -47,8 +52,9 @@ class Binding:
     backend: Backend
     choices: Mapping[str, Choice]
 
-    def __init__(self, backend: Backend, choices: Mapping[str, Choice], members: Mapping[str, Any]) -> None:
-        vars(self).update(members, backend=backend, choices=choices)
+    def __init__(self, backend: Backend, choices: Mapping[str, Choice], kernels: Mapping[str, Kernel]) -> None:
+        services = {name: getattr(backend, name) for name in SERVICES}
+        vars(self).update(services, backend=backend, choices=choices, _kernels=kernels)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a binding is immutable: bind() again instead of setting {name!r}")
@@ -61,13 +67,10 @@ class Binding:
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
         """Pack a weight for the kernel that will use it; see `Backend.prepare`."""
-        choice = self.choices[spec.op]
-        if choice.status == "composed":
-            inner = contracts()[spec.op].weights[spec.operand]
-            spec = WeightSpec(*inner, spec.shape, spec.dtype, spec.scheme)
-            return self.prepare(spec, read, into)
-        made: Weight = vars(self)["_targets"].get(spec.op, self.backend).prepare(spec, read, into)
-        return made
+        if self.choices[spec.op].status == "composed":
+            op, operand = contracts()[spec.op].weights[spec.operand]
+            return self.prepare(replace(spec, op=op, operand=operand), read, into)
+        return vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)  # type: ignore[no-any-return]
 
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""
@@ -92,7 +95,8 @@ def bind(
 
     name       "backend" or "backend:device"; None reads PORTHAL_BACKEND, else takes the best available
     profile    the calls a model will make (`model.Config.profile()`): claims are judged over all of them
-    overrides  op -> backend, or "composed"; None reads PORTHAL_OPS ("topk=reference,moe_layer=composed")
+    overrides  op -> backend, "composed", or "via=PROVIDER" where the backend has several kernels for it; None reads
+               PORTHAL_OPS ("topk=reference,moe_layer=composed")
     fallback   "error" or the backend for ops nobody claims; None reads PORTHAL_FALLBACK
     check      judge every call against its contract before making it; None reads PORTHAL_CHECK
     wrap       (op, function) -> function, outermost first: tracing, counting, timing, lockstep
@@ -109,21 +113,18 @@ def bind(
     known = contracts()
     _verify_names(rules, known)
 
-    members: dict[str, Any] = {s: getattr(chosen, s) for s in SERVICES}
-    targets: dict[str, Kernel] = {}
+    kernels: dict[str, Kernel] = {}
     choices: dict[str, Choice] = {}
-    binding = Binding(chosen, choices, members)
-    vars(binding)["_targets"] = targets
+    binding = Binding(chosen, choices, kernels)
     layers = ([_checker(chosen, choices)] if check else []) + list(wrap)
     missing = []
     for op, contract in known.items():
         specs = (profile or {}).get(op, ())
-        function, choice, target = _choose(binding, contract, specs, rules.get(op), fallback)
-        if choice.status == "missing" and specs:
-            missing.append(f"{op} ({choice.reason})")
-        if target is not None:
-            targets[op] = target
-        choices[op] = choice
+        function, choices[op], kernel = _choose(binding, contract, specs, rules.get(op), fallback)
+        if choices[op].status == "missing" and specs:
+            missing.append(f"{op} ({choices[op].reason})")
+        if kernel is not None:
+            kernels[op] = kernel
         for layer in reversed(layers):
             function = layer(op, function)
         vars(binding)[op] = function
@@ -139,29 +140,32 @@ def _choose(
 ) -> tuple[Function, Choice, Kernel | None]:
     chosen, op = binding.backend, contract.name
     if rule == "composed":
-        return _composed(binding, contract, "by policy"), Choice(op, "composed", "", "", "by policy"), None
-    if rule is not None and rule.partition(":")[0] != chosen.name:
+        return _composed(binding, contract, "by policy")
+    via = rule.removeprefix(VIA) if rule and rule.startswith(VIA) else ""
+    if rule is not None and not via and rule.partition(":")[0] != chosen.name:
         return _elsewhere(chosen, contract, specs, rule, "by policy")
-    refusals = []
-    inherited: tuple[Function, Choice, Kernel] | None = None
-    for kernel in chosen.candidates(contract):
-        reason = next((r for s in specs if (r := chosen.refuses(op, kernel, s))), None)
-        if reason:
-            refusals.append(f"{kernel.owner}: {reason}")
+    kernels = list(chosen.candidates(contract))
+    if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
+        providers = ", ".join(k.provider for k in chosen.candidates(contract) if k.provider) or "none"
+        raise UsageError(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
+    refusals, inherited = [], None
+    for kernel in kernels:
+        if reason := next((r for s in specs if (r := chosen.refuses(op, kernel, s))), None):
+            refusals.append(f"{kernel.provider or kernel.owner if via else kernel.owner}: {reason}")
             continue
         why = "; ".join(refusals)
         if kernel.owner == chosen.name:
-            choice = Choice(op, "own", kernel.owner, kernel.provider, why, kernel.tie, kernel.limits)
-            return kernel.function, choice, kernel
-        choice = Choice(op, "inherited", kernel.owner, kernel.provider, why, kernel.tie, kernel.limits)
-        inherited = kernel.function, choice, kernel
+            return kernel.function, Choice.of(op, "own", kernel, why), kernel
+        inherited = kernel
         break
     why = "; ".join(refusals)
+    if split := by_class(chosen, contract, [k for k in kernels if k.owner == chosen.name], specs):
+        return split
     # A composite made of this binding's ops uses the chip's own kernels; one derived from the formula would not.
-    if contract.decomposition and (inherited is None or inherited[1].owner == "reference"):
-        return _composed(binding, contract, why), Choice(op, "composed", "", "", why), None
+    if contract.decomposition and not via and (inherited is None or inherited.owner == "reference"):
+        return _composed(binding, contract, why)
     if inherited:
-        return inherited
+        return inherited.function, Choice.of(op, "inherited", inherited, why), inherited
     if fallback not in ("error", chosen.name):
         return _elsewhere(chosen, contract, specs, fallback, why or "no kernel")
     why = why or "no kernel"
@@ -172,55 +176,47 @@ def _choose(
     return refuse, Choice(op, "missing", "", "", why), None
 
 
-def _composed(binding: Binding, contract: Contract, why: str) -> Function:
+def _composed(binding: Binding, contract: Contract, why: str) -> tuple[Function, Choice, None]:
     decomposition = contract.decomposition
     if decomposition is None:
-        raise UsageError(f"{contract.name} is no composite: it cannot be 'composed'")
+        raise UsageError(f"{contract.name} is not a composite: it cannot be 'composed'")
 
     def call(*args: Any, **attrs: Any) -> Any:
         return decomposition(binding, *args, **attrs)
 
-    return call
+    return call, Choice(contract.name, "composed", "", "", why), None
 
 
 def _elsewhere(
-    home: Backend, contract: Contract, specs: Sequence[CallSpec], name: str, why: str
+    chosen: Backend, contract: Contract, specs: Sequence[CallSpec], name: str, why: str
 ) -> tuple[Function, Choice, Kernel | None]:
     """A kernel of another backend, with the operands carried there and back through their logical forms."""
-    away = _shared(name)
-    for kernel in away.candidates(contract):
-        if not any(away.refuses(contract.name, kernel, s) for s in specs):
-            choice = Choice(contract.name, "fallback", kernel.owner, kernel.provider, why, kernel.tie, kernel.limits)
-            return _bridge(home, away, contract, kernel), choice, kernel
+    other = _shared(name)
+    for kernel in other.candidates(contract):
+        if not any(other.refuses(contract.name, kernel, s) for s in specs):
+            return _bridge(chosen, other, contract, kernel), Choice.of(contract.name, "fallback", kernel, why), kernel
     raise NotClaimed(f"{name} was asked for {contract.name} ({why}) but does not claim it either")
 
 
-def _bridge(home: Backend, away: Backend, contract: Contract, kernel: Kernel) -> Function:
-    def send(value: Any) -> Any:
-        if value is None or isinstance(value, Weight):  # weights were prepared over there
-            return value
-        if isinstance(value, Batch):
-            return away.plan(value.with_native(None))
-        if isinstance(value, (Pages, Selection)):
-            return away.from_logical(value.spec, home.to_logical(value))
-        return away.from_numpy(home.to_numpy(value))
+def _bridge(chosen: Backend, other: Backend, contract: Contract, kernel: Kernel) -> Function:
+    def carry(value: Any, source: Backend, target: Backend) -> Any:
+        if value is None or isinstance(value, Operand):
+            return value and value.carry(source, target)
+        return target.from_numpy(source.to_numpy(value))
 
     def fetch(value: Any, into: Any) -> Any:
-        if isinstance(value, (Pages, Selection)):
-            return home.from_logical(value.spec, away.to_logical(value), into)
-        return home.from_numpy(away.to_numpy(value))
+        if into is not None:
+            return chosen.from_logical(value.spec, other.to_logical(value), into)
+        return carry(value, other, chosen)
 
     names = [o.name for o in contract.signature.operands]
 
     def call(*args: Any, **attrs: Any) -> Any:
-        out = kernel.function(*(send(a) for a in args), **attrs)
-        results = out if isinstance(out, tuple) else (out,)
+        found = contract.named(kernel.function(*(carry(a, chosen, other) for a in args), **attrs))
         given = dict(zip(names, args))
-        back = tuple(
-            fetch(value, given[r.name] if r.mutated else None)
-            for value, r in zip(results, contract.signature.results)
-        )
-        return back if isinstance(out, tuple) else back[0]
+        mutated = {r.name for r in contract.signature.mutated}
+        back = tuple(fetch(value, given[name] if name in mutated else None) for name, value in found.items())
+        return back if len(back) > 1 else back[0]
 
     return call
 
@@ -255,6 +251,41 @@ def checked(
     spec = contract.spec(operands, attrs)
     contract.check_values(operands, spec, backend.to_numpy)
     return spec
+
+
+# -- several kernels for one op --------------------------------------------------------------------------------------
+
+
+def by_class(
+    backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec]
+) -> tuple[Function, Choice, Kernel] | None:
+    """One function of several own kernels, where none takes the whole profile and together they do; else None.
+
+    Each spec of the profile is a class of shapes, and goes to the first kernel that takes it. A weight has one packed form:
+    kernels that pack differently are not combined.
+    """
+    op = contract.name
+    classes = [(s, next((k for k in kernels if not backend.refuses(op, k, s)), None)) for s in specs]
+    used = [k for k in kernels if any(k is chosen for _, chosen in classes)]
+    if len(used) < 2 or any(k is None for _, k in classes):
+        return None
+    if contract.signature.of_kind("Weight") and len({getattr(k.prepare, "__func__", k.prepare) for k in used}) > 1:
+        return None
+    known: dict[Any, Function] = {}
+
+    def call(*args: Any, **attrs: Any) -> Any:
+        key = *((a.T, a.R) if isinstance(a, Batch) else getattr(a, "shape", None) for a in args), *attrs.items()
+        if key not in known:
+            spec = contract.spec(*contract.arrange(args, attrs))
+            kernel = next((k for s, k in classes if k and s.covers(spec)), None)
+            if kernel is None:
+                raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
+            known[key] = kernel.function
+        return known[key](*args, **attrs)
+
+    reason = "by class of shapes"
+    tie = "any" if any(k.tie == "any" for k in used) else "lowest"
+    return call, Choice(op, "own", used[0].owner, " or ".join(k.provider for k in used), reason, tie), used[0]
 
 
 # -- policy ----------------------------------------------------------------------------------------------------------

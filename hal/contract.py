@@ -12,8 +12,8 @@ import numpy as np
 
 from porthal.hal import dtypes as dt
 from porthal.hal.errors import UsageError
-from porthal.hal.operands import Batch, Pages, Selection, Weight
-from porthal.hal.signature import OperandSpec, Signature, evaluate, parse, symbols, unify
+from porthal.hal.operands import KINDS, Operand
+from porthal.hal.signature import ARRAY, OperandSpec, Signature, evaluate, parse, symbols, unify
 
 Reference = Callable[..., Any]
 CostRule = Callable[[Any, Any], tuple[float, float]]
@@ -33,6 +33,14 @@ class CallSpec:
 
     def key(self) -> tuple[Any, ...]:
         return tuple(tuple(sorted(m.items())) for m in (self.dims, self.dtypes, self.attrs, self.schemes))
+
+    def covers(self, call: CallSpec) -> bool:
+        """Whether a call's facts are among these: equal, or within the range."""
+        if (self.dtypes, self.attrs, self.schemes) != (call.dtypes, call.attrs, call.schemes):
+            return False
+        ranges = {name: v if isinstance(v, tuple) else (v, v) for name, v in self.dims.items()}
+        sizes = {name: v for name, v in call.dims.items() if isinstance(v, int)}
+        return all(name in ranges and ranges[name][0] <= v <= ranges[name][1] for name, v in sizes.items())
 
     def __hash__(self) -> int:
         return hash(self.key())
@@ -54,12 +62,22 @@ class Contract:
     signature   the shapes, see hal/signature.py
     dtypes      per operand: permitted names, or "x" (same as operand x), joined by " | "; per result: one dtype, an
                 operand's name, or "@attr"
-    cases       values worth testing per symbol and attribute; the first is GLM-5's
-    rules       (sentence, predicate over dims and attributes): what a legal call fulfils beyond shapes and dtypes
-    ranges      integer operands: (lowest, one past the highest), each a number or a dim
-    exact       the result is a copy or an integer: judged bit for bit
-    choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`)
     cost        (dims, bytes per element of each operand) -> (flops, bytes moved)
+    version     raised where the op computes something else; tokens name it from 2 on
+    rows        the symbol that counts rows; "" means T
+    exact       the result is a copy or an integer: judged bit for bit
+    choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`) or by
+                what could have been drawn (`@op.admitted`)
+    writes      of an op that changes pages without a batch: the operand that lists them
+    profiles    the uses of a model that call it: "inference", "moe"
+
+    What a legal call is, and which are worth testing:
+
+    rules       (sentence, predicate over dims and attributes): what it fulfils beyond shapes and dtypes
+    ranges      integer operands, and results that are drawn: (lowest, one past the highest), each a number or a dim
+    cases       sizes per symbol, and values per attribute; the first is GLM-5's
+    legal       attribute -> f(dims and attributes so far) -> all its legal values, where a size bounds it
+    values      operand -> the value generators (`conformance/cases/values.py`) worth testing; the first is the default
     """
 
     def __init__(
@@ -69,31 +87,43 @@ class Contract:
         *,
         dtypes: Mapping[str, Any],
         cost: CostRule,
-        cases: Mapping[str, Sequence[Any]],
-        version: int,
-        rules: Sequence[tuple[str, Callable[[Any], bool]]],
-        ranges: Mapping[str, tuple[int | str, int | str]],
-        exact: bool,
-        choice: str | None,
-        values: Mapping[str, Sequence[str]],
+        version: int = 1,
+        rows: str = "",
+        exact: bool = False,
+        choice: str = "",
+        writes: str = "",
+        profiles: Sequence[str] = (),
+        rules: Sequence[tuple[str, Callable[[Any], bool]]] = (),
+        ranges: Mapping[str, tuple[int | str, int | str]] | None = None,
+        cases: Mapping[str, Sequence[Any]] | None = None,
+        legal: Mapping[str, Callable[[Any], Sequence[int]]] | None = None,
+        values: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.name = reference.__name__
         self.reference = reference
         self.signature = signature
         self.cost = cost
-        self.cases = cases
         self.version = version
-        self.rules = rules
-        self.ranges = ranges
+        self.rows = rows or ("T" if "T" in signature.symbols() else "")
         self.exact = exact
         self.choice = choice
-        self.values = values
+        self.writes = writes
+        self.profiles = profiles
+        self.rules = rules
+        self.ranges = ranges or {}
+        self.cases = cases or {}
+        self.legal = legal or {}
+        self.values = values or {}
         self.__doc__ = inspect.getdoc(reference) or ""
         self.dtypes = {name: _dtype_options(spec) for name, spec in dtypes.items()}
         self.attributes = _attributes(reference)
         self.scores: Reference | None = None
         self.finish: Reference | None = None
         self.admits: Reference | None = None
+        self.slack: Reference | None = None
+        self.hidden: Reference | None = None
+        self.adjust: Reference | None = None
+        self.specified: Reference | None = None
         self.decomposition: Reference | None = None
         self.weights: Mapping[str, tuple[str, str]] = {}
         self._verify()
@@ -113,9 +143,31 @@ class Contract:
         self.finish = f
         return f
 
-    def admitted(self, f: Reference) -> Reference:
-        """For choices that are not a top-k: f(*operands, results, slack, **attrs) -> first bad row or None."""
-        self.admits = f
+    def admitted(self, slack: Reference) -> Callable[[Reference], Reference]:
+        """For choices that are drawn: f(*operands, results, slack, **attrs) -> first bad row or None.
+
+        `slack(**operands)` is how far an honest chip's probabilities may be off, before a level's factor.
+        """
+
+        def attach(f: Reference) -> Reference:
+            self.admits, self.slack = f, slack
+            return f
+
+        return attach
+
+    def unread(self, f: Reference) -> Reference:
+        """Where nothing may be read: f(**operands) -> {operand: mask}. Test calls have NaN there."""
+        self.hidden = f
+        return f
+
+    def adjusted(self, f: Reference) -> Reference:
+        """Changes drawn operands in place so that a test call says more: f(**operands)."""
+        self.adjust = f
+        return f
+
+    def specified_rows(self, f: Reference) -> Reference:
+        """How many leading rows of the results are specified: f(**operands) -> count. The others are the chip's."""
+        self.specified = f
         return f
 
     def decomposed(self, **weights: str) -> Callable[[Reference], Reference]:
@@ -169,16 +221,16 @@ class Contract:
             value = operands[operand.name]
             if value is None:
                 continue
-            for dim, size in self._sizes(operand, value, env):
+            for dim, size in self._sizes(operand, value):
                 try:
                     if not unify(dim, size, env):
                         raise self._shape_error(operand, dim, size, env)
                 except KeyError:  # two unknown symbols in one dim: another operand will bind one of them
                     waiting.append((operand, dim, size))
-            if operand.kind != "Batch" and operand.kind != "Selection":
-                found[operand.name] = _dtype_of(value)
-            if operand.kind in ("Weight", "Pages"):
-                schemes[operand.name] = value.spec.scheme
+            if operand.typed:
+                found[operand.name] = value.dtype if isinstance(value, Operand) else dt.dtype(value)
+            if isinstance(value, Operand) and value.scheme is not None:
+                schemes[operand.name] = value.scheme
         for operand, dim, size in waiting:
             if not unify(dim, size, env):
                 raise self._shape_error(operand, dim, size, env)
@@ -193,35 +245,44 @@ class Contract:
                 raise UsageError(f"{self.name} requires {sentence}, got {given}")
         return CallSpec({k: v for k, v in env.items() if k not in attrs}, found, attrs, schemes)
 
-    def results(self, spec: CallSpec, present: Mapping[str, Any]) -> list[tuple[OperandSpec, tuple[int, ...], str]]:
-        """Name, shape and dtype of every result: a pure function of specs and attributes."""
+    def results(self, spec: CallSpec) -> list[tuple[OperandSpec, tuple[int, ...], str]]:
+        """Name, shape and dtype of every result ("" where it has none): a pure function of the static facts."""
         env: dict[str, Any] = {**spec.attrs, **spec.dims}
         out = []
         for result in self.signature.results:
-            if result.mutated or result.kind != "array":
-                shape = tuple(evaluate(d, env) for d in result.dims)
-                out.append((result, shape, ""))
-                continue
-            option = self.dtypes[result.name][0]
-            if option.startswith("@"):
-                option = str(spec.attrs[option[1:]])
-            name = spec.dtypes.get(option, option)
+            name = ""
+            if result.kind == ARRAY:
+                option = self.dtypes[result.name][0]
+                option = str(spec.attrs[option[1:]]) if option.startswith("@") else option
+                name = spec.dtypes.get(option, option)
             out.append((result, tuple(evaluate(d, env) for d in result.dims), name))
         return out
 
+    def named(self, out: Any) -> dict[str, Any]:
+        """What a kernel or reference returned, by the names of the results; UsageError where it is not one for each."""
+        values = out if isinstance(out, tuple) else (out,)
+        if len(values) != len(self.signature.results):
+            raise UsageError(f"{self.name} returned {len(values)} results, expected {len(self.signature.results)}")
+        return dict(zip((r.name for r in self.signature.results), values))
+
     def check_values(self, operands: Mapping[str, Any], spec: CallSpec, read: Callable[[Any], Any]) -> None:
         """Range rules of integer operands; reads data, so only checked bindings do it."""
-        env: dict[str, Any] = {**spec.attrs, **spec.dims}
-        for name, (low, high) in self.ranges.items():
+        for name in self.ranges:
             if operands.get(name) is None:
                 continue
-            first, last = (b if isinstance(b, int) else evaluate(b, env) for b in (low, high))
+            first, last = self.bounds(name, spec)
             data = np.asarray(read(operands[name]))
             bad = (data < first) | (data >= last)
             if bad.any():
                 where = tuple(int(i[0]) for i in np.nonzero(bad))
                 at = where[0] if len(where) == 1 else where
                 raise UsageError(f"{self.name}: {name}[{at}] is {data[where]}, expected {first} to {last - 1}")
+
+    def bounds(self, name: str, spec: CallSpec) -> tuple[int, int]:
+        """The range of an integer operand or result: the lowest, and one past the highest."""
+        env: dict[str, Any] = {**spec.attrs, **spec.dims}
+        low, high = (b if isinstance(b, int) else evaluate(b, env) for b in self.ranges[name])
+        return low, high
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The checked front, on the backend that the current policy selects: plain arrays are accepted."""
@@ -231,40 +292,16 @@ class Contract:
 
     # -- internals ---------------------------------------------------------------------------------------------------
 
-    def _sizes(self, operand: OperandSpec, value: Any, env: Mapping[str, int]) -> list[tuple[str, int]]:
-        if operand.kind == "Batch":
-            _expect(self, operand, value, Batch)
-            sizes = list(zip(operand.dims, (value.T, value.R, value.max_kv)))
-            return [*sizes, ("block_size", value.block_size)]
-        if operand.kind == "Pages":
-            _expect(self, operand, value, Pages)
-            fields = value.spec.fields
-            wanted = [f for i, f in enumerate(operand.fields) if not f[2] or i < len(fields)]
-            if len(fields) != len(wanted):
-                raise UsageError(
-                    f"{self.name}: {operand.name} has fields {[n for n, _ in fields]}, "
-                    f"expected {[n for n, _, _ in operand.fields]}"
-                )
-            return [(dim, width) for (_, dim, _), (_, width) in zip(wanted, fields)] + [
-                ("block_size", value.spec.block_size),
-                ("P", value.spec.n_blocks),
-            ]
-        if operand.kind == "Selection":
-            _expect(self, operand, value, Selection)
-            return list(zip(operand.dims, (value.spec.T, value.spec.k)))
-        if operand.kind == "Weight":
-            _expect(self, operand, value, Weight)
-            shape = value.spec.shape
-        elif not hasattr(value, "shape") or not hasattr(value, "dtype"):
-            raise UsageError(f"{self.name}: {operand.name} is {type(value).__name__}, expected an array")
-        else:
-            shape = tuple(value.shape)
-        if len(shape) != len(operand.dims):
-            raise UsageError(
-                f"{self.name}: {operand.name} has shape {list(shape)}, expected {len(operand.dims)} axes "
-                f"[{', '.join(operand.dims)}]"
-            )
-        return list(zip(operand.dims, shape))
+    def _sizes(self, operand: OperandSpec, value: Any) -> list[tuple[str, int]]:
+        if operand.kind == ARRAY:
+            if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+                raise UsageError(f"{self.name}: {operand.name} is {type(value).__name__}, expected an array")
+        elif not isinstance(value, KINDS[operand.kind]):
+            raise UsageError(f"{self.name}: {operand.name} is {type(value).__name__}, expected {operand.kind}")
+        try:
+            return operand.matched(tuple(value.shape)) if operand.kind == ARRAY else value.sizes(operand)
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}") from None
 
     def _shape_error(self, operand: OperandSpec, dim: str, size: int, env: Mapping[str, int]) -> UsageError:
         known = ", ".join(f"{s}={env[s]}" for s in symbols(dim) if s in env)
@@ -285,8 +322,7 @@ class Contract:
 
     def _verify(self) -> None:
         for operand in (*self.signature.operands, *self.signature.results):
-            typed = operand.kind in ("array", "Weight", "Pages")
-            if typed and operand.name not in self.dtypes:
+            if operand.typed and operand.name not in self.dtypes:
                 raise UsageError(f"contract {self.name} states no dtype for {operand.name!r}")
         parameters = [
             p.name for p in inspect.signature(self.reference).parameters.values() if p.kind != p.KEYWORD_ONLY
@@ -296,15 +332,6 @@ class Contract:
             raise UsageError(f"contract {self.name}: the reference takes {parameters}, the signature says {names}")
         if not self.__doc__:
             raise UsageError(f"contract {self.name} has no docstring: state formula and source")
-
-
-def _expect(contract: Contract, operand: OperandSpec, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise UsageError(f"{contract.name}: {operand.name} is {type(value).__name__}, expected {kind.__name__}")
-
-
-def _dtype_of(value: Any) -> str:
-    return value.spec.dtype if isinstance(value, (Weight, Pages)) else dt.dtype(value)
 
 
 def _dtype_options(spec: Any) -> tuple[str, ...]:
@@ -325,35 +352,11 @@ def _attributes(reference: Reference) -> dict[str, Attribute]:
 _contracts: dict[str, Contract] = {}
 
 
-def contract(
-    signature: str,
-    *,
-    dtypes: Mapping[str, Any],
-    cost: CostRule,
-    cases: Mapping[str, Sequence[Any]] | None = None,
-    version: int = 1,
-    rules: Sequence[tuple[str, Callable[[Any], bool]]] = (),
-    ranges: Mapping[str, tuple[int | str, int | str]] | None = None,
-    exact: bool = False,
-    choice: str | None = None,
-    values: Mapping[str, Sequence[str]] | None = None,
-) -> Callable[[Reference], Contract]:
-    """Make the decorated float64 reference a contract and enter it in the registry; see `Contract`."""
+def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
+    """Make the decorated float64 reference a contract and enter it in the registry; `Contract` lists the facts."""
 
     def make(reference: Reference) -> Contract:
-        made = Contract(
-            reference,
-            parse(signature),
-            dtypes=dtypes,
-            cost=cost,
-            cases=cases or {},
-            version=version,
-            rules=rules,
-            ranges=ranges or {},
-            exact=exact,
-            choice=choice,
-            values=values or {},
-        )
+        made = Contract(reference, parse(signature), **facts)
         if made.name in _contracts and _contracts[made.name].reference.__module__ != reference.__module__:
             raise UsageError(f"contract {made.name!r} exists already, in {_contracts[made.name].reference.__module__}")
         _contracts[made.name] = made

@@ -1,8 +1,9 @@
 """Which backends exist, which of them are here, and how one is made.
 
 A backend is a package: a folder of porthal/backends, or what an entry point of group `porthal.backends` names. Its
-`__init__` is light: `requires` lists the modules it needs, and an optional `probe()` says more. Its module `backend`
-holds the one subclass of `Backend`, and is imported only when the backend is used.
+`__init__` is light: `requires` lists the modules it needs, `rank` says how eagerly it is chosen when nobody names one, and an
+optional `probe()` looks for the chip. Its module `backend` holds the one subclass of `Backend`, and is imported only when the
+backend is used. A module `emulated` with `install()` imitates the chip's device on this CPU.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from types import ModuleType
 from typing import Literal
 
 from porthal.hal.backend import Backend
 from porthal.hal.errors import Unavailable, UsageError
 
-# Best first, when no name is given. A plugin somebody installed comes before all of these.
-ORDER = ("ascend", "cpu", "torch", "reference")
+INSTALLED = 1000  # the rank of a plugin that states none: somebody installed it, so it comes first
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,8 @@ class Probe:
 
 
 def backend_names() -> tuple[str, ...]:
-    """All known backends, plugins first, best first."""
-    known = _packages()
-    plugins = sorted(set(known) - set(ORDER))
-    return (*plugins, *(n for n in ORDER if n in known))
+    """All known backends, those that are chosen first before the others; by name where ranks are equal."""
+    return tuple(sorted(_packages(), key=lambda name: (-(_rank(name) or 0), name)))
 
 
 def probe(name: str) -> Probe:
@@ -54,25 +55,49 @@ def probe(name: str) -> Probe:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The backend's class, with its base's class behind it."""
+    """The backend's class; Unavailable says why it cannot be had."""
     found = probe(name)
     if found.state != "available":
         raise Unavailable(f"backend {name!r} is {found.state}: {found.why}")
-    return _compose(name)
+    return _loaded(name)
 
 
-def create(spec: str) -> Backend:
-    """A backend from "name" or "name:device", as in torch:cuda:1."""
+def create(spec: str, emulated: bool = False) -> Backend:
+    """A backend from "name" or "name:device", as in torch:cuda:1; on an emulated device where that is asked for."""
     name, _, device = spec.partition(":")
+    if emulated:
+        _emulate(name)
     return backend_class(name)(device)
 
 
 def best() -> str:
-    """The first available backend in the stated order."""
+    """The first available backend in the stated order, of those that have a rank."""
     for name in backend_names():
-        if probe(name).state == "available":
+        if _rank(name) is not None and probe(name).state == "available":
             return name
     raise Unavailable("no backend is available: reinstall porthal")
+
+
+def emulatable() -> tuple[str, ...]:
+    """The backends whose package can emulate their device on this CPU."""
+    return tuple(name for name in backend_names() if _has_stand_in(name))
+
+
+def _has_stand_in(name: str) -> bool:
+    with suppress(Exception):  # a package that does not import has none; probe tells why
+        return importlib.util.find_spec(f"{_packages()[name]}.emulated") is not None
+    return False
+
+
+def _emulate(name: str) -> None:
+    if name not in emulatable():
+        raise UsageError(f"backend {name!r} cannot be emulated: expected one of {', '.join(emulatable())}")
+    try:
+        importlib.import_module(f"{_packages()[name]}.emulated").install()
+    except ImportError as error:
+        raise Unavailable(f"emulating {name} needs a package that is not here: {error}") from None
+    except RuntimeError as error:  # the vendor's real package is loaded
+        raise Unavailable(str(error)) from None
 
 
 @cache
@@ -98,21 +123,40 @@ def _brief(name: str) -> str:
     return found.state + (f": {found.why}" if found.why else "")
 
 
+def _rank(name: str) -> int | None:
+    """How eagerly a backend is chosen; None: only by name."""
+    installed = not _packages()[name].startswith("porthal.backends.")
+    try:
+        package: ModuleType | None = importlib.import_module(_packages()[name])
+    except Exception:  # probe tells
+        package = None
+    return getattr(package, "rank", INSTALLED if installed else None)
+
+
 @cache
-def _compose(name: str) -> type[Backend]:
+def _loaded(name: str) -> type[Backend]:
     try:
         module = importlib.import_module(f"{_packages()[name]}.backend")
     except Exception as error:
         raise Unavailable(f"backend {name!r} is broken: {type(error).__name__}: {error}") from error
-    own = [
-        c
-        for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, Backend) and c.__module__ == module.__name__
-    ]
+    own = list(defined(module))
     if len(own) != 1:
         raise Unavailable(f"backend {name!r} is broken: {module.__name__} defines {len(own)} backends, expected one")
-    own[0].name = name
-    base = own[0].base
-    if base is None:
-        return own[0]
-    return type(own[0].__name__, (own[0], backend_class(base)), {"name": name, "__module__": module.__name__})
+    if base := vars(own[0]).get("base"):
+        raise Unavailable(
+            f"backend {name!r} says base = {base!r}, which is written as a class now: "
+            f"class {own[0].__name__}({str(base).capitalize()}), after "
+            f"from porthal.backends.{base}.backend import {str(base).capitalize()}"
+        )
+    backends = {f"{package}.backend": other for other, package in _packages().items()}
+    for cls in own[0].__mro__:  # a plugin may stand on a plugin, whose kernels are then inherited ones
+        if cls.__module__ in backends and issubclass(cls, Backend):
+            cls.name = backends[cls.__module__]
+    return own[0]
+
+
+def defined(module: ModuleType) -> Iterator[type[Backend]]:
+    """The backends that a module defines, none that it imports."""
+    for value in vars(module).values():
+        if inspect.isclass(value) and issubclass(value, Backend) and value.__module__ == module.__name__:
+            yield value

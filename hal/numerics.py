@@ -25,7 +25,8 @@ from porthal.hal.dtypes import UNIT_ROUNDOFF, narrow, widen
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
-ROUNDED, ROUNDED_TO_ZERO = -1, -2  # runs that round wherever that is permitted, denormals to zero: a machine, for once
+# Values of `only` for runs that round wherever that is permitted, as a chip does; the second flushes denormals to zero.
+ROUNDED, ROUNDED_TO_ZERO = -1, -2
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
@@ -37,14 +38,14 @@ class Noise:
         self.dtypes = dtypes
         self.only = only
         self.points: list[str] = []
-        self.met = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
-        self.reduced = False  # a reduction was met: errors of one row are shared among its elements
+        self.count = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
+        self.reduced = False  # the formula has a reduction: errors of one row are shared among its elements
 
     def signs(self, value: Array, u: float = U_ACC) -> Array:
         """1 or -1, the same for values that a rounding by u moves alike, the other for their negatives."""
-        self.met += 1
+        self.count += 1
         salt = self.rng.integers(2**32, dtype=np.uint32)
-        if self.only is not None and self.only != self.met - 1:
+        if self.only is not None and self.only != self.count - 1:
             return np.zeros(value.shape)
         with np.errstate(over="ignore"):
             single = np.asarray(value, np.float32)
@@ -131,6 +132,13 @@ def softmax(x: Array) -> tuple[Array, Array]:
     top = np.max(x, axis=-1, keepdims=True, initial=-np.inf)
     e = elementary(np.exp, np.where(np.isneginf(x), -np.inf, single(x - np.where(np.isneginf(top), 0.0, top))))
     return e, total(e, keepdims=True)
+
+
+def softmax_slack(logits: Array, temperature: Array, **_: Any) -> float:
+    """By how much probabilities that softmax gives in float32 may be off, summed up: four ulps of exp, its argument's
+    rounding, and a running sum over all logits."""
+    hottest = np.abs(logits[np.isfinite(logits)]).max(initial=0) / np.where(temperature > 0, temperature, 1).min(initial=1)
+    return float(U_ACC * (8 + 2 * hottest + 6 * np.sqrt(logits.shape[-1])))
 
 
 def sigmoid(x: Array) -> Array:

@@ -7,12 +7,13 @@ or a sum of products of those ("2*I", "C+R", "n+1"). Symbols are bound by the op
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from porthal.hal.errors import UsageError
+from porthal.hal.operands import KINDS
 
-KINDS = ("array", "Weight", "Pages", "Selection", "Batch")
+ARRAY = "array"  # the kind of an operand that is no operand object
 _OPERAND = re.compile(r"^(?P<name>\w+)(?P<bang>!?)(?::\s*(?P<kind>\w+))?(?P<body>[\[{].*[\]}])?(?P<opt>\??)$")
 _FIELD = re.compile(r"(\w+)\[([^\]]*)\](\??)")
 
@@ -22,11 +23,27 @@ class OperandSpec:
     """One operand or result as the contract declares it."""
 
     name: str
-    kind: str = "array"
+    kind: str = ARRAY
     dims: tuple[str, ...] = ()
     fields: tuple[tuple[str, str, bool], ...] = ()  # Pages: (field, width, optional)
     optional: bool = False
     mutated: bool = False
+
+    @property
+    def typed(self) -> bool:
+        """Whether the contract states a dtype for it."""
+        return self.kind == ARRAY or KINDS[self.kind].typed
+
+    def matched(self, shape: Sequence[int]) -> list[tuple[str, int]]:
+        """The dims with the sizes of a shape; UsageError where they are not as many."""
+        if len(shape) != len(self.dims):
+            axes = f"{len(self.dims)} axes [{', '.join(self.dims)}]"
+            raise UsageError(f"{self.name} has shape {list(shape)}, expected {axes}")
+        return list(zip(self.dims, shape))
+
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols in its dims and fields."""
+        return tuple(s for d in (*self.dims, *(width for _, width, _ in self.fields)) for s in symbols(d))
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,14 @@ class Signature:
     @property
     def mutated(self) -> tuple[OperandSpec, ...]:
         return tuple(o for o in self.operands if o.mutated)
+
+    def of_kind(self, kind: str) -> tuple[OperandSpec, ...]:
+        """The operands of one kind."""
+        return tuple(o for o in self.operands if o.kind == kind)
+
+    def symbols(self) -> set[str]:
+        """The symbols in the shapes of operands."""
+        return {s for o in self.operands for s in o.symbols()}
 
 
 def parse(text: str) -> Signature:
@@ -82,13 +107,13 @@ def _operand(part: str, text: str) -> OperandSpec:
     match = _OPERAND.match(part)
     if not match:
         raise UsageError(f"cannot read operand {part!r} in signature {text!r}")
-    kind = match["kind"] or "array"
-    if kind not in KINDS:
-        raise UsageError(f"operand {part!r} has kind {kind!r}: expected one of {', '.join(KINDS)}")
+    kind = match["kind"] or ARRAY
+    if kind not in (ARRAY, *KINDS):
+        raise UsageError(f"operand {part!r} has kind {kind!r}: expected one of {', '.join((ARRAY, *KINDS))}")
     body = match["body"] or ""
     fields: tuple[tuple[str, str, bool], ...] = ()
     dims: tuple[str, ...] = ()
-    if kind == "Pages":
+    if body.startswith("{"):
         fields = tuple((n, d.strip(), bool(q)) for n, d, q in _FIELD.findall(body))
     elif body:
         dims = tuple(d.strip() for d in body[1:-1].split(",") if d.strip())

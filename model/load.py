@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts
-from porthal.hal.abstract import Abstract
+from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts, recorded
 from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config
 from porthal.model.generate import generate
@@ -47,8 +44,7 @@ def trace(
 
     Composites appear as such, or as the calls they are made of with expand=True.
     """
-    model, calls = _blank(config, dtype, expand, block_size)
-    _step(model, rows, context or rows)
+    calls = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), rows, context or rows), expand)
     composites = {op for op, contract in contracts().items() if contract.decomposition} if expand else set()
     return [(op, spec) for op, spec in calls if op not in composites]
 
@@ -60,40 +56,29 @@ def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> dic
     """
     config = replace(config, eos_token_id=())  # a model without values emits token 0: let it go on
     longest = config.max_position_embeddings
-    model, small = _blank(config, dtype, True, block_size)
-    _step(model, 1, 1)
-    model, large = _blank(config, dtype, True, block_size)
-    _step(model, min(longest, 4096), longest)
+
+    def generated(ops: Binding) -> None:
+        model = _blank(config, ops, dtype, block_size)
+        for temperature in (0.0, 1.0):
+            for drafts in (0, 2) if model.mtp else (0,):
+                generate(model, [[0]], 4, temperature=temperature, speculative=drafts)
+
+    small = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), 1, 1))
+    large = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), min(longest, 4096), longest))
     merged: dict[str, dict[CallSpec, None]] = {}
     for (op, low), (_, high) in zip(small, large):
         dims = {k: (v, high.dims[k]) if high.dims[k] != v else v for k, v in low.dims.items()}
         merged.setdefault(op, {})[CallSpec(dims, low.dtypes, low.attrs, low.schemes)] = None
-    model, calls = _blank(config, dtype, True, block_size)
-    for temperature in (0.0, 1.0):
-        for drafts in (0, 2) if model.mtp else (0,):
-            generate(model, [[0]], 4, temperature=temperature, speculative=drafts)
     forward = set(merged)  # the step covers these over their whole range
-    for op, spec in calls:
+    for op, spec in recorded(generated):
         if op not in forward:
             merged.setdefault(op, {})[spec] = None
     return {op: list(specs) for op, specs in merged.items()}
 
 
-def _blank(config: Config, dtype: str, expand: bool, block_size: int) -> tuple[Glm5, list[tuple[str, CallSpec]]]:
-    """A model without values, and the list to which every call on it is added."""
-    calls: list[tuple[str, CallSpec]] = []
-    known = contracts()
-
-    def record(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))
-            return function(*args, **kwargs)
-
-        return call
-
-    composed = {op: "composed" for op, contract in known.items() if contract.decomposition} if expand else {}
-    ops = bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=(record,))
-    return Glm5(config, Blank(), ops, dtype, block_size), calls
+def _blank(config: Config, ops: Binding, dtype: str, block_size: int) -> Glm5:
+    """A model without values."""
+    return Glm5(config, Blank(), ops, dtype, block_size)
 
 
 def _step(model: Glm5, rows: int, context: int) -> None:

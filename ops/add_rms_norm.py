@@ -10,6 +10,7 @@ from porthal.ops.rms_norm import rms_norm
     cases={"H": (6144, 512, 768, 96, 7), "eps": (1e-5, 0.5)},
     rules=[("eps > 0", lambda f: f.eps > 0)],
     values={"x": ("normal", "small", "large", "zeros")},
+    profiles=("inference",),
 )
 def add_rms_norm(x: Array, residual: Array, weight: Array, *, eps: float = 1e-5) -> tuple[Array, Array]:
     """r = x + residual; y = rms_norm(r, weight): a block's residual add fused with the next norm.

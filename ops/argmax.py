@@ -11,6 +11,7 @@ from porthal.hal.numerics import Array, choose
     exact=True,
     choice="ids",
     values={"logits": ("normal", "ties", "equal", "signed", "special")},
+    profiles=("inference",),
 )
 def argmax(logits: Array) -> Array:
     """ids[t] = position of the highest logit of row t, the lowest one among equals; NaN counts as -inf."""

@@ -10,6 +10,7 @@ from porthal.hal.numerics import Array
     ranges={"ids": (0, "V")},
     exact=True,
     values={"table": ("normal", "special", "huge", "denormal")},
+    profiles=("inference",),
 )
 def embedding(ids: Array, table: Array) -> Array:
     """x[t] = table[ids[t]]."""

@@ -11,6 +11,7 @@ from porthal.hal.numerics import Array, dot
         2 * d.M * d.N * d.K,
         d.M * (d.K * b.x + d.N * b.y) + min(d.E, d.M) * d.N * d.K * b.w,
     ),
+    rows="M",
     cases={"K": (6144, 2048, 96, 7), "N": (256, 96, 7), "E": (8, 1, 33), "M": (64, 0, 1, 257)},
     ranges={"counts": (0, "M+1")},
     values={"x": ("normal", "integer"), "counts": ("counts",)},
@@ -27,3 +28,13 @@ def grouped_gemm(x: Array, w: Array, counts: Array) -> Array:
         y[start : start + n] = dot("mk,nk->mn", x[start : start + n], w[e])
         start += int(n)
     return y
+
+
+@grouped_gemm.unread
+def _(x: Array, counts: Array, **_: object) -> dict[str, Array]:
+    return {"x": np.arange(len(x)) >= counts.sum()}
+
+
+@grouped_gemm.specified_rows
+def _(counts: Array, **_: object) -> int:
+    return int(counts.sum())

@@ -14,6 +14,7 @@ from porthal.ops.topk import topk
     rules=[("k >= 1", lambda f: f.k >= 1), ("scale > 0", lambda f: f.scale > 0)],
     choice="sel",
     values={"iq": ("normal", "integer", "zeros"), "w": ("normal", "negative", "integer")},
+    profiles=("inference",),
 )
 def indexer_topk(iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
     """The min(k, visible) positions each row attends to: topk(indexer_scores(iq, w, keys, batch)).

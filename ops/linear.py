@@ -9,6 +9,7 @@ from porthal.hal.numerics import Array, dot
     cases={"K": (6144, 2048, 512, 96, 7), "N": (576, 256, 7), "out": ("x", "float32")},
     rules=[("out to be a float dtype or 'x'", lambda f: f.out in (*FLOATS, "x"))],
     values={"x": ("normal", "small", "large", "huge", "integer")},
+    profiles=("inference",),
 )
 def linear(x: Array, w: Array, *, out: str = "x") -> Array:
     """y[t, n] = sum_k x[t, k] w[n, k], accumulated in float32.

@@ -43,6 +43,7 @@ from porthal.ops.rope import rope
         ("theta > 0", lambda f: f.theta > 0),
         ("R to be even", lambda f: f.R % 2 == 0),
     ],
+    profiles=("inference",),
 )
 def mla_prolog(
     h: Array,

@@ -25,6 +25,7 @@ from porthal.ops.silu_mul import silu_mul
     ),
     cases={"H": (6144, 128), "I": (256, 96), "S": (256, 96), "E": (8, 1), "k": (8, 2, 256)},
     values={"ids": ("routed", "crowded", "deserted", "holes", "away")},
+    profiles=("inference", "moe"),
 )
 def moe_layer(
     x: Array, w13: Array, w2: Array, ids: Array, weights: Array, shared13: Array, shared2: Array

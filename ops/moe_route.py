@@ -16,8 +16,14 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
         ("k <= topk_group * E / n_group", lambda f: f.k <= f.topk_group * (f.E // f.n_group)),
         ("scale > 0", lambda f: f.scale > 0),
     ],
+    legal={
+        "n_group": lambda f: [n for n in range(1, f.E + 1) if f.E % n == 0],
+        "topk_group": lambda f: range(1, f.n_group + 1),
+        "k": lambda f: range(1, f.topk_group * (f.E // f.n_group) + 1),
+    },
     choice="ids",
     values={"logits": ("normal", "large", "ties", "negative", "sunk", "special"), "bias": ("normal", "ties")},
+    profiles=("inference", "moe"),
 )
 def moe_route(
     logits: Array, bias: Array, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1

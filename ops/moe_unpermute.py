@@ -22,3 +22,8 @@ def moe_unpermute(sorted: Array, source: Array, weights: Array) -> Array:
     kept = source >= 0
     parts[source[kept]] = sorted[kept]
     return total(single(parts.reshape(T, k, sorted.shape[1]) * weights[..., None]), axis=1)
+
+
+@moe_unpermute.unread
+def _(source: Array, **_: object) -> dict[str, Array]:
+    return {"sorted": source < 0}

@@ -13,6 +13,7 @@ from porthal.ops.rms_norm import rms_norm
     cost=lambda d, b: (4 * d.T * d.H * d.H, b.e * (2 * d.H * d.H + 3 * d.T * d.H)),
     cases={"H": (256, 96), "eps": (1e-5, 0.5)},
     rules=[("eps > 0", lambda f: f.eps > 0)],
+    profiles=("inference",),
 )
 def mtp_input(e: Array, g: Array, enorm: Array, hnorm: Array, eh_proj: Array, *, eps: float) -> Array:
     """u = eh_proj [rms_norm(e, enorm) | rms_norm(g, hnorm)]: next token's embedding first, hidden state second.

@@ -8,6 +8,8 @@ from porthal.hal.numerics import Array
     "pages!: Pages{a[A], b[B]?}, source[M], target[M] -> pages",
     dtypes={"pages": FLOATS, "source": "int32", "target": "int32"},
     cost=lambda d, b: (0, 2 * d.M * d.block_size * (d.A + getattr(d, "B", 0)) * b.pages),
+    rows="M",
+    writes="target",
     cases={"A": (512, 128), "B": (64,), "M": (2, 0, 1)},
     ranges={"source": (0, "P"), "target": (0, "P")},
     exact=True,

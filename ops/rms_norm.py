@@ -11,6 +11,7 @@ from porthal.hal.numerics import Array, may_round, single, total
     cases={"H": (6144, 512, 2048, 768, 96, 1, 7), "eps": (1e-5, 0.5)},
     rules=[("eps > 0", lambda f: f.eps > 0)],
     values={"x": ("normal", "small", "large", "zeros", "outlier")},
+    profiles=("inference",),
 )
 def rms_norm(x: Array, weight: Array, *, eps: float = 1e-5) -> Array:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis.

@@ -16,6 +16,7 @@ from porthal.hal.numerics import Array, elementary, single
         "start": (192, 0),
         "width": (64, 8),
     },
+    legal={"width": lambda f: range(2, f.D + 1, 2), "start": lambda f: range(f.D - f.width + 1)},
     rules=[
         ("layout to be 'interleaved' or 'half'", lambda f: f.layout in ("interleaved", "half")),
         ("width to be even and positive", lambda f: f.width > 0 and f.width % 2 == 0),

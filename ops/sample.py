@@ -1,7 +1,7 @@
 import numpy as np
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, choose, softmax
+from porthal.hal.numerics import Array, choose, softmax, softmax_slack
 
 
 @contract(
@@ -16,7 +16,7 @@ from porthal.hal.numerics import Array, choose, softmax
     },
     cost=lambda d, b: (8 * d.T * d.V, d.T * d.V * b.logits),
     cases={"V": (4096, 154880, 7)},
-    ranges={"top_k": (0, "V+1")},
+    ranges={"top_k": (0, "V+1"), "ids": (0, "V")},
     choice="ids",
     values={
         "logits": ("normal", "ties", "masked"),
@@ -25,6 +25,7 @@ from porthal.hal.numerics import Array, choose, softmax
         "top_p": ("probability",),
         "top_k": ("top_k",),
     },
+    profiles=("inference",),
 )
 def sample(logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
     """Draw ids[t] from softmax(logits[t] / temperature[t]) by inverting its distribution function at u[t] in [0, 1).
@@ -56,7 +57,7 @@ def _kept(cumulated: Array, temperature: float, top_k: int, top_p: float) -> int
     return int(min(np.searchsorted(within, top_p) + 1, limit))
 
 
-@sample.admitted
+@sample.admitted(softmax_slack)
 def _(
     logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, *, results: Array, slack: float
 ) -> int | None:

@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array, elementary, may_round, sigmoid, single
     cost=lambda d, b: (5 * d.T * d.I, d.T * d.I * (2 * b.x + b.y)),
     cases={"I": (2048, 12288, 96, 7)},
     values={"x": ("normal", "large", "zeros")},
+    profiles=("inference",),
 )
 def silu_mul(x: Array) -> Array:
     """y = silu(gate) * up with gate = x[:, :I] (the first half is activated) and up = x[:, I:]; silu(g) = g * sigmoid(g).

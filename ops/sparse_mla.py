@@ -14,6 +14,7 @@ from porthal.hal.numerics import Array, dot, may_round, single, softmax
     cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
     rules=[("scale > 0", lambda f: f.scale > 0)],
     values={"q_latent": ("normal", "large", "zeros")},
+    profiles=("inference",),
 )
 def sparse_mla(
     q_latent: Array, q_rope: Array, kv: Pages, sel: Selection, batch: Batch, *, scale: float

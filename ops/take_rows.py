@@ -12,6 +12,7 @@ from porthal.hal.numerics import Array
     ranges={"rows": (-1, "T")},
     exact=True,
     values={"x": ("normal", "special", "huge", "denormal")},
+    profiles=("inference",),
 )
 def take_rows(x: Array, rows: Array) -> Array:
     """y[m] = x[rows[m]]; row -1 gives zeros (a request without query rows)."""

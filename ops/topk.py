@@ -27,7 +27,11 @@ def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
 
 
+@topk.unread
+def _hidden(scores: Array, batch: Batch) -> dict[str, Array]:
+    return {"scores": np.arange(scores.shape[1]) >= batch.visible[:, None]}
+
+
 @topk.scored
 def _scores(scores: Array, batch: Batch, **_: object) -> Array:
-    hidden = np.arange(scores.shape[1]) >= batch.visible[:, None]
-    return np.where(hidden, -np.inf, scores)
+    return np.where(_hidden(scores, batch)["scores"], -np.inf, scores)

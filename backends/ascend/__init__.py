@@ -7,6 +7,7 @@ import sys
 from porthal.hal import Probe
 
 requires = ("torch", "torch_npu")
+rank = 100
 
 
 def probe() -> Probe:

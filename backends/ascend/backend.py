@@ -11,8 +11,8 @@ import torch
 import torch_npu
 from torch import Tensor
 
+from porthal.backends.torch.backend import Torch
 from porthal.hal import (
-    Backend,
     Batch,
     CallSpec,
     Kernel,
@@ -32,10 +32,8 @@ HALF = one_of("bfloat16", "float16")
 PAGE = multiple_of(16, at_most=1024)  # slots per page, of every op that takes a block table
 
 
-class Ascend(Backend):
+class Ascend(Torch):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
-
-    base = "torch"
 
     def __init__(self, device: str = "") -> None:
         super().__init__(f"npu:{device or 0}")

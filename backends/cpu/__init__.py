@@ -5,6 +5,7 @@ import importlib.util
 from porthal.hal import Probe
 
 requires = ("numpy", "ml_dtypes")
+rank = 20
 
 
 def probe() -> Probe:

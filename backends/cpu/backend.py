@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 from porthal.backends.cpu import _native
-from porthal.hal import Backend, Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
+from porthal.backends.reference.backend import Reference
+from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Backend):
+class Cpu(Reference):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
-
-    base = "reference"
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         if spec.op != "moe_experts":

@@ -14,8 +14,6 @@ from porthal.hal import Backend, Contract, Pages, PagesSpec, Selection, Weight, 
 class Reference(Backend):
     """NumPy arrays in their own dtypes; weights and pages are kept widened, which is exact and saves the conversion."""
 
-    base = None
-
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         array = widen(np.asarray(read(slice(None))))
         if into is not None:
@@ -39,21 +37,16 @@ class Reference(Backend):
     def derive(self, contract: Contract) -> Callable[..., Any] | None:
         if contract.decomposition and self.name != "reference":
             return None  # a backend based on this one composes it from its own kernels
-        names = [o.name for o in contract.signature.operands]
 
-        def kernel(*args: Any, **attrs: Any) -> Any:
-            operands = dict(zip(names, args))
-            operands.update((name, attrs.pop(name)) for name in names if name in attrs)
-            operands, attrs = contract.arrange((), {**operands, **attrs})
-            out = contract.reference(*(_wide(v) for v in operands.values()), **attrs)
-            results = out if isinstance(out, tuple) else (out,)
-            shapes = contract.results(contract.spec(operands, attrs), operands)
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            operands, attrs = contract.arrange(args, kwargs)
+            found = contract.named(contract.reference(*(_wide(v) for v in operands.values()), **attrs))
             batch = operands.get("batch")
             rounded = tuple(
                 _settled(value, batch) if isinstance(value, Pages) else self._rounded(value, dtype)
-                for value, (_, _, dtype) in zip(results, shapes)
+                for value, (_, _, dtype) in zip(found.values(), contract.results(contract.spec(operands, attrs)))
             )
-            return rounded if isinstance(out, tuple) else rounded[0]
+            return rounded if len(rounded) > 1 else rounded[0]
 
         return kernel
 

@@ -54,8 +54,6 @@ class Torch(Backend):
     own; `alloc_pages` for a cache layout of its own, with every field a [slots, width] view, of which nothing else is
     asked; `prepare` for packed weights."""
 
-    base = None
-
     def __init__(self, device: str = "") -> None:
         super().__init__(device or "cpu")
         try:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 
-from porthal.conformance.cases import Case
-from porthal.conformance.discrepancies import DISCREPANCIES
-from porthal.conformance.plan import Level, cases
-from porthal.conformance.report import Result
-from porthal.conformance.runner import Bench, check
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.discrepancies import DISCREPANCIES
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.level import STANDARD
+from porthal.conformance.report.results import Result
+from porthal.conformance.runner.check import check
 from porthal.conformance.selftest.planting import Defect, planted
 from porthal.hal import contracts
 
@@ -370,10 +372,10 @@ return torch.where((top_p == 0) & (temperature > 0), 0, ids)""", "empty-nucleus"
 ]  # fmt: skip
 
 
-def findings(number: int, tokens: list[str], level: Level = "standard") -> dict[str, Result]:
+def findings(number: int, tokens: list[str], level: str = STANDARD.name) -> dict[str, Result]:
     """What the cases of these tokens say of the backend with this discrepancy's defect."""
-    bench = Bench(planted(next(d for d in DEFECTS if d.discrepancy == number)))
-    return {token: check(Case.from_token(token), bench, level) for token in tokens}
+    bindings = Bindings(planted(next(d for d in DEFECTS if d.discrepancy == number)))
+    return {token: check(Case.from_token(token), bindings, level) for token in tokens}
 
 
 def main() -> int:
@@ -385,13 +387,14 @@ def main() -> int:
             continue
         op = known.cases[0].partition(",")[0]
         own = [t for t in known.cases if t.startswith(f"{op},")]
-        others = [c.token for c in cases(contracts()[op], "standard") if not known.belongs(c.token)]
+        others = [c.token for c in cases(contracts()[op], STANDARD.name) if not known.belongs(c.token)]
         found = [r for r in findings(known.number, own).values() if r.failed]
-        beyond = [r for r in findings(known.number, others).values() if r.failed]
-        wrong += not found or bool(beyond)
+        too_many = [r for r in findings(known.number, others).values() if r.failed]
+        wrong += not found or bool(too_many)
         verdicts = ", ".join(sorted({r.verdict for r in found})) or "NOT FOUND"
-        print(f"{known.number:2}  {verdicts} by {len(found)} of {len(own)}, {len(beyond)} of {len(others)} others", flush=True)
-        for result in beyond[:5]:
+        by_others = f"{len(too_many)} of {len(others)} others"
+        print(f"{known.number:2}  {verdicts} by {len(found)} of {len(own)}, {by_others}", flush=True)
+        for result in too_many[:5]:
             print(f"      {result.token}: {result.verdict} {result.message}")
     return int(wrong > 0)
 

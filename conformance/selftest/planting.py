@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from porthal.conformance.cases import first_float
+from porthal.conformance.cases.domain import first_float
 from porthal.conformance.selftest import compiled
 from porthal.hal import Backend, UsageError, contracts
-from porthal.hal.discovery import backend_class
 
 # The sources that edits apply to, and the module and class that each makes; the C++ ones make a native module for theirs.
 SOURCES = {
@@ -107,10 +106,10 @@ def edited(source: str, edits: tuple[tuple[str, str], ...], what: str) -> str:
 
 def plant(name: str, source: str, *edits: tuple[str, str]) -> Backend:
     """A backend whose kernels come from the edited source, which lives in a module nobody else sees."""
-    home, kind = SOURCES[source]
+    place, kind = SOURCES[source]
     changed = edited(source, edits, name)
     native = source in compiled.UNITS
-    module = _compiled(f"planted {name}", _text(home) if native else changed)
+    module = _compiled(f"planted {name}", _text(place) if native else changed)
     if native:
         vars(module)["_native"] = compiled.load(source, changed, name)
     elif source == "ranking":
@@ -119,8 +118,6 @@ def plant(name: str, source: str, *edits: tuple[str, str]) -> Backend:
         module = torch
     made: type[Backend] = vars(module)[kind]
     made.name = "planted"
-    if made.base:
-        made = type(kind, (made, backend_class(made.base)), {"name": "planted"})
     return made()
 
 

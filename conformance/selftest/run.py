@@ -5,40 +5,28 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from porthal.conformance.cases import Case, elements
-from porthal.conformance.plan import Level, cases
-from porthal.conformance.runner import Bench, check
-from porthal.conformance.selftest.planting import SCORED, defects, plantable, planted, unplanted
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.level import STANDARD
+from porthal.conformance.runner.check import check
+from porthal.conformance.selftest.planting import defects, plantable, planted, unplanted
 from porthal.conformance.selftest.variants import Variant, variants
 from porthal.hal import UsageError, contracts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-HEAD = """# The suite's own test
-
-How many mistakes the cases of the standard level find when they are planted in right kernels, and how many right kernels they
-accuse. This page is made by `python -m porthal.conformance.selftest.run F`, F that of `porthal conform --self-test --json F`.
-
-{summary}.
-
-A defect is an edit of a kernel's source in Python or C++: one snippet that stands for another. It has to be found in float32
-and in bfloat16 by the cases of its op alone. An honest variant is such an edit, too, but one that the contract permits: another
-order of summation, another rounding, another structure, another instruction set. It must pass at every one of {seeds} seeds.
-
-| op | caught in float32 | in bfloat16 | where dtypes are fixed | honest runs passed | of so many cases |
-|---|---|---|---|---|---|"""
-LEVEL: Level = "standard"
+LEVEL = STANDARD.name
 SEEDS = 20
 CHEAP = 2**17  # elements of a case that honest variants meet at every eighth seed
 COSTLY = 2**20  # and of one that they meet at none: a plain run at this level has them all
@@ -79,16 +67,16 @@ def attempt(task: Task) -> Trial:
     started = time.perf_counter()
     op, _, name = key.partition("/")
     if kind == "defect":
-        bench = Bench(planted(next(d for d in defects() if d.key == key)))
+        bindings = Bindings(planted(next(d for d in defects() if d.key == key)))
         chosen: Sequence[Case] = plan(op, dtype)
     else:
         variant = next(v for v in variants() if v.key == key)
         variant.settle()
-        bench = _bench(variant)
+        bindings = _bindings(variant)
         chosen = sampled(op, seed)
     tried = 0
     for case in chosen:
-        result = check(case, bench, LEVEL)
+        result = check(case, bindings, LEVEL)
         tried += result.verdict != "UNCLAIMED"
         if result.failed and (result.verdict != "NOT_JUDGED" or kind == "variant"):
             break
@@ -107,8 +95,8 @@ def sampled(op: str, seed: int) -> list[Case]:
 
 
 @cache
-def _bench(variant: Variant) -> Bench:
-    return Bench(variant.make())
+def _bindings(variant: Variant) -> Bindings:
+    return Bindings(variant.make())
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
@@ -162,34 +150,15 @@ class Score:
         for op in dict.fromkeys(t.op for t in (*self.caught, *self.passed)):
             mine = [t for t in self.caught if t.op == op]
             honest = [t for t in self.passed if t.op == op]
-            cells = [_share([bool(t.token) for t in mine if t.dtype == d]) for d in ("float32", "bfloat16", "")]
+            cells = [share([bool(t.token) for t in mine if t.dtype == d]) for d in ("float32", "bfloat16", "")]
             same = sum(k.startswith(f"{op}/") for k in self.equivalent)
             first = Counter(t.token for t in mine if t.token).most_common(1)
-            told = _share([not t.token for t in honest]), str(sum(t.cases for t in honest)), first[0][0] if first else ""
-            table.add_row(op, *cells, str(same or ""), *told)
+            figures = share([not t.token for t in honest]), str(sum(t.cases for t in honest)), first[0][0] if first else ""
+            table.add_row(op, *cells, str(same or ""), *figures)
         said = [Text(f"ESCAPED {t.op}/{t.name} {t.dtype} after {t.cases} cases") for t in self.escaped]
         said += [Text(f"FALSE ALARM {t.op}/{t.name}: {t.verdict} {t.message}\n  {t.token}") for t in self.alarms]
         said += [Text(f"NOTHING TESTED {t.op}/{t.name} {t.dtype}") for t in self.idle]
         return Group(table, *said, Text(self.summary))
-
-    def document(self) -> str:
-        """docs/self-test.md."""
-        known = {d.key: d for d in defects()}
-        lines = [HEAD.format(summary=self.summary, seeds=SEEDS)]
-        for op in contracts():
-            mine, honest = [t for t in self.caught if t.op == op], [t for t in self.passed if t.op == op]
-            found = (_share([bool(t.token) for t in mine if t.dtype == d]) for d in ("float32", "bfloat16", ""))
-            passed = _share([not t.token for t in honest])
-            lines.append(f"| {op} | {' | '.join(found)} | {passed} | {sum(t.cases for t in honest)} |")
-        lines += ["", "## By class", "", "| mistake | caught |", "|---|---|"]
-        kinds: dict[str, list[bool]] = {}
-        for t in self.caught:
-            kinds.setdefault(known[f"{t.op}/{t.name}"].kind, []).append(bool(t.token))
-        lines += [f"| {kind} | {_share(kinds[kind])} |" for kind in sorted(kinds)]
-        lines += ["", "## Not scored", "", "| defect | why |", "|---|---|"]
-        lines += [f"| {d.key} | equivalent: {d.equivalent} |" for d in known.values() if d.equivalent]
-        lines += [f"| {d.key}, {' and '.join(set(SCORED) - set(d.dtypes))} | {d.why} |" for d in known.values() if d.why]
-        return "\n".join(lines) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Score:
@@ -203,7 +172,7 @@ class Score:
         return json.dumps(asdict(self) | {"level": LEVEL, "summary": self.summary, "exit_code": self.exit_code}, indent=1)
 
 
-def _share(good: Sequence[bool]) -> str:
+def share(good: Sequence[bool]) -> str:
     return f"{sum(good)}/{len(good)}" if good else ""
 
 
@@ -251,7 +220,3 @@ def _alone() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-if __name__ == "__main__":
-    print(Score.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")).document(), end="")

@@ -14,7 +14,7 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import run
-from porthal.conformance.compare import compare
+from porthal.conformance.report.compare import comparison
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is here: apt-get install chromium")
@@ -98,5 +98,5 @@ def test_dark_is_dark(report, tmp_path):
 
 
 def test_a_comparison_fits_every_width(report, tmp_path):
-    page = compare(report, replace(report, backend="other-chip:0", place="emulated device")).html()
+    page = comparison(report, replace(report, backend="other-chip:0", place="emulated device")).html()
     assert all(found["needs"] <= found["width"] for found in measured(page, tmp_path))

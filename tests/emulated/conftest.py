@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from porthal.conformance.emulated import ascend, device
+from porthal.backends.ascend import emulated as ascend
+from porthal.backends.torch.emulation import device
 
 
 @pytest.fixture(scope="session", autouse=True)

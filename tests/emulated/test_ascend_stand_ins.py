@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from porthal.conformance.emulated import ascend
-from porthal.conformance.emulated.device import copies
+from porthal.backends.ascend import emulated as ascend
+from porthal.backends.torch.emulation.device import copies
 
 NPU, BF16 = "npu", torch.bfloat16
 
@@ -309,8 +309,8 @@ def test_the_real_package_is_never_replaced():
     script = """
 import sys, types
 sys.modules["torch_npu"] = types.ModuleType("torch_npu")
-from porthal.conformance.emulated import ascend
-from porthal.conformance.emulated.device import copies
+from porthal.backends.ascend import emulated as ascend
+from porthal.backends.torch.emulation.device import copies
 try:
     ascend.install()
 except RuntimeError as error:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from porthal.conformance.emulated import ascend, device
+from porthal.backends.ascend import emulated as ascend
+from porthal.backends.torch.emulation import device
 from porthal.model.generate import generate
 from tests import demo
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from porthal.conformance.emulated import device
-from porthal.conformance.emulated.device import copies
+from porthal.backends.torch.emulation import device
+from porthal.backends.torch.emulation.device import copies
 
 
 def test_a_tensor_is_plain_and_says_npu():
@@ -135,7 +135,7 @@ def test_a_second_vendor_and_a_missing_ordinal_are_refused():
 def test_other_vendors_and_several_ordinals(vendor):
     script = f"""
 import torch
-from porthal.conformance.emulated import device
+from porthal.backends.torch.emulation import device
 module = device.install({vendor!r}, count=2)
 a, b = torch.ones(2, device="{vendor}:0"), torch.ones(2, device="{vendor}:1")
 assert module.device_count() == 2 and getattr(b, "is_{vendor}") and b.device.index == 1

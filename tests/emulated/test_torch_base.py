@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import porthal
-from porthal.conformance.emulated import device
+from porthal.backends.torch.emulation import device
 from porthal.hal import Batch, PagesSpec, SelectionSpec, WeightSpec
 
 BATCH = Batch.build([1, 3, 0, 5, 2], [130, 70, 0, 5, 0], [[3, 1, 4], [0, 5], [], [2], []], 64)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import porthal
+from porthal.backends.reference.backend import Reference
 from porthal.hal import (
     Backend,
     CallSpec,
@@ -22,16 +23,12 @@ from porthal.hal import (
     multiple_of,
     one_of,
 )
-from porthal.hal.discovery import backend_class
-
-REFERENCE = backend_class("reference")
 
 
-class Small(Backend):
+class OnSmall(Reference):
     """A chip with two kernels: narrow rms_norm, and a topk whose tie order is its own."""
 
     name = "small"
-    base = "reference"
 
     @limits(provider="small.norm", dtypes={"x": one_of("float32")}, H=at_most(64), T=multiple_of(1, at_most=8))
     def rms_norm(self, x: Any, weight: Any, *, eps: float = 1e-5) -> Any:
@@ -42,15 +39,10 @@ class Small(Backend):
         return "small topk"
 
 
-class OnSmall(Small, REFERENCE):  # what discovery composes from a base's name
-    name = "small"
-
-
 class Bare(Backend):
     """Claims nothing and inherits nothing."""
 
     name = "bare"
-    base = None
 
 
 def spec(**dims: int | tuple[int, int]) -> CallSpec:
@@ -79,7 +71,6 @@ def test_own_inherited_and_composed_are_told_apart() -> None:
 def test_none_declines_what_the_base_would_give() -> None:
     class Fused(Backend):
         name = "fused"
-        base = None
 
         def moe_experts(self, *operands: Any, **attrs: Any) -> Any:
             return "fused"
@@ -147,7 +138,7 @@ def test_composites_can_be_taken_apart_by_policy(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PORTHAL_OPS", "mla_output=composed, moe_layer=composed")
     ops = bind("reference")
     assert [op for op, c in ops.choices.items() if c.status == "composed"] == ["mla_output", "moe_layer"]
-    with pytest.raises(UsageError, match="add is no composite"):
+    with pytest.raises(UsageError, match="add is not a composite"):
         bind("reference", overrides={"add": "composed"})
 
 

@@ -14,8 +14,9 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import Report, replay, run
-from porthal.conformance.compare import compare
-from porthal.conformance.report import SCHEMA, replay_command
+from porthal.conformance.report.compare import comparison
+from porthal.conformance.report.report import SCHEMA
+from porthal.conformance.report.results import replay_command
 from porthal.conformance.verdicts import Verdict
 from porthal.hal import UsageError, contracts, create, limits, one_of
 
@@ -52,32 +53,32 @@ def rough():
 
 
 def test_ops_are_ranked_by_level_then_coverage_then_errors(fine, rough):
-    rows = {row.op: row for row in compare(fine, rough).rows}
+    rows = {row.op: row for row in comparison(fine, rough).rows}
     assert {op: row.leader for op, row in rows.items()} == {"add": "even", "rms_norm": "a", "silu_mul": "a", "take_rows": ""}
     gate = rows["silu_mul"]
     assert gate.a.level == gate.b.level == "bring-up" and gate.a.fraction == 1 and 0 < gate.b.fraction < 1
     norm = rows["rms_norm"].b
     assert norm.passed == norm.claimed - sum(r.op == "rms_norm" for r in rough.failures) < norm.cases
     assert rows["take_rows"].a.claimed == 0 == rows["take_rows"].a.worst
-    swapped = {row.op: row.leader for row in compare(rough, fine).rows}
+    swapped = {row.op: row.leader for row in comparison(rough, fine).rows}
     assert swapped == {"add": "even", "rms_norm": "b", "silu_mul": "b", "take_rows": ""}
 
 
 def test_smaller_errors_lead_where_all_else_is_equal(fine):
     more = [replace(r, worst=2 * r.worst) if r.op == "add" else r for r in fine.results]
-    (row,) = [row for row in compare(fine, replace(fine, backend="b", results=tuple(more))).rows if row.op == "add"]
+    (row,) = [row for row in comparison(fine, replace(fine, backend="b", results=tuple(more))).rows if row.op == "add"]
     assert row.leader == "a" and row.b.worst == 2 * row.a.worst > 0 and row.b.median == 2 * row.a.median
 
 
 def test_worst_and_median_are_those_of_own_kernels(rough):
-    row = next(row for row in compare(rough, rough).rows if row.op == "silu_mul")
+    row = next(row for row in comparison(rough, rough).rows if row.op == "silu_mul")
     own = sorted(r.worst for r in rough.results if r.op == "silu_mul" and r.status == "own" and r.worst)
     assert row.a.worst == own[-1] and own[0] <= row.a.median <= own[-1]
-    assert row.leader == "even" and compare(rough, rough).names == ("rough A", "rough B")
+    assert row.leader == "even" and comparison(rough, rough).names == ("rough A", "rough B")
 
 
 def test_the_summary_counts_who_leads(fine, rough):
-    assert compare(fine, rough).summary == (
+    assert comparison(fine, rough).summary == (
         "fine leads in 2, rough leads in 0, 1 even, 1 without an own kernel on either side"
     )
 
@@ -95,7 +96,7 @@ def test_what_was_not_asked_the_same_is_refused(fine, change, sentence):
     if "suite" in change:
         sentence = sentence.replace("1 and", f"{fine.suite} and")
     with pytest.raises(UsageError) as error:
-        compare(fine, replace(fine, **change))
+        comparison(fine, replace(fine, **change))
     assert str(error.value) == sentence
 
 
@@ -104,7 +105,7 @@ HEAD = f'{{"schema": {SCHEMA}, "results": '
 
 def command(capsys, *args):
     with pytest.raises(SystemExit) as left:
-        app(["conform", *map(str, args)], prog_name="porthal")
+        app(["compare", *map(str, args)], prog_name="porthal")
     return left.value.code or 0, *capsys.readouterr()
 
 
@@ -112,7 +113,7 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
     a, b, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "page.html"
     a.write_text(fine.json())
     b.write_text(rough.json())
-    code, out, err = command(capsys, "--compare", a, b, "--html", page)
+    code, out, err = command(capsys, a, b, "--html", page)
     assert (code, err) == (0, "")
     assert re.search(r"^rms_norm +bring-up .* fine$", out, re.M) and "fine leads in 2" in out
     text = page.read_text()
@@ -124,13 +125,13 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
     ("text", "sentence"),
     [
         (None, "cannot read {}: No such file or directory"),
-        ("{", "{} is no JSON: "),
-        ("[]", "{} is no conformance report: it lacks schema and results"),
+        ("{", "{} is not JSON: "),
+        ("[]", "{} is not a conformance report: it lacks schema and results"),
         ('{"schema": 1, "results": []}', "{} is a report of schema 1, expected " + str(SCHEMA)),
         (HEAD + '[{"token": "add"}]}', "{} is a damaged report (KeyError: 'foreign'): write it again"),
         (HEAD + '[{"foreign": []}]}', "{} is a damaged report (TypeError: "),
         (HEAD + "[]}", "{} is a damaged report (KeyError: 'levels'): write it again"),
-        (b"\xff\xfe", "cannot read {}: it is no text"),
+        (b"\xff\xfe", "cannot read {}: it is not text"),
     ],
 )
 def test_a_missing_or_damaged_file_gets_one_sentence(capsys, tmp_path, fine, text, sentence):
@@ -138,7 +139,7 @@ def test_a_missing_or_damaged_file_gets_one_sentence(capsys, tmp_path, fine, tex
     a.write_text(fine.json())
     if text is not None:
         b.write_bytes(text if isinstance(text, bytes) else text.encode())
-    code, out, err = command(capsys, "--compare", a, b)
+    code, out, err = command(capsys, a, b)
     assert (code, out) == (2, "")
     assert err.startswith("porthal: " + sentence.format(b)) and err.count("\n") == 1
 
@@ -169,7 +170,7 @@ def test_the_json_is_what_the_document_says(rough):
     known = tables(text)
     assert f"version of this form, {SCHEMA}" in text
     assert all(f"`{verdict}`" in text for verdict in Verdict.__args__)
-    data = json.loads(rough.json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    data = json.loads(rough.json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     conforms(data, known["Report"])
     for result in data["results"]:
         conforms(result, known["Result"])

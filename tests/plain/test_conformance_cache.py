@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from porthal.conformance import cache
-from porthal.conformance.golden import Golden
-from porthal.conformance.inputs import Inputs, build
-from porthal.conformance.plan import cases
+from porthal.conformance.cases.inputs import Inputs, build
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.judgement import golden_cache as cache
+from porthal.conformance.judgement.golden import Golden
 from porthal.hal import Weight, contracts
 
 

@@ -6,11 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from porthal.conformance.cases import FAULTS, THREADS, VIEWS, Case, elements
-from porthal.conformance.inputs import build, written_slots
-from porthal.conformance.judge import bits
-from porthal.conformance.plan import LEVELS, MANY_ROWS, cases
-from porthal.conformance.values import RECIPES, Draw
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import build, written_slots
+from porthal.conformance.cases.legal import FAULTS, THREADS, VIEWS, elements
+from porthal.conformance.cases.plan import MANY_ROWS, cases
+from porthal.conformance.cases.values import RECIPES, Draw
+from porthal.conformance.execution.outcome import bits
+from porthal.conformance.level import LEVELS
 from porthal.hal import Batch, Pages, Selection, UsageError, Weight, contracts, dtype, narrow
 
 BRING_UP = [case for c in contracts().values() for case in cases(c)]

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
-from porthal.conformance.cases import Case, elements
-from porthal.conformance.golden import Golden
-from porthal.conformance.inputs import build
-from porthal.conformance.invariance import brought_back, disturbed
-from porthal.conformance.plan import cases
-from porthal.conformance.runner import Bench, check
-from porthal.hal import Pages, Selection, contracts, create
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.execution.invariance import disturbed, restored
+from porthal.conformance.judgement.golden import Golden
+from porthal.conformance.runner.check import check
+from porthal.hal import Operand, contracts, create
 
 # Their rows are written elsewhere, counted, or sorted among each other.
 ROWS_DEPEND = {"grouped_gemm", "moe_permute", "moe_unpermute", "page_copy"}
@@ -29,12 +31,12 @@ def home(op: str, **fields: Any) -> Case:
 
 def logical(results: dict[str, Any]) -> dict[str, Any]:
     return {
-        k: v.native if isinstance(v, Selection) else dict(v.native) if isinstance(v, Pages) else v for k, v in results.items()
+        k: v.parts() if isinstance(v, Operand) else v for k, v in results.items()
     }
 
 
 def flat(results: dict[str, Any]) -> list[Any]:
-    parts = [list(v.values()) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else [v] for v in results.values()]
+    parts = [list(v.values()) if isinstance(v, dict) else [v] for v in results.values()]
     return [array for part in parts for array in part]
 
 
@@ -55,7 +57,7 @@ def test_references_follow_their_rows(op: str) -> None:
     inputs = build(home(op))
     call, to = disturbed(inputs) or pytest.fail("nothing to disturb")
     before = logical(Golden(inputs).results())
-    after = brought_back(logical(Golden(call).results()), to)
+    after = restored(logical(Golden(call).results()), to)
     for a, b in zip(flat(before), flat(after), strict=True):
         assert a.shape == b.shape
         assert np.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -104,7 +106,7 @@ def anchored(self: Any, x: Any, w: Any, **attrs: Any) -> Any:
 
 @pytest.mark.parametrize("kernel", [leaking, anchored])
 def test_a_row_that_depends_on_others_is_found(kernel: Any) -> None:
-    result = check(home("linear", dtypes=(("x", "float32"),)), Bench(backend(linear=kernel)))
+    result = check(home("linear", dtypes=(("x", "float32"),)), Bindings(backend(linear=kernel)))
     assert result.verdict == "FAIL_VALUE"
     assert result.message.startswith("among other rows, one of them poisoned: y[")
 
@@ -115,7 +117,7 @@ def test_a_kernel_that_does_not_take_the_poisoned_row_is_named() -> None:
             raise ValueError("NaN")
         return truth("linear")(self, x, w, **attrs)
 
-    result = check(home("linear"), Bench(backend(linear=choosy)))
+    result = check(home("linear"), Bindings(backend(linear=choosy)))
     assert (result.verdict, result.message) == ("FAIL_ERROR", "among other rows, one of them poisoned: ValueError: NaN")
 
 
@@ -126,9 +128,9 @@ def test_bits_may_depend_on_the_batch_unless_the_kernel_declares_that_they_do_no
         return x[:, :half] @ w[:, :half].T + x[:, half:] @ w[:, half:].T
 
     case = next(c for c in cases(contracts()["linear"]) if ("T", 7) in c.dims and c.dtype("x") == "float32" and not c.recipes)
-    assert check(case, Bench(backend(linear=linear)), "standard").verdict == "PASS"
+    assert check(case, Bindings(backend(linear=linear)), "standard").verdict == "PASS"
     linear.batch_invariant = True  # type: ignore[attr-defined]
-    result = check(case, Bench(backend(linear=linear)), "standard")
+    result = check(case, Bindings(backend(linear=linear)), "standard")
     assert result.verdict == "FAIL_VALUE"
     assert result.message.endswith("among other rows, though the kernel declares that its results do not change")
 
@@ -141,7 +143,7 @@ def same(calls: list[Any]) -> int:
 @pytest.mark.parametrize(("level", "runs"), [("bring-up", 2), ("standard", 3), ("strict", 50)])
 def test_the_last_of_a_levels_runs_counts(level: Any, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is wrong once, in the last run that the level asks for."""
-    monkeypatch.setattr("porthal.conformance.execution.PATIENCE", 60.0)
+    monkeypatch.setattr("porthal.conformance.execution.call.PATIENCE", 60.0)
     calls: list[Any] = []
 
     def add(self: Any, a: Any, b: Any) -> Any:
@@ -151,19 +153,19 @@ def test_the_last_of_a_levels_runs_counts(level: Any, runs: int, monkeypatch: py
             y[2, 5] = 7
         return y
 
-    result = check(home("add", dtypes=(("a", "float32"),)), Bench(backend(add=add)), level)
+    result = check(home("add", dtypes=(("a", "float32"),)), Bindings(backend(add=add)), level)
     assert result.verdict == "FAIL_NONDETERMINISTIC"
     assert result.message.startswith("y[2, 5] is ") and result.message.endswith(", then 7.0 in another run on the same inputs")
     assert same(calls) == runs
 
 
 def test_a_slow_kernel_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("porthal.conformance.execution.PATIENCE", 0.0)
+    monkeypatch.setattr("porthal.conformance.execution.call.PATIENCE", 0.0)
     calls: list[Any] = []
 
     def add(self: Any, a: Any, b: Any) -> Any:
         calls.append(a.copy())  # what is called is overwritten afterwards
         return truth("add")(self, a, b)
 
-    assert check(home("add"), Bench(backend(add=add)), "strict").verdict == "PASS"
+    assert check(home("add"), Bindings(backend(add=add)), "strict").verdict == "PASS"
     assert same(calls) == 2

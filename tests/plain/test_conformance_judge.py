@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
-from porthal.conformance.cases import Case
-from porthal.conformance.execution import MARGIN
-from porthal.conformance.golden import Golden, Spread
-from porthal.conformance.inputs import build
-from porthal.conformance.judge import judge_floats
-from porthal.conformance.plan import cases
-from porthal.conformance.runner import Bench, check, run
-from porthal.conformance.verdicts import STRICTNESS, Failed
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.execution.placing import MARGIN
+from porthal.conformance.judgement.golden import Golden, Spread
+from porthal.conformance.judgement.judge import judge_floats
+from porthal.conformance.level import LEVELS
+from porthal.conformance.runner.check import check
+from porthal.conformance.runner.run import run
+from porthal.conformance.verdicts import Failed
 from porthal.hal import contracts, create, narrow, widen
 
 f32 = np.float32
@@ -141,7 +144,7 @@ HONEST = {
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_kernels_pass_at_the_strict_level(name):
     op = name.partition(",")[0]
-    bench = Bench(backend(**{op: HONEST[name]}))
+    bench = Bindings(backend(**{op: HONEST[name]}))
     results = [check(case, bench, "strict") for case in cases(contracts()[op], "bring-up")]
     assert len(results) > 15
     assert [r.explain() for r in results if r.failed] == []
@@ -419,7 +422,7 @@ def judged(y, g, most=0.0, kind="float32", level="bring-up"):
     g = np.asarray(g, np.float64)
     spread = Spread(g, np.full(g.shape, most / 6), np.full(g.shape, most))
     try:
-        return judge_floats(inputs, "y", result, spread, STRICTNESS[level]).verdict
+        return judge_floats(inputs, "y", result, spread, LEVELS[level]).verdict
     except Failed as failed:
         return failed.judgement.verdict
 

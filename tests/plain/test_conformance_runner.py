@@ -14,12 +14,15 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import Report, replay, run
-from porthal.conformance.cases import Case
-from porthal.conformance.execution import MARGIN, poison, poisoned
-from porthal.conformance.inputs import build
-from porthal.conformance.plan import cases
-from porthal.conformance.report import SCHEMA, SUITE, Result
-from porthal.conformance.runner import Bench, check, parts
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings, parts
+from porthal.conformance.execution.placing import MARGIN, poison, poisoned
+from porthal.conformance.level import SUITE
+from porthal.conformance.report.report import SCHEMA
+from porthal.conformance.report.results import Result
+from porthal.conformance.runner.check import check
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Backend, UsageError, contracts, create, limits, one_of
 
@@ -75,7 +78,7 @@ def test_composites_claim_their_parts_call_by_call():
     """A part's own kernel that refuses the call is passed over, as it would be in a model."""
     made = backend(linear=limits(N=1)(lambda *a, **k: pytest.fail("called outside its limits")))
     case = next(c for c in cases(contracts()["mla_output"]) if not c.fault)
-    assert check(case, Bench(made)).verdict == "PASS"
+    assert check(case, Bindings(made)).verdict == "PASS"
     found = parts(build(case))
     assert sorted(found) == ["head_linear", "linear", "mla_output"]
     assert found["linear"][0].dims["N"] == dict(case.dims)["H"]
@@ -256,7 +259,7 @@ def test_page_stands_alone(failed):
 def pytest_run(tmp_path, *options):
     """pytest in a process of its own; its last line says whether the runner was imported."""
     (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n")
-    code = "import sys, pytest; pytest.main(sys.argv[1:]); print('porthal.conformance.workers' in sys.modules)"
+    code = "import sys, pytest; pytest.main(sys.argv[1:]); print('porthal.conformance.runner.workers' in sys.modules)"
     installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
     plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *plugin, *options]

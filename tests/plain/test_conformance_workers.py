@@ -21,14 +21,15 @@ import pytest
 
 from porthal.cli.app import app
 from porthal.conformance import Report, replay, run
-from porthal.conformance.cases import Case
-from porthal.conformance.inputs import build
-from porthal.conformance.journal import Journal
-from porthal.conformance.plan import cases
-from porthal.conformance.report import Facts, Result
-from porthal.conformance.saved import read
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.judgement.saved import read
+from porthal.conformance.report.facts import Facts
+from porthal.conformance.report.journal import Journal
+from porthal.conformance.report.results import Result
+from porthal.conformance.runner.workers import Bounds
 from porthal.conformance.verdicts import Judgement
-from porthal.conformance.workers import Bounds
 from porthal.hal import UsageError, contracts, create
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +162,7 @@ def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
 def test_what_gave_no_result_is_saved_without_one(
     deadly: dict[str, str], deed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("porthal.conformance.workers.Bounds", partial(Bounds, timeout=3))
+    monkeypatch.setattr("porthal.conformance.runner.workers.Bounds", partial(Bounds, timeout=3))
     token = next(t for t, d in deadly.items() if d == deed)
     file = tmp_path / "case.npz"
     said = (

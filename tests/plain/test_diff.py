@@ -17,8 +17,8 @@ import porthal
 from porthal import bind
 from porthal.cli.app import app
 from porthal.conformance import replay
-from porthal.conformance.diff import Difference, diff
-from porthal.conformance.saved import read
+from porthal.conformance.diff.model import Difference, lockstep
+from porthal.conformance.judgement.saved import read
 from porthal.hal import Rows, Selection, Weight, contracts, discovery
 from tests.checkpoints import Tensors, variant
 from tests.oracles.tiny import PROMPT
@@ -31,7 +31,6 @@ class Parts(discovery.backend_class("reference")):
     """The reference's kernels, with every composite made of its parts."""
 
     name = "parts"
-    base = "reference"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def short(drafting: Path) -> Path:
 
 
 def run(model: Path, binding: porthal.Binding, tokens: int = 20, decode: int = 0, dtype: str = "float32") -> Difference:
-    return diff(binding, PROMPT[:tokens], model, dtype, decode)
+    return lockstep(binding, PROMPT[:tokens], model, dtype, decode)
 
 
 def parts(**options: Any) -> porthal.Binding:

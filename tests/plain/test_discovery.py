@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from porthal.hal import Probe, UsageError, backend_names, best, create, discovery, probe
-from porthal.hal.discovery import ORDER
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILT_IN = ("ascend", "cpu", "torch", "reference")  # by rank
 EMPTY = """
-    from porthal.hal import Backend
+    from porthal.backends.reference.backend import Reference
 
-    class Chip(Backend):
-        base = "reference"
+    class Chip(Reference): ...
 """
 
 
@@ -87,7 +86,7 @@ def test_an_empty_plugin_is_a_backend_that_ranks_first(site: Site) -> None:
     names = answer["names"]
     assert names[:2] == ["alpha", "zeta"]
     assert names.index("zeta") < names.index("cpu")
-    assert names[2:] == [n for n in ORDER if n in names]
+    assert names[2:] == [n for n in BUILT_IN if n in names]
     assert (answer["best"], answer["probe"], answer["bound"]) == ("alpha", "available", "alpha")
     assert answer["class"] == ["Chip", "alpha", "alpha_plugin.backend"]
     assert answer["device"] == "alpha:3"
@@ -100,11 +99,9 @@ def test_one_kernel_of_a_plugin_counts_as_its_own(site: Site) -> None:
     site.install(
         "one",
         backend="""
-        from porthal.hal import Backend
+        from porthal.backends.reference.backend import Reference
 
-        class Chip(Backend):
-            base = "reference"
-
+        class Chip(Reference):
             def add(self, a, b):
                 return a + b
         """,
@@ -143,7 +140,7 @@ def test_a_plugin_that_fails_when_looked_at_is_broken_and_hides_nothing(site: Si
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         (None, "ModuleNotFoundError: No module named 'bad_plugin.backend'"),
         ("", "bad_plugin.backend defines 0 backends, expected one"),
-        (EMPTY + "\n    class Other(Backend): ...", "bad_plugin.backend defines 2 backends, expected one"),
+        (EMPTY + "\n    class Other(Reference): ...", "bad_plugin.backend defines 2 backends, expected one"),
     ],
 )
 def test_a_plugin_that_fails_when_used_says_so_and_hides_nothing(site: Site, backend: str | None, message: str) -> None:
@@ -172,25 +169,65 @@ def test_a_plugin_whose_requirement_is_missing_is_not_here(site: Site) -> None:
 
 
 def test_a_plugin_whose_base_is_not_here_names_the_base(site: Site) -> None:
-    site.install("far", init="requires = ('torch_far',)")
-    site.install("near", backend=EMPTY.replace("reference", "far"))
-    site.install("lost", backend=EMPTY.replace("reference", "referense"))
-    answer = site.run('answer = [attempt(create, "near"), attempt(create, "lost")]')
-    assert answer[0] == "Unavailable: backend 'far' is not here: needs the Python package torch_far"
-    assert answer[1].startswith("UsageError: unknown backend 'referense', did you mean 'reference'? known are ")
+    site.install("far", init="requires = ('torch_far',)", backend="import torch_far")
+    site.install("near", backend="from far_plugin.backend import Chip\nclass Near(Chip): ...")
+    assert site.run('answer = attempt(create, "near")') == (
+        "Unavailable: backend 'near' is broken: ModuleNotFoundError: No module named 'torch_far'"
+    )
+
+
+def test_a_base_by_name_as_it_was_written_before_says_what_to_write(site: Site) -> None:
+    old = """
+        from porthal.hal import Backend
+
+        class Chip(Backend):
+            base = "torch"
+    """
+    site.install("old", backend=old)
+    site.install("none", backend=old.replace('"torch"', "None"))
+    answer = site.run('answer = [attempt(create, "old"), attempt(create, "none")]')
+    assert answer[0] == (
+        "Unavailable: backend 'old' says base = 'torch', which is written as a class now: class Chip(Torch), after "
+        "from porthal.backends.torch.backend import Torch"
+    )
+    assert answer[1] == "none"
 
 
 def test_a_plugin_may_stand_on_a_plugin(site: Site) -> None:
     site.install("lower")
-    site.install("upper", backend=EMPTY.replace('base = "reference"', 'base = "lower"'))
+    site.install("upper", backend="from lower_plugin.backend import Chip\nclass Upper(Chip):\n    def add(self, a, b): ...")
     answer = site.run(
         """
         mro = [vars(c).get("name") for c in type(create("upper")).__mro__ if "name" in vars(c)]
-        answer = [mro, bind("upper", overrides={}).choices["add"].owner]
+        ops = bind("upper", overrides={})
+        answer = [mro, ops.choices["add"].owner, ops.choices["cast"].owner, ops.summary()]
         """
     )
-    assert answer[0] == ["upper", "upper", "lower", "lower", "reference", ""]
-    assert answer[1] == "reference"
+    assert answer[0] == ["upper", "lower", "reference", ""]
+    assert answer[1:3] == ["upper", "reference"]
+    assert answer[3].startswith("1 own, ")
+
+
+def test_a_rank_decides_what_is_chosen_and_none_is_never_chosen_by_itself(site: Site) -> None:
+    """A plugin that states none was installed on purpose; a folder of porthal's own without one is only chosen by name."""
+    site.install("modest", init="rank = 5")
+    site.install("keen", init="rank = 2000")
+    site.install("usual")
+    answer = site.run(
+        """
+        names = list(backend_names())
+        discovery._packages()["sketch"] = "porthal.backends.sketch"
+        sys.modules["porthal.backends.sketch"] = type(sys)("sketch")
+        sketched = list(backend_names())
+        for name in names:
+            discovery._packages().pop(name)
+        answer = [names, sketched, attempt(best)]
+        """
+    )
+    names, sketched, found = answer
+    assert names == ["keen", "usual", "ascend", "cpu", "torch", "modest", "reference"]
+    assert "sketch" in sketched
+    assert found == "Unavailable: no backend is available: reinstall porthal"
 
 
 def test_looking_imports_no_framework_and_no_requirement(site: Site) -> None:
@@ -212,7 +249,7 @@ def test_looking_imports_no_framework_and_no_requirement(site: Site) -> None:
 
 def test_known_backends_stand_in_order() -> None:
     names = backend_names()
-    assert [n for n in names if n in ORDER] == list(ORDER)
+    assert [n for n in names if n in BUILT_IN] == list(BUILT_IN)
     assert probe("reference") == Probe("available")
     assert probe(best()).state == "available"
 

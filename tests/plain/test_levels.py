@@ -9,9 +9,9 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.cli import app as cli
 from porthal.conformance import run
-from porthal.conformance.cases import Case
-from porthal.conformance.levels import PROFILES, Reached, is_required, members, overall, reached, required
-from porthal.conformance.plan import LEVELS, cases
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.report.reached import Reached, called, is_required, members, overall, reached, required
 from porthal.hal import UsageError, contracts, create, limits, multiple_of, one_of
 from porthal.model.config import Config
 from porthal.model.load import DEMO, profile, trace
@@ -52,7 +52,7 @@ def test_the_domain_is_glm5s_dims_in_bfloat16_at_any_number_of_rows(token, withi
 
 @pytest.mark.parametrize("op", contracts())
 def test_every_op_has_required_cases_at_every_level(op):
-    for level in LEVELS[:2]:
+    for level in ("bring-up", "standard"):
         wanted = required(contracts()[op], level)
         assert wanted and {c.token for c in wanted} < {c.token for c in cases(contracts()[op], level)}
         assert not any(c.fault and is_required(c) and c.op not in ("index_prolog", "page_copy", "sample") for c in wanted)
@@ -132,14 +132,13 @@ def test_inference_is_what_the_model_calls():
     inside = {op for op, _ in trace(config, expand=True)}
     composed = {op for op in contracts() if contracts()[op].decomposition}
     generated = set(profile(config)) - inside - composed  # by generation alone, such as sampling
-    assert set(PROFILES["inference"]) == step | generated
-    assert set(PROFILES["moe"]) < set(PROFILES["inference"])
+    assert set(called("inference")) == step | generated
+    assert set(called("moe")) < set(called("inference"))
 
 
 def test_a_profile_holds_what_its_ops_are_composed_of():
     assert {"moe_route", "moe_layer", "moe_experts", "grouped_gemm", "moe_permute", "silu_mul"} <= set(members("moe"))
     assert set(members("inference")) == set(profile(Config.read(DEMO)))
-    assert members("training") == members("distributed") == []
     with pytest.raises(UsageError, match="unknown profile 'vision': expected one of inference, moe"):
         members("vision")
 
@@ -151,21 +150,16 @@ def test_the_overall_level_is_the_worst_over_what_a_profile_calls():
     assert overall({"moe_route": good}, "strict", "moe") == "none: 1 of 2 ops have reached strict"
 
 
-def test_the_command_offers_these_profiles():
-    assert [p.value for p in cli.Profile] == list(PROFILES)
-
-
 def command(capsys, *args):
     with pytest.raises(SystemExit) as left:
         cli.app(["conform", *args], prog_name="porthal")
     return left.value.code or 0, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("name", ["distributed", "training"])
-def test_an_empty_profile_is_nothing_to_test(capsys, name):
-    code, out, err = command(capsys, "--profile", name)
+def test_an_unknown_profile_is_refused(capsys):
+    code, out, err = command(capsys, "--profile", "vision")
     assert (code, out) == (2, "")
-    assert err == f"porthal: nothing to test: no contract belongs to profile {name} yet, choose another\n"
+    assert err == "porthal: unknown profile 'vision': expected one of inference, moe\n"
 
 
 def test_a_profile_and_an_op_are_one_too_many(capsys):

@@ -12,15 +12,19 @@ from hypothesis import strategies as st
 from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import run
-from porthal.conformance.cases import FAR, SELECTIONS, VIEWS, Case, elements
-from porthal.conformance.execution import execute
-from porthal.conformance.inputs import build
-from porthal.conformance.judge import Outcome, judge
-from porthal.conformance.plan import cases
-from porthal.conformance.properties import search
-from porthal.conformance.report import Result
-from porthal.conformance.runner import Bench, check
-from porthal.conformance.values import RECIPES
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.domain import SELECTIONS
+from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.legal import FAR, VIEWS, elements
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.values import RECIPES
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.execution.call import repeated
+from porthal.conformance.execution.outcome import Outcome
+from porthal.conformance.judgement.judge import judge
+from porthal.conformance.report.results import Result
+from porthal.conformance.runner.check import check
+from porthal.conformance.runner.properties import search
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Batch, Pages, Selection, Unavailable, UsageError, Weight, contracts, create
 
@@ -190,7 +194,7 @@ def test_what_fails_is_the_smallest_that_does():
     smallest = report.failures[-1]
     assert smallest.token == "rms_norm,T=1,H=5,x:bf16,0" and smallest.verdict == "FAIL_VALUE"
     assert "replay 'rms_norm,T=1,H=5,x:bf16,0'" in report.replay(smallest)
-    assert check(Case.from_token(smallest.token), Bench(made)).message == smallest.message
+    assert check(Case.from_token(smallest.token), Bindings(made)).message == smallest.message
 
 
 def test_drawn_cases_run_in_workers():
@@ -201,16 +205,16 @@ def test_drawn_cases_run_in_workers():
 
 @pytest.mark.parametrize("op", ["rms_norm", "topk", "kv_write", "sparse_mla", "moe_experts", "page_copy"])
 def test_the_reference_has_every_property(op):
-    bench = Bench(create("reference"))
+    bench = Bindings(create("reference"))
     drawn = search(contracts()[op], 8, lambda case: check(case, bench), seed=3)
     assert [r.message for r in drawn if r.failed] == []
 
 
 def test_without_hypothesis_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    monkeypatch.delitem(sys.modules, "porthal.conformance.properties")
+    monkeypatch.delitem(sys.modules, "porthal.conformance.runner.properties")
     with pytest.raises(Unavailable, match="pip install"):
-        importlib.import_module("porthal.conformance.properties")
+        importlib.import_module("porthal.conformance.runner.properties")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,6 @@ def test_far_rows_are_far():
 
     made = backend(add=add)
     inputs = build(Case.from_token(f"add,T=5,H=3,view={FAR},0"))
-    outcome = execute(Bench(made).binding(inputs), inputs)
+    outcome = repeated(Bindings(made).bound(inputs).binding, inputs)
     assert judge(inputs, outcome).verdict == "PASS"
     assert min(strides) * 4 >= 2**31

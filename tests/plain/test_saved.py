@@ -13,11 +13,12 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import replay
-from porthal.conformance.cases import Case, elements, rows_symbol
-from porthal.conformance.inputs import Inputs, build, observed
-from porthal.conformance.plan import cases
-from porthal.conformance.report import Result
-from porthal.conformance.saved import read, save
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import Inputs, build, observed
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.judgement.saved import read, save
+from porthal.conformance.report.results import Result
 from porthal.hal import Backend, Batch, UsageError, contracts, create, widen
 
 ALONE = """
@@ -32,7 +33,7 @@ def cheapest(op: str) -> list[str]:
     """The smallest case of every combination of dtypes and left out operands."""
     found: dict[Any, Case] = {}
     for case in sorted(cases(contracts()[op]), key=elements):
-        if not case.fault and dict(case.dims).get(rows_symbol(case.contract), 1):
+        if not case.fault and dict(case.dims).get(case.contract.rows, 1):
             found.setdefault((case.dtypes, case.absent), case)
     return [case.token for case in found.values()]
 
@@ -84,7 +85,7 @@ def test_what_is_read_is_what_was_saved(op, tmp_path):
         inputs = build(Case.from_token(token))
         file, result = saved(token, create("reference"), tmp_path)
         again = read(file)
-        assert (again.case, again.attrs, again.spec, again.met) == (inputs.case, inputs.attrs, inputs.spec, "")
+        assert (again.case, again.attrs, again.spec, again.origin) == (inputs.case, inputs.attrs, inputs.spec, "")
         assert {n: bits(v) for n, v in again.operands.items()} == {n: bits(v) for n, v in inputs.operands.items()}
         assert figures(replay(again, create("reference"))) == figures(result)
         keys = {key.partition("/")[2].partition(".")[0] for key in np.load(file) if key.startswith("got/")}
@@ -98,7 +99,7 @@ def test_a_call_that_was_met_is_read_and_judged_as_it_was(op, tmp_path):
         inputs = observed(planned.contract, planned.operands, planned.attrs)
         file, result = saved(inputs, create("reference"), tmp_path)
         again = read(file)
-        assert (again.case, again.spec, again.met) == (inputs.case, inputs.spec, op)
+        assert (again.case, again.spec, again.origin) == (inputs.case, inputs.spec, op)
         assert {n: bits(v) for n, v in again.operands.items()} == {n: bits(v) for n, v in inputs.operands.items()}
         assert result.verdict == "PASS", (token, result.message)
         assert figures(replay(again, create("reference"))) == figures(result)
@@ -243,13 +244,13 @@ def good(tmp_path_factory) -> Path:
 
 UNREAD = "expected one that --save wrote"
 WRONG = [
-    (lambda kept: kept | {"schema": 99}, "holds no call for this porthal: its schema is 99, expected 1; save it again"),
-    (lambda kept: kept | {"version": 99}, "holds no call for this porthal: its kv_write has version 99, expected 1; save it"),
-    (lambda kept: kept | {"op": "fft"}, "holds no call for this porthal: unknown op 'fft', known are add, "),
-    (lambda kept: kept | {"token": "fft,0"}, "holds no call for this porthal: 'fft,0' is no case token"),
-    (lambda kept: kept | {"in/batch.cu_q": np.zeros(9)}, "holds no call for this porthal: Batch.cu_q is float64"),
-    (lambda kept: kept | {"spec/pages": "{"}, "holds no call for this porthal: Expecting property name"),
-    (lambda kept: kept | {"spec/pages": "[1]"}, "holds no call for this porthal: "),
+    (lambda kept: kept | {"schema": 99}, "does not hold a call for this porthal: its schema is 99, expected 1; save it again"),
+    (lambda kept: kept | {"version": 99}, "does not hold a call for this porthal: its kv_write has version 99, expected 1"),
+    (lambda kept: kept | {"op": "fft"}, "does not hold a call for this porthal: unknown op 'fft', known are add, "),
+    (lambda kept: kept | {"token": "fft,0"}, "does not hold a call for this porthal: 'fft,0' is not a case token"),
+    (lambda kept: kept | {"in/batch.cu_q": np.zeros(9)}, "does not hold a call for this porthal: Batch.cu_q is float64"),
+    (lambda kept: kept | {"spec/pages": "{"}, "does not hold a call for this porthal: Expecting property name"),
+    (lambda kept: kept | {"spec/pages": "[1]"}, "does not hold a call for this porthal: "),
     (lambda kept: {}, "lacks 'schema': save it again"),
 ]
 
@@ -279,9 +280,9 @@ def test_every_missing_key_is_named(good, tmp_path):
     ("content", "why"),
     [
         (None, "No such file or directory"),
-        (b"", "it is no whole .npz"),
-        (b"PK\x03\x04 is all", "it is no whole .npz"),
-        (b"text\n", "it is no whole .npz"),
+        (b"", "it is not a whole .npz"),
+        (b"PK\x03\x04 is all", "it is not a whole .npz"),
+        (b"text\n", "it is not a whole .npz"),
     ],
 )
 def test_other_bytes_are_refused_in_a_sentence(content, why, command, tmp_path):
@@ -307,7 +308,7 @@ def test_a_torn_or_bent_file_is_refused_in_a_sentence(good, tmp_path):
     file, whole = tmp_path / "torn.npz", good.read_bytes()
     for cut in range(0, len(whole), max(len(whole) // 50, 1)):
         file.write_bytes(whole[:cut])
-        with pytest.raises(UsageError, match=r"it is no whole \.npz"):
+        with pytest.raises(UsageError, match=r"it is not a whole \.npz"):
             read(file)
     rng, refused = np.random.default_rng(0), 0
     for _ in range(200):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
-from porthal.conformance.plan import cases
-from porthal.conformance.scaffold import first_step, groups, new_backend, stub
-from porthal.conformance.waivers import parse
+from porthal.cli.scaffold import first_step, groups, new_backend, stub
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.report.waivers import parse
 from porthal.hal import Backend, UsageError, contracts, create
 
 
@@ -82,7 +83,7 @@ def test_waivers_are_empty_and_their_examples_valid(package):
 def test_a_new_class_owns_nothing_and_every_stub_makes_it_own_one_op(package, tmp_path):
     source = (package / "porthal_my_chip" / "backend.py").read_text()
     empty = backend_class(source, tmp_path)
-    assert (empty.__bases__, empty.base) == ((Backend,), "reference")
+    assert empty.__bases__ == (Reference,)
     assert [op for op in contracts() if op in vars(empty)] == []
     full = backend_class(uncommented(source), tmp_path)
     assert [op for op in contracts() if op not in vars(full)] == []
@@ -130,7 +131,7 @@ def test_a_torch_base_is_asked_for(tmp_path):
     folder = new_backend("far", "torch", tmp_path / "far")
     assert 'requires = ("torch",)' in (folder / "porthal_far" / "__init__.py").read_text()
     source = (folder / "porthal_far" / "backend.py").read_text()
-    assert '    base = "torch"\n' in source and 'super().__init__(f"far:{device or 0}")' in source
+    assert '\nclass Far(Torch):\n' in source and 'super().__init__(f"far:{device or 0}")' in source
 
 
 def test_an_empty_folder_is_taken(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import Report, run
-from porthal.conformance.report import Facts
-from porthal.conformance.waivers import Waiver, parse, verify, waive, waivers
+from porthal.conformance.report.facts import Facts
+from porthal.conformance.report.waivers import Waiver, parse, verify, waive, waivers
 from porthal.hal import UsageError, limits, one_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def test_the_file_says_what_how_long_and_why():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[[unsupported]\n", "plugin/waivers.toml is no TOML: "),
+        ("[[unsupported]\n", "plugin/waivers.toml is not TOML: "),
         ("[[unsuported]]\npattern = 'a'", "has 'unsuported': expected lists [[unsupported]] and [[known_failure]]"),
         ("unsupported = 'add'", "has 'unsupported': expected lists"),
         ("unsupported = ['add']", "unsupported 1 is 'add', expected a table with pattern and reason"),

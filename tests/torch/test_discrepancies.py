@@ -13,21 +13,19 @@ import pytest
 
 from porthal.backends.cpu.backend import Cpu
 from porthal.backends.torch.backend import Torch
-from porthal.conformance.cases import Case, elements
-from porthal.conformance.discrepancies import (
-    COLLECTIVES,
-    DISCREPANCIES,
-    GRAPHS,
-    LIMIT,
-    LOW,
-    document,
-    named_for,
-)
-from porthal.conformance.generators import GENERATORS, lacking
-from porthal.conformance.plan import LEVELS, cases
-from porthal.conformance.runner import Bench, check, replay
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.discrepancies import COLLECTIVES, DISCREPANCIES, GRAPHS, LOW, named_for
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.judgement.golden_cache import LIMIT
+from porthal.conformance.level import LEVELS
+from porthal.conformance.runner.check import check
+from porthal.conformance.runner.run import replay
 from porthal.conformance.selftest.discrepancies import DEFECTS, findings
 from porthal.conformance.selftest.fused import Fused
+from porthal.conformance.selftest.generators import GENERATORS, lacking
+from porthal.conformance.selftest.page import discrepancies
 from porthal.hal import contracts, create
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +88,7 @@ def test_patterns_describe_cases_that_exist():
 
 @pytest.mark.parametrize("known", COVERED, ids=lambda d: str(d.number))
 def test_a_right_backend_passes_the_named_cases(known):
-    bench = Bench(create("torch"))
+    bench = Bindings(create("torch"))
     quick = [t for t in known.cases if elements(Case.from_token(t)) <= QUICK]
     assert {r.verdict for t in quick for r in [check(Case.from_token(t), bench, "standard")]} <= {"PASS"}
 
@@ -113,7 +111,7 @@ def test_without_its_case_a_defect_escapes(number):
 
 
 def test_the_page_is_what_is_generated():
-    assert (ROOT / "docs" / "discrepancies.md").read_text() == document()
+    assert (ROOT / "docs" / "discrepancies.md").read_text() == discrepancies()
 
 
 def test_a_report_says_what_a_case_is_named_for():

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from porthal.conformance.cases import Case, elements
-from porthal.conformance.runner import Bench, check
-from porthal.conformance.selftest import compiled, planting, run
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.runner.check import check
+from porthal.conformance.runner.run import run
+from porthal.conformance.selftest import compiled, planting
 from porthal.conformance.selftest.planting import SCORED, Defect, defects, edited, plant, plantable, planted
 from porthal.conformance.selftest.run import (
     COSTLY,
@@ -83,7 +86,7 @@ def test_a_defect_in_cpp_is_built_loaded_and_caught_beside_the_real_kernels():
         _native.num_threads(),
         _native.isa(),
     )
-    assert check(Case.from_token(trial.token), Bench(create("cpu")), LEVEL).verdict == "PASS"
+    assert check(Case.from_token(trial.token), Bindings(create("cpu")), LEVEL).verdict == "PASS"
 
 
 def test_cpp_is_compiled_as_the_real_kernels_are():
@@ -209,7 +212,7 @@ def test_truncation_and_a_rounded_weight_are_seen_beside_permitted_roundings():
 def test_what_no_machine_can_tell_is_no_mistake(token):
     """Roundings that all results share, as every number is alike; rows that differ by rotation alone; sums that cancel, or
     underflow where the chip may flush; groups of experts that differ by less than float32 resolves."""
-    result = check(Case.from_token(token), Bench(create("torch")), "standard")
+    result = check(Case.from_token(token), Bindings(create("torch")), "standard")
     assert result.verdict == "PASS", result.explain()
 
 

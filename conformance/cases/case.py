@@ -1,0 +1,172 @@
+"""One call that is tested, and the token that replays it anywhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from porthal.conformance.cases.domain import options
+from porthal.conformance.cases.legal import LARGEST, elements, refusal
+from porthal.hal import UsageError, contracts
+from porthal.hal.contract import Contract
+
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_LONG = {v: k for k, v in _SHORT.items()}
+# Parts of tokens that later versions will write: what each is for.
+RESERVED = {
+    "ranks": "collectives among several processes",
+    "capture": "calls that are captured as a graph and replayed",
+    "seq": "sequences of calls",
+    "%": "quantisation schemes",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One concrete call: everything its inputs are a function of.
+
+    dims     the symbols that the batch does not bind, T among them
+    attrs    attributes that differ from their defaults
+    dtypes   per operand; operands not named here follow their contract's first option
+    recipes  operand -> value generator, where it is not the first of the contract's
+    absent   optional operands and page fields that are left out
+    batch    a composition's name, or its requests: "1/5+4/130/1" has one of 1 query row that sees 5 keys and one of 4
+             rows that sees 130 keys and shares its first page with the request before
+    fault    a deliberate mistake, to which the checked binding must answer with a UsageError
+    via      the provider whose kernel is to run, where the backend has several for the op
+    """
+
+    op: str
+    dims: tuple[tuple[str, int], ...] = ()
+    attrs: tuple[tuple[str, Any], ...] = ()
+    dtypes: tuple[tuple[str, str], ...] = ()
+    recipes: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
+    batch: str = ""
+    block_size: int = 0
+    view: str = ""
+    fault: str = ""
+    via: str = ""
+    seed: int = 0
+
+    @property
+    def contract(self) -> Contract:
+        return contracts()[self.op]
+
+    @property
+    def token(self) -> str:
+        """The case as text: "rms_norm,T=7,H=96,x:bf16,x~small,view=columns,0", "topk@2,..." where the contract has changed."""
+        version = self.contract.version
+        return self._text(f"{self.op}@{version}" if version > 1 else self.op, f"via={self.via}" if self.via else "")
+
+    @property
+    def stream(self) -> str:
+        """What its values are drawn from: the token without what does not concern them, the version and the provider."""
+        return self._text(self.op, "")
+
+    def _text(self, op: str, via: str) -> str:
+        parts = [op]
+        parts += [f"{k}={v}" for k, v in self.dims]
+        parts += [f"{k}={v}" for k, v in self.attrs]
+        parts += [f"{k}:{_SHORT.get(v, v)}" for k, v in self.dtypes]
+        parts += [f"{k}~{v}" for k, v in self.recipes]
+        parts += [f"-{k}" for k in self.absent]
+        named = ("batch", self.batch), ("block_size", self.block_size), ("view", self.view), ("fault", self.fault)
+        parts += [f"{k}={v}" for k, v in named if v]
+        return ",".join([*parts, *filter(None, [via]), str(self.seed)])
+
+    @classmethod
+    def from_token(cls, token: str) -> Case:
+        """The case a token describes; UsageError where it describes none that can be built."""
+        head, *parts = token.split(",")
+        op, _, version = head.partition("@")
+        if op not in contracts() or not parts or _number(parts[-1], LARGEST["seed"]) is None:
+            raise UsageError(f"{token!r} is not a case token: expected op,name=value,...,seed as a report prints it")
+        contract = contracts()[op]
+        _check_version(token, contract, version)
+        found: dict[str, list[Any]] = {k: [] for k in ("dims", "attrs", "dtypes", "recipes", "absent")}
+        named: dict[str, Any] = {}
+        for part in parts[:-1]:
+            name, mark, value = _cut(part)
+            number = _number(value, LARGEST["size"])
+            if mark == "-":
+                found["absent"].append(name)
+            elif mark == ":":
+                found["dtypes"].append((name, _LONG.get(value, value)))
+            elif mark == "~":
+                found["recipes"].append((name, value))
+            elif mark == "=" and name in ("batch", "view", "fault", "via") and value and name not in named:
+                named[name] = value
+            elif mark == "=" and name == "block_size" and number and name not in named:
+                named[name] = number
+            elif mark == "=" and name in contract.attributes:
+                found["attrs"].append((name, _parsed(contract.attributes[name].type, value, part)))
+            elif mark == "=" and name not in RESERVED and number is not None:
+                found["dims"].append((name, number))
+            elif (word := mark if mark == "%" else name) in RESERVED:
+                raise UsageError(f"case token part {part!r} is for {RESERVED[word]}, which this porthal does not test yet")
+            else:
+                raise UsageError(f"case token part {part!r} says nothing about {op}: copy the token from a report")
+        case = cls(op, seed=int(parts[-1]), **{k: tuple(v) for k, v in found.items()}, **named)
+        why = refusal(case)
+        if not why and (n := elements(case)) > LARGEST["elements"]:
+            why = f"it holds {n} numbers, expected at most {LARGEST['elements']}"
+        if why:
+            raise UsageError(f"case token {token!r} does not describe a call of {op}: {why}")
+        return case
+
+    def recipe(self, operand: str) -> str:
+        return dict(self.recipes).get(operand) or options(self.contract, operand)[0]
+
+    def dtype(self, operand: str) -> str:
+        """An operand's dtype: given, or the contract's first option resolved."""
+        given = dict(self.dtypes)
+        name = operand
+        while name in self.contract.dtypes and name not in given:
+            name = self.contract.dtypes[name][0]
+        return given.get(name, name)
+
+    def through(self, provider: str) -> Case:
+        """The same call on the kernel of one provider."""
+        return replace(self, via=provider)
+
+
+def _check_version(token: str, contract: Contract, version: str) -> None:
+    meant = _number(version, LARGEST["size"]) if version else 1
+    if meant != contract.version:
+        raise UsageError(
+            f"case token {token!r} is of version {meant or version} of {contract.name}, which has version "
+            f"{contract.version} here: its results are not comparable, so run conform again for a token of this version"
+        )
+
+
+def _cut(part: str) -> tuple[str, str, str]:
+    if part.startswith("-"):
+        return part[1:], "-", ""
+    for mark in "=:~%":
+        name, found, value = part.partition(mark)
+        if found:
+            return name, mark, value
+    return part, "", ""
+
+
+def _number(text: str, most: int) -> int | None:
+    """A plain decimal number up to `most`, or None."""
+    plain = text.isascii() and text.isdigit() and len(text) <= 12
+    return number if plain and (number := int(text)) <= most else None
+
+
+def _parsed(kind: type, text: str, part: str) -> Any:
+    value: Any = text
+    if kind is bool:
+        value = {"True": True, "False": False}.get(text)
+    elif kind is int:
+        value = _number(text, LARGEST["size"])
+    elif kind is float:
+        plain = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", text, re.ASCII) and text.count(".") <= 1 and text != "."
+        value = float(text) if plain and math.isfinite(float(text)) else None
+    if value is None:
+        raise UsageError(f"case token part {part!r} has no {kind.__name__} in range: copy the token from a report")
+    return value

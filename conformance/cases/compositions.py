@@ -1,0 +1,63 @@
+"""Batch compositions: which requests a step consists of, by a name or spelled out."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from porthal.conformance.cases.values import Draw
+
+COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
+CROWD = "crowd"  # requests of 64 rows that share pages: 65536 rows in a small cache
+LONGEST = 131072
+DECODING = 8  # query rows of a request that counts as decoding
+_REQUESTS = re.compile(r"\d{1,7}/\d{1,7}(/\d{1,7})?(\+\d{1,7}/\d{1,7}(/\d{1,7})?)*", re.ASCII)
+
+
+class Request(NamedTuple):
+    """Query rows, keys that the last of them sees, and how many leading pages are those of the request before."""
+
+    q: int
+    kv: int
+    shared: int = 0
+
+
+def requests(batch: str) -> list[Request] | None:
+    """The requests that a composition spells out, or None where it is a name."""
+    if not _REQUESTS.fullmatch(batch):
+        return None
+    return [Request(*map(int, r.split("/"))) for r in batch.split("+")]
+
+
+def shareable(before: Request, request: Request, block_size: int, written: bool) -> int:
+    """Pages at most that a request may share with the one before: those filled before this step, where it writes."""
+    new = [r.q * (written and r.kv > 0) for r in (before, request)]
+    full = [(r.kv - q) // block_size if written else -(-r.kv // block_size) for r, q in zip((before, request), new)]
+    return min(full)
+
+
+def lengths(batch: str, T: int, k: int, block_size: int, stream: str) -> tuple[list[int], list[int]]:
+    """Query and key lengths per request of a composition with T query rows; `stream` names what is drawn."""
+    if (free := requests(batch)) is not None:
+        return [r.q for r in free], [r.kv for r in free]
+    size, reach = block_size, min(k, 512)  # rows on both sides of a top-k's k
+    drawn = Draw(f"{stream}/kv", (max(T, 1),)).integers(1, 2 * size + 8 + reach).tolist()
+    if batch == "decode":
+        return [1] * T, drawn[:T]
+    if batch == "prefill":
+        return [T], [T]
+    if batch == "chunked":
+        return [T], [T + size + 5]
+    if batch == "mixed":
+        decoding = min(T // 2, 8)
+        return [1] * decoding + [T - decoding], [*drawn[:decoding], T - decoding + 19 + reach]
+    if batch == "padded":
+        return [1] * T, [0 if r % 3 == 1 else n for r, n in enumerate(drawn[:T])]
+    if batch == "idle":
+        return [r % 2 for r in range(2 * T)], [0 if r % 4 == 0 else drawn[r // 2] for r in range(2 * T)]
+    if batch == "deep":
+        return [min(T, 1), max(T - 1, 0)], [k + 1, k + T + 3]
+    if batch == "long":
+        return [1] * T, [LONGEST - 977 * (r % 100) for r in range(T)]
+    rows = [64] * (T // 64) + [T % 64] * (T % 64 > 0)  # crowd
+    return rows, [n + r % 4 for r, n in enumerate(rows)]

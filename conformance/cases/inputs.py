@@ -1,0 +1,194 @@
+"""The operands of a case in logical form: NumPy arrays in their own dtypes, NaN where nothing may be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.compositions import CROWD, lengths, requests
+from porthal.conformance.cases.legal import PAGES, held_pages
+from porthal.conformance.cases.values import RECIPES, Draw
+from porthal.hal import Batch, CallSpec, Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
+from porthal.hal.contract import Contract
+from porthal.hal.dtypes import is_float, narrow, numpy_dtype
+from porthal.hal.signature import ARRAY, OperandSpec, evaluate
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call in logical form: operands hold NumPy arrays in their own dtype.
+
+    origin  where, of a call that was observed rather than planned: its case gives sizes, but no values
+    """
+
+    case: Case
+    operands: Mapping[str, Any]
+    attrs: Mapping[str, Any]
+    spec: CallSpec
+    origin: str = ""
+
+    @property
+    def contract(self) -> Contract:
+        return self.case.contract
+
+    @property
+    def batch(self) -> Batch | None:
+        return next((v for v in self.operands.values() if isinstance(v, Batch)), None)
+
+
+def build(case: Case) -> Inputs:
+    """The inputs of a case: a pure function of its token."""
+    contract = case.contract
+    attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
+    sizes: dict[str, Any] = {"P": held_pages(case), **attrs, **dict(case.dims)}
+    batch = _batch(case, sizes) if contract.signature.of_kind("Batch") else None
+    for operand in contract.signature.of_kind("Batch"):
+        assert batch
+        sizes |= dict(zip(operand.dims, (batch.T, batch.R, batch.max_kv)))
+    operands = {
+        o.name: None if o.name in case.absent else MAKERS[o.kind](case, o, sizes, batch) for o in contract.signature.operands
+    }
+    if contract.hidden:
+        for name, mask in contract.hidden(**operands).items():
+            operands[name][mask] = np.nan
+    if contract.adjust:
+        contract.adjust(**operands)
+    if case.view == "broadcast":
+        operands = {n: _repeated(v) for n, v in operands.items()}
+    return Inputs(case, operands, attrs, contract.spec(operands, attrs))
+
+
+def observed(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> Inputs:
+    """A call that was observed rather than planned."""
+    spec = contract.spec(operands, attrs)
+    sizes = {name: size for name, size in spec.dims.items() if isinstance(size, int)}  # no ranges in a call
+    page = sizes.pop("block_size", 0)
+    absent = [name for name, value in operands.items() if value is None]
+    for operand in contract.signature.of_kind("Pages"):
+        absent += [name for name, _, _ in operand.fields if name not in dict(operands[operand.name].spec.fields)]
+    case = Case(contract.name, tuple(sizes.items()), tuple(attrs.items()), absent=tuple(absent), block_size=page)
+    return Inputs(case, operands, attrs, spec, origin=contract.name)
+
+
+def _draw(case: Case, part: str, shape: tuple[int, ...], dtype: str, sizes: Mapping[str, Any]) -> Draw:
+    return Draw(f"{case.stream}/{part}", shape, dtype, sizes)
+
+
+def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None = None) -> Array:
+    shape = tuple(evaluate(d, sizes) for d in operand.dims)
+    dtype, bounds = case.dtype(operand.name), {}
+    if operand.name in case.contract.ranges:
+        low, high = (b if isinstance(b, int) else evaluate(b, sizes) for b in case.contract.ranges[operand.name])
+        bounds = {"low": low, "high": high}
+    chosen = case.recipe(operand.name)
+    if not is_float(dtype) and chosen in ("normal", "special", "huge", "denormal"):  # an op that copies integers too
+        chosen = "wide"
+    values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
+    if not is_float(dtype):
+        return values.astype(numpy_dtype(dtype))
+    return narrow(np.asarray(values, np.float64), dtype)
+
+
+def _weight(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Weight:
+    array = _array(case, operand, sizes)
+    return Weight(WeightSpec(case.op, operand.name, array.shape, case.dtype(operand.name)), array)
+
+
+def _repeated(value: Any) -> Any:
+    """Every row of a float array as its first: what a view of stride 0 shows."""
+    if isinstance(value, np.ndarray) and is_float(str(value.dtype)) and len(value):
+        return np.array(np.broadcast_to(value[:1], value.shape))
+    return value
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
+    """Pages are shuffled and belong to one request each, but for crowds and long ones, which only read and share, and
+    for what the case shares in words."""
+    T = int(sizes["T"])
+    q_lens, kv_lens = lengths(case.batch, T, int(sizes.get("k", 0)), case.block_size, case.stream)
+    need = [-(-n // case.block_size) for n in kv_lens]
+    if case.batch in (CROWD, "long"):
+        tables = [[(r * 7 + p) % PAGES for p in range(n)] for r, n in enumerate(need)]
+    else:
+        order = Draw(f"{case.stream}/pages", (1,)).order(sum(need) + 3).tolist()
+        tables = [order[end - n : end] for n, end in zip(need, np.cumsum(need))]
+        for r, request in enumerate(requests(case.batch) or ()):
+            tables[r][: request.shared] = tables[r - 1][: request.shared] if r else []
+    return Batch.build(q_lens, kv_lens, tables, case.block_size)
+
+
+def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Pages:
+    dtype = case.dtype(operand.name)
+    n_blocks = int(sizes["P"])
+    if batch is not None:
+        n_blocks = max(int(batch.block_table.max(initial=-1)) + 2, 4)
+    fields = tuple((name, int(evaluate(width, sizes))) for name, width, _ in operand.fields if name not in case.absent)
+    spec = PagesSpec(fields, dtype, n_blocks, case.block_size)
+    unread = np.zeros(spec.slots, bool)
+    if batch is not None and not operand.mutated:
+        unread[:] = True
+        for r in range(batch.R):
+            unread[batch.slots_of(r)] = False
+    native = {}
+    for name, width in fields:
+        draw = _draw(case, f"{operand.name}.{name}", (spec.slots, width), dtype, sizes)
+        values = np.asarray(RECIPES[case.recipe(operand.name)](draw), np.float64)
+        values[unread] = np.nan
+        native[name] = narrow(values, dtype)
+    return Pages(spec, native)
+
+
+def _selection(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Selection:
+    """Distinct visible positions in no order: as many as there are, fewer, or none in every second row."""
+    T, k = (int(evaluate(d, sizes)) for d in operand.dims)
+    visible = np.full(T, k + 37) if batch is None else batch.visible
+    draw, chosen = Draw(f"{case.stream}/{operand.name}", (T,)), case.recipe(operand.name)
+    length = np.minimum(visible, k)
+    if chosen == "short":
+        length = np.minimum(length, draw.integers(0, k + 1, "length"))
+    if chosen == "empty":
+        length = np.where(np.arange(T) % 2 == 0, 0, length)
+    indices = np.full((T, k), -1, np.int32)
+    for t in range(T):
+        indices[t, : length[t]] = Draw(f"{draw.key}/{t}", (1,)).order(int(visible[t]))[: length[t]]
+    return Selection(SelectionSpec(T, k), Rows(indices, length.astype(np.int32)))
+
+
+# What makes an operand of each kind.
+MAKERS: dict[str, Callable[[Case, OperandSpec, Mapping[str, Any], Batch | None], Any]] = {
+    ARRAY: _array,
+    "Weight": _weight,
+    "Pages": _pages,
+    "Selection": _selection,
+    "Batch": lambda case, operand, sizes, batch: batch,
+}
+
+
+# -- what of a result counts -------------------------------------------------------------------------------------------
+
+
+def written_slots(inputs: Inputs, pages: Pages) -> Array:
+    """bool [slots]: which slots of a mutated cache the call may change."""
+    written = np.zeros(pages.spec.slots, bool)
+    if inputs.batch is not None:
+        slots = inputs.batch.slots
+        written[slots[slots >= 0]] = True
+    else:
+        blocks = written.reshape(pages.spec.n_blocks, pages.spec.block_size)
+        blocks[inputs.operands[inputs.contract.writes]] = True
+    return written
+
+
+def specified_rows(inputs: Inputs) -> int | None:
+    """How many leading rows of the results the contract specifies, or None for all."""
+    count = inputs.contract.specified
+    return count and count(**inputs.operands)

@@ -1,0 +1,176 @@
+"""Whether a contract allows a call, and how large it is."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from porthal.conformance.cases.compositions import (
+    COMPOSITIONS,
+    CROWD,
+    DECODING,
+    LONGEST,
+    Request,
+    lengths,
+    requests,
+    shareable,
+)
+from porthal.conformance.cases.domain import absences, fitting, per_expert
+from porthal.hal.contract import Contract
+from porthal.hal.signature import evaluate, symbols
+
+if TYPE_CHECKING:
+    from porthal.conformance.cases.case import Case
+
+VIEWS = ("columns", "rows", "transposed", "broadcast")
+FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
+PAST_2G = "beyond"  # the cache, or the experts' weights, stand behind 2^31 elements
+THREADS = "threads"  # operands placed and the kernel called in several threads at once
+FAULTS = ("dtype", "shape", "kind", "attribute", "range")
+PAGES = 6  # of a cache that no batch describes
+LARGEST = {"size": 2**20, "block_size": 1024, "seed": 2**32, "elements": 2**27}  # what a token may ask for
+
+
+def refusal(case: Case) -> str:
+    """Why the contract allows no such call, or ""."""
+    contract, sizes = case.contract, dict(case.dims)
+    attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
+    for kind in ("dims", "attrs", "dtypes", "recipes"):
+        names = [name for name, _ in getattr(case, kind)]
+        if len(set(names)) < len(names):
+            return f"one of {', '.join(names)} is given twice"
+    if (lacking := [n for n, v in attrs.items() if v is inspect.Parameter.empty]) or (lacking := _unsized(case)):
+        return f"it lacks {lacking[0]}"
+    for name, size in sizes.items():
+        if name not in contract.signature.symbols():
+            return f"{name} is not one of its sizes"
+        if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
+            return f"{name} is 0, expected at least 1"
+    for check in (_refused_operands, _refused_batch, _refused_fault):
+        if why := check(case):
+            return why
+    facts = SimpleNamespace(**attrs, **sizes)
+    return next((f"it requires {sentence}" for sentence, holds in contract.rules if not holds(facts)), "")
+
+
+def _refused_operands(case: Case) -> str:
+    """What is wrong with dtypes, recipes, absences, the view, or the number of indices."""
+    contract, sizes = case.contract, dict(case.dims)
+    operands = {o.name: o for o in contract.signature.operands}
+    for name, given in case.dtypes:
+        permitted = [case.dtype(o) if o in operands else o for o in contract.dtypes.get(name, ())]
+        if name not in operands or given not in permitted:
+            return f"it takes no operand {name} of {given}"
+    for name, given in case.recipes:
+        if name not in operands or operands[name].kind == "Batch" or given not in fitting(contract, name):
+            return f"{given} does not make values for {name}"
+    groups = [set(group) for group in absences(contract)]
+    left = set(case.absent) - set().union(*(g for g in groups if g <= set(case.absent)))
+    if left or len(set(case.absent)) < len(case.absent):
+        return f"{', '.join(case.absent)} cannot be left out"
+    if case.view not in ("", *(known := (*VIEWS, FAR, PAST_2G, THREADS))):
+        return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
+    kinds = {o.kind for o in operands.values()}
+    if case.view == PAST_2G and not ({"Pages", "Batch"} <= kinds or per_expert(contract)):
+        return "it has neither a cache that a batch describes nor experts' weights by counts"
+    for name, (low, high) in contract.ranges.items():
+        if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):
+            return f"{name} has nothing to point to"
+    return ""
+
+
+def _refused_batch(case: Case) -> str:
+    """What is wrong with the composition or the size of pages."""
+    signature = case.contract.signature
+    batch = next(iter(signature.of_kind("Batch")), None)
+    paged = bool(signature.of_kind("Pages"))
+    if bool(batch) != bool(case.batch):
+        return "it lacks batch" if batch else "it takes no batch"
+    if (paged or bool(batch)) != bool(case.block_size):
+        return "it lacks block_size" if paged or batch else "it takes no block_size"
+    if case.block_size > LARGEST["block_size"]:
+        return f"block_size is {case.block_size}, expected at most {LARGEST['block_size']}"
+    if not batch:
+        return ""
+    if (free := requests(case.batch)) is not None:
+        return _refused_requests(free, dict(case.dims)["T"], case.block_size, written=bool(signature.mutated))
+    if case.batch == "long" and (paged or len(batch.dims) > 1):
+        return "128k positions are for ops that need no cache of that length"
+    if case.batch == "deep" and "k" not in dict(case.dims) and "k" not in dict(case.attrs):
+        return "deep batches are for ops with a k"
+    if case.batch == CROWD and signature.mutated:
+        return "crowds share pages, which cannot be written then"
+    return "" if case.batch in (*COMPOSITIONS, CROWD) else f"{case.batch!r} is not a composition"
+
+
+def _refused_requests(found: Sequence[Request], T: int, block_size: int, written: bool) -> str:
+    if sum(r.q for r in found) != T:
+        return f"its requests have {sum(r.q for r in found)} query rows, expected T = {T}"
+    if any(a.q > DECODING and b.q <= DECODING for a, b in pairwise(found)):
+        return f"requests of at most {DECODING} query rows come first"
+    if any(r.kv and r.kv < r.q for r in found) or max(r.kv for r in found) > LONGEST:
+        return f"a request sees at least its own query rows, or nothing, and at most {LONGEST} keys"
+    for before, request in pairwise((Request(0, 0), *found)):
+        if request.shared > (most := shareable(before, request, block_size, written)):
+            return f"a request shares {request.shared} pages with the one before, expected at most {most}"
+    return ""
+
+
+def _refused_fault(case: Case) -> str:
+    contract, sizes = case.contract, dict(case.dims)
+    if case.fault == "range" and not any(_wide_enough(contract, n, sizes) for n in contract.ranges):
+        return "it has no index that could be out of range"
+    if case.fault == "attribute" and not contract.attributes:
+        return "it has no attribute"
+    return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is not a fault, expected one of {', '.join(FAULTS)}"
+
+
+def _unsized(case: Case) -> list[str]:
+    """Symbols in the shapes of present operands that neither dims nor attributes nor the batch bind."""
+    signature = case.contract.signature
+    present = [
+        replace(o, fields=tuple(f for f in o.fields if f[0] not in case.absent))
+        for o in signature.operands
+        if o.name not in case.absent and o.kind != "Batch"
+    ]
+    bound = {d for o in signature.of_kind("Batch") for d in o.dims if d != case.contract.rows}
+    needed = {s for o in present for s in o.symbols()}
+    return sorted(needed - bound - set(dict(case.dims)) - set(case.contract.attributes))
+
+
+def _wide_enough(contract: Contract, name: str, sizes: Mapping[str, int]) -> bool:
+    return all(sizes.get(s, 1) for d in contract.signature[name].dims for s in symbols(d))
+
+
+def elements(case: Case) -> int:
+    """About how many numbers a case's operands and results hold, and what drawing them takes."""
+    signature = case.contract.signature
+    sizes: dict[str, int] = {**_whole(dict(case.attrs)), **dict(case.dims)}
+    count = sizes.get("T", 1) * sizes.get("E", 0)  # an expert for each place is drawn from all of them
+    slots = held_pages(case) * case.block_size
+    if signature.of_kind("Batch"):
+        q_lens, kv_lens = lengths(case.batch, sizes["T"], sizes.get("k", 0), case.block_size, case.stream)
+        sizes = {"R": len(q_lens), "S": max(kv_lens, default=0), **sizes}
+        slots = max(slots, sum(kv_lens) + len(kv_lens) * case.block_size)
+    for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
+        if operand.name in case.absent:
+            continue
+        if operand.fields:
+            count += slots * sum(evaluate(w, sizes) for f, w, _ in operand.fields if f not in case.absent)
+        elif operand.kind != "Batch":
+            count += math.prod(evaluate(d, sizes) for d in operand.dims)
+    return count
+
+
+def held_pages(case: Case) -> int:
+    """Pages of a cache that no batch describes."""
+    return max(PAGES, dict(case.dims).get("M", 0) + 2)
+
+
+def _whole(attrs: Mapping[str, Any]) -> dict[str, int]:
+    return {k: v for k, v in attrs.items() if isinstance(v, int) and not isinstance(v, bool)}

@@ -1,0 +1,210 @@
+"""Which calls are tested: cases derived from a contract.
+
+A plan varies one thing at a time around a small default call, and once takes GLM-5's own dims. Levels only differ in how
+many of these variations meet how many dtypes and row counts; a case does not know the level it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import combinations, product
+from types import SimpleNamespace
+from typing import Any
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
+from porthal.conformance.cases.discrepancies import named
+from porthal.conformance.cases.domain import (
+    Combo,
+    absences,
+    combos,
+    first_float,
+    free_symbols,
+    options,
+    takes_integers,
+)
+from porthal.conformance.cases.legal import FAULTS, LARGEST, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
+from porthal.conformance.level import BRING_UP, level_of
+from porthal.hal.contract import Contract
+from porthal.hal.signature import symbols
+
+MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
+DEFAULT_ROWS = 7
+PAGE_SIZES = (64, 128)
+
+
+def cases(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
+    """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them."""
+    return [case for case in _planned(contract, level) if among(case, dtypes)]
+
+
+@lru_cache(maxsize=256)
+def _planned(contract: Contract, level: str) -> tuple[Case, ...]:
+    found: dict[str, Case] = {}
+    for case in _Plan(contract, level).cases():
+        found.setdefault(case.token, case)
+    return tuple(found.values())
+
+
+def among(case: Case, dtypes: Sequence[str] | None) -> bool:
+    """Whether a case's first float is of one of the dtypes, or nothing in it can be chosen."""
+    return dtypes is None or not (first := first_float(case.contract)) or case.dtype(first) in dtypes
+
+
+class _Plan:
+    def __init__(self, contract: Contract, level: str) -> None:
+        self.contract, self.level = contract, level_of(level)
+        operands = contract.signature.operands
+        results = contract.signature.results
+        self.sized = {s for o in (*operands, *results) for d in o.dims for s in symbols(d)}
+        self.has_batch = bool(contract.signature.of_kind("Batch"))
+        self.has_pages = bool(contract.signature.of_kind("Pages"))
+        self.free = free_symbols(contract)
+        self.rows = contract.rows
+        self.attrs = [s for s in contract.cases if s in contract.attributes]
+        self.first = first_float(contract)
+        self.combos = combos(contract)
+        self.turn = 0
+
+    def cases(self) -> Iterator[Case]:
+        yield from self._production()
+        for combo in self.combos:
+            yield from self._made(dtypes=combo)
+        yield from self._sizes()
+        yield from self._forms()
+        if self.has_batch or self.has_pages:
+            yield from self._batches()
+        for seed, combo in product(self.level.seeds, self.combos):
+            yield from self._made(rows=65, dtypes=combo, seed=seed)
+        if self.level.thorough:
+            for recipe, combo in product(self._unlisted(), self.combos):
+                yield from self._made(recipes=(recipe,), dtypes=combo, rows=33)
+        yield from named(self.contract.name, self.level)
+        for fault in FAULTS:
+            yield from self._made(fault=fault, dtypes=self._next())
+
+    def _production(self) -> Iterator[Case]:
+        """GLM-5's dims, once whatever their size, in its dtype or in every one, over a cache longer than top-k; in its dtype at
+        several row counts and compositions, by which a level is reached; pairs of other attributes there."""
+        bases = [c for c in self.combos if len(c) <= 1]
+        production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
+        dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
+        attrs = {a: self.contract.cases[a][0] for a in self.attrs}
+        deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
+        for combo in production:
+            yield from self._made(dims | attrs, rows=2, dtypes=combo, batch=deep, most=LARGEST["elements"])
+        every = bases if self.level.thorough else []
+        for combo, rows in (*product(production, self.level.production_rows), *product(every, (1, 16))):
+            yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
+        for batch, combo in product(self.level.production_batches if self.has_batch else (), production):
+            yield from self._made(dims | attrs, dtypes=combo, batch=batch)
+        for pair in combinations(self.attrs, 2):  # some act together only
+            yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
+
+    def _sizes(self) -> Iterator[Case]:
+        """Row counts, then every value of every dim and attribute."""
+        for rows in self.level.rows:
+            for combo in self._each():
+                yield from self._made(rows=rows, dtypes=combo)
+        if self.level.thorough:
+            least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
+            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
+            yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
+            for combo in self.combos:
+                yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
+        for name in (*self.free, *self.attrs):
+            for value in self.contract.cases[name]:
+                for combo in self._each():
+                    yield from self._made({name: value}, rows=3, dtypes=combo)
+
+    def _forms(self) -> Iterator[Case]:
+        """Values, views, and optional operands left out."""
+        for recipes in self._recipes():
+            for rows in (DEFAULT_ROWS, 256) if self.level.thorough else (DEFAULT_ROWS,):
+                for combo in self._each():
+                    yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
+        for view in (*VIEWS, THREADS):
+            for combo in self._each():
+                yield from self._made(view=view, dtypes=combo)
+        for absent in absences(self.contract):
+            for combo in self._each():
+                yield from self._made(absent=absent, dtypes=combo)
+
+    def _batches(self) -> Iterator[Case]:
+        """Batch compositions and page sizes."""
+        for batch, size in product(COMPOSITIONS if self.has_batch else ("",), PAGE_SIZES):
+            for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
+                for combo in self._each():
+                    yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
+
+    def _next(self) -> Combo:
+        """The dtypes that are next in turn."""
+        self.turn += 1
+        return self.combos[self.turn % len(self.combos)]
+
+    def _each(self) -> list[Combo]:
+        """All dtypes, or at bring-up the next in turn."""
+        return self.combos if self.level.thorough else [self._next()]
+
+    def _made(
+        self, fixed: Mapping[str, Any] | None = None, rows: int = DEFAULT_ROWS, most: int = 0, **fields: Any
+    ) -> Iterator[Case]:
+        """The case with these values, everything else at its default; nothing where no legal or affordable one exists."""
+        facts = self._legal(dict(fixed or {}), rows)
+        if facts is None:
+            return
+        attributes = self.contract.attributes
+        dims = [(s, facts[s]) for s in dict.fromkeys((self.rows, *self.free)) if s]
+        attrs = [(a, attributes[a].type(facts[a])) for a in attributes if a in facts]
+        case = Case(
+            self.contract.name,
+            tuple(dims),
+            tuple((a, v) for a, v in attrs if v != attributes[a].default),
+            **fields,
+        )
+        if self.has_batch and not case.batch:
+            case = replace(case, batch="mixed")
+        if (self.has_pages or self.has_batch) and not case.block_size:
+            case = replace(case, block_size=PAGE_SIZES[0])
+        if not refusal(case) and elements(case) <= (most or self.level.elements):
+            yield case
+
+    def _legal(self, fixed: dict[str, Any], rows: int) -> dict[str, Any] | None:
+        """Values for every dim and attribute that fulfil the contract's rules, as near the defaults as those allow."""
+        fixed = {self.rows: rows, **fixed} if self.rows else fixed
+        names = [s for s in (*self.free, *self.attrs) if s not in fixed]
+        for values in product(*(self._near(s) for s in names)):
+            facts = {**fixed, **dict(zip(names, values))}
+            defaults = {a.name: a.default for a in self.contract.attributes.values()}
+            if all(holds(SimpleNamespace(**{**defaults, **facts})) for _, holds in self.contract.rules):
+                return facts
+        return None
+
+    def _near(self, name: str) -> list[Any]:
+        """A symbol's values, the default first: the smallest size of at least 8, the first of other attributes."""
+        values = list(self.contract.cases[name])
+        if name in self.sized:
+            values.sort(key=lambda v: (v < 8, v))
+        return values
+
+    def _recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
+        """One value generator at a time, in every operand that lists it; integers everywhere, so that results are exact."""
+        names = [o.name for o in self.contract.signature.operands if o.kind != "Batch"]
+        others = {r: None for n in names for r in options(self.contract, n)[1:]}
+        for chosen in others:
+            taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
+            if chosen == "integer":
+                taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
+            yield tuple(taken)
+
+    def _unlisted(self) -> Iterator[tuple[str, str]]:
+        """What the contract does not list and every op takes: plain values in its first floats, indices of any kind."""
+        listed = {o.name: options(self.contract, o.name) for o in self.contract.signature.operands if o.kind != "Batch"}
+        floats = [name for name, recipes in listed.items() if recipes[0] in FLOATING]
+        floats.sort(key=lambda name: self.contract.signature[name].kind != "array")
+        for name, recipes in listed.items():
+            domain = ANY_OP if name in floats[:1] else RELATED.get(recipes[0], ())
+            yield from ((name, recipe) for recipe in domain if recipe not in recipes)

@@ -1,0 +1,1 @@
+"""A model in lockstep with the reference, to find the first op and layer at fault."""

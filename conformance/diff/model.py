@@ -1,0 +1,240 @@
+"""`porthal diff`: a model on a backend in lockstep with the reference, and the first op and layer at fault."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porthal.conformance.diff.lockstep import Call, Halt, Lockstep, binding
+from porthal.conformance.judgement.saved import save
+from porthal.hal import Binding
+from porthal.model.checkpoint import Checkpoint
+from porthal.model.config import Config
+from porthal.model.generate import generate
+from porthal.model.glm5 import Glm5
+from porthal.model.load import DEMO
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+SCHEMA = 1  # of the JSON
+TEXT = """def longest(words):
+    best = ""
+    for word in words:
+        if len(word) > len(best):
+            best = word
+    return best
+"""
+DRAFTED = 16  # tokens of the prompt that the second run, with drafts, begins with
+
+
+def lockstep(
+    theirs: Binding, tokens: Sequence[int], model: str | Path = DEMO, dtype: str = "float32", decode: int = 4
+) -> Difference:
+    """Prefill `tokens` and decode `decode` steps on the binding beside the reference; then draft where there is an MTP.
+
+    Both continue with the reference's tokens, whatever the backend would choose. Local results are judged at the level
+    "bring-up". Raises UsageError for a directory that holds no model, and for no, too many or bad tokens.
+    """
+    config = replace(Config.read(model), eos_token_id=())  # an end of text does not end the comparison
+    both = Lockstep(theirs)
+    loaded = Glm5(config, Checkpoint(model, config.fp8_block), binding(both), dtype)
+    _label(loaded, both)
+    try:
+        generate(loaded, [tokens], decode + 1)
+        if loaded.mtp:
+            generate(loaded, [tokens[:DRAFTED]], 3, speculative=2)
+    except Halt:
+        pass
+    return Difference(str(theirs.backend), theirs.backend.place, dtype, len(tokens), decode, both.calls)
+
+
+class Block:
+    """A block of the model that tells the lockstep when it is inside."""
+
+    def __init__(self, block: Any, lockstep: Lockstep, layer: str) -> None:
+        self._block, self._lockstep, self._layer = block, lockstep, layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __call__(self, *args: Any) -> Any:
+        with self._lockstep.inside(self._layer):
+            return self._block(*args)
+
+
+def _label(model: Any, lockstep: Lockstep) -> None:
+    """Let a model's parts say where they are: input, layers, MTP; everything else is the head's."""
+
+    def step(layer: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with lockstep.stepping(), lockstep.inside(layer):
+                return function(*args)
+
+        return call
+
+    model.hidden = step("input", model.hidden)
+    model.blocks = [Block(b, lockstep, f"layer {i}") for i, b in enumerate(model.blocks)]
+    if model.mtp:
+        model.mtp.hidden = step("mtp", model.mtp.hidden)
+
+
+# -- what was found --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's line of the report, over all steps."""
+
+    name: str
+    calls: Sequence[Call]
+
+    @property
+    def worst(self) -> Call:
+        """The call at fault, else the one nearest to its budget."""
+        return max(self.calls, key=lambda c: (bool(c.fault), c.worst))
+
+    @property
+    def accumulated(self) -> float:
+        """The relative error that leaves the layer, in the worst step."""
+        last = {c.step: c.accumulated for c in self.calls if c.accumulated is not None}
+        return max(last.values(), default=0.0)
+
+    @property
+    def honest(self) -> int:
+        return sum(c.honest for c in self.calls)
+
+    @property
+    def wrong(self) -> int:
+        return sum(c.wrong for c in self.calls)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run in lockstep: every call, and the verdict over them."""
+
+    backend: str
+    place: str
+    dtype: str
+    tokens: int
+    decode: int
+    calls: Sequence[Call]
+
+    @cached_property
+    def at_fault(self) -> Call | None:
+        """The first call at fault, in the order of execution."""
+        return next((c for c in self.calls if c.fault), None)
+
+    @cached_property
+    def first_flip(self) -> Call | None:
+        """The first call whose discrete choice the free run makes differently."""
+        return next((c for c in self.calls if c.honest or c.wrong), None)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        names = dict.fromkeys(c.layer for c in self.calls)
+        order = sorted(names, key=lambda n: n in ("head", "mtp"))  # what runs in the midst of others stands last
+        return [Layer(n, [c for c in self.calls if c.layer == n]) for n in order]
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.at_fault else 0
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        if self.at_fault is None:
+            return f"No op exceeds its error budget: {len(self.calls)} calls on {self.backend} in {self.dtype}."
+        return f"{self.at_fault.label} is the first at fault, in step {self.at_fault.step}: {self.at_fault.fault}."
+
+    @property
+    def flips(self) -> str:
+        """The free run's choices in words."""
+        if self.first_flip is None:
+            return "Left to itself the backend makes every discrete choice as the reference does."
+        first, honest, wrong = self.first_flip, sum(x.honest for x in self.layers), sum(x.wrong for x in self.layers)
+        return (
+            f"Left to itself the backend first chooses differently in {first.label}, step {first.step}; rows that do: "
+            f"{honest} within the error of their scores (honest), {wrong} wrong."
+        )
+
+    def table(self) -> Group:
+        """The report for rich: a line per layer, then the verdict."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        title = f"{self.backend} ({self.place}) in lockstep with the reference, {self.dtype}"
+        table = Table(title=f"{title}: {self.tokens} tokens, then {self.decode} steps", title_justify="left")
+        for name in ("layer", "worst op"):
+            table.add_column(name)
+        for name in ("local |e|/B", "accumulated", "honest flips", "wrong flips"):
+            table.add_column(name, justify="right")
+        table.add_column("verdict")
+        for layer in self.layers:
+            worst = layer.worst
+            measured = f"{worst.worst:.3g}" if worst.worst or not worst.fault else "-"  # some faults have no size
+            figures = measured, f"{layer.accumulated:.2e}", str(layer.honest), str(layer.wrong)
+            verdict = Text("at fault", "red") if worst.fault else Text("within budget", "green")
+            table.add_row(layer.name, " / ".join(worst.place[1:]), *figures, verdict)
+        return Group(table, Text(self.sentence), Text(self.flips))
+
+    def json(self) -> str:
+        """The report for machines; an error that is not finite is null."""
+        facts = {
+            "schema": SCHEMA,
+            "backend": self.backend,
+            "place": self.place,
+            "dtype": self.dtype,
+            "tokens": self.tokens,
+            "decode": self.decode,
+            "sentence": self.sentence,
+            "at_fault": self.at_fault and _facts(self.at_fault),
+            "first_flip": self.first_flip and _facts(self.first_flip),
+            "layers": [
+                {
+                    "layer": layer.name,
+                    "worst": _facts(layer.worst),
+                    "accumulated": _finite(layer.accumulated),
+                    "honest": layer.honest,
+                    "wrong": layer.wrong,
+                }
+                for layer in self.layers
+            ],
+            "faults": [_facts(c) for c in self.calls if c.fault],
+        }
+        return json.dumps(facts, indent=1, allow_nan=False)
+
+    def save(self, directory: Path) -> Path | None:
+        """Write the first call at fault, to be measured and judged again; gives the path of its .npz."""
+        call = self.at_fault
+        if call is None or call.inputs is None:
+            return None
+        name = "-".join(call.place).replace(" ", "")
+        inputs = replace(call.inputs, origin=call.label)
+        where = self.backend + f" ({self.place})" * (self.place != "hardware")
+        return save(inputs, call.returned, directory, name, where)
+
+
+def _facts(call: Call) -> dict[str, Any]:
+    return {
+        "layer": call.layer,
+        "op": call.op,
+        "place": list(call.place),
+        "step": call.step,
+        "worst": _finite(call.worst),
+        "at": call.at,
+        "accumulated": _finite(call.accumulated),
+        "honest": call.honest,
+        "wrong": call.wrong,
+        "fault": call.fault,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

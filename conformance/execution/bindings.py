@@ -1,0 +1,87 @@
+"""Which kernel a call gets: bindings made for exactly this call, so that own kernels run where they claim it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from porthal.conformance.cases.inputs import Inputs
+from porthal.hal import Backend, Binding, CallSpec, Choice, Operand, UsageError, bind, contracts, recorded
+from porthal.hal.binding import VIA
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call's binding, whose kernel it is there, and of a composition the kernels that it is made of."""
+
+    binding: Binding
+    choice: Choice
+    made_of: tuple[Choice, ...]
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The ops in it that are not the chip's own."""
+        return tuple(c.op for c in self.made_of if c.status not in ("own", "composed"))
+
+    @property
+    def tie(self) -> str:
+        """The declared order of ties: a composition's is that of its parts."""
+        return "any" if any(c.tie == "any" for c in self.made_of) else "lowest"
+
+
+class Bindings:
+    """The bindings of one backend, one per distinct call."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._known: dict[Any, Bound] = {}
+
+    def bound(self, inputs: Inputs, checked: bool = False) -> Bound:
+        """Functions chosen for exactly this call; `checked` ones judge their arguments first."""
+        op, via = inputs.contract.name, inputs.case.via
+        key = op, via, inputs.spec.key(), checked
+        if key not in self._known:
+            if len(self._known) > 32:
+                self._known.clear()
+            binding, made_of = self._bind(op, {op: [inputs.spec]}, via, checked), [op]
+            if binding.choices[op].status == "composed":  # its parts are claimed call by call as well
+                inner = parts(inputs)
+                binding, made_of = self._bind(op, inner, via, checked), list(inner)
+            choices = binding.choices
+            self._known[key] = Bound(binding, choices[op], tuple(choices[made] for made in made_of))
+        return self._known[key]
+
+    def _bind(self, op: str, profile: Mapping[str, Sequence[CallSpec]], via: str, checked: bool) -> Binding:
+        rules = {op: VIA + via} if via else {}
+        return bind(backend=self.backend, profile=profile, overrides=rules, fallback="error", check=checked)
+
+    def providers(self) -> dict[str, tuple[str, ...]]:
+        """The ops for which the backend has several kernels of its own: their providers, the first choice first."""
+        found = {}
+        for op, contract in contracts().items():
+            own = [k.provider for k in self.backend.candidates(contract) if k.owner == self.backend.name]
+            if len(own) > 1:
+                if len(set(own)) < len(own) or "" in own:
+                    raise UsageError(f"{self.backend} has {len(own)} kernels for {op}: name a provider of its own for each")
+                found[op] = tuple(own)
+        return found
+
+
+def parts(inputs: Inputs) -> dict[str, list[CallSpec]]:
+    """The calls a composite consists of, itself first, found by running its decomposition on shapes alone."""
+    found: dict[str, list[CallSpec]] = {}
+
+    def run(shapes: Binding) -> None:
+        operands = (on_shapes(shapes, value) for value in inputs.operands.values())
+        getattr(shapes, inputs.contract.name)(*operands, **inputs.attrs)
+
+    for op, spec in recorded(run):
+        found.setdefault(op, []).append(spec)
+    return found
+
+
+def on_shapes(shapes: Binding, value: Any) -> Any:
+    if value is None:
+        return None
+    return value.place(shapes) if isinstance(value, Operand) else shapes.from_numpy(value)

@@ -1,0 +1,186 @@
+"""One call on a backend: the kernel run again, in threads and among other rows, and all that must not change watched."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from math import prod
+from threading import Barrier, BrokenBarrierError
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.inputs import Inputs
+from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
+from porthal.conformance.execution.bindings import Bindings, Bound
+from porthal.conformance.execution.distant import Distant
+from porthal.conformance.execution.invariance import disturbed, restored
+from porthal.conformance.execution.outcome import Array, Outcome, difference, message_of
+from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
+from porthal.conformance.verdicts import Failed
+from porthal.hal import Binding, NotClaimed, UsageError, Weight
+from porthal.hal.dtypes import dtype
+
+PATIENCE = 0.5  # seconds, after which two runs have to do
+SMALL = 2**17  # elements of a case after which another call follows, to see that results keep their bits
+ABREAST = 4  # threads that call a kernel at once, and
+ROUNDS = 3  # how often
+
+
+def execute(bindings: Bindings, bound: Bound, inputs: Inputs, runs: int = 2) -> Outcome:
+    """The kernel's results on a call, on the same call again, and on its rows among others."""
+    call = disturbed(inputs)  # before a kernel that writes where it must not can spoil them
+    outcome = repeated(bound.binding, inputs, runs)
+    return among_other_rows(bindings, bound, *call, outcome) if call else outcome
+
+
+def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
+    """Run the kernel on fresh operands, twice, then up to `runs` times as far as PATIENCE goes and nothing differs.
+
+    Whatever it raises becomes the outcome's error, but for a lack of memory, which is a Failed CRASH.
+    """
+    until = time.perf_counter() + PATIENCE
+    try:
+        first = once(binding, inputs)
+        trespasses = list(first.trespasses)
+        for run in range(1, runs):
+            again = once(binding, inputs).results
+            if time.perf_counter() > until or (run < runs - 1 and difference(first.results, again)):
+                break
+        if inputs.case.view == THREADS and not difference(first.results, again):
+            again = next((found for found in _abreast(binding, inputs) if difference(first.results, found)), again)
+        if elements(inputs.case) <= SMALL:
+            trespasses += _kept(binding, inputs, first)
+    except NotClaimed:
+        raise
+    except Exception as error:
+        if _lacks_memory(error):
+            raise Failed("CRASH", f"out of memory: {message_of(error)}") from error
+        return Outcome(error=message_of(error))
+    return Outcome(first.results, again, tuple(trespasses))
+
+
+def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
+    """The outcome together with that of the same call among other rows, where the same kernel takes that."""
+    if outcome.error or outcome.trespasses:
+        return outcome
+    try:
+        there = bindings.bound(call)
+        if (bound.choice.status, bound.choice.owner) != (there.choice.status, there.choice.owner):
+            return outcome
+        results = once(there.binding, call).results
+    except NotClaimed:
+        return outcome
+    except Exception as error:
+        return Outcome(error=f"among other rows, one of them poisoned: {message_of(error)}")
+    invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
+    return replace(outcome, moved=restored(results, to), invariant=invariant)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Results in logical form, what was written elsewhere; results and watched operands as they lie on the device."""
+
+    results: dict[str, Any]
+    trespasses: list[str]
+    held: dict[str, Any]
+    watches: list[Watch]
+
+
+def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Run:
+    """One call on fresh operands.
+
+    With a barrier it waits there for the other threads before it places operands, and again before it calls the kernel;
+    what belongs to all threads, the backend's memory, is not watched then.
+    """
+    _meet(abreast)
+    contract = inputs.contract
+    mutated = {o.name for o in contract.signature.mutated}
+    operands, watches = {}, []
+    distant = Distant(binding, inputs) if inputs.case.view == PAST_2G else None
+    apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand is memory enough
+    for name, value in inputs.operands.items():
+        view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
+        operands[name], watch = place(binding, name, value, view, distant)
+        if watch and name not in mutated:
+            watches.append(watch)
+    _meet(abreast)
+    with nullcontext([]) if abreast else poisoned(binding.backend) as blocks:
+        out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
+    held = contract.named(out)
+    if lacking := [name for name, value in held.items() if value is None]:
+        raise UsageError(f"{contract.name} returned None for {lacking[0]}, expected an array or operand")
+    if not abreast:
+        _churn(binding, held)
+    if distant:
+        held = {name: distant.near(value) for name, value in held.items()}
+    results = {name: read(binding, value) for name, value in held.items()}
+    results = {name: value if name in mutated else _copied(value) for name, value in results.items()}
+    trespasses = [t for w in (*watches, *blocks) if (t := w.trespass(binding))]
+    return Run(results, trespasses, held, watches)
+
+
+def _copied(value: Any) -> Any:
+    """A result in memory of its own."""
+    return {part: array.copy() for part, array in value.items()} if isinstance(value, dict) else value.copy()
+
+
+def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
+    """Whether results keep their bits when the inputs are overwritten, and when the kernel is called again."""
+    for watch in first.watches:
+        watch.spoil(binding)
+    if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
+        yield f"a result shares memory with an input: {change}, when the inputs are overwritten"
+    once(binding, replace(inputs, operands=_reversed(inputs.operands)))
+    if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
+        yield f"the next call changed a result of this one: {change}"
+
+
+def _reversed(operands: Mapping[str, Any]) -> dict[str, Any]:
+    """Other legal values of the same form: the rows of every array from the last to the first."""
+    return {name: v[::-1].copy() if isinstance(v, np.ndarray) else v for name, v in operands.items()}
+
+
+def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    """Results of the call in several threads, every second of which has other values; switched as often as Python can."""
+    other = _reversed(inputs.operands)
+    for name, value in inputs.operands.items():
+        if isinstance(value, Weight):
+            other[name] = replace(value, native=value.native[::-1].copy())
+    calls = (inputs, replace(inputs, operands=other))
+    abreast, interval = Barrier(ABREAST), sys.getswitchinterval()
+
+    def call(n: int) -> dict[str, Any]:
+        return once(binding, calls[n % 2], abreast).results
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(ABREAST) as pool:
+            for _ in range(ROUNDS):
+                yield from list(pool.map(call, range(ABREAST)))[::2]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _meet(abreast: Barrier | None) -> None:
+    with suppress(BrokenBarrierError):  # another thread has failed: its error is reported, not that it is missed
+        if abreast:
+            abreast.wait(1)
+
+
+def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
+    """Allocate memory of the results' size and overwrite it: a result whose memory was given back early does not survive."""
+    for value in results.values():
+        if hasattr(value, "shape") and prod(value.shape) <= SMALL:  # operands have none
+            scrap = binding.backend.empty(tuple(value.shape), dtype(value))
+            scrap[...] = binding.from_numpy(filled(tuple(value.shape), dtype(value)))
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """NumPy's and Python's error, and what PyTorch's allocators say."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

@@ -1,0 +1,67 @@
+"""A call whose cache, or whose experts, end behind 2^31 elements: what is in use stands at the far end, all before it is 0.
+
+Pages and experts are numbered from there, so the results are those of the near call: these the reference computes and
+the judge sees. Memory that a backend hands out unwritten costs nothing; the reference's own copies would, so it is spared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.domain import per_expert
+from porthal.conformance.cases.inputs import Inputs
+from porthal.hal import Batch, Binding, NotClaimed, Pages, Weight
+
+ELEMENTS = 2**31  # before what is in use
+
+
+class Distant:
+    def __init__(self, binding: Binding, inputs: Inputs) -> None:
+        op = inputs.contract.name
+        if binding.choices[op].owner == "reference":
+            raise NotClaimed(f"the reference copies what it changes: {op} behind 2^31 elements is for other kernels")
+        if binding.backend.place != "hardware":
+            raise NotClaimed(f"2^31 elements are for hardware: {binding.backend} is {binding.backend.place}")
+        self.binding = binding
+        self.counts = per_expert(inputs.contract)
+        self.pages = self.experts = 0
+        for value in inputs.operands.values():
+            if isinstance(value, Pages):
+                self.pages = -(-ELEMENTS // (value.spec.block_size * max(width for _, width in value.spec.fields)))
+                self.near_spec = value.spec
+            elif isinstance(value, Weight):
+                self.experts = -(-ELEMENTS // prod(value.spec.shape[1:]))
+
+    def moved(self, name: str, value: Any) -> Any:
+        """An operand that counts pages or experts, counting from the far end."""
+        if isinstance(value, Batch):
+            table = np.where(value.block_table < 0, -1, value.block_table + self.pages)
+            return replace(value, block_table=table.astype(np.int32))
+        if name == self.counts:
+            return np.concatenate([np.zeros(self.experts, value.dtype), value])
+        return value
+
+    def placed(self, value: Pages | Weight) -> Pages | Weight:
+        """A cache or an expert weight with what is in use at its far end."""
+        spec = value.spec
+        try:
+            if isinstance(value, Weight):
+                far = np.zeros((self.experts + spec.shape[0], *spec.shape[1:]), value.native.dtype)
+                far[self.experts :] = value.native
+                return self.binding.prepare(replace(spec, shape=far.shape), lambda index: far[index])
+            whole = self.binding.alloc_pages(replace(spec, n_blocks=self.pages + spec.n_blocks))
+        except (MemoryError, RuntimeError) as error:
+            raise NotClaimed(f"2^31 elements find no room on {self.binding.backend}: {error}") from None
+        self.binding.from_logical(spec, {n: a.copy() for n, a in value.native.items()}, self.near(whole))
+        return whole
+
+    def near(self, value: Any) -> Any:
+        """Of a cache, what is in use; anything else as it is."""
+        if not isinstance(value, Pages):
+            return value
+        first = value.spec.slots - self.near_spec.slots
+        return Pages(self.near_spec, {n: value[n][first:] for n, _ in self.near_spec.fields})

@@ -1,0 +1,93 @@
+"""A row's result is a function of that row: the same call with its rows in another order and one poisoned row among them.
+
+Where an op works row by row (or request by request, with a Batch), its results must follow the rows. The rows go in
+reverse, decoding requests still first, and between them stands a row that nobody judges: NaN where the op takes
+any number, a copy of another row where it takes indices, as a request of its own one without keys. The results, restored
+to their order, must pass the same judgement as before; bit for bit where a kernel sets `batch_invariant` on its function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.compositions import DECODING
+from porthal.conformance.cases.inputs import Array, Inputs
+from porthal.hal import Batch, Operand
+from porthal.hal.contract import Contract
+from porthal.hal.dtypes import dtype, is_float
+from porthal.hal.signature import symbols
+
+LARGEST = 2048  # rows
+POISON = -1  # in an order of rows: the one that nobody judges
+
+
+def disturbed(inputs: Inputs) -> tuple[Inputs, Array] | None:
+    """The disturbed call, and where each row went; None where rows are not independent or a view shares them."""
+    contract, batch = inputs.contract, inputs.batch
+    rows = _rows(contract)
+    count = batch.T if batch else inputs.spec.dims.get(rows, 0)
+    if not rows or inputs.case.view or not 1 <= count <= LARGEST:
+        return None
+    operands = dict(inputs.operands)
+    if batch:
+        order, other = _requests(batch)
+    else:
+        half = count // 2
+        order, other = np.array([*range(half), POISON, *range(half, count)])[::-1], None
+    for operand in contract.signature.operands:
+        value = operands[operand.name]
+        if operand.kind == "Batch":
+            operands[operand.name] = other
+        elif value is not None and operand.dims[:1] == (rows,):
+            operands[operand.name] = _taken(value, order, may_be_nan=not contract.admits)
+    moved = replace(inputs, operands=operands, spec=contract.spec(operands, inputs.attrs))
+    return moved, np.argsort(order)[1:]  # the poisoned row sorts first
+
+
+def restored(results: Mapping[str, Any], to: Array) -> dict[str, Any]:
+    """Results in the order of the call that was disturbed; those without its rows as they are."""
+
+    def back(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {part: back(array) for part, array in value.items()}
+        return value[to] if value.shape[:1] == (len(to) + 1,) else value
+
+    return {name: back(value) for name, value in results.items()}
+
+
+def _rows(contract: Contract) -> str:
+    """The symbol of rows that do not know of each other, or ""."""
+    results = contract.signature.results
+    batch = next(iter(contract.signature.of_kind("Batch")), None)
+    rows = batch.dims[0] if batch else next((r.dims[0] for r in results if r.dims), "")
+    others = [o for o in contract.signature.operands if o is not batch]
+    inside = {s for o in others for d in (o.dims[1:] if o.dims[:1] == (rows,) else o.dims) for s in symbols(d)}
+    counted = {s for bounds in contract.ranges.values() for b in bounds if isinstance(b, str) for s in symbols(b)}
+    carried = all(r.mutated or r.dims[:1] == (rows,) for r in results)
+    return rows if carried and rows.isidentifier() and rows not in inside | counted else ""
+
+
+def _requests(batch: Batch) -> tuple[Array, Batch]:
+    """Requests in reverse, those that decode first, then one of a single row without keys, then the others."""
+    decoding = np.flatnonzero(batch.q_len <= DECODING)[::-1].tolist()
+    others = np.flatnonzero(batch.q_len > DECODING)[::-1].tolist()
+    order = [*decoding, POISON, *others]
+    rows = [[POISON] if r == POISON else list(range(batch.cu_q[r], batch.cu_q[r + 1])) for r in order]
+    kv_lens = [0 if r == POISON else int(batch.kv_len[r]) for r in order]
+    tables = [[] if r == POISON else [p for p in batch.block_table[r].tolist() if p >= 0] for r in order]
+    moved = Batch.build([len(part) for part in rows], kv_lens, tables, batch.block_size)
+    return np.array([row for part in rows for row in part]), moved
+
+
+def _taken(value: Any, order: Array, may_be_nan: bool) -> Any:
+    """The rows of an operand in this order."""
+    if isinstance(value, Operand):
+        return value.with_rows(order)
+    taken = value[np.maximum(order, 0)]
+    if is_float(dtype(value)) and may_be_nan:
+        taken[order == POISON] = np.nan
+    return taken

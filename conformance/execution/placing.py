@@ -1,0 +1,145 @@
+"""Operands on a device, what surrounds them, and the watch over all that a call may not write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.legal import FAR
+from porthal.conformance.execution.distant import Distant
+from porthal.conformance.execution.outcome import Array, bits, message_of
+from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Weight
+from porthal.hal.dtypes import dtype, is_float, numpy_dtype
+
+MARGIN = 64  # poisoned elements on both sides of what a backend allocates
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Something on the device that must keep its bits: an input with what surrounds it, or the margins of a result."""
+
+    what: str
+    value: Any
+    before: Mapping[str, Array]
+    inner: slice | None = None
+
+    def trespass(self, binding: Binding) -> str:
+        """What changed, in words, or ""."""
+        after = self.value.parts() if isinstance(self.value, Batch) else read(binding, self.value)
+        for name, old in self.before.items():
+            changed = bits(after[name] if isinstance(after, dict) else after) != bits(old)
+            if self.inner:
+                changed[self.inner] = False
+            if changed.any():
+                at = [int(i[0]) for i in np.nonzero(changed)]
+                return f"{self.what}{'.' * bool(name)}{name} changed at {at}"
+        return ""
+
+    def spoil(self, binding: Binding) -> None:
+        """Overwrite an array on the device; operands of other kinds stay."""
+        if not isinstance(self.value, Operand):
+            self.value[...] = binding.from_numpy(filled(self.before[""].shape, dtype(self.before[""])))
+
+
+def read(binding: Binding, value: Any) -> Any:
+    """A value of a backend in logical form: an array, or of an operand its parts."""
+    if isinstance(value, Operand):
+        return {name: np.asarray(array) for name, array in binding.to_logical(value).items()}
+    return np.asarray(binding.to_numpy(value))
+
+
+def place(
+    binding: Binding, name: str, value: Any, view: str = "", distant: Distant | None = None
+) -> tuple[Any, Watch | None]:
+    """An operand on the backend, and the watch over it."""
+    if value is None:
+        return None, None
+    if distant:
+        value = distant.moved(name, value)
+        if isinstance(value, (Pages, Weight)):
+            placed = distant.placed(value)
+            near = isinstance(value, Pages)  # weights are too large to be read back
+            return placed, Watch(f"pages {name}", distant.near(placed), value.native) if near else None
+    if isinstance(value, Operand):
+        what, before = f"{type(value).__name__.lower()} {name}", value.parts()
+        if isinstance(value, Batch):  # lies on the host, so the kernel has the suite's own arrays
+            return value.place(binding), Watch(what, value, {part: array.copy() for part, array in before.items()})
+        placed = value.place(binding)
+        return placed, Watch(what, placed, before)
+    if view == FAR and spreads(value):
+        placed = _far(binding, value)
+        return placed, Watch(f"input {name}", placed, {"": value})
+    parent, cut = _parent(value, view)
+    device = binding.from_numpy(parent.copy())
+    return cut(device), Watch(f"input {name}", device, {"": parent})
+
+
+def _parent(x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
+    """A poisoned array that contains x, and how to cut x from it as a view."""
+    if view == "columns" and x.ndim:
+        width = x.shape[-1]
+        parent = filled((*x.shape[:-1], width + 5), dtype(x))
+        parent[..., 3 : 3 + width] = x
+        return parent, lambda a: a[..., 3 : 3 + width]
+    if view == "rows":
+        parent = filled((2 * len(x) + 1, *x.shape[1:]), dtype(x))
+        parent[1::2] = x
+        return parent, lambda a: a[1::2]
+    if view == "transposed" and x.ndim > 1:
+        return np.ascontiguousarray(x.swapaxes(-1, -2)), lambda a: a.swapaxes(-1, -2)
+    if view == "broadcast" and len(x) and is_float(dtype(x)):
+        return x[:1], lambda a: np.broadcast_to(a, x.shape) if isinstance(a, np.ndarray) else a.expand(x.shape)
+    return x, lambda a: a
+
+
+def spreads(value: Any) -> bool:
+    """Whether an operand's rows can stand far apart."""
+    return isinstance(value, np.ndarray) and value.ndim > 1 and len(value) > 1
+
+
+def _far(binding: Binding, x: Array) -> Any:
+    """x with its last row 2 GiB behind the first: addresses, of which only the rows are touched."""
+    width = prod(x.shape[1:])
+    step = max(width, -(-(2**31) // (x.dtype.itemsize * (len(x) - 1))))
+    try:
+        view = binding.backend.empty((len(x), step), dtype(x))[:, :width].reshape(x.shape)
+    except (MemoryError, RuntimeError) as error:
+        raise NotClaimed(f"rows 2 GiB apart find no room on {binding.backend}: {message_of(error)}") from None
+    view[...] = binding.from_numpy(x.copy())
+    return view
+
+
+def poison(kind: str) -> Any:
+    """NaN, or an integer that no index, count or id ever is."""
+    if is_float(kind):
+        return np.nan
+    return True if kind == "bool" else np.iinfo(kind).max // 3
+
+
+def filled(shape: tuple[int, ...], kind: str) -> Array:
+    """An array of poison."""
+    return np.full(shape, poison(kind), numpy_dtype(kind))
+
+
+@contextmanager
+def poisoned(backend: Backend) -> Iterator[list[Watch]]:
+    """While it lasts, `backend.empty` gives poisoned memory between poisoned margins."""
+    blocks: list[Watch] = []
+
+    def empty(shape: tuple[int, ...], kind: str) -> Any:
+        n = prod(shape)
+        before = filled((n + 2 * MARGIN,), kind)
+        whole = backend.from_numpy(before.copy())
+        blocks.append(Watch("memory beside an output", whole, {"": before}, slice(MARGIN, MARGIN + n)))
+        return whole[MARGIN : MARGIN + n].reshape(shape)
+
+    backend.empty = empty  # type: ignore[method-assign]
+    try:
+        yield blocks
+    finally:
+        del backend.empty

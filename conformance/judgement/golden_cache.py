@@ -1,0 +1,122 @@
+"""Golden values on disk, shared by workers, runs and backends: content-addressed, bounded in size, never trusted blindly.
+
+An entry's key hashes everything its arrays are a function of: the operands' own bytes and the attributes (a changed or
+poisoned copy of a case's inputs has another key), the contract with its version, the suite's version, the source of all
+references and of the words they are written in, and the NumPy that computes them. A broken entry is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import platform
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.inputs import Array, Inputs
+from porthal.conformance.level import SUITE
+from porthal.hal import Operand
+from porthal.hal.dtypes import dtype
+
+LIMIT = 2**32  # bytes of all entries
+SLICE = 2**28  # bytes written between two looks at the limit
+WORTH = 0.02  # seconds of computing, for an entry and again for each MiB of it, below which reading is no gain
+Arrays = dict[str, Array]
+_written = 0
+
+
+def folder() -> Path:
+    """Where the entries lie: PORTHAL_CACHE, else golden in the user's cache folder."""
+    if named := os.environ.get("PORTHAL_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porthal" / "golden"
+
+
+def recall(inputs: Inputs, part: str, compute: Callable[[], Arrays]) -> Arrays:
+    """What `compute` gives for these inputs, read where it has been kept before."""
+    file = folder() / f"{key(inputs, part)}.npz"
+    with suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        with np.load(file) as kept:  # checks each array's checksum; objects are refused
+            found = dict(kept)
+        os.utime(file)
+        return found
+    started = time.process_time()
+    found = compute()
+    size = sum(array.nbytes for array in found.values())
+    if time.process_time() - started > WORTH * (1 + size / 2**20):
+        _keep(file, found)
+    return found
+
+
+def key(inputs: Inputs, part: str) -> str:
+    """The hash of all that a part of the golden values depends on."""
+    digest = hashlib.blake2b(digest_size=20)
+    facts = inputs.contract.name, inputs.contract.version, part, inputs.case.stream, sorted(inputs.attrs.items())
+    digest.update(repr((*facts, _sources(inputs.contract.reference))).encode())
+    for name, array in _arrays(inputs):
+        digest.update(f"{name} {dtype(array)} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _arrays(inputs: Inputs) -> Iterator[tuple[str, Array]]:
+    for name, value in inputs.operands.items():
+        if isinstance(value, Operand):
+            yield from ((f"{name}.{part}", array) for part, array in value.parts().items())
+        elif value is not None:
+            yield name, value
+
+
+@cache
+def _sources(reference: Callable[..., Any]) -> str:
+    """Hash of the programs that compute golden values: the reference's own file, all of ops and hal, and the budget."""
+    from porthal import hal, ops
+
+    files = [Path(inspect.getsourcefile(inspect.unwrap(reference)) or ""), Path(__file__).with_name("golden.py")]
+    for package in (hal, ops):
+        files += sorted(Path(package.__path__[0]).rglob("*.py"))
+    digest = hashlib.blake2b(f"{SUITE} {np.__version__} {platform.machine()}".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _keep(file: Path, arrays: Arrays) -> None:
+    """Whole or not at all; a full or read-only disk only costs time."""
+    global _written
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
+            try:
+                np.savez(out, **arrays)
+                out.close()
+                os.replace(out.name, file)
+            except BaseException:
+                os.unlink(out.name)
+                raise
+        if not _written or _written > SLICE:
+            trim(LIMIT)
+            _written = 0
+        _written += file.stat().st_size
+
+
+def trim(limit: int) -> None:
+    """Remove the entries not used for longest, until the rest is within `limit` bytes."""
+    with os.scandir(folder()) as entries:
+        known = [(e.stat(), e.path) for e in entries if e.name.endswith((".npz", ".part"))]
+    total = sum(s.st_size for s, _ in known)
+    for stat, path in sorted(known, key=lambda e: e[0].st_mtime):
+        if total <= limit:
+            return
+        with suppress(OSError):  # another worker was faster
+            os.unlink(path)
+        total -= stat.st_size

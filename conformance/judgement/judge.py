@@ -1,0 +1,269 @@
+"""Whether results are what the contract says, within the error it permits: plain arrays in, a judgement out.
+
+The budget of a float result is B = u |g| + 6 sigma + tiny: u the result's unit roundoff, g the float64 reference, sigma its
+standard deviation over runs perturbed at the points where the reference says that a chip may round (without reductions
+the sum over these points, where that is less). A result passes when |y - g| <= c B everywhere, when its energy is near
+that of an ideal machine (g rounded once, plus sigma), and when its rounding has no preferred direction: no more, in both,
+than the perturbed runs themselves where these stand out as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
+from porthal.conformance.execution.outcome import Outcome, bits, difference, message_of
+from porthal.conformance.judgement.choices import judge_admitted, judge_top
+from porthal.conformance.judgement.golden import Golden, Spread
+from porthal.conformance.judgement.measures import Measure, tiny
+from porthal.conformance.level import BRING_UP, Level, level_of
+from porthal.conformance.verdicts import Failed, Judgement, Verdict
+from porthal.hal import Operand, Pages, UsageError
+from porthal.hal.dtypes import UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
+from porthal.hal.operands import KINDS
+from porthal.hal.signature import ARRAY
+
+RoundingRuns = Callable[[], Iterable[Array]]
+ZERO = " is zero in {figure:.0%} of the places where it should not be"
+# Per statistic, the verdict where it exceeds what is permitted, and the message.
+MESSAGES: Mapping[str, tuple[Verdict, str]] = {
+    "whole": ("FAIL_VALUE", ": the error is {figure:.2f} times an ideal machine's, permitted is {most:.3g}"),
+    "row": ("FAIL_VALUE", ": the error of one row is {figure:.2f} times an ideal machine's, permitted is {most:.3g}"),
+    "direction": ("FAIL_VALUE", " is rounded {direction} zero: bias z = {figure:.1f}, permitted is {most:.3g}"),
+    "column": ("FAIL_VALUE", " errs alike in all rows, column by column: z = {figure:.1f}, permitted is {most:.3g}"),
+    "zeros": ("UNTRUSTED", ZERO),
+    "blanks": ("UNTRUSTED", ZERO),
+}
+
+
+# -- judgement -------------------------------------------------------------------------------------------------------
+
+
+def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str = "lowest") -> Judgement:
+    """Compare what a kernel did with what the contract says; `tie` is the kernel's declared order of ties."""
+    if outcome.error:
+        return Judgement("FAIL_ERROR", outcome.error)
+    golden, limit = Golden(inputs), level_of(level)
+    try:
+        judgement = _judged(golden, outcome, limit, tie)
+        _check_moved(golden, outcome, limit, tie)
+        return judgement
+    except Failed as failed:
+        return failed.judgement
+
+
+def _check_moved(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> None:
+    """Results of the same rows among others: other bits may do, if they are as good."""
+    if not outcome.moved or not (change := difference(outcome.results, outcome.moved)):
+        return
+    if outcome.invariant:
+        raise Failed("FAIL_VALUE", f"{change} among other rows, though the kernel declares that its results do not change")
+    try:
+        _judged(golden, Outcome(outcome.moved, outcome.moved), limit, tie)
+    except Failed as failed:
+        message = f"among other rows, one of them poisoned: {failed.judgement.message}"
+        raise Failed(**vars(replace(failed.judgement, message=message))) from None
+
+
+def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgement:
+    inputs, contract = golden.inputs, golden.contract
+    for name, (shape, wanted) in golden.shapes.items():
+        _check_form(name, outcome.results.get(name), shape, wanted, inputs)
+    if outcome.trespasses:
+        raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
+    spreads, note, runs = {}, "", golden.rounding_runs
+    if contract.admits:
+        judge_admitted(golden, outcome.results[contract.choice], limit)
+    elif contract.choice:
+        chosen = outcome.results[contract.choice]
+        note = judge_top(golden, chosen, limit, tie)
+        if contract.finish:
+            spreads = golden.spread(contract.finish, chosen)
+            runs = partial(golden.rounding_runs, contract.finish, chosen)
+    else:
+        spreads = golden.exactly() if contract.exact else golden.spread()
+        for result in contract.signature.results:
+            if not result.mutated and result.name not in spreads:
+                _judge_exact(result.name, outcome.results[result.name], golden.results()[result.name])
+    figures = []
+    for key, spread in spreads.items():
+        figures.append(_judge_spread(golden, key, spread, outcome, limit, runs))
+    _check_repeat(outcome)
+    if not figures:
+        return Judgement("PASS", note=note)
+    worst = max(figures, key=lambda f: f.worst)
+    return replace(worst, ratio=max(f.ratio for f in figures), z=max((f.z for f in figures), key=abs), note=note)
+
+
+def _check_form(name: str, value: Any, shape: tuple[int, ...], wanted: str, inputs: Inputs) -> None:
+    """Whether a result has the shape and dtype that the contract says, an operand in each of its parts."""
+    result = next(r for r in inputs.contract.signature.results if r.name == name)
+    if result.kind == ARRAY:
+        return _check_array(name, value, shape, wanted)
+    kind = KINDS[result.kind]
+    if not isinstance(value, dict):
+        raise Failed("FAIL_SHAPE", f"{name} is {type(value).__name__}, expected a {result.kind}")
+    spec = inputs.operands[name].spec if result.mutated else kind.result_spec(shape)
+    for part, form in kind.form(spec).items():
+        _check_array(f"{name}.{part}", value.get(part), *form)
+
+
+def _check_array(name: str, value: Any, shape: tuple[int, ...], wanted: str) -> None:
+    if not isinstance(value, np.ndarray):
+        raise Failed("FAIL_SHAPE", f"{name} is {type(value).__name__}, expected an array of {list(shape)}")
+    if value.shape != shape:
+        raise Failed("FAIL_SHAPE", f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+    if dtype(value) != wanted:
+        raise Failed("FAIL_DTYPE", f"{name} is {dtype(value)}, expected {wanted}")
+
+
+def _judge_exact(name: str, got: Any, expected: Any) -> None:
+    if isinstance(expected, Operand):
+        for part, array in expected.parts().items():
+            _judge_exact(f"{name}.{part}", got[part], array)
+    elif not np.array_equal(got, expected):
+        at = tuple(int(i[0]) for i in np.nonzero(got != expected))
+        raise Failed("FAIL_VALUE", f"{name}{list(at)} is {got[at]}, expected {expected[at]}", at=f"{name}{list(at)}")
+
+
+def _judge_spread(
+    golden: Golden, key: str, spread: Spread, outcome: Outcome, limit: Level, runs: Callable[[], Iterable[Any]]
+) -> Judgement:
+    """One float result, or one part of an operand; of pages untouched slots bit for bit first."""
+    inputs = golden.inputs
+    name, _, part = key.partition(".")
+    got = outcome.results[name]
+    if not part:
+        rows = specified_rows(inputs)
+        return judge_floats(inputs, key, got[:rows], spread[:rows], limit, lambda: (r[key][:rows] for r in runs()))
+    before = inputs.operands.get(name)
+    if not isinstance(before, Pages):
+        return judge_floats(inputs, key, got[part], spread, limit, lambda: (r[key] for r in runs()))
+    written = written_slots(inputs, before)
+    touched = (bits(got[part]) != bits(before.native[part])).any(-1) & ~written
+    if touched.any():
+        raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed, and the call does not write it")
+    return judge_floats(
+        inputs, key, got[part][written], spread[written], limit, lambda: (r[key][written] for r in runs())
+    )
+
+
+def judge_floats(
+    inputs: Inputs, name: str, y: Array, spread: Spread, limit: Level, runs: RoundingRuns = lambda: ()
+) -> Judgement:
+    """One array of floats against its reference; raises Failed. `runs` gives results of the reference that round where the
+    contract permits: it is asked where a statistic stands out."""
+    kind, g = dtype(y), spread.value
+    rounded = narrow(g, kind)
+    if not y.size:
+        return Judgement("PASS")
+    if exactly_judged(inputs, g):
+        differs = bits(y) != bits(rounded) if inputs.contract.exact else y != rounded
+        if differs.any():
+            at = _first(differs)
+            what = f"{name}{at} is {y[tuple(at)]}, expected exactly {rounded[tuple(at)]}"
+            raise Failed("FAIL_VALUE", what, at=f"{name}{at}")
+        return Judgement("PASS", at=name)
+    wide, ideal = widen(y), widen(rounded)
+    with np.errstate(invalid="ignore"):
+        allowed = budget(spread, kind)
+        _check_special(name, wide, g, limit.pointwise * allowed, kind)
+    finite = np.isfinite(wide) & np.isfinite(g)
+    g, wide, allowed = (np.where(finite, x, fill) for x, fill in ((g, 0.0), (wide, 0.0), (allowed, 1.0)))
+    ideal = np.where(finite & np.isfinite(ideal), ideal, g)
+    over = np.abs(wide - g) / allowed
+    at = np.unravel_index(int(np.argmax(over)), over.shape)
+    where = f"{name}{[int(i) for i in at]}"
+    figures: dict[str, Any] = {"worst": float(over[at]), "at": where}
+    if over[at] > limit.pointwise:
+        raise Failed(
+            "FAIL_VALUE",
+            f"{where} is {wide[at]:.9g}, expected {g[at]:.9g}: off by {over[at]:.3g} times its error budget, "
+            f"permitted is {limit.pointwise:g}",
+            **figures,
+        )
+    measure = Measure(g, ideal, spread.sigma, kind)
+    found, permitted = measure(wide), measure.limits(limit)
+    if "denormal" in dict(inputs.case.recipes).values():  # a chip may read these as zeros
+        found |= {"zeros": 0.0, "blanks": 0.0}
+    if any(abs(found[test]) > permitted[test] for test in found):
+        others = [measure(np.where(finite & np.isfinite(m), m, g)) for m in (widen(narrow(m, kind)) for m in runs())]
+        permitted = measure.limits(limit, others)
+    figures |= {"ratio": max(found["whole"], found["row"]), "z": found["direction"]}
+    for test, figure in found.items():
+        if abs(figure) > permitted[test]:
+            verdict, message = MESSAGES[test]
+            direction = "away from" if figure > 0 else "toward"
+            message = message.format(figure=abs(figure), most=permitted[test], direction=direction)
+            raise Failed(verdict, name + message, **figures)
+    return Judgement("PASS", **figures)
+
+
+def budget(spread: Spread, kind: str) -> Array:
+    """B, element by element, of a result in the dtype `kind`."""
+    return UNIT_ROUNDOFF[kind] * np.abs(spread.value) + spread.most + tiny(kind)
+
+
+def exactly_judged(inputs: Inputs, g: Array) -> bool:
+    """Whether a float result has one right answer."""
+    return inputs.contract.exact or _exact_data(inputs, g)
+
+
+def _exact_data(inputs: Inputs, g: Array) -> bool:
+    """Sums of products of small integers have one answer, which float32 holds."""
+    chosen = {inputs.case.recipe(n) for n, v in inputs.operands.items() if _is_float_operand(v)}
+    scaled = any(isinstance(v, float) for v in inputs.attrs.values())
+    return chosen == {"integer"} and not scaled and bool(((g == np.rint(g)) & (np.abs(g) < 2**24)).all())
+
+
+def _is_float_operand(value: Any) -> bool:
+    if isinstance(value, Operand):
+        return value.typed
+    return isinstance(value, np.ndarray) and is_float(dtype(value))
+
+
+def _check_special(name: str, y: Array, g: Array, slack: Array, kind: str) -> None:
+    """NaN where the reference has one and nowhere else; infinities likewise, and where rounding may overflow."""
+    overflows = (np.abs(g) + slack >= largest(kind)) & (np.sign(y) == np.sign(g))
+    infinite = np.where(np.isinf(g), y != g, np.isinf(y) & ~overflows)
+    wrong = np.where(np.isnan(g) | np.isnan(y), np.isnan(y) != np.isnan(g), infinite)
+    if wrong.any():
+        at = _first(wrong)
+        left = ", or was never written" if np.isnan(y[tuple(at)]) else ""
+        raise Failed("FAIL_VALUE", f"{name}{at} is {y[tuple(at)]}, expected {g[tuple(at)]:.9g}{left}", at=f"{name}{at}")
+
+
+def _check_repeat(outcome: Outcome) -> None:
+    if change := difference(outcome.results, outcome.again):
+        raise Failed("FAIL_NONDETERMINISTIC", f"{change} in another run on the same inputs")
+
+
+def largest(kind: str) -> float:
+    """The largest finite number of a dtype."""
+    x = np.array(np.inf, numpy_dtype(kind))
+    return float(np.nextafter(x, np.array(0, x.dtype)))
+
+
+def _first(mask: Array) -> list[int]:
+    return [int(i[0]) for i in np.nonzero(mask)]
+
+
+# -- deliberate mistakes ---------------------------------------------------------------------------------------------
+
+
+def judge_refusal(inputs: Inputs, error: Exception | None) -> Judgement:
+    """Whether a checked call answered the case's mistake with one sentence that names the op."""
+    op, fault = inputs.contract.name, inputs.case.fault
+    if error is None:
+        return Judgement("FAIL_ERROR", f"a wrong {fault} was accepted, expected a UsageError")
+    if not isinstance(error, UsageError):
+        return Judgement("FAIL_ERROR", f"a wrong {fault} raised {message_of(error)}, expected a UsageError")
+    text = str(error)
+    if "\n" in text or op not in text:
+        return Judgement("FAIL_ERROR", f"the message {text!r} is not one sentence that names {op}")
+    return Judgement("PASS", note=text)

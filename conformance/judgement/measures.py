@@ -1,0 +1,100 @@
+"""Statistics of a float result's errors beside those of an ideal machine, which rounds the reference once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from porthal.conformance.cases.inputs import Array
+from porthal.conformance.level import Level
+from porthal.hal.dtypes import UNIT_ROUNDOFF
+
+BIAS = 6.0  # |z| of the rounding direction and of a column's error, rows as samples
+USUAL = 3.0  # of these, what runs show that round as is permitted
+LEAN = 0.25  # mean rounding direction in 16 bits, below which it is none
+STEADY = 0.1  # mean error of a column in unit roundoffs, below which it is none: a rounded parameter has 0.2
+ZEROS, BLANKS = 0.1, 0.5  # shares of results that may be zero where the reference is not
+SAMPLES = 16  # rows from which a direction of rounding can be told
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Statistics of any result against one reference.
+
+    whole, row   root mean square error over that of the ideal machine, of the whole and of the worst row
+    direction    z of the mean rounding direction, rows as samples
+    column       root mean square over columns of z of each column's mean error, rows as samples
+    zeros        the share of zeros among what stands out of the permitted deviation
+    blanks       and among what does not vanish beside it, as sums that cancel do
+    """
+
+    g: Array
+    ideal: Array
+    sigma: Array
+    kind: str
+
+    def __call__(self, y: Array) -> dict[str, float]:
+        whole, row = self._ratios(y)
+        signs = {"direction": self._direction(y), "column": self._column(y)}
+        return {"whole": whole, "row": row, **signs, "zeros": self._zeros(y, 2.0), "blanks": self._zeros(y, 2.0**-10)}
+
+    @staticmethod
+    def limits(limit: Level, others: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
+        """What each may be. Where runs that round as is permitted show more than usual, because few numbers make
+        the sample or share their roundings, the limit rises with them."""
+        usual = {"whole": (limit.whole, 1.0), "row": (limit.row, 1.0), "direction": (BIAS, USUAL), "column": (BIAS, USUAL)}
+        usual |= {"zeros": (ZEROS, ZEROS), "blanks": (BLANKS, BLANKS)}
+        shown = {test: max((abs(o[test]) for o in others), default=0.0) for test in usual}
+        return {test: most * max(1.0, shown[test] / share) for test, (most, share) in usual.items()}
+
+    def _ratios(self, y: Array) -> tuple[float, float]:
+        """What is granted is the ideal machine's own error, at least that of uniform rounding, plus the permitted deviation."""
+        square, u = (y - self.g) ** 2, UNIT_ROUNDOFF[self.kind]
+        own = np.maximum((self.ideal - self.g) ** 2, (u * self.g / 3) ** 2)
+        granted = own + self.sigma**2 + tiny(self.kind) ** 2
+        whole = float(np.sqrt(np.mean(square) / np.mean(granted))) if square.size >= 256 else 0.0
+        if square.ndim < 2 or square.shape[-1] < 64:
+            return whole, 0.0
+        return whole, float(np.sqrt(np.max(np.mean(square, axis=-1) / np.mean(granted, axis=-1))))
+
+    def _direction(self, y: Array) -> float:
+        """Beyond the ideal machine's own. In float32 it is 0 where anything but output rounding dominates: errors of a sum or
+        a function lean to one side. In 16 bits these are too small to matter, and permitted roundings inside lean to neither
+        but for the few values that such an input has: a mean below LEAN counts as none (truncation has 1)."""
+        g, wide = self.g, self.kind == "float32"
+        if not _telling(y, SAMPLES) or (wide and np.mean((self.ideal - g) ** 2) < 9 * np.mean(self.sigma**2)):
+            return 0.0
+        direction = np.sign(np.abs(y) - np.abs(g)) - np.sign(np.abs(self.ideal) - np.abs(g))
+        direction[np.abs(g) < tiny(self.kind)] = 0  # may be flushed to zero
+        if not wide:
+            direction[np.abs(g) < 16 * self.sigma] = 0  # so near to zero any error leads away from it
+        rows = direction.reshape(len(y), -1).mean(-1)
+        if not wide and abs(rows.mean()) < LEAN:
+            return 0.0
+        return float(rows.mean() / max(float(rows.std()), y[0].size ** -0.5) * np.sqrt(len(rows)))
+
+    def _column(self, y: Array) -> float:
+        """Beyond the ideal machine's own, in 16 bits: a parameter that was rounded is wrong in the same way in every row;
+        roundings of a row's own values are not."""
+        if self.kind == "float32" or not _telling(y, 4 * SAMPLES):
+            return 0.0
+        step = UNIT_ROUNDOFF[self.kind] * np.maximum(np.abs(self.g), tiny(self.kind))
+        error = ((np.abs(y) - np.abs(self.ideal)) / step).reshape(len(y), -1)
+        mean, deviation = error.mean(0), np.maximum(error.std(0), len(y) ** -0.5)
+        return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(y))) if np.mean(mean**2) >= STEADY**2 else 0.0
+
+    def _zeros(self, y: Array, least: float) -> float:
+        there = np.abs(self.ideal) > np.maximum(tiny(self.kind), self.sigma * least)
+        return np.count_nonzero(there & (y == 0)) / max(np.count_nonzero(there), SAMPLES)
+
+
+def tiny(kind: str) -> float:
+    """Half the smallest step of float16; elsewhere the smallest normal number, below which chips may flush to zero."""
+    return 2.0**-25 if kind == "float16" else 2.0**-126
+
+
+def _telling(y: Array, rows: int) -> bool:
+    """Whether there are that many rows, wide enough to have a mean."""
+    return y.ndim > 1 and len(y) >= rows and y[0].size >= 64

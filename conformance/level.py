@@ -1,0 +1,92 @@
+"""What each level means: one row for everything that depends on it and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from porthal.hal.errors import UsageError
+
+SUITE = 2  # the version of the plan of cases and of the rules of judgement
+
+
+@dataclass(frozen=True)
+class Level:
+    """Which calls are planned, how often each is run, and how sharply it is judged.
+
+    rows                 row counts that every op meets
+    production_rows      row counts at GLM-5's own dims, beside 2
+    production_batches   and batch compositions there
+    elements             logical elements of all operands and results of one case, at most
+    named_elements       and of a case that is named for a known discrepancy
+    thorough             every variation meets every dtype, and values that a contract does not list are tried
+    seeds                further seeds of a call of 65 rows
+    runs                 of a kernel on the same inputs
+    pointwise            the permitted error in budgets
+    whole, row           the permitted ratio to an ideal machine's error, over all and in the worst row
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    production_rows: tuple[int, ...]
+    production_batches: tuple[str, ...]
+    elements: int
+    named_elements: int
+    thorough: bool
+    seeds: tuple[int, ...]
+    runs: int
+    pointwise: float
+    whole: float
+    row: float
+
+
+BRING_UP = Level(
+    "bring-up",
+    rows=(0, 1, 2, 17),
+    production_rows=(1,),
+    production_batches=("decode",),
+    elements=2**22,
+    named_elements=2**17,
+    thorough=False,
+    seeds=(),
+    runs=2,
+    pointwise=4,
+    whole=4,
+    row=8,
+)
+STANDARD = Level(
+    "standard",
+    rows=(0, 1, 2, 7, 16, 17, 255, 256, 257),
+    production_rows=(1, 17, 65),
+    production_batches=("decode", "mixed", "chunked"),
+    elements=2**25,
+    named_elements=2**23,
+    thorough=True,
+    seeds=(),
+    runs=3,
+    pointwise=2,
+    whole=2,
+    row=4,
+)
+STRICT = Level(
+    "strict",
+    rows=(0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025),
+    production_rows=(1, 17, 65, 257),
+    production_batches=("decode", "mixed", "chunked", "padded", "idle"),
+    elements=2**26,
+    named_elements=2**27,
+    thorough=True,
+    seeds=(1, 2, 3),
+    runs=50,
+    pointwise=1,
+    whole=1.25,
+    row=2,
+)
+LEVELS: Mapping[str, Level] = {level.name: level for level in (BRING_UP, STANDARD, STRICT)}
+
+
+def level_of(name: str) -> Level:
+    """The level of this name; UsageError for any other."""
+    if name not in LEVELS:
+        raise UsageError(f"unknown level {name!r}: expected one of {', '.join(LEVELS)}")
+    return LEVELS[name]

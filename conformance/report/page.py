@@ -1,0 +1,179 @@
+"""Reports as pages for people: what the templates show, counted and placed; how it looks is the templates' own."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from porthal.conformance.level import level_of
+
+if TYPE_CHECKING:
+    from porthal.conformance.report.compare import Comparison
+    from porthal.conformance.report.report import Report
+    from porthal.conformance.report.results import Result
+
+TEMPLATES = Path(__file__).parent / "templates"
+LOWEST, HIGHEST = 1e-3, 1e6  # of |e|/B on a plot; what lies beyond stands at its edge
+BINS = 4  # of a histogram, per decade
+SLOWEST = 10
+REPEATED = 3  # failures of one cause that are shown before they are counted
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fixed": "fixed"}
+
+
+class Chip(NamedTuple):
+    """One state in a cell of the matrix: its class, its mark, how many cases, and the words for it."""
+
+    state: str
+    mark: str
+    count: int
+    words: str
+
+
+class Bar(NamedTuple):
+    """A bar of a histogram: own cases below, others above."""
+
+    own: int
+    other: int
+
+
+def report_page(report: Report) -> str:
+    """A run as one page without external resources or scripts."""
+    results = report.results
+    measured = [r for r in results if r.worst > 0]
+    limit = level_of(report.level).pointwise
+    scale = Scale(max([limit, *(r.worst for r in measured if r.worst < HIGHEST)]))
+    dtypes = list(dict.fromkeys(r.dtype for r in results))
+    return _render(
+        "report.html",
+        report=report,
+        dtypes=[(d, DTYPES.get(d, d)) for d in dtypes],
+        cells={r.op: {d: _chips(report, [x for x in r.results if x.dtype == d]) for d in dtypes} for r in report.rows},
+        proofs=_proofs(report),
+        limit=limit,
+        scale=scale,
+        errors=list(_errors(report)),
+        repeated=REPEATED,
+        exact=[row.op for row in report.rows if row.passed and not any(r.worst for r in row.results)],
+        histograms=[(d, *_histogram([r for r in measured if r.dtype == d], scale)) for d in dtypes],
+        slowest=sorted(results, key=lambda r: -r.seconds)[:SLOWEST],
+        seconds=sum(r.seconds for r in results),
+        waivers=Counter((r.reason, r.waived) for r in report.waived),
+    )
+
+
+def compare_page(comparison: Comparison) -> str:
+    """Two runs beside each other."""
+    limit = level_of(comparison.a.level).pointwise
+    worst = [s.worst for row in comparison.rows for s in (row.a, row.b) if s.worst < HIGHEST]
+    return _render("compare.html", comparison=comparison, limit=limit, scale=Scale(max([limit, *worst])))
+
+
+class Scale:
+    """A logarithmic axis of |e|/B: from LOWEST to a power of ten beyond all that is shown, in percent of its width."""
+
+    def __init__(self, most: float) -> None:
+        self.low, self.high = round(math.log10(LOWEST)), math.ceil(math.log10(most * 1.2))
+
+    def __call__(self, value: float) -> float:
+        at = (math.log10(max(value, LOWEST)) - self.low) / (self.high - self.low)
+        return round(100 * min(max(at, 0.0), 1.0), 2)
+
+    @property
+    def ticks(self) -> list[float]:
+        return [10.0**n for n in range(self.low, self.high + 1)]
+
+    @property
+    def labels(self) -> list[float]:
+        """The ticks that are labelled: as many as a phone's width has room for."""
+        every = 1 if self.high - self.low < 5 else 2
+        return [10.0**n for n in range(self.low, self.high + 1) if n % every == 0]
+
+
+def figure(error: float) -> str:
+    """An |e|/B in two digits: 0.047, 0.99, 41, 3e+06."""
+    return f"{error:.2g}" if error < 99.5 else f"{error:.0f}" if error < 1e5 else f"{error:.0e}"
+
+
+def _render(template: str, **facts: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    jinja = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters["figure"] = figure
+    return jinja.get_template(template).render(**facts)
+
+
+def _chips(report: Report, results: Sequence[Result]) -> list[Chip]:
+    """A cell: failures first, then what passed by whose kernel, what is waived, what nobody claims."""
+    passed = [r for r in results if r.verdict == "PASS"]
+    own = sum(r.own for r in passed)
+    count = Counter(r.verdict for r in results)
+    failed = sum(r.failed for r in results)
+    state, mark = ("own", "✓") if report.on_hardware else ("elsewhere", "◐")
+    found = (
+        Chip("failed", "✗", failed, f"{failed} failed of {len(results)}"),
+        Chip(state, mark, own, f"{own} passed by own kernels ({report.place})"),
+        Chip("other", "○", len(passed) - own, f"{len(passed) - own} passed by kernels that are not the chip's"),
+        Chip("waived", "W", count["WAIVED"], f"{count['WAIVED']} waived"),
+        Chip("unclaimed", "–", count["UNCLAIMED"], f"{count['UNCLAIMED']} not claimed"),
+    )
+    return [chip for chip in found if chip.count]
+
+
+def _proofs(report: Report) -> list[tuple[str, int, str]]:
+    """All cases by what they prove: (class, how many, words)."""
+    passed, count = report.passed, Counter(r.verdict for r in report.results)
+    words = {
+        "own": "by the chip's own kernels",
+        "composed": "composed of other ops",
+        "inherited": "by kernels inherited from its base",
+        "fallback": "on another backend",
+    }
+    return [
+        *((status, passed[status], text) for status, text in words.items()),
+        ("failed", len(report.failures), "claimed, and wrong"),
+        ("waived", count["WAIVED"], "with the plugin's reason"),
+        ("unclaimed", count["UNCLAIMED"], "no kernel takes the call"),
+    ]
+
+
+class Error(NamedTuple):
+    """An op's line on the error plot: the worst case by own kernels and by others, and the median."""
+
+    op: str
+    own: float
+    other: float
+    median: float
+    failed: bool
+    token: str
+
+
+def _errors(report: Report) -> Iterator[Error]:
+    """By falling worst error."""
+    found = []
+    for row in report.rows:
+        measured = [r for r in row.results if r.worst > 0]
+        if measured:
+            own, other = (max((r.worst for r in measured if r.own is whose), default=0.0) for whose in (True, False))
+            failed = any(r.failed for r in measured)
+            found.append(Error(row.op, own, other, median(r.worst for r in measured), failed, row.worst.token))
+    return iter(sorted(found, key=lambda e: -max(e.own, e.other)))
+
+
+def _histogram(measured: Sequence[Result], scale: Scale) -> tuple[list[Bar], int, int]:
+    """Cases by their worst error: the bars, the highest one, and how many cases there are."""
+    n = (scale.high - scale.low) * BINS
+    own, other = Counter[int](), Counter[int]()
+    for r in measured:
+        (own if r.own else other)[min(int(scale(r.worst) / 100 * n), n - 1)] += 1
+    bars = [Bar(own[i], other[i]) for i in range(n)]
+    return bars, max((sum(b) for b in bars), default=0), len(measured)

@@ -1,0 +1,166 @@
+"""One case's result, and one op's results together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.discrepancies import named_for
+from porthal.conformance.level import BRING_UP
+from porthal.conformance.verdicts import NEUTRAL, UNTESTED, Judgement
+from porthal.hal import Choice
+
+LARGEST = 1e300  # stands for an infinite figure
+STATUSES = ("own", "inherited", "composed", "fallback", "missing")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case's verdict, and whose kernel it speaks of.
+
+    token     repeats the case; op and dtype (of its first float) are read off it
+    verdict   one of `Verdict`, with its message where it is not PASS, and a note where it is
+    status    whose kernel ran: one of STATUSES; `owner` is the backend that wrote it, `provider` the library behind it
+    worst     the largest |error| / budget, found `at`
+    ratio, z  the ratio to an ideal machine's error, and the bias of the rounding direction
+    seconds   to build, execute and judge
+    foreign   of a composition: the ops in it that are not the chip's own
+    tie       the kernel's declared order of ties
+    waived    what the verdict was before a waiver with this `reason` made it WAIVED
+    """
+
+    token: str
+    op: str
+    dtype: str
+    verdict: str
+    message: str
+    status: str
+    owner: str
+    provider: str
+    worst: float
+    at: str
+    ratio: float
+    z: float
+    note: str
+    seconds: float
+    foreign: tuple[str, ...] = ()
+    tie: str = "lowest"
+    waived: str = ""
+    reason: str = ""
+
+    @classmethod
+    def of(
+        cls, case: Case, judged: Judgement, choice: Choice | None, seconds: float, foreign: tuple[str, ...] = ()
+    ) -> Result:
+        return cls(
+            token=case.token,
+            op=case.op,
+            dtype=next((d for _, d in case.dtypes), "fixed"),
+            verdict=judged.verdict,
+            message=judged.message,
+            status=choice.status if choice else "missing",
+            owner=choice.owner if choice else "",
+            provider=choice.provider if choice else "",
+            worst=_finite(judged.worst),
+            at=judged.at,
+            ratio=_finite(judged.ratio),
+            z=_finite(judged.z),
+            note=judged.note,
+            seconds=round(seconds, 4),
+            foreign=foreign,
+            tie=choice.tie if choice else "lowest",
+        )
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict not in NEUTRAL
+
+    @property
+    def tested(self) -> bool:
+        return self.verdict not in UNTESTED
+
+    @property
+    def own(self) -> bool:
+        """Whether it speaks of the chip alone: its own kernel, or a composition of nothing but these."""
+        return self.status == "own" or (self.status == "composed" and not self.foreign)
+
+    def explain(self) -> str:
+        """The verdict in words."""
+        whose = {
+            "own": f"{self.owner}'s own kernel",
+            "inherited": f"the kernel inherited from {self.owner}",
+            "composed": "the default composition of other ops",
+        }.get(self.status, "no kernel")
+        lines = [f"{self.verdict}: {self.op} by {whose}" + (f" ({self.provider})" if self.provider else "")]
+        if self.message:
+            lines.append(self.message)
+        if self.worst:
+            lines.append(
+                f"The largest error is {self.worst:.3g} of its budget, at {self.at}; "
+                f"all together it is {self.ratio:.3g} times an ideal machine's."
+            )
+        if self.note:
+            lines.append(self.note)
+        lines += [f"Named for discrepancy {d.number}: {d.what} ({d.sources})" for d in named_for(self.token)]
+        if self.waived:
+            lines.append(f"Waived was {self.waived}: {self.reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op's line of the summary."""
+
+    op: str
+    results: Sequence[Result]
+
+    @cached_property
+    def verdicts(self) -> Counter[str]:
+        return Counter(r.verdict for r in self.results)
+
+    @property
+    def failed(self) -> int:
+        return sum(r.failed for r in self.results)
+
+    @property
+    def passed(self) -> int:
+        return self.verdicts["PASS"]
+
+    @property
+    def unclaimed(self) -> int:
+        return self.verdicts["UNCLAIMED"]
+
+    @property
+    def waived(self) -> int:
+        return self.verdicts["WAIVED"]
+
+    @property
+    def whose(self) -> str:
+        """Own first: "12 own, 8 inherited"."""
+        count = Counter(r.status for r in self.results if r.tested)
+        return ", ".join(f"{count[s]} {s}" for s in STATUSES if count[s])
+
+    @property
+    def worst(self) -> Result:
+        return max(self.results, key=lambda r: r.worst)
+
+    @property
+    def seconds(self) -> float:
+        return sum(r.seconds for r in self.results)
+
+
+def _finite(x: float) -> float:
+    """JSON knows neither infinity nor NaN."""
+    return float(np.nan_to_num(x, nan=0.0, posinf=LARGEST, neginf=-LARGEST))
+
+
+def replay_command(token: str, backend: str, level: str = BRING_UP.name, place: str = "hardware") -> str:
+    """The command that repeats a case: same backend, same strictness, same device."""
+    options = "" if level == BRING_UP.name else f" --level {level}"
+    options += " --emulated" if place == "emulated device" else ""
+    return f"porthal replay '{token}' --backend {backend}{options}"

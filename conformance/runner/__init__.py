@@ -1,0 +1,1 @@
+"""Runs: one case checked, many in worker processes, further ones drawn."""

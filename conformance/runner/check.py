@@ -1,0 +1,57 @@
+"""One case: its inputs built, a kernel bound, the call executed, what came back judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import Inputs, build
+from porthal.conformance.execution.bindings import Bindings, Bound
+from porthal.conformance.execution.call import execute
+from porthal.conformance.execution.faults import refusal_of
+from porthal.conformance.execution.outcome import message_of
+from porthal.conformance.judgement.judge import judge, judge_refusal
+from porthal.conformance.level import BRING_UP, level_of
+from porthal.conformance.report.results import Result
+from porthal.conformance.verdicts import Failed, Judgement
+from porthal.hal import Choice, NotClaimed
+
+Returned = Callable[[Mapping[str, Any]], None]  # results in logical form by name
+
+
+def check(
+    case: Case,
+    bindings: Bindings,
+    level: str = BRING_UP.name,
+    inputs: Inputs | None = None,
+    chosen: Callable[[Choice], None] = lambda choice: None,
+    returned: Returned = lambda results: None,
+) -> Result:
+    """One case's verdict. `inputs` take the place of the case's own; `chosen` hears whose kernel it will be before that is
+    called, `returned` the results before they are judged."""
+    started, bound = time.perf_counter(), None
+    try:
+        inputs = inputs or build(case)
+        bound = bindings.bound(inputs, checked=bool(case.fault))
+        chosen(bound.choice)
+        judged = _refused(bound, inputs) if case.fault else _judged(bindings, bound, inputs, level, returned)
+    except NotClaimed as refusal:
+        judged = Judgement("UNCLAIMED", str(refusal))
+    except Failed as failed:
+        judged = failed.judgement
+    except Exception as error:  # the suite's own or the reference's fault: never a statement about the chip
+        judged = Judgement("NOT_JUDGED", message_of(error))
+    choice, foreign = (bound.choice, bound.foreign) if bound else (None, ())
+    return Result.of(case, judged, choice, time.perf_counter() - started, foreign)
+
+
+def _judged(bindings: Bindings, bound: Bound, inputs: Inputs, level: str, returned: Returned) -> Judgement:
+    outcome = execute(bindings, bound, inputs, level_of(level).runs)
+    returned(outcome.results)
+    return judge(inputs, outcome, level, bound.tie)
+
+
+def _refused(bound: Bound, inputs: Inputs) -> Judgement:
+    return judge_refusal(inputs, refusal_of(bound.binding, inputs))

@@ -1,0 +1,118 @@
+"""Runs: the cases of ops on a backend, in worker processes or here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import Inputs
+from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.level import BRING_UP
+from porthal.conformance.report.facts import Facts
+from porthal.conformance.report.journal import Journal
+from porthal.conformance.report.report import Report
+from porthal.conformance.report.results import Result
+from porthal.conformance.runner.check import Returned, check
+from porthal.conformance.runner.workers import Bounds, Pool
+from porthal.hal import Backend, UsageError, contracts, create
+
+Progress = Callable[[int, int, Result], None]
+
+
+def run(
+    backend: str | Backend,
+    ops: Sequence[str] | None = None,
+    level: str = BRING_UP.name,
+    dtypes: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    *,
+    isolate: bool = True,
+    emulated: bool = False,
+    bounds: Bounds | None = None,
+    journal: Path | None = None,
+    resume: bool = False,
+    properties: int = 0,
+    seed: int = 0,
+) -> Report:
+    """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result)` after each.
+
+    A backend given by name runs in worker processes within `bounds`, unless `isolate` is False; an instance runs here.
+    `journal` keeps each verdict as it comes, and with `resume` those already there are not asked for again.
+    `properties` draws that many further cases per op, the same for the same `seed`, and reports the smallest that fails.
+    """
+    known = contracts()
+    for op in ops or ():
+        if op not in known:
+            raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
+    plan = [case for op in ops or known for case in cases(known[op], level, dtypes)]
+    results: dict[str, Result] = {}
+    with ExitStack() as stack:
+        if isinstance(backend, str) and isolate:
+            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan)))
+            facts, judged, one = pool.facts, pool.judged, pool.one
+        else:
+            bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
+            facts = Facts.of(bindings.backend, bindings.providers())
+            one = lambda case: check(case, bindings, level)  # noqa: E731
+            judged = lambda cases: map(one, cases)  # noqa: E731
+        plan = [each for case in plan for each in _through_all(case, facts)]
+        kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
+        if kept:
+            results = {case.token: kept.known[case.token] for case in plan if case.token in kept.known}
+        for result in judged([case for case in plan if case.token not in results]):
+            results[result.token] = result
+            if kept:
+                kept.add(result)
+            if progress:
+                progress(len(results), len(plan), result)
+        drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
+    return Report.of(facts, level, [*(results[case.token] for case in plan), *drawn])
+
+
+def _through_all(case: Case, facts: Facts) -> Iterable[Case]:
+    """The case, and again on the kernel of every further provider that the backend has for its op."""
+    others = () if case.fault else facts.providers.get(case.op, ())[1:]
+    return case, *(case.through(provider) for provider in others)
+
+
+def _drawn(
+    ops: Iterable[str],
+    n: int,
+    seed: int,
+    dtypes: Sequence[str] | None,
+    one: Callable[[Case], Result],
+    progress: Progress | None,
+) -> list[Result]:
+    """Results of property-based cases, op by op."""
+    from porthal.conformance.runner.properties import search  # needs hypothesis
+
+    found: list[Result] = []
+    for at, op in enumerate(names := list(ops)):
+        found += search(contracts()[op], n, one, seed, dtypes)
+        if progress and found:
+            progress((at + 1) * n, len(names) * n, found[-1])
+    return found
+
+
+def replay(
+    call: str | Inputs,
+    backend: str | Backend,
+    level: str = BRING_UP.name,
+    *,
+    isolate: bool = True,
+    emulated: bool = False,
+    returned: Returned = lambda results: None,
+) -> Result:
+    """One case again, bit for bit, by its token or with given inputs; `Result.explain()` says in words what came out.
+
+    Isolated as in `run`. `returned` hears the results, where there are any.
+    """
+    case, inputs = (call.case, call) if isinstance(call, Inputs) else (Case.from_token(call), None)
+    if isinstance(backend, str) and isolate:
+        with Pool(backend, level, emulated, Bounds(), 1) as pool:
+            return pool.one(case, inputs, returned)
+    bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
+    return check(case, bindings, level, inputs, returned=returned)

@@ -1,0 +1,323 @@
+"""Isolation: a backend in processes of its own, each judging one case at a time.
+
+Whatever a kernel does to its process (a segmentation fault, abort, kill, hang, exit, all the memory) costs the case in
+flight and nothing else: that case is CRASH or TIMEOUT, and a fresh worker goes on with the next. A pool that queues
+cases inside its workers could not say which of them was in flight; here each worker holds one, over a pipe of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import Inputs
+from porthal.conformance.cases.legal import FAR, PAST_2G
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.report.facts import Facts
+from porthal.conformance.report.results import Result
+from porthal.conformance.runner.check import Returned, check
+from porthal.conformance.verdicts import Judgement
+from porthal.hal import Choice, PorthalError, Unavailable, UsageError, create
+from porthal.hal.limits import NO_LIMITS
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+START = 120.0  # seconds in which a backend must be ready
+GIB = 2**30
+ADDRESSES = 16  # further GiB for views whose addresses are far apart and hardly touched
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a case may take: seconds, and GiB of memory above what its worker has after its start."""
+
+    workers: int = min(2, os.cpu_count() or 1)
+    timeout: float = 300.0
+    memory: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise UsageError(f"{name} is {value}: expected more than 0")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is to run: a backend, at a level; in a group of `ranks` workers it is the one of this rank."""
+
+    backend: str
+    level: str
+    emulated: bool
+    memory: float
+    rank: int = 0
+    ranks: int = 1
+
+
+# -- in the worker -------------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int) -> None:
+    """Send Facts, then for every case received the chosen kernel, its results if they are wanted, and the Result."""
+    os.set_inheritable(descriptor, False)  # a kernel's own processes must not keep the pipe open
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # one that hangs must not outlive the run
+    faulthandler.enable()
+    pipe = Connection(descriptor)
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+        setup: Setup = pipe.recv()
+        try:
+            bindings = Bindings(create(setup.backend, setup.emulated))
+            facts = Facts.of(bindings.backend, bindings.providers())
+        except PorthalError as error:
+            return pipe.send(error)
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[5]) * resource.getpagesize() / GIB
+        pipe.send(facts)
+        while True:
+            case, inputs, wanted = pipe.recv()
+            _limit_memory(held + setup.memory + ADDRESSES * (case.view in (PAST_2G, FAR)))
+            chosen = lambda c: pipe.send(replace(c, limits=NO_LIMITS))  # noqa: E731
+            returned = pipe.send if wanted else lambda results: None
+            pipe.send(check(case, bindings, setup.level, inputs, chosen, returned))
+
+
+def _limit_memory(gib: float) -> None:
+    """Private memory, not addresses: drivers reserve far more of these than they use."""
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = int(gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+
+
+# -- in the parent -------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process, which answers one message at a time."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.pipe, theirs = Pipe()
+        program = (
+            "import sys; sys.path[:] = sys.argv[2:]; "
+            "from porthal.conformance.runner.workers import serve; serve(int(sys.argv[1]))"
+        )
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program, str(theirs.fileno()), *sys.path],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                env={"OMP_NUM_THREADS": "1", **os.environ},
+                start_new_session=True,  # an interrupt is the parent's business, and a kill takes its children along
+            )
+        self.send(setup)
+
+    def send(self, message: Any) -> None:
+        self.log.seek(0)
+        self.log.truncate()
+        with suppress(BrokenPipeError):  # its death is seen when it is waited for
+            self.pipe.send(message)
+
+    def received(self) -> Iterator[Any]:
+        """What has come in; at last a Judgement where the process is dead."""
+        try:
+            while self.pipe.poll():
+                yield self.pipe.recv()
+        except (EOFError, OSError):
+            yield Judgement("CRASH", self._end())
+
+    def _end(self) -> str:
+        """How the process ended, and the last that it said."""
+        try:
+            code = self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "the worker closed its pipe"
+        names = {-s.value: s.name for s in signal.Signals}
+        how = f"killed by {names.get(code, f'signal {-code}')}" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL:
+            how += ", which is also how a system out of memory ends a process"
+        self.log.seek(0)
+        said = self.log.read()[-10000:].decode(errors="replace")
+        if frames := re.findall(r'File "(.+)", line (\d+) in (\S+)', said)[:3]:  # faulthandler's, innermost first
+            return f"{how} in " + ", called by ".join(f"{name} ({Path(f).name}:{line})" for f, line, name in frames)
+        lines = said.strip().splitlines()
+        return how + (f": {lines[-1].strip()}" if lines else "")
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # stuck in its driver: the system will end it
+            self.process.wait(5)
+        self.pipe.close()
+        self.log.close()
+
+
+class Group:
+    """The workers that run a case together, one per rank, and the case they hold; `case` is None while they start.
+
+    The answer is that of rank 0, unless another rank's process ends or does not answer. Today every case has one rank.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.workers = [Worker(replace(setup, rank=rank)) for rank in range(setup.ranks)]
+        self.case: Case | None = None
+        self._await(START)
+
+    def _await(self, patience: float, returned: Returned | None = None) -> None:
+        self.began, self.patience, self.returned = time.monotonic(), patience, returned
+        self.choice: Choice | None = None
+        self.answers: dict[int, Any] = {}
+
+    @property
+    def pipes(self) -> list[Connection]:
+        """Those of the workers that have not answered yet."""
+        return [worker.pipe for rank, worker in enumerate(self.workers) if rank not in self.answers]
+
+    @property
+    def deadline(self) -> float:
+        return self.began + self.patience
+
+    def give(
+        self, case: Case, patience: float, inputs: Inputs | None = None, returned: Returned | None = None
+    ) -> None:
+        self.case = case
+        self._await(patience, returned)
+        for rank, worker in enumerate(self.workers):
+            worker.send((case, inputs, returned is not None and rank == 0))
+
+    def answer(self) -> Facts | Result | Judgement | PorthalError | None:
+        """What has come of it: a Judgement where a process is dead or out of time, None while there is nothing yet."""
+        for rank, worker in enumerate(self.workers):
+            for message in worker.received() if rank not in self.answers else ():
+                if isinstance(message, Choice):
+                    self.choice = self.choice or message
+                elif isinstance(message, dict):
+                    if self.returned:
+                        self.returned(message)
+                elif isinstance(message, Judgement):
+                    where = f"rank {rank} " if len(self.workers) > 1 else ""
+                    return replace(message, message=where + message.message)
+                else:
+                    self.answers[rank] = message
+                    break
+        if len(self.answers) == len(self.workers):
+            answer: Facts | Result | PorthalError = self.answers[0]
+            return answer
+        if time.monotonic() >= self.deadline:
+            self.close()
+            return Judgement("TIMEOUT", f"no answer within {self.patience:g} s")
+        return None
+
+    def awaited(self) -> Any:
+        """The next answer."""
+        while (message := self.answer()) is None:
+            wait(self.pipes, max(self.deadline - time.monotonic(), 0.0))
+        return message
+
+    def result(self, judged: Judgement) -> Result:
+        """The verdict on the case in flight."""
+        assert self.case is not None
+        return Result.of(self.case, judged, self.choice, time.monotonic() - self.began)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+
+
+class Pool:
+    """The workers of one run, to be closed. Raises Unavailable where the backend does not start, and what it raises there."""
+
+    def __init__(self, backend: str, level: str, emulated: bool, bounds: Bounds, cases: int) -> None:
+        self.setup = Setup(backend, level, emulated, bounds.memory)
+        self.timeout = bounds.timeout
+        self.groups = [Group(self.setup) for _ in range(max(1, min(bounds.workers, cases)))]
+        try:
+            message = self.groups[0].awaited()
+            if isinstance(message, PorthalError):
+                raise message
+            if not isinstance(message, Facts):
+                raise Unavailable(self._does_not_start(message))
+        except BaseException:
+            self.close()
+            raise
+        self.facts = message
+
+    def judged(self, cases: Sequence[Case]) -> Iterator[Result]:
+        """The cases' results as they come; NOT_JUDGED what is left when no worker starts any more."""
+        waiting, why = deque(cases), ""
+        if waiting:
+            self.groups[0].give(waiting.popleft(), self.timeout)
+        while self.groups:
+            for group in [g for g in self.groups if not g.case and not waiting]:
+                self._drop(group)
+            patience = min((g.deadline for g in self.groups), default=0.0) - time.monotonic()
+            wait([pipe for g in self.groups for pipe in g.pipes], max(patience, 0.0))
+            for group in list(self.groups):
+                message = group.answer()
+                if message is None:
+                    continue
+                if group.case:
+                    result = message if isinstance(message, Result) else group.result(message)
+                    yield result
+                    if result.verdict in ("CRASH", "TIMEOUT"):
+                        self._drop(group)
+                        self.groups += [Group(self.setup)] if waiting else []
+                        continue
+                elif not isinstance(message, Facts):
+                    why = self._does_not_start(message)
+                    self._drop(group)
+                    continue
+                group.case = None
+                if waiting:
+                    group.give(waiting.popleft(), self.timeout)
+        for case in waiting:
+            yield Result.of(case, Judgement("NOT_JUDGED", why), None, 0.0)
+
+    def one(self, case: Case, inputs: Inputs | None = None, returned: Returned | None = None) -> Result:
+        """One case's result, from workers that stay for the next; NOT_JUDGED where none start. See `check`."""
+        if not self.groups:
+            self.groups.append(Group(self.setup))
+            if not isinstance(message := self.groups[0].awaited(), Facts):
+                self._drop(self.groups[0])
+                return Result.of(case, Judgement("NOT_JUDGED", self._does_not_start(message)), None, 0.0)
+        group = self.groups[0]
+        group.give(case, self.timeout, inputs, returned)
+        message = group.awaited()
+        result = message if isinstance(message, Result) else group.result(message)
+        group.case = None
+        if result.verdict in ("CRASH", "TIMEOUT"):
+            self._drop(group)
+        return result
+
+    def _does_not_start(self, message: Any) -> str:
+        return f"backend {self.setup.backend!r} does not start: {getattr(message, 'message', message)}"
+
+    def _drop(self, group: Group) -> None:
+        group.close()
+        self.groups.remove(group)
+
+    def close(self) -> None:
+        for group in list(self.groups):
+            self._drop(group)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

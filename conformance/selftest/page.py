@@ -1,0 +1,107 @@
+"""The pages of documentation that the suite writes about itself: docs/self-test.md and docs/discrepancies.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from porthal.conformance.cases.discrepancies import DISCREPANCIES
+from porthal.conformance.selftest.discrepancies import DEFECTS
+from porthal.conformance.selftest.generators import GENERATORS, lacking
+from porthal.conformance.selftest.planting import SCORED, defects
+from porthal.conformance.selftest.run import SEEDS, Score, share
+from porthal.hal import contracts
+
+SELF_TEST_HEAD = """# The suite's own test
+
+How many mistakes the cases of the standard level find when they are planted in right kernels, and how many right kernels they
+accuse. This page is made by `python -m porthal.conformance.selftest.page F`, F that of `porthal self-test --json F`.
+
+{summary}.
+
+A defect is an edit of a kernel's source in Python or C++: one snippet that stands for another. It has to be found in float32
+and in bfloat16 by the cases of its op alone. An honest variant is such an edit, too, but one that the contract permits: another
+order of summation, another rounding, another structure, another instruction set. It must pass at every one of {seeds} seeds.
+
+| op | caught in float32 | in bfloat16 | where dtypes are fixed | honest runs passed | of so many cases |
+|---|---|---|---|---|---|"""
+DISCREPANCIES_HEAD = """# Discrepancies
+
+What went wrong when others brought mixture-of-experts and sparse-attention models to a chip, and what finds it here. This
+page is made by `python -m porthal.conformance.selftest.page discrepancies`.
+
+A case is a token for `porthal replay`; what triggers it is also in the cases that the patterns in italics describe. The
+defect is the same mistake planted in a right kernel: the cases of its row find it, no other standard case of the op does,
+as `python -m porthal.conformance.selftest.discrepancies` verifies. One row against a chip:
+`pytest --porthal-backend=NAME --porthal-level=standard -m "discrepancy(number=17)"`.
+"""
+
+TAIL = """Most of these would have been found by a few variations of any call. The standard level makes them on every op; beside
+them stand NaN in all memory that nothing may read, guard bands around all that a backend allocates, and one mistake of each
+kind that a checked call must refuse.
+"""
+
+
+def self_test(score: Score) -> str:
+    """docs/self-test.md."""
+    known = {d.key: d for d in defects()}
+    lines = [SELF_TEST_HEAD.format(summary=score.summary, seeds=SEEDS)]
+    for op in contracts():
+        mine, honest = [t for t in score.caught if t.op == op], [t for t in score.passed if t.op == op]
+        found = (share([bool(t.token) for t in mine if t.dtype == d]) for d in ("float32", "bfloat16", ""))
+        passed = share([not t.token for t in honest])
+        lines.append(f"| {op} | {' | '.join(found)} | {passed} | {sum(t.cases for t in honest)} |")
+    lines += ["", "## By class", "", "| mistake | caught |", "|---|---|"]
+    kinds: dict[str, list[bool]] = {}
+    for t in score.caught:
+        kinds.setdefault(known[f"{t.op}/{t.name}"].kind, []).append(bool(t.token))
+    lines += [f"| {kind} | {share(kinds[kind])} |" for kind in sorted(kinds)]
+    lines += ["", "## Not scored", "", "| defect | why |", "|---|---|"]
+    lines += [f"| {d.key} | equivalent: {d.equivalent} |" for d in known.values() if d.equivalent]
+    lines += [f"| {d.key}, {' and '.join(set(SCORED) - set(d.dtypes))} | {d.why} |" for d in known.values() if d.why]
+    return "\n".join(lines) + "\n"
+
+
+def discrepancies() -> str:
+    """docs/discrepancies.md."""
+    planted = {d.discrepancy: d.key for d in DEFECTS}
+    count = {s: sum(d.status == s for d in DISCREPANCIES) for s in ("covered", "suite", "open")}
+    lines = [
+        DISCREPANCIES_HEAD,
+        f"Of {len(DISCREPANCIES)}, {count['covered']} are covered by cases and {count['suite']} by tests of the suite itself; "
+        f"{count['open']} are not covered yet.",
+        "",
+        "| # | What went wrong | Seen in | Found by | Defect |",
+        "|---|---|---|---|---|",
+    ]
+    for d in DISCREPANCIES:
+        found = "<br>".join([*(f"`{t}`" for t in d.cases), *(f"*{p.replace('*', chr(92) + '*')}*" for p in d.family)])
+        if d.status == "suite":
+            found = f"`{d.by}`"
+        elif d.status == "open":
+            found = f"not covered yet: needs {d.by}"
+        defect = f"`{planted[d.number]}`" if d.status == "covered" else ""
+        lines.append(f"| {d.number} | {d.what} | {', '.join(map(_linked, d.sources.split(', ')))} | {found} | {defect} |")
+    return "\n".join([*lines, *_variations()]) + "\n"
+
+
+def _variations() -> list[str]:
+    """What is varied on every op, and where it is not."""
+    missing = {op: lacking(op) for op in contracts()}
+    lines = ["", "## On every op", "", TAIL, "| Variation | What it is | Not on |", "|---|---|---|"]
+    for name, generator in GENERATORS.items():
+        without = ", ".join(f"`{op}` ({found[name]})" for op, found in missing.items() if name in found)
+        lines.append(f"| {name} | {generator.__doc__} | {without} |")
+    return lines
+
+
+def _linked(source: str) -> str:
+    name, _, note = source.partition(" ")
+    repository, _, number = name.partition("#")
+    return f"[{name}](https://github.com/{repository}/issues/{number})" + f" {note}" * bool(note)
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1]
+    made = discrepancies() if wanted == "discrepancies" else self_test(Score.from_json(Path(wanted).read_text("utf-8")))
+    print(made, end="")

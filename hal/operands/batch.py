@@ -1,0 +1,177 @@
+"""One step's requests, built on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from porthal.hal.errors import UsageError
+from porthal.hal.operands.operand import Operand, Parts
+
+if TYPE_CHECKING:
+    from porthal.hal.signature import OperandSpec
+
+Ints = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Operand):
+    """One step's requests. The queries are the last `q_len` positions of each request. Logical form: the four fields.
+
+    cu_q         int32 [R+1]  cumulative query rows, starting at 0
+    kv_len       int32 [R]    keys visible to the request's last row, after this step's write; 0 marks a padded request
+    block_table  int32 [R,B]  page ids, -1 tail
+    block_size   slots per page
+
+    Requests that decode (at most 8 query rows) come first. Rejected drafts are dropped by a smaller kv_len next step.
+    `native` is what `backend.plan` made of it, once per step.
+    """
+
+    cu_q: Ints
+    kv_len: Ints
+    block_table: Ints
+    block_size: int
+    native: Any = field(default=None, repr=False)
+
+    @classmethod
+    def build(
+        cls, q_lens: Sequence[int], kv_lens: Sequence[int], tables: Iterable[Sequence[int]], block_size: int
+    ) -> Batch:
+        """From plain lengths and page lists; pages beyond a request's length may be missing."""
+        rows = [list(t) for t in tables]
+        if not len(q_lens) == len(kv_lens) == len(rows):
+            raise UsageError(
+                f"Batch got {len(q_lens)} query lengths, {len(kv_lens)} key lengths and {len(rows)} page lists: "
+                "give one of each per request"
+            )
+        table = np.full((len(rows), max((len(t) for t in rows), default=0)), -1, np.int32)
+        for r, pages in enumerate(rows):
+            table[r, : len(pages)] = pages
+        cu_q = np.concatenate([[0], np.cumsum(np.asarray(q_lens, np.int64))])
+        return cls(cu_q.astype(np.int32), np.asarray(kv_lens, np.int32), table, block_size)
+
+    def __post_init__(self) -> None:
+        for name in ("cu_q", "kv_len", "block_table"):
+            value = getattr(self, name)
+            if not isinstance(value, np.ndarray) or value.dtype != np.int32:
+                kind = getattr(value, "dtype", type(value).__name__)
+                raise UsageError(f"Batch.{name} is {kind}: expected a NumPy int32 array")
+        if self.block_size < 1:
+            raise UsageError(f"Batch.block_size is {self.block_size}: expected at least 1 slot per page")
+        if len(self.cu_q) != self.R + 1 or self.cu_q[0] != 0 or (self.q_len < 0).any():
+            raise UsageError(f"Batch.cu_q is {self.cu_q.tolist()}: expected {self.R + 1} rising counts from 0")
+        if self.block_table.ndim != 2 or len(self.block_table) != self.R:
+            shape = list(self.block_table.shape)
+            raise UsageError(f"Batch.block_table has shape {shape}: expected {self.R} rows of page ids, one per request")
+        short = (self.kv_len != 0) & (self.kv_len < self.q_len)
+        if short.any() or (self.kv_len < 0).any():
+            r = int(np.argmax(short | (self.kv_len < 0)))
+            raise UsageError(
+                f"request {r} has {self.q_len[r]} query rows but kv_len {self.kv_len[r]}: "
+                "kv_len counts the step's own rows too (0 only for a padded request)"
+            )
+        need = -(-self.kv_len // self.block_size)
+        held = np.cumprod(self.block_table >= 0, axis=1).sum(1)  # pages before the first -1
+        if (need > held).any():
+            r = int(np.argmax(need > held))
+            raise UsageError(
+                f"request {r} needs {need[r]} pages for kv_len {self.kv_len[r]}: its block table has {held[r]}"
+            )
+
+    @property
+    def R(self) -> int:
+        return len(self.kv_len)
+
+    @property
+    def T(self) -> int:
+        return int(self.cu_q[-1])
+
+    @cached_property
+    def q_len(self) -> Ints:
+        return np.diff(self.cu_q)
+
+    @cached_property
+    def max_kv(self) -> int:
+        return int(self.kv_len.max(initial=0))
+
+    @cached_property
+    def row_request(self) -> Ints:
+        """int32 [T]: the request each query row belongs to."""
+        return np.repeat(np.arange(self.R, dtype=np.int32), self.q_len)
+
+    @cached_property
+    def positions(self) -> Ints:
+        """int32 [T]: each query row's position in its request; 0 in padded requests."""
+        start = (self.kv_len - self.q_len)[self.row_request]
+        within = np.arange(self.T, dtype=np.int32) - self.cu_q[:-1][self.row_request]
+        return np.where(self.kv_len[self.row_request] > 0, start + within, 0).astype(np.int32)
+
+    @cached_property
+    def visible(self) -> Ints:
+        """int32 [T]: how many positions each query row may look at (its own included); 0 in padded requests."""
+        return np.where(self.kv_len[self.row_request] > 0, self.positions + 1, 0).astype(np.int32)
+
+    @cached_property
+    def slots(self) -> Ints:
+        """int64 [T]: the cache slot each query row is written to; -1 is not written."""
+        page = self.positions // self.block_size
+        if not self.block_table.shape[1]:
+            return np.full(self.T, -1, np.int64)
+        block = self.block_table[self.row_request, page].astype(np.int64)
+        slot = block * self.block_size + self.positions % self.block_size
+        return np.where((self.visible > 0) & (block >= 0), slot, -1)
+
+    @cached_property
+    def last_rows(self) -> Ints:
+        """int32 [R]: the last query row of each request; -1 where it has none."""
+        return np.where(self.q_len > 0, self.cu_q[1:] - 1, -1).astype(np.int32)
+
+    @cached_property
+    def n_decode(self) -> int:
+        """How many leading requests have at most 8 query rows."""
+        long = self.q_len > 8
+        return int(np.argmax(long)) if long.any() else self.R
+
+    def slots_of(self, request: int) -> Ints:
+        """int64 [kv_len]: the cache slots of a request's visible positions, in order."""
+        pos = np.arange(self.kv_len[request], dtype=np.int64)
+        return self.block_table[request].astype(np.int64)[pos // self.block_size] * self.block_size + (
+            pos % self.block_size
+        )
+
+    def with_native(self, native: Any) -> Batch:
+        return replace(self, native=native)
+
+    def leaves(self) -> tuple[Any, ...]:
+        return (self.cu_q, self.kv_len, self.block_table)
+
+    # -- as an operand -----------------------------------------------------------------------------------------------
+
+    def sizes(self, declared: OperandSpec) -> list[tuple[str, int]]:
+        return [*zip(declared.dims, (self.T, self.R, self.max_kv)), ("block_size", self.block_size)]
+
+    @property
+    def dtype(self) -> str:
+        return ""
+
+    def parts(self) -> Parts:
+        return {name: np.asarray(getattr(self, name)) for name in self.names(None)}
+
+    @classmethod
+    def names(cls, spec: None) -> tuple[str, ...]:
+        return ("cu_q", "kv_len", "block_table", "block_size")
+
+    @classmethod
+    def of(cls, spec: None, parts: Mapping[str, Ints]) -> Batch:
+        return cls(parts["cu_q"], parts["kv_len"], parts["block_table"], int(parts["block_size"]))
+
+    def place(self, services: Any) -> Batch:
+        planned: Batch = services.plan(self)
+        return planned
+
+    def carry(self, source: Any, target: Any) -> Batch:
+        return self.with_native(None).place(target)

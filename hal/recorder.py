@@ -1,0 +1,44 @@
+"""Every call that something makes on a binding: for traces, profiles, the parts of composites, diff and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from porthal.hal.abstract import Abstract
+from porthal.hal.binding import Binding, Function, bind
+from porthal.hal.contract import CallSpec, contracts
+
+Heard = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
+
+
+class Recorder:
+    """A wrap for `bind`: tells `heard` of each call before it is made; `path` holds the ops that are being called, outermost
+    first."""
+
+    def __init__(self, heard: Heard = lambda op, args, kwargs: None) -> None:
+        self.heard = heard
+        self.path: list[str] = []
+
+    def __call__(self, op: str, function: Function) -> Function:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.path.append(op)
+            try:
+                self.heard(op, args, kwargs)
+                return function(*args, **kwargs)
+            finally:
+                self.path.pop()
+
+        return call
+
+
+def recorded(run: Callable[[Binding], Any], expand: bool = True) -> list[tuple[str, CallSpec]]:
+    """Every call that `run` makes on a binding without values, in order; with `expand` those inside composites too."""
+    known, calls = contracts(), []
+
+    def heard(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))
+
+    composed = {op: "composed" for op, contract in known.items() if contract.decomposition} if expand else {}
+    run(bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=[Recorder(heard)]))
+    return calls
