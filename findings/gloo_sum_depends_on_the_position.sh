@@ -3,8 +3,8 @@
 # What happens: gloo sums around a ring, and each quarter of the flat buffer starts at another rank, so the order of
 #   the additions depends on the POSITION of the element; and it rounds after every addition, in bf16 too.
 #   256 + 1 + 1 + 1 is 260 in the outer quarters and 256 in the middle ones; in float32 2^24 shows the same. With
-#   random bf16 only two thirds of the elements equal the rounded float32 sum. MAX keeps a NaN only in the quarter of the rank that has it. All ranks agree
-#   bit by bit and runs repeat, so no comparison between ranks or runs finds it.
+#   random bf16 only two thirds of the elements equal the rounded float32 sum. MAX keeps a NaN only in the quarter of
+#   the rank that has it. All ranks agree bit by bit and runs repeat, so no comparison between ranks or runs finds it.
 # Version: torch 2.13.0, gloo, 4 processes.
 # Whom it hurts: tensor parallelism: the same token at another row of the batch gets other logits (batch invariance is
 #   lost in the collective, not in a kernel); bit-by-bit comparison with one rank; a NaN check by all_reduce(MAX).

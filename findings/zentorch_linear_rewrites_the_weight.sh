@@ -44,3 +44,12 @@ sys.exit(0 if ok else "CHANGED: the weight is treated otherwise than described")
 PY
 "$tmp/venv/bin/python" "$tmp/try.py"
 ZENDNNL_MATMUL_WEIGHT_CACHE=0 "$tmp/venv/bin/python" "$tmp/try.py"
+# Seen 2026-11-27:
+#   torch 2.13.0+cpu zentorch 2.13.0.2 weight cache on
+#   256 x 128: the op's largest error 1.5e-05; 100.0% of the weight changed, counter 0 -> 0; torch's linear is now off by 5.1e+01
+#   1024 x 512: the op's largest error 5.3e-05; 100.0% of the weight changed, counter 0 -> 0; torch's linear is now off by 1.2e+02
+#   17 x 33: the op's largest error 0.0e+00; 0.0% of the weight changed, counter 0 -> 0; torch's linear is now off by 0.0e+00
+#   torch 2.13.0+cpu zentorch 2.13.0.2 weight cache off
+#   256 x 128: the op's largest error 1.5e-05; 0.0% of the weight changed, counter 0 -> 0; torch's linear is now off by 0.0e+00
+#   1024 x 512: the op's largest error 5.3e-05; 0.0% of the weight changed, counter 0 -> 0; torch's linear is now off by 0.0e+00
+#   17 x 33: the op's largest error 0.0e+00; 0.0% of the weight changed, counter 0 -> 0; torch's linear is now off by 0.0e+00

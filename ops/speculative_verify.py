@@ -46,13 +46,9 @@ def speculative_verify(
         best = choose(logits[r], 1)[:, 0]
         p = _probabilities(logits[r], temperature[r])
         q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
-        kept = 0
-        while kept < n and (
-            draft[r, kept] == best[kept]
-            if greedy
-            else u[r, kept] * q[kept, draft[r, kept]] < p[kept, draft[r, kept]]
-        ):
-            kept += 1
+        at = np.arange(n), draft[r]
+        accepted = draft[r] == best[:n] if greedy else u[r, :n] * q[at] < p[at]
+        kept = int(np.argmin([*accepted, False]))
         tokens[r, :kept] = draft[r, :kept]
         tokens[r, kept] = best[kept] if greedy else _draw(_residual(p, q, kept), u[r, n])
     return tokens

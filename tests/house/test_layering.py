@@ -14,6 +14,9 @@ LINE = ("hal", "ops", "model", "conformance", "bench", "cli")
 ROOMS = (*LINE, "backends")
 MAY_IMPORT = {room: set(LINE[: i + 1]) for i, room in enumerate(LINE)} | {"backends": {"hal", "backends"}}
 BY_NAME = {"hal": {"backends", "ops"}}  # hal finds chips and contracts by listing their folders
+CONFORMANCE = ("cases", "execution", "judgement", "report", "runner", "diff", "selftest")  # its rooms, from left to right
+# Methods that hand over to what is written with their class.
+SHORTCUTS = (("porthal.model.glm5", "porthal.model.generate"), ("porthal.hal.contract", "porthal.hal.binding"))
 EDITED = "selftest/"  # of conformance: plants defects in backends' sources, so it names them
 ARRAYS_IN_MODEL = {"config.py", "checkpoint.py", "tokens.py", "demo/corpus.py", "demo/train.py"}  # files, and scripts
 
@@ -100,6 +103,75 @@ def test_imports_follow_the_line(room):
 def test_the_rule_itself(room, path, source, why):
     (found,) = imports(source)
     assert objection(room, path, found) == why
+
+
+def modules(folder: Path, package: str) -> dict[str, Path]:
+    """The modules of a folder by their full names."""
+    found = {}
+    for file in folder.rglob("*.py"):
+        parts = file.relative_to(folder).with_suffix("").parts
+        found[".".join((package, *(p for p in parts if p != "__init__")))] = file
+    return found
+
+
+def graph(known: dict[str, Path]) -> dict[str, set[str]]:
+    """Module -> the modules among these that it imports, also inside functions; for types alone does not count."""
+    return {
+        name: {t for t in _targets(file.read_text(encoding="utf-8")) if t in known and t != name}
+        for name, file in known.items()
+    }
+
+
+def _targets(source: str) -> Iterator[str]:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """The groups of modules that reach one another."""
+    reach = {name: set(targets) for name, targets in arrows.items()}
+    for middle in reach:
+        for name in reach:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return [c for c in {frozenset(b for b in reach if b in reach[a] and a in reach[b]) for a in reach} if c]
+
+
+def backward(arrows: dict[str, set[str]]) -> list[str]:
+    """Imports between rooms of conformance that do not point left."""
+    room = {name: parts[2] for name in arrows if len(parts := name.split(".")) > 3}
+    order = {name: CONFORMANCE.index(r) for name, r in room.items()}
+    return [f"{a} imports {b}" for a in order for b in arrows[a] if b in order and order[b] > order[a]]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_imports_run_in_a_circle(room):
+    arrows = graph(modules(ROOT / room, f"porthal.{room}"))
+    packages = {name for name in arrows if (ROOT / name.removeprefix("porthal.").replace(".", "/")).is_dir()}
+    arrows = {name: targets - packages for name, targets in arrows.items()}  # a package's __init__ names its files
+    for name, target in SHORTCUTS:
+        arrows.get(name, set()).discard(target)
+    assert circles(arrows) == []
+
+
+def test_the_rooms_of_conformance_form_a_line():
+    folders = {path.name for path in (ROOT / "conformance").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(CONFORMANCE)
+    assert backward(graph(modules(ROOT / "conformance", "porthal.conformance"))) == []
+
+
+def test_a_circle_and_a_step_back_would_be_seen():
+    a, b = "porthal.conformance.cases.a", "porthal.conformance.judgement.b"
+    assert backward({a: {b}, b: set()}) == [f"{a} imports {b}"]
+    assert backward({a: set(), b: {a}}) == []
+    assert circles({a: {b}, b: {a}, "c": {a}}) == [{a, b}]
+    assert set(_targets("if TYPE_CHECKING:\n    from x import y\ndef f():\n    from p.q import r")) == {"p.q", "p.q.r"}
 
 
 def test_hal_needs_numpy_alone():

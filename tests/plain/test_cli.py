@@ -102,10 +102,10 @@ def test_backends_lists_all_and_marks_the_first_available(run):
 
 
 def test_backends_names_the_rule(run, monkeypatch):
-    assert "by the first available in this order" in run("backends")[1]
+    assert run("backends")[1].endswith(" (the first available in this order)\n")
     monkeypatch.setenv("PORTHAL_BACKEND", "reference")
     _, out, _ = run("backends")
-    assert out.endswith("* is selected: reference, by PORTHAL_BACKEND\n")
+    assert out.endswith("* is selected: reference (PORTHAL_BACKEND)\n")
     assert [line.split()[1] for line in out.splitlines() if line.startswith("*  ")] == ["reference"]
 
 

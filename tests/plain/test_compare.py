@@ -105,7 +105,7 @@ HEAD = f'{{"schema": {SCHEMA}, "results": '
 
 def command(capsys, *args):
     with pytest.raises(SystemExit) as left:
-        app(["compare", *map(str, args)], prog_name="porthal")
+        app([*map(str, args)], prog_name="porthal")
     return left.value.code or 0, *capsys.readouterr()
 
 
@@ -113,7 +113,7 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
     a, b, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "page.html"
     a.write_text(fine.json())
     b.write_text(rough.json())
-    code, out, err = command(capsys, a, b, "--html", page)
+    code, out, err = command(capsys, "compare", a, b, "--html", page)
     assert (code, err) == (0, "")
     assert re.search(r"^rms_norm +bring-up .* fine$", out, re.M) and "fine leads in 2" in out
     text = page.read_text()
@@ -139,7 +139,7 @@ def test_a_missing_or_damaged_file_gets_one_sentence(capsys, tmp_path, fine, tex
     a.write_text(fine.json())
     if text is not None:
         b.write_bytes(text if isinstance(text, bytes) else text.encode())
-    code, out, err = command(capsys, a, b)
+    code, out, err = command(capsys, "compare", a, b)
     assert (code, out) == (2, "")
     assert err.startswith("porthal: " + sentence.format(b)) and err.count("\n") == 1
 
@@ -204,7 +204,7 @@ def test_junit_has_a_testcase_per_case_and_the_command_in_failures(rough):
 
 def test_the_command_writes_junit(capsys, tmp_path):
     file = tmp_path / "report.xml"
-    code, _, _ = command(capsys, "--backend", "reference", "--op", "take_rows", "--junit", file, "--workers", 1)
+    code, _, _ = command(capsys, "conform", "--backend", "reference", "--op", "take_rows", "--junit", file, "--workers", 1)
     assert code == 0 and len(ElementTree.parse(file).findall("testsuite/testcase")) > 10
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from html import escape as html_escape
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 
@@ -240,7 +241,12 @@ def test_table_names_each_failure_and_its_command(failed):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(failed.table())
     text = console.export_text()
-    assert len(re.findall(r"porthal replay 'add,.*' --backend made", text)) == len(failed.failures)
+    shown = re.findall(r"porthal replay '(add,.*)' --backend made", text)
+    counted = [int(n) for n in re.findall(r"and (\d+) more of add like these", text)]
+    causes = [[r.token for r in cause] for cause in failed.causes]
+    assert shown == [token for cause in causes for token in cause[:3]]
+    assert counted == [len(cause) - 3 for cause in causes if len(cause) > 3] and max(counted) > 3
+    assert len(shown) + sum(counted) == len(failed.failures)
     assert "own" in text and "hardware" in text
 
 
@@ -248,7 +254,9 @@ def test_page_stands_alone(failed):
     page = failed.html()
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
     assert "prefers-color-scheme" in page and 'name="viewport"' in page
-    assert page.count("<details>") == len(failed.failures) > 0
+    causes = [len(cause) for cause in failed.causes]
+    assert page.count("<details>") == sum(min(n, 3) + (n > 3) for n in causes) > 0
+    assert all(html_escape(failed.replay(r)).replace("&#x27;", "&#39;") in page for r in failed.failures)
     assert "porthal replay &#39;add,T=" in page
     assert "failed of" in page and "passed" in page
 

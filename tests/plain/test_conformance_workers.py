@@ -38,9 +38,9 @@ PROGRAM = [sys.executable, "-c", "from porthal.cli import main; main()"]
 DEADLY = """
     import ctypes, os, signal, sys, time, zlib
     import numpy as np
-    from porthal.hal import Backend
+    from porthal.backends.reference.backend import Reference
 
-    class Chip(Backend):
+    class Chip(Reference):
         def add(self, a, b):
             deed = {deeds}.get(zlib.crc32(a.tobytes()))
             if deed:
@@ -162,7 +162,7 @@ def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
 def test_what_gave_no_result_is_saved_without_one(
     deadly: dict[str, str], deed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("porthal.conformance.runner.workers.Bounds", partial(Bounds, timeout=3))
+    monkeypatch.setattr("porthal.conformance.runner.run.Bounds", partial(Bounds, timeout=3))
     token = next(t for t, d in deadly.items() if d == deed)
     file = tmp_path / "case.npz"
     said = (
@@ -216,13 +216,13 @@ def test_what_is_left_when_no_worker_starts_any_more_is_not_judged(install: Any,
         f"""
         import os
         from pathlib import Path
-        from porthal.hal import Backend
+        from porthal.backends.reference.backend import Reference
 
         Path({str(tmp_path / "starts")!r}).open("a").write("x")
         if Path({str(tmp_path / "starts")!r}).stat().st_size > 1:
             os._exit(9)
 
-        class Chip(Backend):
+        class Chip(Reference):
             def add(self, a, b):
                 if len(a) == 17:
                     os.abort()
@@ -298,9 +298,9 @@ def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
         f"""
         import time, zlib
         from pathlib import Path
-        from porthal.hal import Backend
+        from porthal.backends.reference.backend import Reference
 
-        class Chip(Backend):
+        class Chip(Reference):
             def add(self, a, b):
                 Path({str(calls)!r}).open("a").write(f"{{zlib.crc32(a.tobytes())}} ")
                 if zlib.crc32(a.tobytes()) == {later} and Path({str(flag)!r}).exists():
@@ -351,7 +351,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
             run("reference", ["select_rows"], journal=other, resume=True)
     rubbish = tmp_path / "report.json"
     rubbish.write_text("[1]\n")
-    with pytest.raises(UsageError, match=r"report\.json is no journal of a conformance run"):
+    with pytest.raises(UsageError, match=r"report\.json is not the journal of a conformance run"):
         run("reference", ["select_rows"], journal=rubbish, resume=True)
     assert rubbish.read_text() == "[1]\n"
 

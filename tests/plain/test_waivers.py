@@ -149,9 +149,9 @@ def plugin(tmp_path):
     (package / "__init__.py").write_text("requires = ()\n")
     (package / "backend.py").write_text(
         dedent("""
-        from porthal.hal import Backend
+        from porthal.backends.reference.backend import Reference
 
-        class Waived(Backend):
+        class Waived(Reference):
             def add(self, a, b):
                 return a + b if len(a) <= 16 else a - b
         """)
