@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test lint types sdist-check demo clean
+.PHONY: help test test-plain test-torch quick proof lint types sdist-check demo clean
 
 PYTHON ?= python3
 built_from := pyproject.toml CMakeLists.txt $(shell find backends -path '*/native/*' -type f)
@@ -19,17 +19,31 @@ help:           ## what can be made
 	.venv-demo/bin/pip install -e .
 	touch $@
 
-# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart. One thread: the
-# tests' matrices are so small that a second one costs more than it brings.
-test: export OMP_NUM_THREADS = 1
+# One thread in each process: the tests' matrices are so small that a second one costs more than it brings.
+test-plain test-torch quick proof: export OMP_NUM_THREADS = 1
+
+# Two processes side by side, each of which takes half of the time; what they print comes when they are done.
 test: lint types  ## lint, types and all tests
-	.venv/bin/pytest tests/house tests/plain tests/native tests/torch tests/browser
+	@$(MAKE) -j2 --output-sync=target --no-print-directory test-plain test-torch
+
+test-plain: .venv/ready
+	.venv/bin/pytest tests/house tests/quick tests/plain
+
+# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
+test-torch: .venv/ready
+	.venv/bin/pytest tests/native tests/torch tests/browser
 	.venv/bin/pytest tests/emulated
+
+quick: .venv/ready  ## what each commit must pass, within a minute
+	.venv/bin/pytest tests/house tests/quick
+
+proof: .venv/ready  ## what is slow and seldom tells: into tests/proof/results.json, which `make test` holds to the sources
+	.venv/bin/pytest tests/proof
 
 lint: .venv/ready  ## ruff
 	.venv/bin/ruff check .
 
-types: .venv/ready  ## mypy, strict, on hal and ops
+types: .venv/ready  ## mypy, strict
 	.venv/bin/mypy
 
 sdist-check: .venv/ready  ## sdist, the wheel built from it, and what that wheel installs

@@ -64,3 +64,10 @@ for name, broken in (("FP8_DEFAULT_CFG", True), ("FP8_PER_CHANNEL_PER_TOKEN_CFG"
 print("# as described" if ok else "# CHANGED: zeros are packed otherwise than described")
 sys.exit(not ok)
 PY
+# Seen 2026-11-27:
+#   # torch 2.13.0+cpu torchao 0.18.0 nvidia-modelopt 0.47.0 transformers 5.24.0
+#   # torchao Float8WeightOnlyConfig: zero row has scale 0, code 0xff, output nan; its neighbour 0.316
+#   # torchao Int8WeightOnlyConfig: zero row has scale 1.19e-07, code 0x0, output 0.0; its neighbour -0.668
+#   # modelopt FP8_DEFAULT_CFG: simulated model finite: True; exported zero weight: scale 0.0, 100% NaN
+#   # modelopt FP8_PER_CHANNEL_PER_TOKEN_CFG: simulated model finite: True; exported zero weight: scale 1.0, 0% NaN
+#   # as described

@@ -70,7 +70,7 @@ class Binding:
         if self.choices[spec.op].status == "composed":
             op, operand = contracts()[spec.op].weights[spec.operand]
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
-        return vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)  # type: ignore[no-any-return]
+        return vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
 
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,15 @@ INTEGERS = ("int8", "uint8", "int32", "int64", "bool")
 
 def dtype(x: Any) -> str:
     """The canonical name of an array's dtype, "bfloat16" for NumPy (ml_dtypes) and torch alike."""
-    return str(x.dtype).removeprefix("torch.")
+    return _name(x.dtype)
 
 
+@cache
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of a canonical name; bfloat16 and float8 come from ml_dtypes, imported on first use."""
     if name in _EXTENSION:
@@ -57,23 +64,27 @@ def widen(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def narrow(x: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """Round float64 once, to nearest even, to the named dtype (ml_dtypes' own cast to bfloat16 rounds twice)."""
+    """Round float64 once, to nearest even, to the named dtype (ml_dtypes' own casts go through float32 and round twice)."""
     if dtype(x) == name:
         return x
-    if name != "bfloat16":
-        with np.errstate(over="ignore", invalid="ignore"):
-            return x.astype(numpy_dtype(name))
-    return _bfloat16_bits(x).view(numpy_dtype("bfloat16"))
+    with np.errstate(over="ignore", invalid="ignore"):
+        if name == "bfloat16":
+            return _bfloat16_bits(x).view(numpy_dtype("bfloat16"))
+        return (_rounded_to_odd(x) if name in _EXTENSION else x).astype(numpy_dtype(name))
+
+
+def _rounded_to_odd(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """float32 whose last bit says whether anything was lost, so that rounding it again is rounding once."""
+    single = np.ascontiguousarray(x, dtype=np.float32)
+    inexact = np.abs(single.astype(np.float64)) - np.abs(x)
+    bits = single.view(np.uint32).copy()
+    bits -= (inexact > 0).astype(np.uint32)  # step back where the cast rounded away from zero
+    bits |= (inexact != 0) & ~np.isnan(inexact)
+    return bits.view(np.float32).reshape(x.shape)
 
 
 def _bfloat16_bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        single = np.ascontiguousarray(x, dtype=np.float32)
-        inexact = np.abs(single.astype(np.float64)) - np.abs(x)
-    bits = single.view(np.uint32).copy()
-    # Round to odd into float32: step back where the cast rounded away from zero, then mark what was lost in the last bit.
-    bits -= (inexact > 0).astype(np.uint32)
-    bits |= (inexact != 0) & ~np.isnan(inexact)
+    bits = _rounded_to_odd(x).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
     return np.asarray(np.where(np.isnan(x), quiet_nan, rounded).astype(np.uint16).reshape(x.shape))

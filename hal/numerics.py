@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -158,22 +160,23 @@ def choose(scores: Array, k: int) -> Array:
 
 def _contract(subscripts: str, a: Array, b: Array) -> Array:
     """einsum of two operands through matmul, which is BLAS also when there are batch axes."""
+    to_a, to_b, back, batch, free, summed = _axes(subscripts)
+    a, b = a.transpose(to_a), b.transpose(to_b)
+    shared, rows, inner = a.shape[:batch], a.shape[batch : batch + free], prod(a.shape[batch + free :])
+    columns = b.shape[batch + summed :]
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = a.reshape(*shared, prod(rows), inner) @ b.reshape(*shared, inner, prod(columns))
+    return value.reshape(shared + rows + columns).transpose(back)
+
+
+@cache
+def _axes(subscripts: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, int]:
+    """How the axes of two operands are ordered for matmul, and those of its result; how many are shared, free in the first
+    operand, and summed."""
     (sa, sb), out = (s.strip() for s in subscripts.split("->")[0].split(",")), subscripts.split("->")[1].strip()
     batch = [s for s in sa if s in sb and s in out]
     summed = [s for s in sa if s in sb and s not in out]
     free_a, free_b = ([s for s in x if s not in batch and s not in summed] for x in (sa, sb))
-    size = dict(zip(sa + sb, a.shape + b.shape))
-
-    def count(axes: list[str]) -> int:
-        return int(np.prod([size[s] for s in axes], dtype=np.int64))
-
-    left = a.transpose([sa.index(s) for s in batch + free_a + summed]).reshape(
-        *(size[s] for s in batch), count(free_a), count(summed)
-    )
-    right = b.transpose([sb.index(s) for s in batch + summed + free_b]).reshape(
-        *(size[s] for s in batch), count(summed), count(free_b)
-    )
-    with np.errstate(invalid="ignore", over="ignore"):
-        value = (left @ right).reshape([size[s] for s in batch + free_a + free_b])
     axes = batch + free_a + free_b
-    return value.transpose([axes.index(s) for s in out])
+    to_a, to_b = (sa.index(s) for s in batch + free_a + summed), (sb.index(s) for s in batch + summed + free_b)
+    return tuple(to_a), tuple(to_b), tuple(axes.index(s) for s in out), len(batch), len(free_a), len(summed)

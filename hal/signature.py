@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from porthal.hal.errors import UsageError
 from porthal.hal.operands import KINDS
@@ -123,11 +124,10 @@ def _operand(part: str, text: str) -> OperandSpec:
 def evaluate(dim: str, env: Mapping[str, int]) -> int:
     """The value of a dim expression; KeyError names the first unbound symbol."""
     total = 0
-    for term in dim.split("+"):
+    for term in _terms(dim):
         product = 1
-        for factor in term.split("*"):
-            factor = factor.strip()
-            product *= int(factor) if factor.isdigit() else env[factor]
+        for factor in term:
+            product *= env[factor] if isinstance(factor, str) else factor
         total += product
     return total
 
@@ -140,13 +140,21 @@ def unify(dim: str, value: int, env: dict[str, int]) -> bool:
     if len(unknown) > 1:
         raise KeyError(unknown[0])
     name = unknown[0]
-    low = evaluate(dim, {**env, name: 0})
-    step = evaluate(dim, {**env, name: 1}) - low
-    if step <= 0 or (value - low) % step or value < low:
+    low, high = (0, 1) if name == dim else (evaluate(dim, {**env, name: n}) for n in (0, 1))
+    step = high - low
+    if step <= 0 or value < low or (value - low) % step:
         return False
     env[name] = (value - low) // step
     return True
 
 
+@cache
 def symbols(dim: str) -> tuple[str, ...]:
-    return tuple(s for s in re.split(r"[+*\s]+", dim) if s and not s.isdigit())
+    return tuple(factor for term in _terms(dim) for factor in term if isinstance(factor, str))
+
+
+@cache
+def _terms(dim: str) -> tuple[tuple[int | str, ...], ...]:
+    """A sum of products: its factors, each a number or a symbol."""
+    factors = ((factor.strip() for factor in term.split("*")) for term in dim.split("+"))
+    return tuple(tuple(int(f) if f.isdigit() else f for f in term) for term in factors)

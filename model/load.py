@@ -67,13 +67,19 @@ def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> dic
     large = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), min(longest, 4096), longest))
     merged: dict[str, dict[CallSpec, None]] = {}
     for (op, low), (_, high) in zip(small, large):
-        dims = {k: (v, high.dims[k]) if high.dims[k] != v else v for k, v in low.dims.items()}
+        dims = {k: _span(v, high.dims[k]) for k, v in low.dims.items()}
         merged.setdefault(op, {})[CallSpec(dims, low.dtypes, low.attrs, low.schemes)] = None
     forward = set(merged)  # the step covers these over their whole range
     for op, spec in recorded(generated):
         if op not in forward:
             merged.setdefault(op, {})[spec] = None
     return {op: list(specs) for op, specs in merged.items()}
+
+
+def _span(low: int | tuple[int, int], high: int | tuple[int, int]) -> int | tuple[int, int]:
+    """The range from one call's size to another's, or their one size."""
+    assert isinstance(low, int) and isinstance(high, int)  # no ranges in a call
+    return (low, high) if high != low else low
 
 
 def _blank(config: Config, ops: Binding, dtype: str, block_size: int) -> Glm5:

@@ -1,4 +1,4 @@
-"""The tiny checkpoints, written once per session, and their models on the reference backend."""
+"""The tiny checkpoints, written once per session, and their models on the reference backend; what the session cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import pytest
 
 import porthal
 from porthal.model import Glm5, load
+from tests.budgets import Account
 from tests.oracles import tiny
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Account(), "account")
 
 
 @pytest.fixture(scope="session", autouse=True)

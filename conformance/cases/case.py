@@ -109,7 +109,7 @@ class Case:
                 raise UsageError(f"case token part {part!r} is for {RESERVED[word]}, which this porthal does not test yet")
             else:
                 raise UsageError(f"case token part {part!r} says nothing about {op}: copy the token from a report")
-        case = cls(op, seed=int(parts[-1]), **{k: tuple(v) for k, v in found.items()}, **named)
+        case = cls(op, seed=int(parts[-1]), **(named | {k: tuple(v) for k, v in found.items()}))
         why = refusal(case)
         if not why and (n := elements(case)) > LARGEST["elements"]:
             why = f"it holds {n} numbers, expected at most {LARGEST['elements']}"

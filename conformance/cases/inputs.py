@@ -51,7 +51,7 @@ def build(case: Case) -> Inputs:
     for operand in contract.signature.of_kind("Batch"):
         assert batch
         sizes |= dict(zip(operand.dims, (batch.T, batch.R, batch.max_kv)))
-    operands = {
+    operands: dict[str, Any] = {
         o.name: None if o.name in case.absent else MAKERS[o.kind](case, o, sizes, batch) for o in contract.signature.operands
     }
     if contract.hidden:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from threading import Barrier, BrokenBarrierError
@@ -109,7 +109,8 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
         if watch and name not in mutated:
             watches.append(watch)
     _meet(abreast)
-    with nullcontext([]) if abreast else poisoned(binding.backend) as blocks:
+    memory: AbstractContextManager[list[Watch]] = nullcontext([]) if abreast else poisoned(binding.backend)
+    with memory as blocks:
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
     held = contract.named(out)
     if lacking := [name for name, value in held.items() if value is None]:

@@ -47,12 +47,13 @@ class Distant:
 
     def placed(self, value: Pages | Weight) -> Pages | Weight:
         """A cache or an expert weight with what is in use at its far end."""
-        spec = value.spec
         try:
             if isinstance(value, Weight):
-                far = np.zeros((self.experts + spec.shape[0], *spec.shape[1:]), value.native.dtype)
+                shape = value.spec.shape
+                far = np.zeros((self.experts + shape[0], *shape[1:]), value.native.dtype)
                 far[self.experts :] = value.native
-                return self.binding.prepare(replace(spec, shape=far.shape), lambda index: far[index])
+                return self.binding.prepare(replace(value.spec, shape=far.shape), lambda index: far[index])
+            spec = value.spec
             whole = self.binding.alloc_pages(replace(spec, n_blocks=self.pages + spec.n_blocks))
         except (MemoryError, RuntimeError) as error:
             raise NotClaimed(f"2^31 elements find no room on {self.binding.backend}: {error}") from None

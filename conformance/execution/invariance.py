@@ -30,6 +30,7 @@ def disturbed(inputs: Inputs) -> tuple[Inputs, Array] | None:
     contract, batch = inputs.contract, inputs.batch
     rows = _rows(contract)
     count = batch.T if batch else inputs.spec.dims.get(rows, 0)
+    assert isinstance(count, int)  # no ranges in a call
     if not rows or inputs.case.view or not 1 <= count <= LARGEST:
         return None
     operands = dict(inputs.operands)

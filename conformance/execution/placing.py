@@ -131,9 +131,9 @@ def poisoned(backend: Backend) -> Iterator[list[Watch]]:
     """While it lasts, `backend.empty` gives poisoned memory between poisoned margins."""
     blocks: list[Watch] = []
 
-    def empty(shape: tuple[int, ...], kind: str) -> Any:
+    def empty(shape: tuple[int, ...], dtype: str) -> Any:
         n = prod(shape)
-        before = filled((n + 2 * MARGIN,), kind)
+        before = filled((n + 2 * MARGIN,), dtype)
         whole = backend.from_numpy(before.copy())
         blocks.append(Watch("memory beside an output", whole, {"": before}, slice(MARGIN, MARGIN + n)))
         return whole[MARGIN : MARGIN + n].reshape(shape)

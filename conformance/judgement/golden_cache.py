@@ -28,6 +28,8 @@ from porthal.hal import Operand
 from porthal.hal.dtypes import dtype
 
 LIMIT = 2**32  # bytes of all entries
+IN_MEMORY = 2**26  # bytes that a process keeps at hand, and
+IN_MEMORY_EACH = 2**20  # of one entry
 SLICE = 2**28  # bytes written between two looks at the limit
 WORTH = 0.02  # seconds of computing, for an entry and again for each MiB of it, below which reading is no gain
 Arrays = dict[str, Array]
@@ -42,8 +44,24 @@ def folder() -> Path:
 
 
 def recall(inputs: Inputs, part: str, compute: Callable[[], Arrays]) -> Arrays:
-    """What `compute` gives for these inputs, read where it has been kept before."""
-    file = folder() / f"{key(inputs, part)}.npz"
+    """What `compute` gives for these inputs, taken from memory or disk where it has been kept before; not to be written."""
+    name = key(inputs, part)
+    if name not in _memory:
+        found = _from_disk(folder() / f"{name}.npz", compute)
+        if (size := _size(found)) > IN_MEMORY_EACH:
+            return found
+        while _memory and sum(map(_size, _memory.values())) + size > IN_MEMORY:
+            del _memory[next(iter(_memory))]
+        for array in found.values():
+            array.flags.writeable = False
+        _memory[name] = found
+    return _memory[name]
+
+
+_memory: dict[str, Arrays] = {}  # the oldest first
+
+
+def _from_disk(file: Path, compute: Callable[[], Arrays]) -> Arrays:
     with suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         with np.load(file) as kept:  # checks each array's checksum; objects are refused
             found = dict(kept)
@@ -51,10 +69,13 @@ def recall(inputs: Inputs, part: str, compute: Callable[[], Arrays]) -> Arrays:
         return found
     started = time.process_time()
     found = compute()
-    size = sum(array.nbytes for array in found.values())
-    if time.process_time() - started > WORTH * (1 + size / 2**20):
+    if time.process_time() - started > WORTH * (1 + _size(found) / 2**20):
         _keep(file, found)
     return found
+
+
+def _size(arrays: Arrays) -> int:
+    return sum(array.nbytes for array in arrays.values())
 
 
 def key(inputs: Inputs, part: str) -> str:
@@ -64,7 +85,7 @@ def key(inputs: Inputs, part: str) -> str:
     digest.update(repr((*facts, _sources(inputs.contract.reference))).encode())
     for name, array in _arrays(inputs):
         digest.update(f"{name} {dtype(array)} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -97,7 +118,7 @@ def _keep(file: Path, arrays: Arrays) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
             try:
-                np.savez(out, **arrays)
+                np.savez(out, **arrays)  # type: ignore[arg-type]  # for its stub a name may be allow_pickle
                 out.close()
                 os.replace(out.name, file)
             except BaseException:

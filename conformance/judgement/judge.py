@@ -165,9 +165,9 @@ def judge_floats(
     if exactly_judged(inputs, g):
         differs = bits(y) != bits(rounded) if inputs.contract.exact else y != rounded
         if differs.any():
-            at = _first(differs)
-            what = f"{name}{at} is {y[tuple(at)]}, expected exactly {rounded[tuple(at)]}"
-            raise Failed("FAIL_VALUE", what, at=f"{name}{at}")
+            first = _first(differs)
+            what = f"{name}{first} is {y[tuple(first)]}, expected exactly {rounded[tuple(first)]}"
+            raise Failed("FAIL_VALUE", what, at=f"{name}{first}")
         return Judgement("PASS", at=name)
     wide, ideal = widen(y), widen(rounded)
     with np.errstate(invalid="ignore"):

@@ -87,7 +87,7 @@ class Measure:
 
     def _zeros(self, y: Array, least: float) -> float:
         there = np.abs(self.ideal) > np.maximum(tiny(self.kind), self.sigma * least)
-        return np.count_nonzero(there & (y == 0)) / max(np.count_nonzero(there), SAMPLES)
+        return np.count_nonzero(there & (y == 0)) / max(int(np.count_nonzero(there)), SAMPLES)
 
 
 def tiny(kind: str) -> float:

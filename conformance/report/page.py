@@ -29,7 +29,7 @@ class Chip(NamedTuple):
 
     state: str
     mark: str
-    count: int
+    cases: int
     words: str
 
 
@@ -126,7 +126,7 @@ def _chips(report: Report, results: Sequence[Result]) -> list[Chip]:
         Chip("waived", "W", count["WAIVED"], f"{count['WAIVED']} waived"),
         Chip("unclaimed", "–", count["UNCLAIMED"], f"{count['UNCLAIMED']} not claimed"),
     )
-    return [chip for chip in found if chip.count]
+    return [chip for chip in found if chip.cases]
 
 
 def _proofs(report: Report) -> list[tuple[str, int, str]]:

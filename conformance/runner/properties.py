@@ -84,7 +84,7 @@ class _Found(Exception):
 def calls(draw: Any, contract: Contract) -> Case:
     """Any legal call of an op, of moderate size; shrinks to few rows, sizes of 1, default values, no view."""
     signature, facts = contract.signature, {}
-    batch = block_size = None
+    batch, block_size = None, 0
     if signature.of_kind("Batch") or signature.of_kind("Pages"):
         block_size = draw(st.sampled_from(PAGE_SIZES))
     if signature.of_kind("Batch"):
@@ -113,7 +113,7 @@ def calls(draw: Any, contract: Contract) -> Case:
         tuple(recipes),
         tuple(name for group in absences(contract) if draw(st.booleans()) for name in group),
         "+".join("/".join(map(str, r if r.shared else r[:2])) for r in batch or ()),
-        block_size or 0,
+        block_size,
         draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
     )
     overflows = "float16" in dict(case.dtypes).values() and any(r in ONE_SIGN for _, r in recipes)

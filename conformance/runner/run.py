@@ -49,6 +49,8 @@ def run(
             raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
     plan = [case for op in ops or known for case in cases(known[op], level, dtypes)]
     results: dict[str, Result] = {}
+    one: Callable[[Case], Result]
+    judged: Callable[[Sequence[Case]], Iterable[Result]]
     with ExitStack() as stack:
         if isinstance(backend, str) and isolate:
             pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan)))

@@ -230,9 +230,9 @@ class Group:
             wait(self.pipes, max(self.deadline - time.monotonic(), 0.0))
         return message
 
-    def result(self, judged: Judgement) -> Result:
+    def result(self, judged: Facts | Judgement | PorthalError) -> Result:
         """The verdict on the case in flight."""
-        assert self.case is not None
+        assert self.case is not None and isinstance(judged, Judgement)  # the others come while they start
         return Result.of(self.case, judged, self.choice, time.monotonic() - self.began)
 
     def close(self) -> None:

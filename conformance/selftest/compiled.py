@@ -62,7 +62,7 @@ def load(source: str, text: str, name: str) -> ModuleType:
 def _object(unit: str, text: str, name: str) -> Path:
     import pybind11
 
-    from porthal.backends.cpu import _native
+    from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++
 
     headers = [HERE, pybind11.get_include(), sysconfig.get_path("include")]
     options = [*OPTIONS, *(f"-I{path}" for path in headers), "-c", "-xc++", "-"]

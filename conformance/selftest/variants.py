@@ -41,7 +41,7 @@ class Variant:
     def settle(self) -> None:
         """Set what is the process's own and not the backend's, before every trial."""
         if self.threads:
-            from porthal.backends.cpu import _native
+            from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++
 
             _native.set_num_threads(self.threads)
             _native.set_isa(self.isa)
@@ -66,7 +66,7 @@ def _whole() -> Iterator[Variant]:
         if contract.decomposition and op not in ("indexer_topk", "moe_experts"):
             yield Variant(op, "fused", source="fused")
     if probe("cpu").state == "available":
-        from porthal.backends.cpu import _native
+        from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++
 
         *others, best = _native.isas()
         for op in ("rms_norm", "topk", "moe_experts", "moe_layer", "indexer_topk"):

@@ -135,7 +135,7 @@ class Training(backend_class("torch")):  # type: ignore[misc]
             return None, None, None
         qr, h = qr.detach(), h.detach()
         texts = (batch.R, batch.T // batch.R)
-        turn = {"theta": theta, "layout": "interleaved", "start": 0, "width": width}
+        turn: dict[str, Any] = {"theta": theta, "layout": "interleaved", "start": 0, "width": width}
         iq = self.rope(F.linear(qr, wq_b.native).unflatten(-1, (-1, wk.native.shape[0])), batch, **turn)
         k = self.rope(self.layer_norm(F.linear(h, wk.native), k_norm, k_bias, eps=eps)[:, None], batch, **turn)
         w = F.linear(h, w_head.native)
@@ -308,6 +308,7 @@ def train(text: Array, directory: Path, minutes: float) -> dict[str, int]:
     config, backend, initial = Config.parse(CONFIG), Training(), Tensors()
     ops = bind(backend=backend)
     model = Glm5(config, initial, ops, "bfloat16")
+    assert model.mtp
     optimiser = Optimiser(config, initial, backend.parameters)
     print(f"{len(optimiser.masters)} parameters; {ops.summary()}", flush=True)
     rng, cache = np.random.default_rng(SEED), model.new_cache([1])
@@ -349,8 +350,12 @@ def tokens_per_forward(model: Glm5, text: Array, prompts: int = 48, length: int 
     every: list[int] = []
     for start in np.linspace(0, len(text) - length, prompts).astype(int):
         emitted: list[int] = []
+
+        def count(_: int, ids: list[int], to: list[int] = emitted) -> None:
+            to.append(len(ids))
+
         prompt = text[start : start + length].tolist()
-        generate(model, [prompt], new, speculative=DRAFTS, on_tokens=lambda _, ids, to=emitted: to.append(len(ids)))
+        generate(model, [prompt], new, speculative=DRAFTS, on_tokens=count)
         first += emitted[1:2]  # before them came the token of the prefill
         every += emitted[1:]
     return [float(np.mean(first)), float(np.mean(every))]

@@ -20,6 +20,8 @@ from porthal.hal import Weight, contracts
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PORTHAL_CACHE", str(tmp_path / "golden"))
+    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(cache, "IN_MEMORY_EACH", -1)  # all on disk
     monkeypatch.setattr(cache, "WORTH", 0.0)
     return tmp_path / "golden"
 
@@ -147,3 +149,19 @@ def test_where_entries_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.folder() == Path("/a/porthal/golden")
     monkeypatch.setenv("PORTHAL_CACHE", "/b")
     assert cache.folder() == Path("/b")
+
+
+def test_what_is_small_stays_in_memory_and_the_oldest_goes(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, calls: list[str]
+) -> None:
+    monkeypatch.setattr(cache, "IN_MEMORY_EACH", 2**20)
+    monkeypatch.setattr(cache, "IN_MEMORY", 2**20)
+    for _ in range(2):
+        Golden(inputs("rms_norm")).spread()
+    first = list(calls)
+    kept = dict(cache._memory)
+    assert kept and not any(array.flags.writeable for arrays in kept.values() for array in arrays.values())
+    monkeypatch.setattr(cache, "IN_MEMORY", 1)
+    Golden(inputs("layer_norm")).spread()
+    assert len(calls) > len(first) > 0
+    assert not kept.keys() & cache._memory.keys() and len(cache._memory) == 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from porthal.hal import UsageError, dtype, narrow, numpy_dtype, widen
+from porthal.hal import UNIT_ROUNDOFF, UsageError, dtype, narrow, numpy_dtype, widen
 
 
 def nearest_even(x: float, digits: int, smallest: int) -> Fraction:
@@ -60,3 +60,12 @@ def test_widen_keeps_the_shape_of_strided_views() -> None:
 def test_unknown_dtype_is_named() -> None:
     with pytest.raises(UsageError, match="unknown dtype 'float24': expected one of"):
         numpy_dtype("float24")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float8_e4m3fn", "float32"])
+def test_a_number_just_above_the_middle_is_rounded_once_and_up(name: str) -> None:
+    """In float32 it is the middle between two numbers of the dtype, which goes to the even one: 1."""
+    u = UNIT_ROUNDOFF[name]
+    for sign in (1.0, -1.0):
+        found = widen(narrow(np.array([sign * (1 + u), sign * (1 + u + 2.0**-40)]), name))
+        assert found.tolist() == [sign, sign * (1 + 2 * u)]
