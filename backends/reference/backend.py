@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.hal import Backend, Contract, Pages, PagesSpec, Selection, Weight, WeightSpec, narrow, numpy_dtype, widen
+from porthal.hal import Backend, Contract, Operand, Pages, PagesSpec, Weight, WeightSpec, narrow, numpy_dtype, widen
 
 
 class Reference(Backend):
@@ -30,9 +30,7 @@ class Reference(Backend):
 
     def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:
         logical = super().to_logical(operand)
-        if isinstance(operand, Selection):
-            return logical
-        return {name: narrow(value, operand.spec.dtype) for name, value in logical.items()}
+        return {n: narrow(a, operand.dtype) if a.dtype == np.float64 else a for n, a in logical.items()}
 
     def derive(self, contract: Contract) -> Callable[..., Any] | None:
         if contract.decomposition and self.name != "reference":
@@ -43,7 +41,7 @@ class Reference(Backend):
             found = contract.named(contract.reference(*(_wide(v) for v in operands.values()), **attrs))
             batch = operands.get("batch")
             rounded = tuple(
-                _settled(value, batch) if isinstance(value, Pages) else self._rounded(value, dtype)
+                _settled(value, batch) if isinstance(value, Operand) else self._rounded(value, dtype)
                 for value, (_, _, dtype) in zip(found.values(), contract.results(contract.spec(operands, attrs)))
             )
             return rounded if len(rounded) > 1 else rounded[0]
@@ -51,8 +49,6 @@ class Reference(Backend):
         return kernel
 
     def _rounded(self, value: Any, dtype: str) -> Any:
-        if isinstance(value, Selection):
-            return value
         out = self.empty(value.shape, dtype)
         out[...] = narrow(value, dtype) if value.dtype == np.float64 else value
         return out
@@ -64,11 +60,12 @@ def _wide(value: Any) -> Any:
     return widen(value) if isinstance(value, np.ndarray) else value
 
 
-def _settled(pages: Pages, batch: Any) -> Pages:
-    """Round the rows that a step wrote to the cache's dtype; all others are rounded already."""
-    if batch is None or numpy_dtype(pages.spec.dtype) == np.float64:
-        return pages
-    slots = batch.slots[batch.slots >= 0]
-    for name, _ in pages.spec.fields:
-        pages[name][slots] = widen(narrow(pages[name][slots], pages.spec.dtype))
-    return replace(pages)
+def _settled(value: Any, batch: Any) -> Any:
+    """An operand rounded to its dtype; of pages the rows that a step wrote, since all others are rounded already."""
+    if not isinstance(value, Pages):
+        return value.mapped(lambda array: widen(narrow(array, value.dtype)))
+    if batch is not None and numpy_dtype(value.dtype) != np.float64:
+        slots = batch.slots[batch.slots >= 0]
+        for name, _ in value.spec.fields:
+            value[name][slots] = widen(narrow(value[name][slots], value.dtype))
+    return replace(value)

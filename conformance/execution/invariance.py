@@ -45,6 +45,8 @@ def disturbed(inputs: Inputs) -> tuple[Inputs, Array] | None:
             operands[operand.name] = other
         elif value is not None and operand.dims[:1] == (rows,):
             operands[operand.name] = _taken(value, order, may_be_nan=not contract.admits)
+            if operands[operand.name] is None:
+                return None
     moved = replace(inputs, operands=operands, spec=contract.spec(operands, inputs.attrs))
     return moved, np.argsort(order)[1:]  # the poisoned row sorts first
 

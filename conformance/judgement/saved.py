@@ -255,4 +255,5 @@ def _operand(operand: OperandSpec, kept: Mapping[str, Array]) -> Any:
         parts = dict.fromkeys(kind.names(spec), kept[given])
     if lacking := [part for part in kind.names(spec) if part not in parts]:
         raise KeyError(given if kind is Weight else f"{given}.{lacking[0]}")
-    return kind.of(spec, {part: narrow(array, dtype) if dtype else array for part, array in parts.items()})
+    form = kind.form(spec) if kind.Spec else {}
+    return kind.of(spec, {part: narrow(array, form[part][1]) if part in form else array for part, array in parts.items()})

@@ -93,8 +93,9 @@ class Operand:
         return self.mapped(widen)
 
     def with_rows(self, order: Array) -> Any:
-        """A logical operand of which each row belongs to a row of the call, in this order; -1 is a row without content."""
-        raise NotImplementedError
+        """A logical operand whose rows are those of the call, with the rows in this order, -1 being one without content; None
+        where the kind cannot say."""
+        return None
 
     # -- on a backend ------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from html import escape as html_escape
-from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +25,7 @@ from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import check
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Backend, UsageError, contracts, create, limits, one_of
+from tests import inner
 
 
 def backend(base=Reference, **members):
@@ -98,16 +98,19 @@ def test_unknown_op_is_refused():
 
 
 def test_faults_must_be_answered_with_usage_errors():
-    faults = [r for r in run("reference", ["embedding"]).results if "fault=" in r.token]
+    def answers(machine, op):
+        return [check(case, Bindings(machine)) for case in cases(contracts()[op]) if case.fault]
+
+    faults = answers(create("reference"), "embedding")
     assert {r.verdict for r in faults} == {"PASS"} and len(faults) == 4
     assert any("expected 0 to" in r.note for r in faults)
 
     def refuses_array(self, x):
         raise TypeError("no array of mine")
 
-    report = run(backend(refuses_array=refuses_array), ["take_rows"])
-    assert {r.verdict for r in report.results if "fault=" in r.token} == {"FAIL_ERROR"}
-    assert any(r.message.endswith("raised TypeError: no array of mine, expected a UsageError") for r in report.failures)
+    faults = answers(backend(refuses_array=refuses_array), "take_rows")
+    assert {r.verdict for r in faults} == {"FAIL_ERROR"}
+    assert any(r.message.endswith("raised TypeError: no array of mine, expected a UsageError") for r in faults)
 
 
 def test_a_batch_must_keep_its_bits():
@@ -268,9 +271,7 @@ def pytest_run(tmp_path, *options):
     """pytest in a process of its own; its last line says whether the runner was imported."""
     (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n")
     code = "import sys, pytest; pytest.main(sys.argv[1:]); print('porthal.conformance.runner.workers' in sys.modules)"
-    installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
-    plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
-    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *plugin, *options]
+    command = [sys.executable, "-c", code, *inner.options(*options)]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 import zlib
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -31,6 +30,7 @@ from porthal.conformance.report.results import Result
 from porthal.conformance.runner.workers import Bounds
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import UsageError, contracts, create
+from tests import inner
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from porthal.cli import main; main()"]
@@ -178,15 +178,13 @@ def test_what_gave_no_result_is_saved_without_one(
         assert out.startswith(f"{verdict}: add by deadly's own kernel\n{message}"), out
     kept = np.load(file)
     assert {key for key in kept if key.partition("/")[0] in ("golden", "budget", "got")} == {"golden/y", "budget/y"}
-    assert replay(read(file), "reference").verdict == "PASS"
+    assert replay(read(file), "reference", isolate=False).verdict == "PASS"
 
 
 def test_pytest_survives_as_well(install: Any, tmp_path: Path) -> None:
     victim = additions()[0]
     install("fatal", DEADLY.format(deeds={mark(victim): "aborts"}))
-    installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
-    plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
-    options = ["-q", "-p", "no:cacheprovider", *plugin, "--porthal-backend=fatal", "-k", "add and not rms"]
+    options = inner.options("--porthal-backend=fatal", "-k", "add and not rms")
     (tmp_path / "test_mine.py").touch()
     program = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)

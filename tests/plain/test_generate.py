@@ -37,18 +37,23 @@ def short_context(checkpoints: dict[str, Path], target: Path, reference: Binding
     return load(variant(checkpoints["glm52"], target, max_position_embeddings=context), reference)
 
 
+@pytest.fixture(scope="module")
+def ten_tokens(models: dict[str, Glm5]) -> list[int]:
+    return models["glm52"].generate(PROMPT, 10)
+
+
 @pytest.mark.parametrize("speculative", [0, 1, 3])
 @pytest.mark.parametrize("asked", [10, 11, 500])
 def test_text_ends_with_the_context(
     checkpoints: dict[str, Path],
     reference: Binding,
-    models: dict[str, Glm5],
+    ten_tokens: list[int],
     tmp_path: Path,
     speculative: int,
     asked: int,
 ) -> None:
     small = short_context(checkpoints, tmp_path, reference, len(PROMPT) + 10)
-    assert small.generate(PROMPT, asked, speculative=speculative) == models["glm52"].generate(PROMPT, 10)
+    assert small.generate(PROMPT, asked, speculative=speculative) == ten_tokens
 
 
 def test_prompt_that_fills_the_context(checkpoints: dict[str, Path], reference: Binding, tmp_path: Path) -> None:
@@ -91,8 +96,8 @@ def test_nothing_asked_nothing_computed(model: Glm5) -> None:
 @pytest.mark.parametrize("speculative", [0, 3])
 @pytest.mark.parametrize("chunk", [None, 30])
 def test_all_pages_come_back(model: Glm5, caches: list[tuple[Cache, int]], speculative: int, chunk: int | None) -> None:
-    prompts = [PROMPT, PROMPT[:64], PROMPT[:7]]
-    generate(model, prompts, 40, speculative=speculative, prefill_chunk=chunk)
+    prompts = [PROMPT, PROMPT[:64], PROMPT[:7]]  # the second fills a page, and its text begins another
+    generate(model, prompts, 12, speculative=speculative, prefill_chunk=chunk)
     [(cache, pages)] = caches
     assert sorted(cache.free) == list(range(pages))
 

@@ -79,8 +79,14 @@ def figures(result: Result) -> Any:
 # -- round trip ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def uncompressed(monkeypatch):
+    """Packing takes longer than all the rest; the command's tests do it."""
+    monkeypatch.setattr(np, "savez_compressed", np.savez)
+
+
 @pytest.mark.parametrize("op", sorted(contracts()))
-def test_what_is_read_is_what_was_saved(op, tmp_path):
+def test_what_is_read_is_what_was_saved(op, tmp_path, uncompressed):
     for token in cheapest(op):
         inputs = build(Case.from_token(token))
         file, result = saved(token, create("reference"), tmp_path)
@@ -93,7 +99,7 @@ def test_what_is_read_is_what_was_saved(op, tmp_path):
 
 
 @pytest.mark.parametrize("op", sorted(contracts()))
-def test_a_call_that_was_met_is_read_and_judged_as_it_was(op, tmp_path):
+def test_a_call_that_was_met_is_read_and_judged_as_it_was(op, tmp_path, uncompressed):
     for token in cheapest(op):
         planned = build(Case.from_token(token))
         inputs = observed(planned.contract, planned.operands, planned.attrs)

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from porthal.conformance.selftest.fused import Fused
 from porthal.conformance.selftest.generators import GENERATORS, lacking
 from porthal.conformance.selftest.page import discrepancies
 from porthal.hal import contracts, create
+from tests import inner
 
 ROOT = Path(__file__).parents[2]
 COVERED = [d for d in DISCREPANCIES if d.status == "covered"]
@@ -121,9 +121,7 @@ def test_a_report_says_what_a_case_is_named_for():
 
 
 def test_pytest_chooses_the_cases_of_one_number(tmp_path):
-    installed = any(e.name == "porthal" for e in entry_points(group="pytest11"))
-    plugin = [] if installed else ["-p", "porthal.conformance.pytest_plugin"]
-    options = ["-q", "-p", "no:cacheprovider", *plugin, "--porthal-backend=reference", "-m", "discrepancy(number=6)"]
+    options = inner.options("--porthal-backend=reference", "-m", "discrepancy(number=6)")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
