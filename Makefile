@@ -53,7 +53,7 @@ sdist-check: .venv/ready  ## sdist, the wheel built from it, and what that wheel
 
 demo: .venv-demo/ready  ## the demo model on this CPU, without PyTorch: text, then proof, in report.html
 	.venv-demo/bin/porthal backends
-	.venv-demo/bin/porthal generate "def "
+	.venv-demo/bin/porthal generate "$$(printf '    def get(self, name):\n        if ')" --max-new 135
 	.venv-demo/bin/porthal conform --level bring-up --html report.html
 	.venv-demo/bin/porthal explain
 

@@ -27,12 +27,12 @@ class Facts:
 
     @classmethod
     def of(cls, backend: Backend, providers: Mapping[str, tuple[str, ...]] | None = None) -> Facts:
-        return cls(str(backend), backend.place, environment(backend), waivers(backend), providers or {})
+        return cls(str(backend), backend.place, environment(type(backend)), waivers(backend), providers or {})
 
 
-def environment(backend: Backend) -> dict[str, str]:
+def environment(backend: type[Backend]) -> dict[str, str]:
     """Versions of what took part, the packages that the backend needs among them."""
-    package = sys.modules.get(type(backend).__module__.rpartition(".")[0])
+    package = sys.modules.get(backend.__module__.rpartition(".")[0])
     needed = {}
     for name in getattr(package, "requires", ()):
         with suppress(importlib.metadata.PackageNotFoundError):  # a module whose package has another name

@@ -19,7 +19,7 @@ from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.page import REPEATED, report_page
 from porthal.conformance.report.reached import Reached, overall, reached
-from porthal.conformance.report.results import STATUSES, Result, Row, replay_command
+from porthal.conformance.report.results import NOT_RUN, STATUSES, Result, Row, replay_command
 from porthal.conformance.report.waivers import Waiver, verify, waive
 from porthal.hal import Backend, UsageError, contracts
 
@@ -91,6 +91,12 @@ class Report:
     def deviations(self) -> list[str]:
         """Ops whose kernel declares an order of ties other than the contract's."""
         return list(dict.fromkeys(r.op for r in self.results if r.tie == "any"))
+
+    @property
+    def not_run(self) -> list[str]:
+        """Which inherited cases were not run again, and why."""
+        notes = Counter(r.note.partition(": ")[2] for r in self.results if r.note.startswith(NOT_RUN))
+        return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}" for why, n in notes.items()]
 
     @property
     def exit_code(self) -> int:
@@ -206,6 +212,7 @@ class Report:
         reasons = Counter(r.reason for r in self.waived)
         said = [Text(f"{n} waived: {reason}") for reason, n in reasons.items()]
         said += [Text(f"{op}: the kernel declares its own order of ties") for op in self.deviations]
+        said += [Text(line) for line in self.not_run]
         return Group(table, *failed, *said, Text(f"{self.profile}: {self.overall}"), Text(self.summary))
 
     def _failed(self) -> Iterator[str]:

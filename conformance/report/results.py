@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -110,6 +110,16 @@ class Result:
         if self.waived:
             lines.append(f"Waived was {self.waived}: {self.reason}")
         return "\n".join(lines)
+
+
+NOT_RUN = "not run again"
+
+
+def reused(passed: Result, owner: str, composed: bool) -> Result:
+    """What a base has passed, as a result of the backend that inherits it unchanged."""
+    note = f"{NOT_RUN}: {owner} has passed it with the same kernels, services, sources and versions"
+    result = replace(passed, status="inherited", owner=owner, note=note, seconds=0.0)
+    return replace(result, status="composed", owner="") if composed else result
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from porthal.conformance.execution.outcome import message_of
 from porthal.conformance.judgement.judge import judge, judge_refusal
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.conformance.report.results import Result
+from porthal.conformance.runner.proven import Proven
 from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import Choice, NotClaimed
 
@@ -28,10 +29,13 @@ def check(
     inputs: Inputs | None = None,
     chosen: Callable[[Choice], None] = lambda choice: None,
     returned: Returned = lambda results: None,
+    proven: Proven | None = None,
 ) -> Result:
     """One case's verdict. `inputs` take the place of the case's own; `chosen` hears whose kernel it will be before that is
-    called, `returned` the results before they are judged."""
+    called, `returned` the results before they are judged; what is `proven` of a base is not run again."""
     started, bound = time.perf_counter(), None
+    if proven and (known := proven.recall(case)):
+        return known
     try:
         inputs = inputs or build(case)
         bound = bindings.bound(inputs, checked=bool(case.fault))
@@ -44,7 +48,10 @@ def check(
     except Exception as error:  # the suite's own or the reference's fault: never a statement about the chip
         judged = Judgement("NOT_JUDGED", message_of(error))
     choice, foreign = (bound.choice, bound.foreign) if bound else (None, ())
-    return Result.of(case, judged, choice, time.perf_counter() - started, foreign)
+    result = Result.of(case, judged, choice, time.perf_counter() - started, foreign)
+    if proven and bound:
+        proven.keep(case, bound, result)
+    return result
 
 
 def _judged(bindings: Bindings, bound: Bound, inputs: Inputs, level: str, returned: Returned) -> Judgement:

@@ -53,7 +53,7 @@ def run(
     judged: Callable[[Sequence[Case]], Iterable[Result]]
     with ExitStack() as stack:
         if isinstance(backend, str) and isolate:
-            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan)))
+            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan), reuse=True))
             facts, judged, one = pool.facts, pool.judged, pool.one
         else:
             bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)

@@ -33,6 +33,7 @@ from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import Returned, check
+from porthal.conformance.runner.proven import Proven
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Choice, PorthalError, Unavailable, UsageError, create
 from porthal.hal.limits import NO_LIMITS
@@ -59,12 +60,16 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is to run: a backend, at a level; in a group of `ranks` workers it is the one of this rank."""
+    """What a worker is to run: a backend at a level, with `reuse` of what its bases have passed.
+
+    In a group of `ranks` workers it is the one of this rank.
+    """
 
     backend: str
     level: str
     emulated: bool
     memory: float
+    reuse: bool = False
     rank: int = 0
     ranks: int = 1
 
@@ -83,6 +88,7 @@ def serve(descriptor: int) -> None:
         try:
             bindings = Bindings(create(setup.backend, setup.emulated))
             facts = Facts.of(bindings.backend, bindings.providers())
+            proven = Proven(bindings.backend, setup.level) if setup.reuse else None
         except PorthalError as error:
             return pipe.send(error)
         with open("/proc/self/statm") as file:
@@ -93,7 +99,7 @@ def serve(descriptor: int) -> None:
             _limit_memory(held + setup.memory + ADDRESSES * (case.view in (PAST_2G, FAR)))
             chosen = lambda c: pipe.send(replace(c, limits=NO_LIMITS))  # noqa: E731
             returned = pipe.send if wanted else lambda results: None
-            pipe.send(check(case, bindings, setup.level, inputs, chosen, returned))
+            pipe.send(check(case, bindings, setup.level, inputs, chosen, returned, proven))
 
 
 def _limit_memory(gib: float) -> None:
@@ -243,8 +249,10 @@ class Group:
 class Pool:
     """The workers of one run, to be closed. Raises Unavailable where the backend does not start, and what it raises there."""
 
-    def __init__(self, backend: str, level: str, emulated: bool, bounds: Bounds, cases: int) -> None:
-        self.setup = Setup(backend, level, emulated, bounds.memory)
+    def __init__(
+        self, backend: str, level: str, emulated: bool, bounds: Bounds, cases: int, reuse: bool = False
+    ) -> None:
+        self.setup = Setup(backend, level, emulated, bounds.memory, reuse)
         self.timeout = bounds.timeout
         self.groups = [Group(self.setup) for _ in range(max(1, min(bounds.workers, cases)))]
         try:

@@ -10,7 +10,7 @@ from porthal.hal import create
 
 @pytest.fixture(scope="module")
 def report():
-    return run(create("ascend:0"), ["sparse_mla", "rms_norm", "head_linear"])
+    return run(create("ascend:0"), ["sparse_mla", "rms_norm", "argmax"])
 
 
 def test_own_kernels_are_reached_in_the_dims_they_claim(report):
@@ -18,7 +18,7 @@ def test_own_kernels_are_reached_in_the_dims_they_claim(report):
     assert own and all(",C=512,R=64," in r.token for r in own)
     assert report.failures == []
     assert str(report.levels["sparse_mla"]) == str(report.levels["rms_norm"]) == "bring-up"
-    assert str(report.levels["head_linear"]) == "none (inherited)"
+    assert str(report.levels["argmax"]) == "none (inherited)"
 
 
 def test_page_and_table_name_the_place_and_the_command(report):

@@ -202,7 +202,7 @@ def test_pytest_survives_as_well(install: Any, tmp_path: Path) -> None:
 )
 def test_a_backend_that_dies_at_its_start_is_one_sentence(install: Any, body: str, said: str) -> None:
     install("dead", f"import os\n{body}\n")
-    done = command("conform", "--backend", "dead", "--op", "add")
+    done = command("conform", "--backend", "dead", "--op", "add", "--workers", 1)
     assert (done.returncode, done.stdout) == (2, "")
     prefix = "" if "broken" in said else "backend 'dead' does not start: "
     assert done.stderr.startswith(f"porthal: {prefix}{said}") and done.stderr.count("\n") == 1
@@ -268,7 +268,7 @@ def test_a_script_without_a_main_guard_may_run(tmp_path: Path) -> None:
 
 
 def test_isolated_or_not_the_verdicts_are_the_same() -> None:
-    apart, here = run("reference", ["rms_norm"]), run("reference", ["rms_norm"], isolate=False)
+    apart, here = (run("reference", ["rms_norm"], isolate=isolate) for isolate in (True, False))
     assert [(r.token, r.verdict, r.worst, r.z) for r in apart.results] == [
         (r.token, r.verdict, r.worst, r.z) for r in here.results
     ]
@@ -337,20 +337,20 @@ def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "run.journal"
-    run("reference", ["select_rows"], journal=file)
+    file, here = tmp_path / "run.journal", partial(run, "reference", ["select_rows"], isolate=False)
+    here(journal=file)
     with pytest.raises(UsageError, match=r'run\.journal is the journal of a run with level "bring-up", this one has "strict"'):
-        run("reference", ["select_rows"], level="strict", journal=file, resume=True)
+        here(level="strict", journal=file, resume=True)
     lines = file.read_text().splitlines(keepends=True)
     for name, value in (("backend", "torch"), ("suite", 0), ("numpy", "1.0")):
         other = tmp_path / f"{name}.journal"
         other.write_text(json.dumps(json.loads(lines[0]) | {name: value}) + "\n")
         with pytest.raises(UsageError, match=f"is the journal of a run with {name} {json.dumps(value)}, this one has "):
-            run("reference", ["select_rows"], journal=other, resume=True)
+            here(journal=other, resume=True)
     rubbish = tmp_path / "report.json"
     rubbish.write_text("[1]\n")
     with pytest.raises(UsageError, match=r"report\.json is not the journal of a conformance run"):
-        run("reference", ["select_rows"], journal=rubbish, resume=True)
+        here(journal=rubbish, resume=True)
     assert rubbish.read_text() == "[1]\n"
 
 

@@ -430,7 +430,7 @@ def test_the_command_names_and_saves_what_is_at_fault(command, tmp_path, monkeyp
         def silu_mul(self, x):
             return np.zeros((*x.shape[:-1], x.shape[-1] // 2), x.dtype)
 
-    monkeypatch.setattr("porthal.cli.app._machine", lambda backend, emulated: Broken())
+    monkeypatch.setattr("porthal.hal.create", lambda name, emulated: Broken())
     file, folder = tmp_path / "report.json", tmp_path / "saved"
     code, out, err = command("--text", "def f", "--decode", 0, "--json", file, "--save", folder)
     report = json.loads(file.read_text())

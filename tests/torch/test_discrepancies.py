@@ -17,7 +17,6 @@ from porthal.conformance.cases.discrepancies import COLLECTIVES, DISCREPANCIES, 
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
-from porthal.conformance.judgement.golden_cache import LIMIT
 from porthal.conformance.level import LEVELS
 from porthal.conformance.runner.check import check
 from porthal.conformance.runner.run import replay
@@ -73,8 +72,8 @@ def test_named_cases_stand_in_the_plan(level):
             far = level == "bring-up" and case.view in ("far", "beyond")
             planned = token in plan(case.op, level)
             assert case.token == token
-            assert planned or far or elements(case) > LIMIT[level], (known.number, token)
-        standard = [t for t in own(known) if elements(Case.from_token(t)) <= LIMIT["standard"]]
+            assert planned or far or elements(case) > LEVELS[level].named_elements, (known.number, token)
+        standard = [t for t in own(known) if elements(Case.from_token(t)) <= LEVELS["standard"].named_elements]
         assert standard or known.number == 20, known.number
 
 
