@@ -13,6 +13,9 @@ import venv
 
 import pytest
 
+from tests import inner
+
+CONFORM = ("conform", "--backend", "newchip", "--workers", "1", "--op", "rms_norm")
 STUB = re.compile(r"    # def rms_norm\(.*?NotImplementedError\(\"rms_norm\"\).*?\n", re.DOTALL)
 KERNEL = """\
     def rms_norm(self, x, weight, *, eps: float = 1e-05):
@@ -81,7 +84,7 @@ def test_it_is_found_first_and_owns_nothing(place):
 
 
 def test_conform_counts_what_is_inherited_and_says_where_to_begin(place):
-    done = place.porthal("conform", "--backend", "newchip", "--op", "rms_norm", "--op", "topk")
+    done = place.porthal(*CONFORM, "--op", "topk")
     *_, summary, hint = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(r"(\d+) of \1 cases passed \(\1 inherited\)", summary)
@@ -92,7 +95,7 @@ def test_conform_counts_what_is_inherited_and_says_where_to_begin(place):
 
 
 def test_its_own_tests_pass_with_a_case_as_a_test(place):
-    options = ("-v", "-p", "no:cacheprovider", "--porthal-backend=newchip", "-k", "available or add")
+    options = inner.options("-vv", "--porthal-backend=newchip", "-k", "available or add")
     done = place.run(place.python, "-m", "pytest", *options, place.package)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"::test_the_backend_is_available PASSED", done.stdout)
@@ -102,14 +105,14 @@ def test_its_own_tests_pass_with_a_case_as_a_test(place):
 def test_one_kernel_is_proved_and_a_wrong_one_caught(place, stubs):
     filled = STUB.sub(lambda _: KERNEL, stubs).replace("from porthal", "import numpy as np\n\nfrom porthal", 1)
     place.backend.write_text(filled)
-    done = place.porthal("conform", "--backend", "newchip", "--op", "rms_norm")
+    done = place.porthal(*CONFORM)
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(r"(\d+) of \1 cases passed \(\1 own\)", done.stdout.splitlines()[-1])
     told = json.loads(place.porthal("explain", "--backend", "newchip", "--json").stdout)
     assert [row["op"] for row in told["ops"] if row["status"] == "own"] == ["rms_norm"]
 
     place.backend.write_text(filled.replace("+ eps", "- eps"))
-    done = place.porthal("conform", "--backend", "newchip", "--op", "rms_norm")
+    done = place.porthal(*CONFORM)
     assert done.returncode == 1, done.stdout
     assert "owns 0 ops" not in done.stdout
     command = next(line.strip() for line in done.stdout.splitlines() if line.startswith("  porthal replay "))
@@ -120,7 +123,7 @@ def test_one_kernel_is_proved_and_a_wrong_one_caught(place, stubs):
 
 def test_a_stub_counts_as_own_once_it_is_uncommented_and_then_fails(place, stubs):
     place.backend.write_text(STUB.sub(lambda m: re.sub("^    # ?", "    ", m[0], flags=re.MULTILINE), stubs))
-    done = place.porthal("conform", "--backend", "newchip", "--op", "rms_norm")
+    done = place.porthal(*CONFORM)
     assert done.returncode == 1
     assert "NotImplementedError: rms_norm" in done.stdout
     assert "owns 0 ops" not in done.stdout

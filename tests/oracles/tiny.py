@@ -203,15 +203,21 @@ def hf_model(directory: str | Path) -> Any:
 
 def hf_chunked(directory: str | Path, tokens: list[int], chunks: list[int]) -> np.ndarray:
     """Logits [T, vocab], float32, of feeding `tokens` in chunks of the given lengths through one DynamicCache."""
+    return _hf_chunked(directory, tuple(tokens), tuple(chunks))
+
+
+@lru_cache(maxsize=256)
+def _hf_chunked(directory: str | Path, tokens: tuple[int, ...], chunks: tuple[int, ...]) -> np.ndarray:
     import torch
     from transformers import DynamicCache
 
     model = hf_model(directory)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        parts = torch.tensor([tokens]).split(chunks, dim=1)
-        logits = [model(part, past_key_values=cache, use_cache=True).logits[0] for part in parts]
-    return torch.cat(logits).numpy()
+        parts = torch.tensor([tokens]).split(list(chunks), dim=1)
+        logits = torch.cat([model(part, past_key_values=cache, use_cache=True).logits[0] for part in parts]).numpy()
+    logits.flags.writeable = False  # every caller has the same
+    return logits
 
 
 def hf_logits(directory: str | Path, tokens: list[int]) -> np.ndarray:

@@ -372,7 +372,7 @@ def test_a_call_at_fault_is_saved_to_be_replayed(short, honest, tmp_path):
     file = found.save(tmp_path)
     assert file == tmp_path / "layer1-mla_prolog-rope.npz"
     inputs, kept = read(file), np.load(file)
-    assert (inputs.met, kept["call"], kept["token"], kept["backend"]) == (label, label, "", "parts")
+    assert (inputs.origin, kept["call"], kept["token"], kept["backend"]) == (label, label, "", "parts")
     assert inputs.operands["x"].dtype.name == "bfloat16" and inputs.attrs["layout"] == "interleaved"
     off = np.abs(kept["got/y"] - kept["golden/y"])
     assert off[0].max() < 0.1 < off[1:].max()  # position 0 does not turn
@@ -440,7 +440,7 @@ def test_the_command_names_and_saves_what_is_at_fault(command, tmp_path, monkeyp
     assert err == f"saved: `python {script}` measures it, `porthal replay {file}` judges it again\n"
     assert (report["at_fault"]["layer"], report["at_fault"]["op"], report["tokens"]) == ("layer 0", "silu_mul", 5)
     assert {f["op"] for f in report["faults"]} == {"silu_mul"}
-    assert script.is_file() and read(file).met == "layer 0 / silu_mul"
+    assert script.is_file() and read(file).origin == "layer 0 / silu_mul"
 
 
 @pytest.mark.parametrize(

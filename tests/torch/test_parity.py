@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +15,25 @@ from porthal.model.generate import generate
 from tests.checkpoints import Tensors, variant
 from tests.oracles import tiny
 from tests.oracles.tiny import PROMPT
+from tests.parity import BATCHES, DRAFTS, NEW, SAMPLED, check_sampling, one_by_one, together
 
 pytest.importorskip("transformers", minversion="5.23")
 
 TOLERANCE = 1e-4  # logits have a standard deviation near 1; 7e-6 was measured
-NEW = 24
-BACKENDS = ["reference", "torch"]
-# One and two pages, within and beyond index_topk; the third meets an end-of-text token.
-PROMPTS = [PROMPT, PROMPT[:50], PROMPT[:7], PROMPT[30:95]]
+MODELS = [(backend, kind) for backend in ("reference", "torch") for kind in ("glm5", "glm52")]
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
-@pytest.fixture(scope="module", params=[(b, k) for b in BACKENDS for k in ("glm5", "glm52")], ids="-".join)
+def everything(names: str, values: Iterable[Any], on_the_reference: Any) -> pytest.MarkDecorator:
+    """All values on torch; on the reference, where they take long, one: tests/proof has the rest."""
+    made = [(m, value) for m in MODELS for value in values if m[0] == "torch" or value == on_the_reference]
+    return pytest.mark.parametrize(("loaded", names), made, indirect=["loaded"])
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def loaded(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> tuple[Path, Glm5]:
     backend, kind = request.param
     return checkpoints[kind], load(checkpoints[kind], porthal.bind(backend, overrides={}, fallback="error"))
@@ -79,40 +84,31 @@ def test_cached_decode(directory: Path, model: Glm5) -> None:
 
 @pytest.fixture(scope="module")
 def greedy(loaded: tuple[Path, Glm5]) -> list[list[int]]:
-    return [loaded[1].generate(prompt, NEW) for prompt in PROMPTS]
+    return one_by_one(loaded[1])
 
 
 def test_greedy_text_equals_transformers(directory: Path, greedy: list[list[int]]) -> None:
     assert greedy[0] == tiny.hf_greedy(directory, PROMPT, NEW)
 
 
-@pytest.mark.parametrize("drafts", [1, 3, 5])
+@everything("drafts", DRAFTS, on_the_reference=3)
 def test_speculative_text_equals_greedy_text(model: Glm5, greedy: list[list[int]], drafts: int) -> None:
     assert model.generate(PROMPT, NEW, speculative=drafts) == greedy[0]
 
 
-@pytest.mark.parametrize(("drafts", "chunk"), [(0, 40), (1, None), (3, 40), (5, None)])
+@everything("way", BATCHES, on_the_reference=(3, 40))
 def test_batches_and_chunks_do_not_change_the_text(
-    model: Glm5, greedy: list[list[int]], drafts: int, chunk: int | None
+    model: Glm5, greedy: list[list[int]], way: tuple[int, int | None]
 ) -> None:
-    assert generate(model, PROMPTS, NEW, speculative=drafts, prefill_chunk=chunk).tokens == greedy
+    assert together(model, *way) == greedy
 
 
 # -- sampled text ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
+@everything("drafts", SAMPLED, on_the_reference=3)
 def test_sampled_text_depends_on_seed_and_index_alone(model: Glm5, drafts: int) -> None:
-    def sampled(prompts: list[list[int]], seed: int = 7, chunk: int | None = None) -> list[list[int]]:
-        return generate(model, prompts, 8, temperature=0.9, speculative=drafts, seed=seed, prefill_chunk=chunk).tokens
-
-    together = sampled(PROMPTS)
-    assert sampled(PROMPTS, chunk=40) == together
-    assert sampled(PROMPTS[:1]) == together[:1]
-    assert sampled([PROMPT, PROMPT[:3], PROMPTS[2]])[::2] == together[:3:2]  # among other requests
-    assert sampled(PROMPTS[:1], seed=8) != together[:1]
-    first, second = sampled([PROMPT, PROMPT])
-    assert first == together[0] != second
+    check_sampling(model, drafts)
 
 
 VOCAB, COUNT, BATCH = 4, 1500, 500
