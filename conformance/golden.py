@@ -15,7 +15,7 @@ from porthal.conformance.cache import recall
 from porthal.conformance.inputs import Array, Inputs
 from porthal.hal import Pages, Weight
 from porthal.hal.dtypes import widen
-from porthal.hal.numerics import FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, noise
+from porthal.hal.numerics import FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, blocks, noise
 
 RUNS = 8  # noisy runs of the reference behind one sigma
 
@@ -100,21 +100,22 @@ class Golden:
         turned = np.inf if scores else 0.0  # what an inner choice may exclude as well is free
         modes: list[Noise] = []
 
-        def deviation(run: int, only: int | None = None) -> dict[str, Array]:
-            noisy, mode = self._noisy(run, only, function, *extra)
-            modes.append(mode)
-            with np.errstate(invalid="ignore", over="ignore"):
-                return {k: np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=turned) for k, v in noisy.items()}
+        def deviating(runs: Iterable[tuple[int, int | None]]) -> Iterator[dict[str, Array]]:
+            for run, only in runs:
+                noisy, mode = self._noisy(run, only, function, *extra)
+                modes.append(mode)
+                yield noisy
 
-        first = deviation(0)
+        first = next(deviating([(0, None)]))
         if modes[0].reduced:
-            square, _ = _sums(exact, chain([first], (deviation(run) for run in range(1, RUNS))))
+            square, _ = _sums(exact, chain([first], deviating((run, None) for run in range(1, RUNS))), turned)
+            del first
             sigma = {k: _mixed(np.sqrt(v / RUNS)) for k, v in square.items()}
             spreads = {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
         else:
             # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
             points = (*range(modes[0].met), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
-            square, total = _sums(exact, (deviation(abs(point), point) for point in points))
+            square, total = _sums(exact, deviating((abs(point), point) for point in points), turned)
             spreads = {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
         if "float16" in self.dtypes.values():  # sums of what it cannot hold lose every term
             lost = self._noisy(0, ROUNDED, function, *extra)[0]
@@ -174,13 +175,21 @@ def _floats(named: Mapping[str, Any]) -> dict[str, Array]:
     return found
 
 
-def _sums(like: Mapping[str, Array], runs: Iterable[Mapping[str, Array]]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Sums of the squares and of the magnitudes, without keeping the runs."""
-    square, total = ({k: np.zeros(v.shape) for k, v in like.items()} for _ in range(2))
-    for off in runs:
-        for k, v in off.items():
-            square[k] += v**2
-            total[k] += v
+def _sums(
+    exact: Mapping[str, Array], runs: Iterable[Mapping[str, Array]], turned: float
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Sums of the squares and of the magnitudes of what runs deviate by, without keeping the runs; NaN counts as 0 and
+    infinity as `turned`."""
+    square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for noisy in runs:
+            for k in noisy:
+                for v, g, squares, magnitudes in blocks(noisy[k], exact[k], square[k], total[k]):
+                    off = np.abs(v - g)
+                    if not np.isfinite(off).all():
+                        off = np.nan_to_num(off, nan=0.0, posinf=turned)
+                    magnitudes += off
+                    squares += np.square(off)
     return square, total
 
 

@@ -14,14 +14,14 @@ The last three may also flush what float32 holds only as a denormal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
-from porthal.hal.dtypes import UNIT_ROUNDOFF, narrow, widen
+from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, narrow, widen
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
@@ -40,20 +40,40 @@ class Noise:
         self.met = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
         self.reduced = False  # a reduction was met: errors of one row are shared among its elements
 
-    def signs(self, value: Array, u: float = U_ACC) -> Array:
-        """1 or -1, the same for values that a rounding by u moves alike, the other for their negatives."""
+    def shifted(self, value: Array, u: float, step: Callable[[Array], Array], beside: Array | None = None) -> Array:
+        """The value off by a step up or down: alike for values that a rounding by u moves alike, the other way for their
+        negatives. `step` makes the size of it from the value or, element by element, from the array `beside` it."""
         self.met += 1
         salt = self.rng.integers(2**32, dtype=np.uint32)
-        if self.only is not None and self.only != self.met - 1:
-            return np.zeros(value.shape)
-        with np.errstate(over="ignore"):
-            single = np.asarray(value, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.only is not None and self.only != self.met - 1:
+                return np.asarray(value + np.abs(value) * 0.0)
+            out = np.empty_like(value, np.float64)
             alike = np.uint32(max(0, 20 + round(np.log2(u))))  # bits worth an eighth of u and less
-            word = (np.abs(single).view(np.uint32) >> alike ^ salt) * np.uint32(0x9E3779B1)
-            word ^= word >> np.uint32(15)
-            word *= np.uint32(0x85EBCA77)
-            word ^= single.view(np.uint32)
-        return np.copysign(1.0, word.view(np.int32))
+            for v, near, moved in blocks(value, value if beside is None else beside, out):
+                one = v.astype(np.float32).view(np.uint32)
+                word = one & np.uint32(0x7FFFFFFF)
+                word >>= alike
+                word ^= salt
+                word *= np.uint32(0x9E3779B1)
+                word ^= word >> np.uint32(15)
+                word *= np.uint32(0x85EBCA77)
+                word ^= one
+                np.add(v, np.copysign(step(near), word.view(np.int32)), out=moved)
+        return out
+
+
+def blocks(*arrays: Array) -> Iterator[Sequence[Array]]:
+    """Arrays of one shape in pieces that a core's cache holds; as they are, where they do not lie alike in memory."""
+    if arrays[0].size <= BLOCK or any(a.strides != arrays[0].strides for a in arrays):
+        yield arrays
+        return
+    flat = [a.ravel(order="K") for a in arrays]
+    if not all(np.may_share_memory(a, f) for a, f in zip(arrays, flat)):
+        yield arrays
+        return
+    for at in range(0, arrays[0].size, BLOCK):
+        yield [f[at : at + BLOCK] for f in flat]
 
 
 _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
@@ -81,8 +101,10 @@ def dot(subscripts: str, a: Array, b: Array) -> Array:
     left, right = subscripts.split("->")
     size = dict(zip(left.replace(",", ""), a.shape + b.shape))
     terms = np.prod([n for s, n in size.items() if s not in right]) if value.size else 1
-    magnitude = _contract(subscripts, np.abs(a), np.abs(b))
-    return np.asarray(value + mode.signs(value) * (np.sqrt(float(terms)) * U_ACC) * magnitude)
+    if mode.only is not None and mode.only != mode.met:
+        return mode.shifted(value, U_ACC, np.abs)
+    scale, magnitude = np.sqrt(float(terms)) * U_ACC, _contract(subscripts, np.abs(a), np.abs(b))
+    return mode.shifted(value, U_ACC, lambda m: scale * m, magnitude)
 
 
 def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
@@ -92,8 +114,10 @@ def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
     if mode is None:
         return value
     mode.reduced = True
-    magnitude = np.sum(np.abs(x), axis=axis, keepdims=keepdims)
-    return np.asarray(value + mode.signs(value) * np.sqrt(max(x.shape[axis], 1)) * U_ACC * magnitude)
+    if mode.only is not None and mode.only != mode.met:
+        return mode.shifted(value, U_ACC, np.abs)
+    scale, magnitude = np.sqrt(max(x.shape[axis], 1)) * U_ACC, np.asarray(np.sum(np.abs(x), axis=axis, keepdims=keepdims))
+    return mode.shifted(value, U_ACC, lambda m: scale * m, magnitude)
 
 
 def may_round(name: str, value: Array, to: str) -> Array:
@@ -122,8 +146,15 @@ def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype:
     if mode.only in (ROUNDED, ROUNDED_TO_ZERO):
         rounded = widen(narrow(np.asarray(value), dtype))
         return np.where(np.abs(rounded) < FLUSHED, 0.0, rounded) if mode.only == ROUNDED_TO_ZERO else rounded
-    with np.errstate(invalid="ignore"):
-        return np.asarray(value + mode.signs(value, u) * (u * np.abs(value) + least) / np.sqrt(3))
+
+    def step(v: Array) -> Array:
+        size = np.abs(v)
+        size *= u
+        size += least
+        size /= np.sqrt(3)
+        return size
+
+    return mode.shifted(np.asarray(value), u, step)
 
 
 def softmax(x: Array) -> tuple[Array, Array]:
