@@ -6,17 +6,19 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from porthal.conformance.cache import recall
 from porthal.conformance.inputs import Array, Inputs
-from porthal.hal import Pages, Weight
+from porthal.conformance.invariance import independent
+from porthal.hal import Batch, Pages, Weight
 from porthal.hal.dtypes import widen
-from porthal.hal.numerics import FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, blocks, noise
+from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, blocks, noise
 
+PIECE = 2**16  # elements of the widest operand at a time, where rows do not know of each other
 RUNS = 8  # noisy runs of the reference behind one sigma
 
 
@@ -74,9 +76,20 @@ class Golden:
         """The results by name; where the call makes a choice, at the reference's own one."""
         return self._results
 
-    @cached_property
+    @property
     def _results(self) -> dict[str, Any]:
-        return self._named(self.call(self.contract.reference))
+        return self._reference[0]
+
+    @cached_property
+    def _reference(self) -> tuple[dict[str, Any], Noise]:
+        return self._exactly(None)
+
+    def _exactly(
+        self, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], Noise]:
+        """The exact results, and how often they could have been perturbed."""
+        with noise(np.random.default_rng(0), self.dtypes, EXACT) as mode:
+            return self._call_named(function, *extra, operands=operands), mode
 
     def spread(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
         """Value and deviation of every float result of the reference (or of another function of the contract)."""
@@ -95,32 +108,38 @@ class Golden:
         return {k: Spread(*(kept[f"{part}/{k}"].astype(np.float64, copy=False) for part in parts)) for k in keys}
 
     def _perturbed(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
-        exact = _floats(self._call_named(function, *extra) if function else self._results)
+        found, counted = self._exactly(function, *extra) if function else self._reference
+        exact = _floats(found)
         scores = function is not None and function is self.contract.scores
+        if counted.reduced:
+            runs: list[tuple[int, int | None]] = [(run, None) for run in range(RUNS)]
+        else:
+            # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
+            points = (*range(counted.met), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
+            runs = [(abs(point), point) for point in points]
         turned = np.inf if scores else 0.0  # what an inner choice may exclude as well is free
-        modes: list[Noise] = []
-
-        def deviating(runs: Iterable[tuple[int, int | None]]) -> Iterator[dict[str, Array]]:
-            for run, only in runs:
-                noisy, mode = self._noisy(run, only, function, *extra)
-                modes.append(mode)
-                yield noisy
-
-        first = next(deviating([(0, None)]))
-        if modes[0].reduced:
-            square, _ = _sums(exact, chain([first], deviating((run, None) for run in range(1, RUNS))), turned)
-            del first
+        pieces = self._pieces(extra)
+        for pieces in (pieces, [(slice(None), self.operands, extra)]):
+            square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
+            for rows, operands, more in pieces:
+                parts = ({k: a[rows] for k, a in arrays.items()} for arrays in (exact, square, total))
+                modes = _add_up((self._noisy(*run, function, *more, operands=operands) for run in runs), *parts, turned)
+                if len(pieces) > 1 and any(m.met != counted.met for m in modes):
+                    break  # it perturbs row by row
+            else:
+                break
+        if counted.reduced:
             sigma = {k: _mixed(np.sqrt(v / RUNS)) for k, v in square.items()}
             spreads = {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
         else:
-            # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
-            points = (*range(modes[0].met), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
-            square, total = _sums(exact, deviating((abs(point), point) for point in points), turned)
             spreads = {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
         if "float16" in self.dtypes.values():  # sums of what it cannot hold lose every term
-            lost = self._noisy(0, ROUNDED, function, *extra)[0]
-            with np.errstate(invalid="ignore"):
-                spreads = {k: replace(s, most=np.fmax(s.most, np.abs(lost[k] - s.value))) for k, s in spreads.items()}
+            for rows, operands, more in pieces:
+                lost = self._noisy(0, ROUNDED, function, *more, operands=operands)[0]
+                with np.errstate(invalid="ignore"):
+                    for k, spread in spreads.items():
+                        most = spread.most[rows]
+                        np.fmax(most, np.abs(lost[k] - spread.value[rows]), out=most)
         flushed = {n: _flushed(v) for n, v in self.operands.items()}
         if all(flushed[n] is v for n, v in self.operands.items()):
             return spreads
@@ -129,15 +148,45 @@ class Golden:
             off = {k: np.nan_to_num(np.abs(least[k] - s.value), nan=0.0, posinf=0.0) for k, s in spreads.items()}
         return {k: s.wider(off[k]) for k, s in spreads.items()}
 
+    def _pieces(self, extra: tuple[Any, ...]) -> list[tuple[slice, Mapping[str, Any], tuple[Any, ...]]]:
+        """Calls of few rows each that make up this one where it has many: what a core's cache holds."""
+        whole = [(slice(None), self.operands, extra)]
+        signature, batch, rows = self.contract.signature, self.inputs.batch, independent(self.contract)
+        odd = [o for o in signature.operands if o.kind in ("Pages", "Selection") or (o.kind == "Batch" and len(o.dims) > 1)]
+        count = batch.T if batch else self.inputs.spec.dims.get(rows, 0)
+        if not rows or odd or count < 2 or not all(isinstance(a, np.ndarray) for a in extra):
+            return whole
+        carried = [o.name for o in signature.operands if o.kind == "array" and o.dims[:1] == (rows,)]
+        carried = [name for name in carried if self.operands[name] is not None]
+        width = max((self.operands[name].size for name in carried), default=0) // count
+        starts = batch.cu_q if batch else np.arange(count + 1)
+        cuts = [0]
+        for at in range(1, len(starts)):
+            if (starts[at] - starts[cuts[-1]]) * width >= PIECE or at == len(starts) - 1:
+                cuts.append(at)
+        if len(cuts) < 3:
+            return whole
+        pieces = []
+        for first, last in pairwise(cuts):
+            part = slice(int(starts[first]), int(starts[last]))
+            operands = {n: v[part] if n in carried else v for n, v in self.operands.items()}
+            for o in signature.operands:
+                if batch and o.kind == "Batch":
+                    operands[o.name] = _requests(batch, first, last)
+            pieces.append((part, operands, tuple(a[part] for a in extra)))
+        return pieces
+
     def machines(self, function: Any = None, *extra: Any) -> Iterator[dict[str, Array]]:
         """Float results of machines that round where the contract permits; they themselves round once more, at the end."""
         for run, only in ((0, ROUNDED), *((run, None) for run in range(RUNS))):
             yield self._noisy(run, only, function, *extra)[0]
 
-    def _noisy(self, run: int, only: int | None, function: Any, *extra: Any) -> tuple[dict[str, Array], Noise]:
+    def _noisy(
+        self, run: int, only: int | None, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Array], Noise]:
         rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
         with noise(rng, self.dtypes, only) as mode:
-            return _floats(self._call_named(function, *extra)), mode
+            return _floats(self._call_named(function, *extra, operands=operands)), mode
 
     def exactly(self) -> dict[str, Spread]:
         """The float results of an op that has one right answer."""
@@ -160,6 +209,12 @@ class Golden:
         return dict(zip((r.name for r in self.contract.signature.results), out if isinstance(out, tuple) else (out,)))
 
 
+def _requests(batch: Batch, first: int, last: int) -> Batch:
+    """Some requests of a batch, one after the other."""
+    cu_q = batch.cu_q[first : last + 1] - batch.cu_q[first]
+    return Batch(cu_q, batch.kv_len[first:last], batch.block_table[first:last], batch.block_size)
+
+
 def _as_dict(out: Any) -> dict[str, Any]:
     return out if isinstance(out, dict) else {"value": out}
 
@@ -175,14 +230,19 @@ def _floats(named: Mapping[str, Any]) -> dict[str, Array]:
     return found
 
 
-def _sums(
-    exact: Mapping[str, Array], runs: Iterable[Mapping[str, Array]], turned: float
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Sums of the squares and of the magnitudes of what runs deviate by, without keeping the runs; NaN counts as 0 and
-    infinity as `turned`."""
-    square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
+def _add_up(
+    runs: Iterable[tuple[Mapping[str, Array], Noise]],
+    exact: Mapping[str, Array],
+    square: Mapping[str, Array],
+    total: Mapping[str, Array],
+    turned: float,
+) -> list[Noise]:
+    """Add the squares and the magnitudes of what runs deviate by, without keeping the runs; NaN counts as 0 and infinity as
+    `turned`."""
+    modes = []
     with np.errstate(invalid="ignore", over="ignore"):
-        for noisy in runs:
+        for noisy, mode in runs:
+            modes.append(mode)
             for k in noisy:
                 for v, g, squares, magnitudes in blocks(noisy[k], exact[k], square[k], total[k]):
                     off = np.abs(v - g)
@@ -190,7 +250,7 @@ def _sums(
                         off = np.nan_to_num(off, nan=0.0, posinf=turned)
                     magnitudes += off
                     squares += np.square(off)
-    return square, total
+    return modes
 
 
 def _mixed(sigma: Array) -> Array:

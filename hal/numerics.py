@@ -26,6 +26,7 @@ from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, narrow, widen
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
 ROUNDED, ROUNDED_TO_ZERO = -1, -2  # runs that round wherever that is permitted, denormals to zero: a machine, for once
+EXACT = -3  # a run that perturbs nothing, and counts where it could
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
@@ -91,13 +92,24 @@ def noise(rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None 
         _noise.reset(token)
 
 
+def _perturbing(reduced: bool = False) -> Noise | None:
+    """The mode, where it is one that perturbs."""
+    mode = _noise.get()
+    if mode is None:
+        return None
+    mode.reduced |= reduced
+    if mode.only == EXACT:
+        mode.met += 1
+        return None
+    return mode
+
+
 def dot(subscripts: str, a: Array, b: Array) -> Array:
     """Contraction of two arrays in einsum notation ("tk,nk->tn"), accumulated in float32 on a chip."""
     value = _contract(subscripts, a, b)
-    mode = _noise.get()
+    mode = _perturbing(reduced=True)
     if mode is None:
         return value
-    mode.reduced = True
     left, right = subscripts.split("->")
     size = dict(zip(left.replace(",", ""), a.shape + b.shape))
     terms = np.prod([n for s, n in size.items() if s not in right]) if value.size else 1
@@ -110,10 +122,9 @@ def dot(subscripts: str, a: Array, b: Array) -> Array:
 def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
     """Sum along one axis, accumulated in float32 on a chip."""
     value = np.asarray(np.sum(x, axis=axis, keepdims=keepdims))
-    mode = _noise.get()
+    mode = _perturbing(reduced=True)
     if mode is None:
         return value
-    mode.reduced = True
     if mode.only is not None and mode.only != mode.met:
         return mode.shifted(value, U_ACC, np.abs)
     scale, magnitude = np.sqrt(max(x.shape[axis], 1)) * U_ACC, np.asarray(np.sum(np.abs(x), axis=axis, keepdims=keepdims))
@@ -122,7 +133,7 @@ def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
 
 def may_round(name: str, value: Array, to: str) -> Array:
     """A point at which a kernel may round to the dtype `to` (an operand's or result's name, or a dtype)."""
-    mode = _noise.get()
+    mode = _perturbing()
     if mode is None:
         return value
     mode.points.append(name)
@@ -132,13 +143,13 @@ def may_round(name: str, value: Array, to: str) -> Array:
 
 def single(value: Array) -> Array:
     """An intermediate result held in float32."""
-    mode = _noise.get()
+    mode = _perturbing()
     return value if mode is None else _perturb(mode, value, U_ACC)
 
 
 def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
     """An elementary function, correct to a few units in the last place of float32."""
-    mode = _noise.get()
+    mode = _perturbing()
     return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
 
 
