@@ -16,7 +16,7 @@ from porthal.conformance.inputs import Array, Inputs
 from porthal.conformance.invariance import independent
 from porthal.hal import Batch, Pages, Weight
 from porthal.hal.dtypes import widen
-from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, blocks, noise
+from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Known, Noise, blocks, noise
 
 PIECE = 2**16  # elements of the widest operand at a time, where rows do not know of each other
 RUNS = 8  # noisy runs of the reference behind one sigma
@@ -122,8 +122,9 @@ class Golden:
         for pieces in (pieces, [(slice(None), self.operands, extra)]):
             square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
             for rows, operands, more in pieces:
+                known = Known(operands.values())
                 parts = ({k: a[rows] for k, a in arrays.items()} for arrays in (exact, square, total))
-                modes = _add_up((self._noisy(*run, function, *more, operands=operands) for run in runs), *parts, turned)
+                modes = _add_up((self._noisy(*run, function, *more, operands=operands, known=known) for run in runs), *parts, turned)
                 if len(pieces) > 1 and any(m.met != counted.met for m in modes):
                     break  # it perturbs row by row
             else:
@@ -159,10 +160,11 @@ class Golden:
         carried = [o.name for o in signature.operands if o.kind == "array" and o.dims[:1] == (rows,)]
         carried = [name for name in carried if self.operands[name] is not None]
         width = max((self.operands[name].size for name in carried), default=0) // count
+        shared = sum(v.size for n, v in self.operands.items() if n not in carried and isinstance(v, np.ndarray))
         starts = batch.cu_q if batch else np.arange(count + 1)
         cuts = [0]
         for at in range(1, len(starts)):
-            if (starts[at] - starts[cuts[-1]]) * width >= PIECE or at == len(starts) - 1:
+            if (starts[at] - starts[cuts[-1]]) * width >= max(PIECE, shared) or at == len(starts) - 1:
                 cuts.append(at)
         if len(cuts) < 3:
             return whole
@@ -182,10 +184,16 @@ class Golden:
             yield self._noisy(run, only, function, *extra)[0]
 
     def _noisy(
-        self, run: int, only: int | None, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None
+        self,
+        run: int,
+        only: int | None,
+        function: Any,
+        *extra: Any,
+        operands: Mapping[str, Any] | None = None,
+        known: Known | None = None,
     ) -> tuple[dict[str, Array], Noise]:
         rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
-        with noise(rng, self.dtypes, only) as mode:
+        with noise(rng, self.dtypes, only, known) as mode:
             return _floats(self._call_named(function, *extra, operands=operands)), mode
 
     def exactly(self) -> dict[str, Spread]:

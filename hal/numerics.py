@@ -14,10 +14,12 @@ The last three may also flush what float32 holds only as a denormal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,13 +32,96 @@ EXACT = -3  # a run that perturbs nothing, and counts where it could
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
+class Known:
+    """Products that are the same in every noisy run, because no perturbation comes before them, and what else several runs
+    would compute alike. An operand is recognised by its place among the products of a run, and by its bits.
+
+    given  arrays that no reference writes to: of these and their views the place in memory tells as much as the bits
+    """
+
+    def __init__(self, given: Iterable[Any], room: int = 2**27) -> None:
+        self._given = {id(_owner(array)): array for array in given if isinstance(array, np.ndarray)}
+        self._room = room  # bytes that may be kept
+        self._operands: dict[int, Array | None] = {}  # None: perturbed
+        self._products: dict[int, tuple[Array, Array]] = {}
+        self._magnitudes: dict[int, Array] = {}
+
+    def product(self, n: int, subscripts: str, a: Array, b: Array) -> tuple[Array, Array]:
+        """The n-th product of a run, and that of the magnitudes."""
+        same = [self._recognised(2 * n + i, x) for i, x in enumerate((a, b))]
+        if all(same) and n in self._products:
+            return self._products[n]
+        if not all(same) and n in self._products:
+            self._room += sum(x.nbytes for x in self._products.pop(n))
+        value = _contract(subscripts, a, b)
+        magnitude = _contract(subscripts, *(self._magnitude(2 * n + i, x, same) for i, x in enumerate((a, b))))
+        if all(same) and self._fits(value, magnitude):
+            self._products[n] = value, magnitude
+        return value, magnitude
+
+    def _magnitude(self, n: int, x: Array, same: Sequence[bool]) -> Array:
+        """|x|, kept where it is the other operand that varies."""
+        if n in self._magnitudes:
+            return self._magnitudes[n]
+        found = np.abs(x)
+        if same[n % 2] and not same[1 - n % 2] and self._fits(found):
+            self._magnitudes[n] = found
+        return found
+
+    def _recognised(self, n: int, x: Array) -> bool:
+        """Whether this operand is the same in all runs so far."""
+        if n not in self._operands:
+            self._operands[n] = x if self._is_given(x) or self._fits(x) else None
+            return self._operands[n] is not None
+        before = self._operands[n]
+        if before is None or before is x:
+            return before is not None
+        if before.shape == x.shape and before.strides == x.strides:
+            if self._is_given(x) and before.__array_interface__["data"] == x.__array_interface__["data"]:
+                return True
+            if not self._is_given(x) and _same_bits(before, x):
+                return True
+        if not self._is_given(before):
+            self._room += before.nbytes
+        self._operands[n] = None
+        return False
+
+    def _is_given(self, x: Array) -> bool:
+        return id(_owner(x)) in self._given
+
+    def _fits(self, *arrays: Array) -> bool:
+        size = sum(x.nbytes for x in arrays)
+        self._room -= size if (fits := size <= self._room) else 0
+        return fits
+
+
+def _owner(x: Array) -> Array:
+    """The array whose memory a view shows."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    """Of arrays of one shape; most that differ do so in their first row."""
+    first = (0,) * (a.ndim - 1)
+    return not a.size or (
+        bool((a[first].view(np.uint64) == b[first].view(np.uint64)).all())
+        and bool((a.view(np.uint64) == b.view(np.uint64)).all())
+    )
+
+
 class Noise:
     """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points met."""
 
-    def __init__(self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None) -> None:
+    def __init__(
+        self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
+    ) -> None:
         self.rng = rng
         self.dtypes = dtypes
         self.only = only
+        self.known = known or Known((), 0)
+        self.products = 0  # so far
         self.points: list[str] = []
         self.met = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
         self.reduced = False  # a reduction was met: errors of one row are shared among its elements
@@ -81,10 +166,12 @@ _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
 
 
 @contextmanager
-def noise(rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None) -> Iterator[Noise]:
+def noise(
+    rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
+) -> Iterator[Noise]:
     """Make the helpers of this module perturb, all of them or `only` the n-th one called; `dtypes` names the operands'
-    and results' dtypes of the call."""
-    mode = Noise(rng, dtypes, only)
+    and results' dtypes of the call, and `known` holds what its runs have in common."""
+    mode = Noise(rng, dtypes, only, known)
     token = _noise.set(mode)
     try:
         yield mode
@@ -106,16 +193,16 @@ def _perturbing(reduced: bool = False) -> Noise | None:
 
 def dot(subscripts: str, a: Array, b: Array) -> Array:
     """Contraction of two arrays in einsum notation ("tk,nk->tn"), accumulated in float32 on a chip."""
-    value = _contract(subscripts, a, b)
     mode = _perturbing(reduced=True)
     if mode is None:
-        return value
+        return _contract(subscripts, a, b)
+    if mode.only is not None and mode.only != mode.met:
+        return mode.shifted(_contract(subscripts, a, b), U_ACC, np.abs)
+    value, magnitude = mode.known.product(mode.products, subscripts, a, b)
+    mode.products += 1
     left, right = subscripts.split("->")
     size = dict(zip(left.replace(",", ""), a.shape + b.shape))
-    terms = np.prod([n for s, n in size.items() if s not in right]) if value.size else 1
-    if mode.only is not None and mode.only != mode.met:
-        return mode.shifted(value, U_ACC, np.abs)
-    scale, magnitude = np.sqrt(float(terms)) * U_ACC, _contract(subscripts, np.abs(a), np.abs(b))
+    scale = np.sqrt(float(prod(n for s, n in size.items() if s not in right) if value.size else 1)) * U_ACC
     return mode.shifted(value, U_ACC, lambda m: scale * m, magnitude)
 
 
@@ -192,22 +279,31 @@ def choose(scores: Array, k: int) -> Array:
 
 def _contract(subscripts: str, a: Array, b: Array) -> Array:
     """einsum of two operands through matmul, which is BLAS also when there are batch axes."""
+    axes = _axes(subscripts)
+    size = dict(zip(axes.sizes, a.shape + b.shape))
+    batch, free_a, summed, free_b = ([size[s] for s in part] for part in axes.parts)
+    left = a.transpose(axes.left).reshape(*batch, prod(free_a), prod(summed))
+    right = b.transpose(axes.right).reshape(*batch, prod(summed), prod(free_b))
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = (left @ right).reshape([*batch, *free_a, *free_b])
+    return value.transpose(axes.out)
+
+
+class _Axes(NamedTuple):
+    """Einsum notation read: the symbols of both operands, those of the batch, free in a, summed, free in b; permutations."""
+
+    sizes: str
+    parts: tuple[list[str], list[str], list[str], list[str]]
+    left: list[int]
+    right: list[int]
+    out: list[int]
+
+
+@cache
+def _axes(subscripts: str) -> _Axes:
     (sa, sb), out = (s.strip() for s in subscripts.split("->")[0].split(",")), subscripts.split("->")[1].strip()
     batch = [s for s in sa if s in sb and s in out]
     summed = [s for s in sa if s in sb and s not in out]
     free_a, free_b = ([s for s in x if s not in batch and s not in summed] for x in (sa, sb))
-    size = dict(zip(sa + sb, a.shape + b.shape))
-
-    def count(axes: list[str]) -> int:
-        return int(np.prod([size[s] for s in axes], dtype=np.int64))
-
-    left = a.transpose([sa.index(s) for s in batch + free_a + summed]).reshape(
-        *(size[s] for s in batch), count(free_a), count(summed)
-    )
-    right = b.transpose([sb.index(s) for s in batch + summed + free_b]).reshape(
-        *(size[s] for s in batch), count(summed), count(free_b)
-    )
-    with np.errstate(invalid="ignore", over="ignore"):
-        value = (left @ right).reshape([size[s] for s in batch + free_a + free_b])
-    axes = batch + free_a + free_b
-    return value.transpose([axes.index(s) for s in out])
+    left, right = ([x.index(s) for s in part] for x, part in ((sa, batch + free_a + summed), (sb, batch + summed + free_b)))
+    return _Axes(sa + sb, (batch, free_a, summed, free_b), left, right, [(batch + free_a + free_b).index(s) for s in out])
