@@ -154,7 +154,7 @@ def _judge_spread(
         return judge_floats(inputs, key, got[:rows], spread[:rows], limit, lambda: (m[key][:rows] for m in machines()))
     before: Pages = inputs.operands[name]
     written = written_slots(inputs, before)
-    touched = (bits(got[part]) != bits(before.native[part])).any(-1) & ~written
+    touched = _differing(got[part], before.native[part]).any(-1) & ~written
     if touched.any():
         raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed and is none that is written")
     return judge_floats(
@@ -172,7 +172,7 @@ def judge_floats(
     if not y.size:
         return Judgement("PASS")
     if exactly_judged(inputs, g):
-        differs = bits(y) != bits(rounded) if inputs.contract.exact else y != rounded
+        differs = _differing(y, rounded) if inputs.contract.exact else y != rounded
         if differs.any():
             at = _first(differs)
             what = f"{name}{at} is {y[tuple(at)]}, expected exactly {rounded[tuple(at)]}"
@@ -258,6 +258,16 @@ def bits(x: Array) -> Array:
     return found
 
 
+def _differing(a: Array, b: Array) -> Array:
+    """Where the bits differ, all NaN alike."""
+    return np.zeros(a.shape, bool) if same_bits(a, b) else bits(a) != bits(b)
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether arrays of one shape and dtype have the same bits throughout, of NaN as well."""
+    return bool((a.view(f"u{a.dtype.itemsize}") == b.view(f"u{b.dtype.itemsize}")).all()) if a.dtype == b.dtype else False
+
+
 def _check_repeat(outcome: Outcome) -> None:
     if change := difference(outcome.results, outcome.again):
         raise Failed("FAIL_NONDETERMINISTIC", f"{change} in another run on the same inputs")
@@ -273,7 +283,7 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         for what, a, b in pairs:
             if a.shape != b.shape:
                 return f"{what} has shape {list(a.shape)}, then {list(b.shape)}"
-            if (differs := bits(a) != bits(b)).any():
+            if not same_bits(a, b) and (differs := bits(a) != bits(b)).any():
                 at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differs)), differs.shape))
                 return f"{what}{list(at)} is {a[at]}, then {b[at]}"
     return ""

@@ -22,12 +22,17 @@ def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     """
     indices = np.full((batch.T, k), -1, np.int32)
     length = np.minimum(batch.visible, k).astype(np.int32)
-    for t in range(batch.T):
-        indices[t, : length[t]] = choose(scores[t, : batch.visible[t]], int(length[t]))
+    step = max(1, 2**18 // max(1, scores.shape[1]))
+    for rows in (slice(t, t + step) for t in range(0, batch.T, step)):
+        best = choose(_scores(scores[rows], batch.visible[rows]), k)  # what is hidden loses to all that is visible
+        indices[rows, : best.shape[1]] = np.where(np.arange(best.shape[1]) < length[rows, None], best, -1)
     return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
 
 
 @topk.scored
-def _scores(scores: Array, batch: Batch, **_: object) -> Array:
-    hidden = np.arange(scores.shape[1]) >= batch.visible[:, None]
-    return np.where(hidden, -np.inf, scores)
+def _(scores: Array, batch: Batch, **_: object) -> Array:
+    return _scores(scores, batch.visible)
+
+
+def _scores(scores: Array, visible: Array) -> Array:
+    return np.where(np.arange(scores.shape[1]) >= visible[:, None], -np.inf, scores)
