@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cache import recall
-from porthal.conformance.inputs import Array, Inputs
+from porthal.conformance.inputs import Array, Inputs, written_slots
 from porthal.conformance.invariance import independent
 from porthal.hal import Batch, Pages, Weight
 from porthal.hal.dtypes import widen
@@ -109,7 +109,7 @@ class Golden:
 
     def _perturbed(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
         found, counted = self._exactly(function, *extra) if function else self._reference
-        exact = _floats(found)
+        exact = self._floats(found)
         scores = function is not None and function is self.contract.scores
         if counted.reduced:
             runs: list[tuple[int, int | None]] = [(run, None) for run in range(RUNS)]
@@ -144,7 +144,7 @@ class Golden:
         flushed = {n: _flushed(v) for n, v in self.operands.items()}
         if all(flushed[n] is v for n, v in self.operands.items()):
             return spreads
-        least = _floats(self._call_named(function, *extra, operands=flushed))
+        least = self._floats(self._call_named(function, *extra, operands=flushed))
         with np.errstate(invalid="ignore"):
             off = {k: np.nan_to_num(np.abs(least[k] - s.value), nan=0.0, posinf=0.0) for k, s in spreads.items()}
         return {k: s.wider(off[k]) for k, s in spreads.items()}
@@ -194,11 +194,11 @@ class Golden:
     ) -> tuple[dict[str, Array], Noise]:
         rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.token.encode())])
         with noise(rng, self.dtypes, only, known) as mode:
-            return _floats(self._call_named(function, *extra, operands=operands)), mode
+            return self._floats(self._call_named(function, *extra, operands=operands)), mode
 
     def exactly(self) -> dict[str, Spread]:
         """The float results of an op that has one right answer."""
-        return {k: Spread(v, np.zeros(v.shape), np.zeros(v.shape)) for k, v in _floats(self.results()).items()}
+        return {k: Spread(v, np.zeros(v.shape), np.zeros(v.shape)) for k, v in self._floats(self.results()).items()}
 
     def scores(self) -> Spread:
         """The scores behind a discrete choice."""
@@ -213,6 +213,17 @@ class Golden:
         out = self.call(function or self.contract.reference, *extra, operands=operands)
         return _as_dict(out) if function else self._named(out)
 
+    def _floats(self, named: Mapping[str, Any]) -> dict[str, Array]:
+        """The float arrays among results; of pages those slots of each field that the call may write, as "name.field"."""
+        found = {}
+        for name, value in named.items():
+            if isinstance(value, Pages):
+                written = written_slots(self.inputs, value)
+                found.update({f"{name}.{f}": a[written] for f, a in value.native.items()})
+            elif isinstance(value, np.ndarray) and value.dtype == np.float64:
+                found[name] = value
+        return found
+
     def _named(self, out: Any) -> dict[str, Any]:
         return dict(zip((r.name for r in self.contract.signature.results), out if isinstance(out, tuple) else (out,)))
 
@@ -225,17 +236,6 @@ def _requests(batch: Batch, first: int, last: int) -> Batch:
 
 def _as_dict(out: Any) -> dict[str, Any]:
     return out if isinstance(out, dict) else {"value": out}
-
-
-def _floats(named: Mapping[str, Any]) -> dict[str, Array]:
-    """The float arrays among results, those of pages as "name.field"."""
-    found = {}
-    for name, value in named.items():
-        if isinstance(value, Pages):
-            found.update({f"{name}.{f}": a for f, a in value.native.items()})
-        elif isinstance(value, np.ndarray) and value.dtype == np.float64:
-            found[name] = value
-    return found
 
 
 def _add_up(

@@ -157,9 +157,7 @@ def _judge_spread(
     touched = _differing(got[part], before.native[part]).any(-1) & ~written
     if touched.any():
         raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed and is none that is written")
-    return judge_floats(
-        inputs, key, got[part][written], spread[written], limit, lambda: (m[key][written] for m in machines())
-    )
+    return judge_floats(inputs, key, got[part][written], spread, limit, lambda: (m[key] for m in machines()))
 
 
 def judge_floats(
