@@ -14,7 +14,7 @@ The last three may also flush what float32 holds only as a denormal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -23,50 +23,156 @@ from typing import Any
 
 import numpy as np
 
-from porthal.hal.dtypes import UNIT_ROUNDOFF, narrow, widen
+from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, narrow, widen
 
 Array = np.ndarray[Any, Any]
 U_ACC = UNIT_ROUNDOFF["float32"]
 # Values of `only` for runs that round wherever that is permitted, as a chip does; the second flushes denormals to zero.
 ROUNDED, ROUNDED_TO_ZERO = -1, -2
+EXACT = -3  # for a run that perturbs nothing, and counts where it could
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
+
+
+class Known:
+    """Products that are the same in every noisy run, because no perturbation comes before them, and what else several runs
+    would compute alike. An operand is recognised by its place among the products of a run, and by its bits.
+
+    given  arrays that no reference writes to: of these and their views the place in memory tells as much as the bits
+    """
+
+    def __init__(self, given: Iterable[Any], room: int = 2**27) -> None:
+        self._given = {id(_owner(array)): array for array in given if isinstance(array, np.ndarray)}
+        self._room = room  # bytes that may be kept
+        self._operands: dict[int, Array | None] = {}  # None: perturbed
+        self._products: dict[int, tuple[Array, Array]] = {}
+        self._magnitudes: dict[int, Array] = {}
+
+    def product(self, n: int, subscripts: str, a: Array, b: Array) -> tuple[Array, Array]:
+        """The n-th product of a run, and that of the magnitudes."""
+        same = [self._recognised(2 * n + i, x) for i, x in enumerate((a, b))]
+        if all(same) and n in self._products:
+            return self._products[n]
+        if not all(same) and n in self._products:
+            self._room += sum(x.nbytes for x in self._products.pop(n))
+        value = _contract(subscripts, a, b)
+        magnitude = _contract(subscripts, *(self._magnitude(2 * n + i, x, same) for i, x in enumerate((a, b))))
+        if all(same) and self._fits(value, magnitude):
+            self._products[n] = value, magnitude
+        return value, magnitude
+
+    def _magnitude(self, n: int, x: Array, same: Sequence[bool]) -> Array:
+        """|x|, kept where it is the other operand that varies."""
+        if n in self._magnitudes:
+            return self._magnitudes[n]
+        found = np.abs(x)
+        if same[n % 2] and not same[1 - n % 2] and self._fits(found):
+            self._magnitudes[n] = found
+        return found
+
+    def _recognised(self, n: int, x: Array) -> bool:
+        """Whether this operand is the same in all runs so far."""
+        if n not in self._operands:
+            self._operands[n] = x if self._is_given(x) or self._fits(x) else None
+            return self._operands[n] is not None
+        before = self._operands[n]
+        if before is None or before is x:
+            return before is not None
+        if before.shape == x.shape and before.strides == x.strides:
+            if self._is_given(x) and before.__array_interface__["data"] == x.__array_interface__["data"]:
+                return True
+            if not self._is_given(x) and _same_bits(before, x):
+                return True
+        if not self._is_given(before):
+            self._room += before.nbytes
+        self._operands[n] = None
+        return False
+
+    def _is_given(self, x: Array) -> bool:
+        return id(_owner(x)) in self._given
+
+    def _fits(self, *arrays: Array) -> bool:
+        size = sum(x.nbytes for x in arrays)
+        self._room -= size if (fits := size <= self._room) else 0
+        return fits
+
+
+def _owner(x: Array) -> Array:
+    """The array whose memory a view shows."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    """Of arrays of one shape; most that differ do so in their first row."""
+    first = (0,) * (a.ndim - 1)
+    return not a.size or (
+        bool((a[first].view(np.uint64) == b[first].view(np.uint64)).all())
+        and bool((a.view(np.uint64) == b.view(np.uint64)).all())
+    )
 
 
 class Noise:
     """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points met."""
 
-    def __init__(self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None) -> None:
+    def __init__(
+        self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
+    ) -> None:
         self.rng = rng
         self.dtypes = dtypes
         self.only = only
+        self.known = known or Known((), 0)
+        self.products = 0  # so far
         self.points: list[str] = []
         self.count = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
         self.reduced = False  # the formula has a reduction: errors of one row are shared among its elements
 
-    def signs(self, value: Array, u: float = U_ACC) -> Array:
-        """1 or -1, the same for values that a rounding by u moves alike, the other for their negatives."""
+    def shifted(self, value: Array, u: float, step: Callable[[Array], Array], beside: Array | None = None) -> Array:
+        """The value off by a step up or down: alike for values that a rounding by u moves alike, the other way for their
+        negatives. `step` makes the size of it from the value or, element by element, from the array `beside` it."""
         self.count += 1
         salt = self.rng.integers(2**32, dtype=np.uint32)
-        if self.only is not None and self.only != self.count - 1:
-            return np.zeros(value.shape)
-        with np.errstate(over="ignore"):
-            single = np.asarray(value, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.only is not None and self.only != self.count - 1:
+                return np.asarray(value + np.abs(value) * 0.0)
+            out = np.empty_like(value, np.float64)
             alike = np.uint32(max(0, 20 + round(np.log2(u))))  # bits worth an eighth of u and less
-            word = (np.abs(single).view(np.uint32) >> alike ^ salt) * np.uint32(0x9E3779B1)
-            word ^= word >> np.uint32(15)
-            word *= np.uint32(0x85EBCA77)
-            word ^= single.view(np.uint32)
-        return np.copysign(1.0, word.view(np.int32))
+            for v, near, moved in blocks(value, value if beside is None else beside, out):
+                one = v.astype(np.float32).view(np.uint32)
+                word = one & np.uint32(0x7FFFFFFF)
+                word >>= alike
+                word ^= salt
+                word *= np.uint32(0x9E3779B1)
+                word ^= word >> np.uint32(15)
+                word *= np.uint32(0x85EBCA77)
+                word ^= one
+                np.add(v, np.copysign(step(near), word.view(np.int32)), out=moved)
+        return out
+
+
+def blocks(*arrays: Array) -> Iterator[Sequence[Array]]:
+    """Arrays of one shape in pieces that a core's cache holds; as they are, where they do not lie alike in memory."""
+    if arrays[0].size <= BLOCK or any(a.strides != arrays[0].strides for a in arrays):
+        yield arrays
+        return
+    flat = [a.ravel(order="K") for a in arrays]
+    if not all(np.may_share_memory(a, f) for a, f in zip(arrays, flat)):
+        yield arrays
+        return
+    for at in range(0, arrays[0].size, BLOCK):
+        yield [f[at : at + BLOCK] for f in flat]
 
 
 _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
 
 
 @contextmanager
-def noise(rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None) -> Iterator[Noise]:
+def noise(
+    rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
+) -> Iterator[Noise]:
     """Make the helpers of this module perturb, all of them or `only` the n-th one called; `dtypes` names the operands'
-    and results' dtypes of the call."""
-    mode = Noise(rng, dtypes, only)
+    and results' dtypes of the call, and `known` holds what its runs have in common."""
+    mode = Noise(rng, dtypes, only, known)
     token = _noise.set(mode)
     try:
         yield mode
@@ -74,34 +180,48 @@ def noise(rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None 
         _noise.reset(token)
 
 
-def dot(subscripts: str, a: Array, b: Array) -> Array:
-    """Contraction of two arrays in einsum notation ("tk,nk->tn"), accumulated in float32 on a chip."""
-    value = _contract(subscripts, a, b)
+def _perturbing(reduced: bool = False) -> Noise | None:
+    """The mode, where it is one that perturbs."""
     mode = _noise.get()
     if mode is None:
-        return value
-    mode.reduced = True
+        return None
+    mode.reduced |= reduced
+    if mode.only == EXACT:
+        mode.count += 1
+        return None
+    return mode
+
+
+def dot(subscripts: str, a: Array, b: Array) -> Array:
+    """Contraction of two arrays in einsum notation ("tk,nk->tn"), accumulated in float32 on a chip."""
+    mode = _perturbing(reduced=True)
+    if mode is None:
+        return _contract(subscripts, a, b)
+    if mode.only is not None and mode.only != mode.count:
+        return mode.shifted(_contract(subscripts, a, b), U_ACC, np.abs)
+    value, magnitude = mode.known.product(mode.products, subscripts, a, b)
+    mode.products += 1
     left, right = subscripts.split("->")
     size = dict(zip(left.replace(",", ""), a.shape + b.shape))
-    terms = np.prod([n for s, n in size.items() if s not in right]) if value.size else 1
-    magnitude = _contract(subscripts, np.abs(a), np.abs(b))
-    return np.asarray(value + mode.signs(value) * (np.sqrt(float(terms)) * U_ACC) * magnitude)
+    scale = np.sqrt(float(prod(n for s, n in size.items() if s not in right) if value.size else 1)) * U_ACC
+    return mode.shifted(value, U_ACC, lambda m: scale * m, magnitude)
 
 
 def total(x: Array, axis: int = -1, keepdims: bool = False) -> Array:
     """Sum along one axis, accumulated in float32 on a chip."""
     value = np.asarray(np.sum(x, axis=axis, keepdims=keepdims))
-    mode = _noise.get()
+    mode = _perturbing(reduced=True)
     if mode is None:
         return value
-    mode.reduced = True
-    magnitude = np.sum(np.abs(x), axis=axis, keepdims=keepdims)
-    return np.asarray(value + mode.signs(value) * np.sqrt(max(x.shape[axis], 1)) * U_ACC * magnitude)
+    if mode.only is not None and mode.only != mode.count:
+        return mode.shifted(value, U_ACC, np.abs)
+    scale, magnitude = np.sqrt(max(x.shape[axis], 1)) * U_ACC, np.asarray(np.sum(np.abs(x), axis=axis, keepdims=keepdims))
+    return mode.shifted(value, U_ACC, lambda m: scale * m, magnitude)
 
 
 def may_round(name: str, value: Array, to: str) -> Array:
     """A point at which a kernel may round to the dtype `to` (an operand's or result's name, or a dtype)."""
-    mode = _noise.get()
+    mode = _perturbing()
     if mode is None:
         return value
     mode.points.append(name)
@@ -111,13 +231,13 @@ def may_round(name: str, value: Array, to: str) -> Array:
 
 def single(value: Array) -> Array:
     """An intermediate result held in float32."""
-    mode = _noise.get()
+    mode = _perturbing()
     return value if mode is None else _perturb(mode, value, U_ACC)
 
 
 def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
     """An elementary function, correct to a few units in the last place of float32."""
-    mode = _noise.get()
+    mode = _perturbing()
     return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
 
 
@@ -125,8 +245,15 @@ def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype:
     if mode.only in (ROUNDED, ROUNDED_TO_ZERO):
         rounded = widen(narrow(np.asarray(value), dtype))
         return np.where(np.abs(rounded) < FLUSHED, 0.0, rounded) if mode.only == ROUNDED_TO_ZERO else rounded
-    with np.errstate(invalid="ignore"):
-        return np.asarray(value + mode.signs(value, u) * (u * np.abs(value) + least) / np.sqrt(3))
+
+    def step(v: Array) -> Array:
+        size = np.abs(v)
+        size *= u
+        size += least
+        size /= np.sqrt(3)
+        return size
+
+    return mode.shifted(np.asarray(value), u, step)
 
 
 def softmax(x: Array) -> tuple[Array, Array]:

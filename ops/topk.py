@@ -20,10 +20,10 @@ def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     Ties go to the lowest position; NaN counts as -inf; the order inside the row is free. Columns from visible[t] on are
     never read.
     """
-    indices = np.full((batch.T, k), -1, np.int32)
     length = np.minimum(batch.visible, k).astype(np.int32)
-    for t in range(batch.T):
-        indices[t, : length[t]] = choose(scores[t, : batch.visible[t]], int(length[t]))
+    best = choose(_scores(scores, batch), k)  # what is hidden stands behind all that is visible
+    indices = np.full((batch.T, k), -1, np.int32)
+    indices[:, : best.shape[1]] = np.where(np.arange(best.shape[1]) < length[:, None], best, -1)
     return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
 
 

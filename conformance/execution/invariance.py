@@ -28,7 +28,7 @@ POISON = -1  # in an order of rows: the one that nobody judges
 def disturbed(inputs: Inputs) -> tuple[Inputs, Array] | None:
     """The disturbed call, and where each row went; None where rows are not independent or a view shares them."""
     contract, batch = inputs.contract, inputs.batch
-    rows = _rows(contract)
+    rows = independent(contract)
     count = batch.T if batch else inputs.spec.dims.get(rows, 0)
     assert isinstance(count, int)  # no ranges in a call
     if not rows or inputs.case.view or not 1 <= count <= LARGEST:
@@ -62,7 +62,7 @@ def restored(results: Mapping[str, Any], to: Array) -> dict[str, Any]:
     return {name: back(value) for name, value in results.items()}
 
 
-def _rows(contract: Contract) -> str:
+def independent(contract: Contract) -> str:
     """The symbol of rows that do not know of each other, or ""."""
     results = contract.signature.results
     batch = next(iter(contract.signature.of_kind("Batch")), None)

@@ -50,6 +50,19 @@ def bits(x: Array) -> Array:
     return found
 
 
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays have the same bits throughout, of NaN as well; cheaper than to say where they differ."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    word = f"u{a.dtype.itemsize}"
+    return bool((a.view(word) == b.view(word)).all())
+
+
+def differing(a: Array, b: Array) -> Array:
+    """Where the bits of two arrays of one shape differ, all NaN alike."""
+    return np.zeros(a.shape, bool) if same_bits(a, b) else bits(a) != bits(b)
+
+
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """The first element whose bits differ: "y[3, 5] is 1.5, then 1.25"; "" where none does."""
     for name, one in first.items():
@@ -58,7 +71,7 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         for what, a, b in pairs:
             if a.shape != b.shape:
                 return f"{what} has shape {list(a.shape)}, then {list(b.shape)}"
-            if (differs := bits(a) != bits(b)).any():
+            if (differs := differing(a, b)).any():
                 at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differs)), differs.shape))
                 return f"{what}{list(at)} is {a[at]}, then {b[at]}"
     return ""

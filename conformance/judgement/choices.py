@@ -42,6 +42,7 @@ def judge_top(golden: Golden, chosen: Any, limit: Level, tie: str) -> str:
     by_construction = contract.exact or any(r in TIED for _, r in inputs.case.recipes)
     deviates = False
     same = (got.ids == best.ids).all(1) & (got.length == best.length)
+    same |= _same_sets(got, best, ~same)
     for t in np.flatnonzero(~same):
         row = _valid(f"{name} row {t}", got.ids[t], int(got.length[t]), int(best.length[t]), int(got.candidates[t]))
         if not len(row):
@@ -64,6 +65,16 @@ def _ids(chosen: Any, inputs: Inputs, columns: int) -> Ids:
         return Ids(chosen["indices"], chosen["length"], inputs.batch.visible)
     ids = chosen[:, None] if chosen.ndim == 1 else chosen
     return Ids(ids, np.full(len(ids), ids.shape[1]), np.full(len(ids), columns))
+
+
+def _same_sets(got: Ids, best: Ids, asked: Array) -> Array:
+    """Which of the rows asked about chose what the reference chose, in another order."""
+    alike = asked & (got.length == best.length)
+    at = np.flatnonzero(alike)
+    beyond = np.arange(got.ids.shape[1]) >= got.length[at, None]
+    ids, wanted = (np.sort(np.where(beyond, -1, x.ids[at]), axis=1) for x in (got, best))
+    alike[at] = (ids == wanted).all(1) & (~beyond | (got.ids[at] == -1)).all(1)
+    return alike
 
 
 def _valid(what: str, ids: Array, length: int, expected: int, candidates: int) -> Array:

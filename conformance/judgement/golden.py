@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from porthal.conformance.cases.inputs import Array, Inputs
+from porthal.conformance.cases.inputs import Array, Inputs, written_slots
+from porthal.conformance.execution.invariance import independent
 from porthal.conformance.judgement.golden_cache import recall
-from porthal.hal import Operand
+from porthal.hal import Batch, Operand, Pages
 from porthal.hal.dtypes import widen
-from porthal.hal.numerics import FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Noise, noise
+from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Known, Noise, blocks, noise
+from porthal.hal.signature import ARRAY
 
+PIECE = 2**16  # elements of the widest operand at a time, where rows do not know of each other
 RUNS = 8  # noisy runs of the reference behind one sigma
 
 
@@ -33,6 +36,14 @@ class Spread:
 
     def wider(self, by: Array) -> Spread:
         return Spread(self.value, np.hypot(self.sigma, by), self.most + by)
+
+
+class Piece(NamedTuple):
+    """Some rows of a call: the operands of these rows alone, and what else the function takes."""
+
+    rows: slice
+    operands: Mapping[str, Any]
+    extra: tuple[Any, ...]
 
 
 def widened(operand: Any) -> Any:
@@ -71,9 +82,20 @@ class Golden:
         """The results by name; where the call makes a choice, at the reference's own one."""
         return self._results
 
-    @cached_property
+    @property
     def _results(self) -> dict[str, Any]:
-        return self.contract.named(self.call(self.contract.reference))
+        return self._reference[0]
+
+    @cached_property
+    def _reference(self) -> tuple[dict[str, Any], Noise]:
+        return self._exactly(None)
+
+    def _exactly(
+        self, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], Noise]:
+        """The exact results, and how often they could have been perturbed."""
+        with noise(np.random.default_rng(0), self.dtypes, EXACT) as mode:
+            return self._call_named(function, *extra, operands=operands), mode
 
     def spread(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
         """Value and deviation of every float result of the reference (or of another function of the contract)."""
@@ -92,52 +114,109 @@ class Golden:
         return {k: Spread(*(kept[f"{part}/{k}"].astype(np.float64, copy=False) for part in parts)) for k in keys}
 
     def _perturbed(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
-        exact = _floats(self._call_named(function, *extra) if function else self._results)
+        found, counted = self._exactly(function, *extra) if function else self._reference
+        exact = self._floats(found)
         scores = function is not None and function is self.contract.scores
+        if counted.reduced:
+            runs: list[tuple[int, int | None]] = [(run, None) for run in range(RUNS)]
+        else:
+            # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
+            points = (*range(counted.count), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
+            runs = [(abs(point), point) for point in points]
         infinite = np.inf if scores else 0.0  # what an inner choice may exclude as well is free
-        modes: list[Noise] = []
-
-        def deviation(run: int, only: int | None = None) -> dict[str, Array]:
-            noisy, mode = self._noisy(run, only, function, *extra)
-            modes.append(mode)
-            with np.errstate(invalid="ignore", over="ignore"):
-                return {k: np.nan_to_num(np.abs(v - exact[k]), nan=0.0, posinf=infinite) for k, v in noisy.items()}
-
-        first = deviation(0)
-        if modes[0].reduced:
-            square, _ = _sums(exact, chain([first], (deviation(run) for run in range(1, RUNS))))
+        pieces, whole = self._pieces(extra), [Piece(slice(None), self.operands, extra)]
+        sums = self._summed(function, exact, runs, pieces, counted.count, infinite)
+        if sums is None:  # the reference perturbs row by row
+            pieces, sums = whole, self._summed(function, exact, runs, whole, None, infinite)
+        assert sums is not None
+        square, total = sums
+        if counted.reduced:
             sigma = {k: _mixed(np.sqrt(v / RUNS)) for k, v in square.items()}
             spreads = {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
         else:
-            # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
-            points = (*range(modes[0].count), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
-            square, total = _sums(exact, (deviation(abs(point), point) for point in points))
             spreads = {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
         if "float16" in self.dtypes.values():  # sums of what it cannot hold lose every term
-            lost = self._noisy(0, ROUNDED, function, *extra)[0]
-            with np.errstate(invalid="ignore"):
-                spreads = {k: replace(s, most=np.fmax(s.most, np.abs(lost[k] - s.value))) for k, s in spreads.items()}
+            for piece in pieces:
+                lost, _ = self._noisy(0, ROUNDED, function, piece)
+                with np.errstate(invalid="ignore"):
+                    for k, spread in spreads.items():
+                        most = spread.most[piece.rows]
+                        np.fmax(most, np.abs(lost[k] - spread.value[piece.rows]), out=most)
         flushed = {n: _flushed(v) for n, v in self.operands.items()}
         if all(flushed[n] is v for n, v in self.operands.items()):
             return spreads
-        least = _floats(self._call_named(function, *extra, operands=flushed))
+        least = self._floats(self._call_named(function, *extra, operands=flushed))
         with np.errstate(invalid="ignore"):
             off = {k: np.nan_to_num(np.abs(least[k] - s.value), nan=0.0, posinf=0.0) for k, s in spreads.items()}
         return {k: s.wider(off[k]) for k, s in spreads.items()}
 
+    def _summed(
+        self,
+        function: Any,
+        exact: Mapping[str, Array],
+        runs: Sequence[tuple[int, int | None]],
+        pieces: Sequence[Piece],
+        count: int | None,
+        infinite: float,
+    ) -> tuple[dict[str, Array], dict[str, Array]] | None:
+        """Sums of the squares and of the magnitudes of what runs deviate by, over the pieces; None where one of these is
+        perturbed at other than `count` points."""
+        square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
+        for piece in pieces:
+            known = Known(piece.operands.values())
+            parts = [{k: a[piece.rows] for k, a in arrays.items()} for arrays in (exact, square, total)]
+            for run in runs:
+                noisy, mode = self._noisy(*run, function, piece, known)
+                _add(noisy, *parts, infinite)
+                if count is not None and len(pieces) > 1 and mode.count != count:
+                    return None
+        return square, total
+
+    def _pieces(self, extra: tuple[Any, ...]) -> list[Piece]:
+        """Calls of few rows each that make up this one where it has many: what a core's cache holds."""
+        whole = [Piece(slice(None), self.operands, extra)]
+        signature, batch, rows = self.contract.signature, self.inputs.batch, independent(self.contract)
+        plain = all(o.kind in (ARRAY, "Weight") or (o.kind == "Batch" and len(o.dims) == 1) for o in signature.operands)
+        count = batch.T if batch else self.inputs.spec.dims.get(rows, 0)
+        if not rows or not plain or not isinstance(count, int) or count < 2:
+            return whole
+        if not all(isinstance(a, np.ndarray) for a in extra):
+            return whole
+        carried = [o.name for o in signature.of_kind(ARRAY) if o.dims[:1] == (rows,) and self.operands[o.name] is not None]
+        width = max((self.operands[name].size for name in carried), default=0) // count
+        shared = sum(v.size for n, v in self.operands.items() if n not in carried and isinstance(v, np.ndarray))
+        starts = batch.cu_q if batch else np.arange(count + 1)
+        cuts = [0]
+        for at in range(1, len(starts)):
+            if (starts[at] - starts[cuts[-1]]) * width >= max(PIECE, shared) or at == len(starts) - 1:
+                cuts.append(at)
+        if len(cuts) < 3:
+            return whole
+        pieces = []
+        for first, last in pairwise(cuts):
+            part = slice(int(starts[first]), int(starts[last]))
+            operands = {n: v[part] if n in carried else v for n, v in self.operands.items()}
+            for o in signature.of_kind("Batch"):
+                assert batch
+                operands[o.name] = _requests(batch, first, last)
+            pieces.append(Piece(part, operands, tuple(a[part] for a in extra)))
+        return pieces
+
     def rounding_runs(self, function: Any = None, *extra: Any) -> Iterator[dict[str, Array]]:
         """Float results of runs that round where the contract permits; a chip rounds them once more, at the end."""
         for run, only in ((0, ROUNDED), *((run, None) for run in range(RUNS))):
-            yield self._noisy(run, only, function, *extra)[0]
+            yield self._noisy(run, only, function, Piece(slice(None), self.operands, extra))[0]
 
-    def _noisy(self, run: int, only: int | None, function: Any, *extra: Any) -> tuple[dict[str, Array], Noise]:
+    def _noisy(
+        self, run: int, only: int | None, function: Any, piece: Piece, known: Known | None = None
+    ) -> tuple[dict[str, Array], Noise]:
         rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.stream.encode())])
-        with noise(rng, self.dtypes, only) as mode:
-            return _floats(self._call_named(function, *extra)), mode
+        with noise(rng, self.dtypes, only, known) as mode:
+            return self._floats(self._call_named(function, *piece.extra, operands=piece.operands)), mode
 
     def exactly(self) -> dict[str, Spread]:
         """The float results of an op that has one right answer."""
-        return {k: Spread(v, np.zeros(v.shape), np.zeros(v.shape)) for k, v in _floats(self.results()).items()}
+        return {k: Spread(v, np.zeros(v.shape), np.zeros(v.shape)) for k, v in self._floats(self.results()).items()}
 
     def scores(self) -> Spread:
         """The scores behind a discrete choice."""
@@ -152,30 +231,46 @@ class Golden:
         out = self.call(function or self.contract.reference, *extra, operands=operands)
         return _as_dict(out) if function else self.contract.named(out)
 
+    def _floats(self, named: Mapping[str, Any]) -> dict[str, Array]:
+        """The float arrays among results; of pages those slots of each field that the call may write, as "name.field"."""
+        found = {}
+        for name, value in named.items():
+            if isinstance(value, Pages):
+                written = written_slots(self.inputs, value)
+                found.update({f"{name}.{f}": a[written] for f, a in value.native.items()})
+            elif isinstance(value, Operand):
+                found.update({f"{name}.{part}": a for part, a in value.parts().items() if a.dtype == np.float64})
+            elif isinstance(value, np.ndarray) and value.dtype == np.float64:
+                found[name] = value
+        return found
+
+
+def _requests(batch: Batch, first: int, last: int) -> Batch:
+    """Some requests of a batch, one after the other."""
+    cu_q = batch.cu_q[first : last + 1] - batch.cu_q[first]
+    return Batch(cu_q, batch.kv_len[first:last], batch.block_table[first:last], batch.block_size)
+
 
 def _as_dict(out: Any) -> dict[str, Any]:
     return out if isinstance(out, dict) else {"value": out}
 
 
-def _floats(named: Mapping[str, Any]) -> dict[str, Array]:
-    """The float arrays among results, those of pages as "name.field"."""
-    found = {}
-    for name, value in named.items():
-        if isinstance(value, Operand):
-            found.update({f"{name}.{f}": a for f, a in value.parts().items() if a.dtype == np.float64})
-        elif isinstance(value, np.ndarray) and value.dtype == np.float64:
-            found[name] = value
-    return found
-
-
-def _sums(like: Mapping[str, Array], runs: Iterable[Mapping[str, Array]]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Sums of the squares and of the magnitudes, without keeping the runs."""
-    square, total = ({k: np.zeros(v.shape) for k, v in like.items()} for _ in range(2))
-    for off in runs:
-        for k, v in off.items():
-            square[k] += v**2
-            total[k] += v
-    return square, total
+def _add(
+    noisy: Mapping[str, Array],
+    exact: Mapping[str, Array],
+    square: Mapping[str, Array],
+    total: Mapping[str, Array],
+    infinite: float,
+) -> None:
+    """Add the squares and the magnitudes of what a run deviates by; NaN counts as 0, and infinity as `infinite`."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        for k in noisy:
+            for v, g, squares, magnitudes in blocks(noisy[k], exact[k], square[k], total[k]):
+                off = np.abs(v - g)
+                if not np.isfinite(off).all():
+                    off = np.nan_to_num(off, nan=0.0, posinf=infinite)
+                magnitudes += off
+                squares += np.square(off)
 
 
 def _mixed(sigma: Array) -> Array:

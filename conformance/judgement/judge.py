@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, bits, difference, message_of
+from porthal.conformance.execution.outcome import Outcome, difference, differing, message_of
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.measures import Measure, tiny
 from porthal.conformance.level import BRING_UP, Level, level_of
 from porthal.conformance.verdicts import Failed, Judgement, Verdict
 from porthal.hal import Operand, Pages, UsageError
-from porthal.hal.dtypes import UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
+from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
 from porthal.hal.operands import KINDS
 from porthal.hal.signature import ARRAY
 
@@ -145,12 +145,10 @@ def _judge_spread(
     if not isinstance(before, Pages):
         return judge_floats(inputs, key, got[part], spread, limit, lambda: (r[key] for r in runs()))
     written = written_slots(inputs, before)
-    touched = (bits(got[part]) != bits(before.native[part])).any(-1) & ~written
+    touched = differing(got[part], before.native[part]).any(-1) & ~written
     if touched.any():
         raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed, and the call does not write it")
-    return judge_floats(
-        inputs, key, got[part][written], spread[written], limit, lambda: (r[key][written] for r in runs())
-    )
+    return judge_floats(inputs, key, got[part][written], spread, limit, lambda: (r[key] for r in runs()))
 
 
 def judge_floats(
@@ -159,24 +157,17 @@ def judge_floats(
     """One array of floats against its reference; raises Failed. `runs` gives results of the reference that round where the
     contract permits: it is asked where a statistic stands out."""
     kind, g = dtype(y), spread.value
-    rounded = narrow(g, kind)
     if not y.size:
         return Judgement("PASS")
     if exactly_judged(inputs, g):
-        differs = bits(y) != bits(rounded) if inputs.contract.exact else y != rounded
+        rounded = narrow(g, kind)
+        differs = differing(y, rounded) if inputs.contract.exact else y != rounded
         if differs.any():
             first = _first(differs)
             what = f"{name}{first} is {y[tuple(first)]}, expected exactly {rounded[tuple(first)]}"
             raise Failed("FAIL_VALUE", what, at=f"{name}{first}")
         return Judgement("PASS", at=name)
-    wide, ideal = widen(y), widen(rounded)
-    with np.errstate(invalid="ignore"):
-        allowed = budget(spread, kind)
-        _check_special(name, wide, g, limit.pointwise * allowed, kind)
-    finite = np.isfinite(wide) & np.isfinite(g)
-    g, wide, allowed = (np.where(finite, x, fill) for x, fill in ((g, 0.0), (wide, 0.0), (allowed, 1.0)))
-    ideal = np.where(finite & np.isfinite(ideal), ideal, g)
-    over = np.abs(wide - g) / allowed
+    g, wide, ideal, over = _beside(name, y, spread, limit)
     at = np.unravel_index(int(np.argmax(over)), over.shape)
     where = f"{name}{[int(i) for i in at]}"
     figures: dict[str, Any] = {"worst": float(over[at]), "at": where}
@@ -192,6 +183,7 @@ def judge_floats(
     if "denormal" in dict(inputs.case.recipes).values():  # a chip may read these as zeros
         found |= {"zeros": 0.0, "blanks": 0.0}
     if any(abs(found[test]) > permitted[test] for test in found):
+        finite = np.isfinite(widen(y)) & np.isfinite(spread.value)
         others = [measure(np.where(finite & np.isfinite(m), m, g)) for m in (widen(narrow(m, kind)) for m in runs())]
         permitted = measure.limits(limit, others)
     figures |= {"ratio": max(found["whole"], found["row"]), "z": found["direction"]}
@@ -202,6 +194,32 @@ def judge_floats(
             message = message.format(figure=abs(figure), most=permitted[test], direction=direction)
             raise Failed(verdict, name + message, **figures)
     return Judgement("PASS", **figures)
+
+
+def _beside(name: str, y: Array, spread: Spread, limit: Level) -> tuple[Array, Array, Array, Array]:
+    """The reference, the result and the reference rounded once, all in float64 and finite, and how far off the result is
+    in units of its budget. Raises Failed where infinities or NaN are wrong."""
+    kind = dtype(y)
+    value, most, got = (np.ascontiguousarray(x).reshape(-1) for x in (spread.value, spread.most, y))
+    g, wide, ideal, over = value, *(np.empty(y.size) for _ in range(3))
+    for at in range(0, y.size, BLOCK):
+        part = slice(at, at + BLOCK)
+        true, found = value[part], widen(got[part])
+        once = widen(narrow(true, kind))
+        with np.errstate(invalid="ignore"):
+            allowed = budget(Spread(true, most[part], most[part]), kind)
+            finite = np.isfinite(found) & np.isfinite(true)
+            if not finite.all():
+                _check_special(name, found, true, limit.pointwise * allowed, kind, y.shape, at)
+                g = value.copy() if g is value else g
+                true, found, allowed = (np.where(finite, x, fill) for x, fill in ((true, 0.0), (found, 0.0), (allowed, 1.0)))
+                g[part] = true
+            if not np.isfinite(once).all():
+                once = np.where(finite & np.isfinite(once), once, true)
+        wide[part], ideal[part] = found, once
+        found = np.abs(found - true)
+        np.divide(found, allowed, out=over[part])
+    return tuple(x.reshape(y.shape) for x in (g, wide, ideal, over))  # type: ignore[return-value]
 
 
 def budget(spread: Spread, kind: str) -> Array:
@@ -227,15 +245,19 @@ def _is_float_operand(value: Any) -> bool:
     return isinstance(value, np.ndarray) and is_float(dtype(value))
 
 
-def _check_special(name: str, y: Array, g: Array, slack: Array, kind: str) -> None:
-    """NaN where the reference has one and nowhere else; infinities likewise, and where rounding may overflow."""
+def _check_special(
+    name: str, y: Array, g: Array, slack: Array, kind: str, shape: tuple[int, ...], first: int
+) -> None:
+    """NaN where the reference has one and nowhere else; infinities likewise, and where rounding may overflow. Of an array
+    of this shape these are the elements from the `first` on."""
     overflows = (np.abs(g) + slack >= largest(kind)) & (np.sign(y) == np.sign(g))
     infinite = np.where(np.isinf(g), y != g, np.isinf(y) & ~overflows)
     wrong = np.where(np.isnan(g) | np.isnan(y), np.isnan(y) != np.isnan(g), infinite)
     if wrong.any():
-        at = _first(wrong)
-        left = ", or was never written" if np.isnan(y[tuple(at)]) else ""
-        raise Failed("FAIL_VALUE", f"{name}{at} is {y[tuple(at)]}, expected {g[tuple(at)]:.9g}{left}", at=f"{name}{at}")
+        n = int(np.argmax(wrong))
+        at = [int(i) for i in np.unravel_index(first + n, shape)]
+        left = ", or was never written" if np.isnan(y[n]) else ""
+        raise Failed("FAIL_VALUE", f"{name}{at} is {y[n]}, expected {g[n]:.9g}{left}", at=f"{name}{at}")
 
 
 def _check_repeat(outcome: Outcome) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array
 from porthal.conformance.level import Level
-from porthal.hal.dtypes import UNIT_ROUNDOFF
+from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF
 
 BIAS = 6.0  # |z| of the rounding direction and of a column's error, rows as samples
 USUAL = 3.0  # of these, what runs show that round as is permitted
@@ -51,9 +51,14 @@ class Measure:
 
     def _ratios(self, y: Array) -> tuple[float, float]:
         """What is granted is the ideal machine's own error, at least that of uniform rounding, plus the permitted deviation."""
-        square, u = (y - self.g) ** 2, UNIT_ROUNDOFF[self.kind]
-        own = np.maximum((self.ideal - self.g) ** 2, (u * self.g / 3) ** 2)
-        granted = own + self.sigma**2 + tiny(self.kind) ** 2
+        u, least = UNIT_ROUNDOFF[self.kind], tiny(self.kind) ** 2
+        square, granted = np.empty(y.shape), np.empty(y.shape)
+        for x, g, ideal, sigma, off, most in _blocks(y, self.g, self.ideal, self.sigma, square, granted):
+            np.square(x - g, out=off)
+            np.square(ideal - g, out=most)
+            np.maximum(most, (u * g / 3) ** 2, out=most)
+            most += sigma**2
+            most += least
         whole = float(np.sqrt(np.mean(square) / np.mean(granted))) if square.size >= 256 else 0.0
         if square.ndim < 2 or square.shape[-1] < 64:
             return whole, 0.0
@@ -66,11 +71,15 @@ class Measure:
         g, wide = self.g, self.kind == "float32"
         if not _telling(y, SAMPLES) or (wide and np.mean((self.ideal - g) ** 2) < 9 * np.mean(self.sigma**2)):
             return 0.0
-        direction = np.sign(np.abs(y) - np.abs(g)) - np.sign(np.abs(self.ideal) - np.abs(g))
-        direction[np.abs(g) < tiny(self.kind)] = 0  # may be flushed to zero
-        if not wide:
-            direction[np.abs(g) < 16 * self.sigma] = 0  # so near to zero any error leads away from it
-        rows = direction.reshape(len(y), -1).mean(-1)
+        rows = np.empty(len(y))
+        step = max(1, BLOCK // y[0].size)
+        for part in (slice(at, at + step) for at in range(0, len(y), step)):
+            size = np.abs(g[part])
+            direction = np.sign(np.abs(y[part]) - size) - np.sign(np.abs(self.ideal[part]) - size)
+            direction[size < tiny(self.kind)] = 0  # may be flushed to zero
+            if not wide:
+                direction[size < 16 * self.sigma[part]] = 0  # so near to zero any error leads away from it
+            rows[part] = direction.reshape(len(direction), -1).mean(-1)
         if not wide and abs(rows.mean()) < LEAN:
             return 0.0
         return float(rows.mean() / max(float(rows.std()), y[0].size ** -0.5) * np.sqrt(len(rows)))
@@ -80,14 +89,30 @@ class Measure:
         roundings of a row's own values are not."""
         if self.kind == "float32" or not _telling(y, 4 * SAMPLES):
             return 0.0
-        step = UNIT_ROUNDOFF[self.kind] * np.maximum(np.abs(self.g), tiny(self.kind))
-        error = ((np.abs(y) - np.abs(self.ideal)) / step).reshape(len(y), -1)
-        mean, deviation = error.mean(0), np.maximum(error.std(0), len(y) ** -0.5)
-        return float(np.sqrt(np.mean((mean / deviation) ** 2) * len(y))) if np.mean(mean**2) >= STEADY**2 else 0.0
+        error, u, least = np.empty(y.shape), UNIT_ROUNDOFF[self.kind], tiny(self.kind)
+        for x, g, ideal, off in _blocks(y, self.g, self.ideal, error):
+            np.divide(np.abs(x) - np.abs(ideal), u * np.maximum(np.abs(g), least), out=off)
+        error = error.reshape(len(y), -1)
+        mean = error.mean(0)
+        if np.mean(mean**2) < STEADY**2:
+            return 0.0
+        return float(np.sqrt(np.mean((mean / np.maximum(error.std(0), len(y) ** -0.5)) ** 2) * len(y)))
 
     def _zeros(self, y: Array, least: float) -> float:
+        if np.count_nonzero(y) == y.size:
+            return 0.0
         there = np.abs(self.ideal) > np.maximum(tiny(self.kind), self.sigma * least)
         return np.count_nonzero(there & (y == 0)) / max(int(np.count_nonzero(there)), SAMPLES)
+
+
+def _blocks(*arrays: Array) -> Iterator[Sequence[Array]]:
+    """Arrays of one shape in pieces that a core's cache holds."""
+    if not all(a.flags.c_contiguous for a in arrays):
+        yield arrays
+        return
+    flat = [a.reshape(-1) for a in arrays]
+    for at in range(0, flat[0].size, BLOCK):
+        yield [f[at : at + BLOCK] for f in flat]
 
 
 def tiny(kind: str) -> float:

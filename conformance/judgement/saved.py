@@ -172,9 +172,13 @@ def _judged(golden: Golden, key: str, spread: Spread) -> Iterator[tuple[str, Arr
     g, b = spread.value.copy(), budget(spread, kind)
     if exactly_judged(inputs, g):
         g, b = widen(narrow(g, kind)), np.zeros(g.shape)
-    if part and isinstance(inputs.operands[name], Pages):
-        b[~written_slots(inputs, inputs.operands[name])] = 0
-    elif (rows := specified_rows(inputs)) is not None:
+    before = inputs.operands.get(name)
+    if part and isinstance(before, Pages):  # the spread is that of the slots that are written
+        written, all_g = written_slots(inputs, before), widen(before.native[part]).copy()
+        all_b = np.zeros(all_g.shape)
+        all_g[written], all_b[written] = g, b
+        g, b = all_g, all_b
+    elif not part and (rows := specified_rows(inputs)) is not None:
         g[rows:], b[rows:] = np.nan, np.inf
     yield f"golden/{key}", g
     yield f"budget/{key}", b
