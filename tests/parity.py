@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from porthal.model import Glm5
 from porthal.model.generate import generate
 from tests.oracles.tiny import PROMPT
@@ -14,6 +16,7 @@ BATCHES = ((0, 40), (1, None), (3, 40), (5, None))  # drafts, and rows of a pref
 SAMPLED = (0, 3)  # drafts
 
 
+@cache
 def one_by_one(model: Glm5) -> list[list[int]]:
     return [model.generate(prompt, NEW) for prompt in PROMPTS]
 

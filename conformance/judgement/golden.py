@@ -164,10 +164,10 @@ class Golden:
         square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
         for piece in pieces:
             known = Known(piece.operands.values())
-            parts = [{k: a[piece.rows] for k, a in arrays.items()} for arrays in (exact, square, total)]
+            here, squares, totals = ({k: a[piece.rows] for k, a in arrays.items()} for arrays in (exact, square, total))
             for run in runs:
                 noisy, mode = self._noisy(*run, function, piece, known)
-                _add(noisy, *parts, infinite)
+                _add(noisy, here, squares, totals, infinite)
                 if count is not None and len(pieces) > 1 and mode.count != count:
                     return None
         return square, total

@@ -219,7 +219,7 @@ def _beside(name: str, y: Array, spread: Spread, limit: Level) -> tuple[Array, A
         wide[part], ideal[part] = found, once
         found = np.abs(found - true)
         np.divide(found, allowed, out=over[part])
-    return tuple(x.reshape(y.shape) for x in (g, wide, ideal, over))  # type: ignore[return-value]
+    return tuple(x.reshape(y.shape) for x in (g, wide, ideal, over))
 
 
 def budget(spread: Spread, kind: str) -> Array:

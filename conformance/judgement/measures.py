@@ -89,7 +89,8 @@ class Measure:
         roundings of a row's own values are not."""
         if self.kind == "float32" or not _telling(y, 4 * SAMPLES):
             return 0.0
-        error, u, least = np.empty(y.shape), UNIT_ROUNDOFF[self.kind], tiny(self.kind)
+        error: Array = np.empty(y.shape)
+        u, least = UNIT_ROUNDOFF[self.kind], tiny(self.kind)
         for x, g, ideal, off in _blocks(y, self.g, self.ideal, error):
             np.divide(np.abs(x) - np.abs(ideal), u * np.maximum(np.abs(g), least), out=off)
         error = error.reshape(len(y), -1)

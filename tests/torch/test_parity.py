@@ -33,10 +33,14 @@ def everything(names: str, values: Iterable[Any], on_the_reference: Any) -> pyte
     return pytest.mark.parametrize(("loaded", names), made, indirect=["loaded"])
 
 
-@pytest.fixture(scope="module", params=MODELS, ids="-".join)
-def loaded(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> tuple[Path, Glm5]:
-    backend, kind = request.param
-    return checkpoints[kind], load(checkpoints[kind], porthal.bind(backend, overrides={}, fallback="error"))
+@pytest.fixture(scope="module")
+def every_model(checkpoints: dict[str, Path]) -> dict[tuple[str, str], Glm5]:
+    return {(b, k): load(checkpoints[k], porthal.bind(b, overrides={}, fallback="error")) for b, k in MODELS}
+
+
+@pytest.fixture(params=MODELS, ids="-".join)
+def loaded(request: pytest.FixtureRequest, checkpoints: dict[str, Path], every_model: Any) -> tuple[Path, Glm5]:
+    return checkpoints[request.param[1]], every_model[request.param]
 
 
 @pytest.fixture
@@ -82,9 +86,9 @@ def test_cached_decode(directory: Path, model: Glm5) -> None:
 # -- greedy text -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def greedy(loaded: tuple[Path, Glm5]) -> list[list[int]]:
-    return one_by_one(loaded[1])
+@pytest.fixture
+def greedy(model: Glm5) -> list[list[int]]:
+    return one_by_one(model)
 
 
 def test_greedy_text_equals_transformers(directory: Path, greedy: list[list[int]]) -> None:
