@@ -262,7 +262,7 @@ def conform(
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="of what --properties draws")] = 0,
     self_test: Annotated[bool, typer.Option("--self-test", hidden=True)] = False,
-    compare: Annotated[bool, typer.Option("--compare", hidden=True)] = False,
+    compare: Annotated[tuple[str, str] | None, typer.Option("--compare", hidden=True)] = None,
 ) -> int:
     """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none was tested."""
     from porthal.cli.scaffold import first_step
@@ -272,7 +272,7 @@ def conform(
     from porthal.hal import create
 
     if self_test or compare:
-        moved = "self-test" if self_test else "compare A.json B.json"
+        moved = f"compare {' '.join(compare)}" if compare else "self-test"
         raise UsageError(f"this is a command of its own now: porthal {moved}")
     for file in (json, html, junit, resume):
         text.check_writable(file)

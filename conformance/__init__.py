@@ -10,7 +10,7 @@ if not __name__.startswith("porthal."):
 from typing import Any
 
 __all__ = ["Case", "Report", "replay", "run"]
-_PLACES = {"Case": "cases.case", "Report": "report.report", "replay": "runner.run", "run": "runner.run"}
+_PLACES = {"Case": "cases.case", "Report": "report.report", "replay": "runner.runs", "run": "runner.runs"}
 
 
 def __getattr__(name: str) -> Any:

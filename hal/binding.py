@@ -147,7 +147,7 @@ def _choose(
     kernels = list(chosen.candidates(contract))
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
         providers = ", ".join(k.provider for k in chosen.candidates(contract) if k.provider) or "none"
-        raise UsageError(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
+        raise NotClaimed(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
     refusals, inherited = [], None
     for kernel in kernels:
         if reason := next((r for s in specs if (r := chosen.refuses(op, kernel, s))), None):

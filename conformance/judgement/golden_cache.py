@@ -48,17 +48,27 @@ def recall(inputs: Inputs, part: str, compute: Callable[[], Arrays]) -> Arrays:
     name = key(inputs, part)
     if name not in _memory:
         found = _from_disk(folder() / f"{name}.npz", compute)
-        if (size := _size(found)) > IN_MEMORY_EACH:
+        if _size(found) > IN_MEMORY_EACH:
             return found
-        while _memory and sum(map(_size, _memory.values())) + size > IN_MEMORY:
-            del _memory[next(iter(_memory))]
-        for array in found.values():
-            array.flags.writeable = False
-        _memory[name] = found
+        _memory.add(name, found)
     return _memory[name]
 
 
-_memory: dict[str, Arrays] = {}  # the oldest first
+class _Memory(dict[str, Arrays]):
+    """Small entries, the oldest first."""
+
+    held = 0  # bytes
+
+    def add(self, name: str, arrays: Arrays) -> None:
+        for array in arrays.values():
+            array.flags.writeable = False
+        self.held += _size(arrays)
+        while self and self.held > IN_MEMORY:
+            self.held -= _size(self.pop(next(iter(self))))
+        self[name] = arrays
+
+
+_memory = _Memory()
 
 
 def _from_disk(file: Path, compute: Callable[[], Arrays]) -> Arrays:

@@ -20,7 +20,7 @@ from porthal.hal import Weight, contracts
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PORTHAL_CACHE", str(tmp_path / "golden"))
-    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(cache, "_memory", cache._Memory())
     monkeypatch.setattr(cache, "IN_MEMORY_EACH", -1)  # all on disk
     monkeypatch.setattr(cache, "WORTH", 0.0)
     return tmp_path / "golden"

@@ -16,7 +16,7 @@ from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.judge import judge_floats
 from porthal.conformance.level import LEVELS
 from porthal.conformance.runner.check import check
-from porthal.conformance.runner.run import run
+from porthal.conformance.runner.runs import run
 from porthal.conformance.verdicts import Failed
 from porthal.hal import contracts, create, narrow, widen
 from tests.honest import (

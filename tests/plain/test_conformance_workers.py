@@ -162,7 +162,7 @@ def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
 def test_what_gave_no_result_is_saved_without_one(
     deadly: dict[str, str], deed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("porthal.conformance.runner.run.Bounds", partial(Bounds, timeout=3))
+    monkeypatch.setattr("porthal.conformance.runner.runs.Bounds", partial(Bounds, timeout=3))
     token = next(t for t, d in deadly.items() if d == deed)
     file = tmp_path / "case.npz"
     said = (

@@ -19,7 +19,7 @@ from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import LEVELS
 from porthal.conformance.runner.check import check
-from porthal.conformance.runner.run import replay
+from porthal.conformance.runner.runs import replay
 from porthal.conformance.selftest.discrepancies import DEFECTS, findings
 from porthal.conformance.selftest.fused import Fused
 from porthal.conformance.selftest.generators import GENERATORS, lacking
