@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs, so that help and `backends` come at once."""
+"""The commands. Each imports what it needs when it runs, so that help and `backends` are fast."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ app = typer.Typer(
 )
 
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the best here")
+    str | None,
+    typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the first available"),
 ]
 ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of activations, weights and caches")]
@@ -63,7 +64,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
 EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
 WORKERS = min(2, os.cpu_count() or 1)
 WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]
-LevelOption = Annotated[Level, typer.Option("--level", help="how many cases, and how sharply judged")]
+LevelOption = Annotated[Level, typer.Option("--level", help="how many cases, and how strictly they are judged")]
 
 
 def _version(wanted: bool) -> None:
@@ -86,7 +87,7 @@ def start(
 
 @app.command()
 def backends(json: JsonFlag = False) -> None:
-    """What is here, what is not, and why. No vendor's package is imported."""
+    """Which backends can run here, and why the others cannot. No vendor's package is imported."""
     from porthal.hal import Unavailable, backend_names, probe, selected
 
     found = {name: probe(name) for name in backend_names()}
@@ -98,7 +99,7 @@ def backends(json: JsonFlag = False) -> None:
     else:
         text.table(["", "backend", "state", "why"], [["*" * (n == name), n, f.state, f.why] for n, f in found.items()])
     if probe(name).state != "available":  # an unknown name is refused by probe itself
-        raise Unavailable(f"{rule} is {chosen!r}, which is {found[name].state}: {found[name].why}; choose another above")
+        raise Unavailable(f"{rule} is {chosen!r}, which is {found[name].state}: {found[name].why}; choose another")
     if not json:
         print(f"* is selected: {chosen} ({rule})")
 
@@ -117,7 +118,7 @@ def explain(
     needed = profile(_config(model), dtype.value) if model or _demo_is_here() else {}
     bare = bind(backend)
     choices = dict(bare.choices)
-    for op, specs in needed.items():  # one at a time: what is missing becomes a row, not a refusal
+    for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
         try:
             choices[op] = bind(profile={op: specs}, backend=bare.backend).choices[op]
         except NotClaimed as error:
@@ -201,7 +202,7 @@ def generate(
 def trace(
     model: ModelOption = None,
     rows: Annotated[int, typer.Option(metavar="N", help="query rows of the step")] = 1,
-    context: Annotated[int | None, typer.Option(metavar="N", help="positions it ends at; default: ROWS")] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", help="positions at its end; default: as --rows")] = None,
     dtype: DtypeOption = Dtype.float32,
     expand: Annotated[bool, typer.Option("--expand", help="composites as the ops they are made of")] = False,
     json: JsonFlag = False,
@@ -273,11 +274,11 @@ def conform(
 
     if self_test or compare:
         moved = f"compare {' '.join(compare)}" if compare else "self-test"
-        raise UsageError(f"this is a command of its own now: porthal {moved}")
+        raise UsageError(f"--{moved.partition(' ')[0]} is a command now: run porthal {moved}")
     for file in (json, html, junit, resume):
         text.check_writable(file)
     if profile and op:
-        raise UsageError(f"--profile {profile} with --op {op[0]}: give one of the two")
+        raise UsageError(f"--profile {profile} with --op {op[0]}: give only one of the two")
     name = _named(backend, emulated)
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     try:
@@ -297,7 +298,7 @@ def conform(
             )
     except KeyboardInterrupt:
         if journal and journal.exists():
-            text.note(f"porthal: stopped: the same command with --resume {journal} continues")
+            text.note(f"porthal: stopped: run the same command with --resume {journal} to continue")
         raise
     if profile:
         report = replace(report, profile=profile)
@@ -310,7 +311,7 @@ def conform(
         html.write_text(report.html(), encoding="utf-8")
     if junit:
         junit.write_text(report.junit(), encoding="utf-8")
-    if journal and not resume:  # the report has it all
+    if journal and not resume:  # the report has all of it
         journal.unlink()
     wrong = report.wrong_waivers() if verify_waivers else []
     for sentence in wrong:
@@ -330,7 +331,7 @@ def self_test(
 
     text.check_writable(json)
     if probe("torch").state != "available":
-        raise Unavailable("the self-test needs PyTorch, whose kernels it plants defects in: pip install torch")
+        raise Unavailable("the self-test needs PyTorch, as it plants defects in the torch kernels: pip install torch")
     from porthal.conformance.selftest.run import self_test as score_of
 
     with text.progress() as advance:
@@ -347,7 +348,7 @@ def compare(
     b: Annotated[Path, typer.Argument(show_default=False, metavar="B.json", help="and of another")],
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the comparison as one page")] = None,
 ) -> None:
-    """Two conformance reports op by op: whose own kernels cover more, and err less."""
+    """Two conformance reports op by op: whose own kernels cover more, with smaller errors."""
     from porthal.conformance.report.compare import comparison
     from porthal.conformance.report.report import Report
 
@@ -382,7 +383,7 @@ def replay(
     result = replayed(inputs or call, name, level.value, emulated=emulated, **heard)
     print(result.explain())
     if save and result.verdict == "NOT_JUDGED":
-        text.note("nothing is saved of a call that cannot be judged")
+        text.note("nothing is saved, because the call cannot be judged")
     elif save and inputs:
         where = name + " (emulated device)" * emulated
         _note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
@@ -437,8 +438,8 @@ def new_backend(
 
 
 def _note_saved(file: Path, returned: bool) -> None:
-    """What a saved call is good for."""
-    lacks = "" if returned else " without results, for none came back"
+    """Say how a saved call is used."""
+    lacks = "" if returned else " without results, because none came back"
     text.note(f"saved{lacks}: `python {file.with_suffix('.py')}` measures it, `porthal replay {file}` judges it again")
 
 

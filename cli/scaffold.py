@@ -22,7 +22,7 @@ RESERVED = ("backend", "composed", "error")  # the protocol's class, and words o
 
 
 class Group(NamedTuple):
-    """Stubs that stand together, and why."""
+    """Stubs listed together, and their heading."""
 
     title: str
     stubs: Sequence[str]
@@ -62,7 +62,7 @@ def new_backend(name: str, base: Literal["reference", "torch"] = "reference", fo
 
 
 def groups() -> list[Group]:
-    """Every op's stub: primitives in the order in which a model comes to call them, composites likewise, the rest."""
+    """Every op's stub: primitives in the order of a model's first calls, composites likewise, then the rest."""
     known = contracts()
     called = [known[op] for op in dict.fromkeys([FIRST, *profile(Config.read(DEMO))])]
     return [
@@ -71,7 +71,7 @@ def groups() -> list[Group]:
             [stub(c) for c in called if not c.decomposition],
         ),
         Group(
-            "composites: made of the primitives, unless a kernel stands here",
+            "composites: made of the primitives, unless there is a kernel here",
             [stub(c) for c in called if c.decomposition],
         ),
         Group("further ops, which the demo model does not call", [stub(c) for c in known.values() if c not in called]),
@@ -98,12 +98,12 @@ def stub(contract: Contract) -> str:
 
 
 def first_step(backend: Backend) -> str:
-    """What to do first with a backend that owns nothing yet; nothing to say about any other."""
+    """What to do first with a backend that owns nothing yet; "" for any other."""
     if bind(backend=backend, overrides={}, fallback="error").counts()["own"]:
         return ""
     return (
-        f"{backend.name} owns 0 ops: start with {FIRST}: fill in {FIRST} in {inspect.getfile(type(backend))}, "
-        f"then porthal conform --backend {backend} --op {FIRST}"
+        f"{backend.name} owns 0 ops: write {FIRST} first, in {inspect.getfile(type(backend))}, "
+        f"then run porthal conform --backend {backend} --op {FIRST}"
     )
 
 
@@ -113,7 +113,7 @@ def _check_name(name: str) -> None:
     if name in backend_names():
         raise UsageError(f"backend {name!r} exists already: choose a name other than {', '.join(backend_names())}")
     if name in RESERVED:
-        raise UsageError(f"{name!r} is a word of porthal's own: choose a name other than {', '.join(RESERVED)}")
+        raise UsageError(f"{name!r} is reserved by porthal: choose a name other than {', '.join(RESERVED)}")
 
 
 def _attribute(attribute: Attribute) -> str:

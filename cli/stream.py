@@ -13,7 +13,7 @@ UNFINISHED = "\ufffd"
 class Printer:
     """Writes prompt and text to stdout, or only collects it; `text` is what came after the prompt.
 
-    without  ids that are no text: the end of it
+    without  ids that are not text: end-of-text tokens
     """
 
     def __init__(self, words: Bytes | Vocabulary, prompt: str, without: Sequence[int], silent: bool) -> None:

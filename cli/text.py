@@ -64,13 +64,13 @@ def note(line: str) -> None:
 
 
 def check_writable(file: Path | None) -> None:
-    """Before long work, not after it."""
+    """Raise UsageError before long work if the file cannot be written after it."""
     if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
         raise UsageError(f"cannot write {file}: expected a file name in a folder that exists and is writable")
 
 
 def drawn(parts: Group) -> None:
-    """Something of rich's on stdout: fitted to a terminal, whole lines without frames otherwise."""
+    """A rich group on stdout: fitted to a terminal, whole lines without frames otherwise."""
     from rich.console import Console
     from rich.table import Table
 
@@ -88,7 +88,7 @@ def drawn(parts: Group) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr fed by (done, total, what); nothing where stderr is no terminal."""
+    """A bar on stderr fed by (done, total, what); nothing where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
         return

@@ -1,7 +1,7 @@
 """The proof that a backend computes what the contracts say.
 
-`run(backend=...)` gives a Report, `replay(token, backend)` repeats one case. The rooms form a line, and each imports only
-what stands to its left: cases < execution < judgement < report < runner, diff < selftest; all know `level` and `verdicts`.
+`run(backend=...)` gives a Report, `replay(token, backend)` repeats one case. The folders form a line, and each imports
+only from its left: cases < execution < judgement < report < runner, diff < selftest; all use `level` and `verdicts`.
 """
 
 if not __name__.startswith("porthal."):
@@ -14,7 +14,7 @@ _PLACES = {"Case": "cases.case", "Report": "report.report", "replay": "runner.ru
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded on first use: the pytest plugin stands in this package and must cost nothing."""
+    """Loaded on first use: the pytest plugin is in this package and must be cheap to import."""
     if name not in _PLACES:
         raise AttributeError(f"porthal.conformance has no {name!r}: it offers {', '.join(__all__)}")
     import importlib

@@ -12,18 +12,18 @@ SUITE = 2  # the version of the plan of cases and of the rules of judgement
 
 @dataclass(frozen=True)
 class Level:
-    """Which calls are planned, how often each is run, and how sharply it is judged.
+    """Which calls are planned, how often each is run, and how strictly it is judged.
 
-    rows                 row counts that every op meets
+    rows                 row counts of every op
     production_rows      row counts at GLM-5's own dims, beside 2
     production_batches   and batch compositions there
     elements             logical elements of all operands and results of one case, at most
     named_elements       and of a case that is named for a known discrepancy
-    thorough             every variation meets every dtype, and values that a contract does not list are tried
+    thorough             every variation is tested in every dtype, also with values that a contract does not list
     seeds                further seeds of a call of 65 rows
     runs                 of a kernel on the same inputs
     pointwise            the permitted error in budgets
-    whole, row           the permitted ratio to an ideal machine's error, over all and in the worst row
+    whole, row           the permitted ratio to an ideal chip's error, over all and in the worst row
     """
 
     name: str

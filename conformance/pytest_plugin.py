@@ -1,6 +1,6 @@
-"""`pytest --porthal-backend=NAME [--porthal-level=LEVEL]`: one test per case, its id the case's token.
+"""`pytest --porthal-backend=NAME [--porthal-level=LEVEL]`: one test per case, with the case's token as id.
 
-The backend has a process of its own, so that what a kernel does to it fails one test.
+The backend runs in its own process, so that a kernel that crashes it fails one test only.
 `-m "discrepancy(number=17)"` chooses the cases of one entry of docs/discrepancies.md, `-m discrepancy` those of all.
 Without the first option nothing is imported and nothing is collected.
 """
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 class CaseItem(pytest.Item):
-    """One case: passes, fails with the reason and the command that repeats it, or is skipped where nobody claims it."""
+    """One case: passes, fails with reason and the command that repeats it, or is skipped if waived or not claimed."""
 
     def __init__(self, *, case: Any, pool: Any, **rest: Any) -> None:
         from porthal.conformance.cases.discrepancies import named_for

@@ -20,7 +20,7 @@ Verdict = Literal[
     "WAIVED",  # not passed, and the plugin says why
     "UNCLAIMED",  # no kernel takes the call
 ]
-NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED")  # neither of these is a failure
+NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED")  # none of these is a failure
 UNTESTED = ("UNCLAIMED", "WAIVED", "NOT_JUDGED")
 
 
@@ -29,8 +29,8 @@ class Judgement:
     """A verdict with what was measured.
 
     worst   the largest |error| / budget, found `at`
-    ratio   the largest ratio to an ideal machine's error, `z` the bias of the rounding direction
-    note    what a passing result is to be told with
+    ratio   the largest ratio to an ideal chip's error, `z` the bias of the rounding direction
+    note    what to say with a passing result
     """
 
     verdict: Verdict
@@ -45,13 +45,13 @@ class Judgement:
         if self.verdict not in get_args(Verdict):
             raise ValueError(f"{self.verdict!r} is not a verdict, expected one of {', '.join(get_args(Verdict))}")
         if self.message and self.verdict == "PASS":
-            raise ValueError(f"a PASS has no message, and this says {self.message!r}: use note")
+            raise ValueError(f"a PASS has no message, got {self.message!r}: use note")
         if self.note and self.verdict != "PASS":
-            raise ValueError(f"a {self.verdict} has no note, and this says {self.note!r}: use message")
+            raise ValueError(f"a {self.verdict} has no note, got {self.note!r}: use message")
 
 
 class Failed(Exception):
-    """A judgement other than PASS, on its way up."""
+    """Raised with a judgement other than PASS."""
 
     def __init__(self, verdict: Verdict, message: str, **figures: Any) -> None:
         super().__init__(message)

@@ -36,7 +36,7 @@ class AbstractArray:
     def __getitem__(self, key: Any) -> AbstractArray:
         keys = key if isinstance(key, tuple) else (key,)
         if not all(type(k) in (int, slice) for k in keys):  # a bool is an int to Python, and a mask to arrays
-            raise UsageError(f"an array is sliced by {key!r}: model code may use integers and slices only")
+            raise UsageError(f"array index {key!r} is not an integer or a slice: model code may use only these")
         if len(keys) > len(self.shape):
             raise UsageError(f"{len(keys)} indices are too many for an array of shape {list(self.shape)}")
         kept = []

@@ -43,15 +43,15 @@ class Backend:
     `provider` (the library call behind it), `tie` ("lowest", or "any" where the chip's tie order is its own) and
     `batch_invariant` (True promises that a row's bits do not depend on the other rows).
 
-    The kernels of one library may stand in a mixin, a plain class: `class Cuda(FlashMla, DeepGemm, Torch)`. What stands
-    above the first registered backend among the bases is the chip's own; where several define an op, the first in Python's
-    order of bases that takes a call gets it.
+    The kernels of one library may be a mixin, a plain class: `class Cuda(FlashMla, DeepGemm, Torch)`. Classes before
+    the first registered backend in Python's order of bases are the chip's own; where several define an op, the first of
+    them that takes a call gets it.
 
-    Arrays may be strided in every axis: model code splits them by slicing. `moe_experts = None` in a class declines what
-    its base would give, so that a composite is made of the class's own kernels.
+    Arrays may be strided in every axis: model code splits them by slicing. `moe_experts = None` in a class declines the
+    kernel of its base, so that a composite is made of the class's own kernels.
     """
 
-    name: ClassVar[str] = ""  # that of its folder, or of its entry point: discovery gives it
+    name: ClassVar[str] = ""  # of its folder or entry point, set by discovery
 
     def __init_subclass__(cls) -> None:
         folder, _, module = cls.__module__.rpartition(".")
@@ -67,7 +67,7 @@ class Backend:
 
     @property
     def place(self) -> Place:
-        """Where kernels run: one of three words that every report repeats."""
+        """Where kernels run: one of three values, shown in every report."""
         return "hardware"
 
     # -- arrays ------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Backend:
     # -- operands ----------------------------------------------------------------------------------------------------
 
     def plan(self, batch: Batch) -> Batch:
-        """Everything the kernels need of a step that depends on the batch alone: called once per step."""
+        """What the kernels need that depends only on the batch: called once per step."""
         return batch
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
@@ -116,7 +116,7 @@ class Backend:
         return logical
 
     def rows(self, selection: Selection) -> Rows:
-        """A selection as the inherited kernels read it; override it together with a native form of your own."""
+        """A selection as inherited kernels read it; override it if your selections have their own native form."""
         native = selection.native
         return native if isinstance(native, Rows) else Rows(*native)
 
@@ -144,10 +144,10 @@ class Backend:
                     yield Kernel(derived, owner, self._packing(chain[i:]))
 
     def _packing(self, chain: Sequence[type]) -> Callable[..., Weight]:
-        """`prepare` as the first of these classes and its bases have it."""
+        """`prepare` of the first of these classes that defines it."""
         packing: Callable[..., Weight] = next(vars(c)["prepare"] for c in chain if "prepare" in vars(c)).__get__(self)
         return packing
 
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
-        """Why a kernel does not take a call of these static facts, or None: a pure function, by default of its limits."""
+        """Why a kernel does not take a call with these static facts, or None: a pure function; here, of its limits."""
         return kernel.limits.refuses(spec)

@@ -1,4 +1,4 @@
-"""`bind()`: one function per op, chosen once from claims and policy, so that a call costs nothing over the kernel."""
+"""`bind()`: one function per op, chosen once from claims and policy, so that a call costs no more than the kernel."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def bind(
     overrides  op -> backend, "composed", or "via=PROVIDER" where the backend has several kernels for it; None reads
                PORTHAL_OPS ("topk=reference,moe_layer=composed")
     fallback   "error" or the backend for ops nobody claims; None reads PORTHAL_FALLBACK
-    check      judge every call against its contract before making it; None reads PORTHAL_CHECK
+    check      check every call against its contract before making it; None reads PORTHAL_CHECK
     wrap       (op, function) -> function, outermost first: tracing, counting, timing, lockstep
     backend    an instance to use instead of making one
 
@@ -171,7 +171,7 @@ def _choose(
     why = why or "no kernel"
 
     def refuse(*args: Any, **attrs: Any) -> Any:
-        raise NotClaimed(f"{chosen} has no kernel for {op} ({why}), and PORTHAL_FALLBACK is 'error'")
+        raise NotClaimed(f"{chosen} does not claim {op} ({why}); set PORTHAL_FALLBACK=torch or reference to run it")
 
     return refuse, Choice(op, "missing", "", "", why), None
 
@@ -179,7 +179,7 @@ def _choose(
 def _composed(binding: Binding, contract: Contract, why: str) -> tuple[Function, Choice, None]:
     decomposition = contract.decomposition
     if decomposition is None:
-        raise UsageError(f"{contract.name} is not a composite: it cannot be 'composed'")
+        raise UsageError(f"{contract.name} is not a composite and cannot be 'composed': name a backend instead")
 
     def call(*args: Any, **attrs: Any) -> Any:
         return decomposition(binding, *args, **attrs)
@@ -195,7 +195,7 @@ def _elsewhere(
     for kernel in other.candidates(contract):
         if not any(other.refuses(contract.name, kernel, s) for s in specs):
             return _bridge(chosen, other, contract, kernel), Choice.of(contract.name, "fallback", kernel, why), kernel
-    raise NotClaimed(f"{name} was asked for {contract.name} ({why}) but does not claim it either")
+    raise NotClaimed(f"{name} was chosen for {contract.name} ({why}) but does not claim it: name another backend")
 
 
 def _bridge(chosen: Backend, other: Backend, contract: Contract, kernel: Kernel) -> Function:
@@ -240,7 +240,7 @@ def _checker(backend: Backend, choices: Mapping[str, Choice]) -> Wrap:
 def checked(
     contract: Contract, backend: Backend, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> CallSpec:
-    """Judge a call against its contract before it is made: its static facts, or UsageError."""
+    """Check a call against its contract before it is made: gives its static facts, or raises UsageError."""
     operands, attrs = contract.arrange(args, kwargs)
     for operand in contract.signature.operands:
         value = operands[operand.name]
@@ -259,7 +259,7 @@ def checked(
 def by_class(
     backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec]
 ) -> tuple[Function, Choice, Kernel] | None:
-    """One function of several own kernels, where none takes the whole profile and together they do; else None.
+    """One function made of several own kernels, if none takes the whole profile but together they do; else None.
 
     Each spec of the profile is a class of shapes, and goes to the first kernel that takes it. A weight has one packed form:
     kernels that pack differently are not combined.

@@ -23,7 +23,7 @@ CostRule = Callable[[Any, Any], tuple[float, float]]
 class CallSpec:
     """The static facts of a call, all that a claim may look at.
 
-    dims: symbol -> int, or (low, high) where a profile covers a range; block_size stands among them.
+    dims: symbol -> int, or (low, high) where a profile covers a range; block_size is one of them.
     """
 
     dims: Mapping[str, int | tuple[int, int]]
@@ -73,7 +73,7 @@ class Contract:
 
     What a legal call is, and which are worth testing:
 
-    rules       (sentence, predicate over dims and attributes): what it fulfils beyond shapes and dtypes
+    rules       (sentence, predicate over dims and attributes): what it must fulfil beyond shapes and dtypes
     ranges      integer operands, and results that are drawn: (lowest, one past the highest), each a number or a dim
     cases       sizes per symbol, and values per attribute; the first is GLM-5's
     legal       attribute -> f(dims and attributes so far) -> all its legal values, where a size bounds it
@@ -161,19 +161,19 @@ class Contract:
         return f
 
     def adjusted(self, f: Reference) -> Reference:
-        """Changes drawn operands in place so that a test call says more: f(**operands)."""
+        """Changes drawn operands in place so that a test call finds more: f(**operands)."""
         self.adjust = f
         return f
 
     def specified_rows(self, f: Reference) -> Reference:
-        """How many leading rows of the results are specified: f(**operands) -> count. The others are the chip's."""
+        """How many leading rows of the results are specified: f(**operands) -> count. The others may hold anything."""
         self.specified = f
         return f
 
     def decomposed(self, **weights: str) -> Callable[[Reference], Reference]:
         """The default decomposition f(ops, *operands, **attrs) of a composite.
 
-        `weights` says for which inner operand each weight is prepared when nobody fuses: q_a="linear.w".
+        `weights` says for which inner operand each weight is prepared when no kernel fuses them: q_a="linear.w".
         """
 
         def attach(f: Reference) -> Reference:
@@ -259,7 +259,7 @@ class Contract:
         return out
 
     def named(self, out: Any) -> dict[str, Any]:
-        """What a kernel or reference returned, by the names of the results; UsageError where it is not one for each."""
+        """What a kernel or reference returned, by the names of the results; UsageError where the count differs."""
         values = out if isinstance(out, tuple) else (out,)
         if len(values) != len(self.signature.results):
             raise UsageError(f"{self.name} returned {len(values)} results, expected {len(self.signature.results)}")
@@ -305,9 +305,8 @@ class Contract:
 
     def _shape_error(self, operand: OperandSpec, dim: str, size: int, env: Mapping[str, int]) -> UsageError:
         known = ", ".join(f"{s}={env[s]}" for s in symbols(dim) if s in env)
-        return UsageError(
-            f"{self.name}: {operand.name} has {dim} = {size}, expected {dim} with {known} from the other operands"
-        )
+        why = f"but {known} elsewhere in the call" if known else f"which no whole number {' '.join(symbols(dim))} gives"
+        return UsageError(f"{self.name}: {operand.name} has {dim} = {size}, {why}")
 
     def _check_attributes(self, attrs: Mapping[str, Any]) -> None:
         for name, value in attrs.items():

@@ -1,9 +1,9 @@
 """Which backends exist, which of them are here, and how one is made.
 
 A backend is a package: a folder of porthal/backends, or what an entry point of group `porthal.backends` names. Its
-`__init__` is light: `requires` lists the modules it needs, `rank` says how eagerly it is chosen when nobody names one, and an
-optional `probe()` looks for the chip. Its module `backend` holds the one subclass of `Backend`, and is imported only when the
-backend is used. A module `emulated` with `install()` imitates the chip's device on this CPU.
+`__init__` is light: `requires` lists the modules it needs, `rank` decides which available backend is chosen when none
+is named, and an optional `probe()` looks for the chip. Its module `backend` holds the one subclass of `Backend`, and is
+imported only when the backend is used. A module `emulated` with `install()` imitates the chip's device on this CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Probe:
 
 
 def backend_names() -> tuple[str, ...]:
-    """All known backends, those that are chosen first before the others; by name where ranks are equal."""
+    """All known backends, the highest rank first; by name where ranks are equal."""
     return tuple(sorted(_packages(), key=lambda name: (-(_rank(name) or 0), name)))
 
 
@@ -55,7 +55,7 @@ def probe(name: str) -> Probe:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The backend's class; Unavailable says why it cannot be had."""
+    """The backend's class; Unavailable says why it cannot be used."""
     found = probe(name)
     if found.state != "available":
         raise Unavailable(f"backend {name!r} is {found.state}: {found.why}")
@@ -63,7 +63,7 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def create(spec: str, emulated: bool = False) -> Backend:
-    """A backend from "name" or "name:device", as in torch:cuda:1; on an emulated device where that is asked for."""
+    """A backend from "name" or "name:device", as in torch:cuda:1; on an emulated device if asked."""
     name, _, device = spec.partition(":")
     if emulated:
         _emulate(name)
@@ -84,7 +84,7 @@ def emulatable() -> tuple[str, ...]:
 
 
 def _has_stand_in(name: str) -> bool:
-    with suppress(Exception):  # a package that does not import has none; probe tells why
+    with suppress(Exception):  # a package that does not import has none; probe says why
         return importlib.util.find_spec(f"{_packages()[name]}.emulated") is not None
     return False
 
@@ -95,7 +95,7 @@ def _emulate(name: str) -> None:
     try:
         importlib.import_module(f"{_packages()[name]}.emulated").install()
     except ImportError as error:
-        raise Unavailable(f"emulating {name} needs a package that is not here: {error}") from None
+        raise Unavailable(f"emulating {name} needs a package that is not installed: {error}") from None
     except RuntimeError as error:  # the vendor's real package is loaded
         raise Unavailable(str(error)) from None
 
@@ -124,11 +124,11 @@ def _brief(name: str) -> str:
 
 
 def _rank(name: str) -> int | None:
-    """How eagerly a backend is chosen; None: only by name."""
+    """A backend's rank; None: chosen only by name."""
     installed = not _packages()[name].startswith("porthal.backends.")
     try:
         package: ModuleType | None = importlib.import_module(_packages()[name])
-    except Exception:  # probe tells
+    except Exception:  # probe says why
         package = None
     return getattr(package, "rank", INSTALLED if installed else None)
 
@@ -144,12 +144,12 @@ def _loaded(name: str) -> type[Backend]:
         raise Unavailable(f"backend {name!r} is broken: {module.__name__} defines {len(own)} backends, expected one")
     if base := vars(own[0]).get("base"):
         raise Unavailable(
-            f"backend {name!r} says base = {base!r}, which is written as a class now: "
+            f"backend {name!r} has base = {base!r}: write it as a base class instead, "
             f"class {own[0].__name__}({str(base).capitalize()}), after "
             f"from porthal.backends.{base}.backend import {str(base).capitalize()}"
         )
     backends = {f"{package}.backend": other for other, package in _packages().items()}
-    for cls in own[0].__mro__:  # a plugin may stand on a plugin, whose kernels are then inherited ones
+    for cls in own[0].__mro__:  # a plugin may derive from a plugin, whose kernels it then inherits
         if cls.__module__ in backends and issubclass(cls, Backend):
             cls.name = backends[cls.__module__]
     return own[0]

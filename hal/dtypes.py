@@ -9,7 +9,7 @@ import numpy as np
 
 from porthal.hal.errors import UsageError
 
-# Unit roundoff u = 2^-(p) of the formats, p = precision in bits including the hidden one.
+# Unit roundoff u = 2^-p of the formats, p = precision in bits including the hidden one.
 UNIT_ROUNDOFF = {
     "float64": 2.0**-53,
     "float32": 2.0**-24,
@@ -98,7 +98,7 @@ def _bfloat16_bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _rounded(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """By way of float32, which rounds as x itself does unless it comes to lie in the middle between two of bfloat16."""
+    """Through float32, which rounds as x does unless it lies exactly in the middle between two bfloat16 numbers."""
     with np.errstate(over="ignore", invalid="ignore"):
         bits = x.astype(np.float32).view(np.uint32)
     middle = np.flatnonzero((bits & np.uint32(0xFFFF)) == np.uint32(0x8000))

@@ -53,7 +53,7 @@ class Limits:
                 return f"{name} is {spec.dtypes[name]}, the kernel takes {limit.text}"
         for scheme in spec.schemes.values():
             if scheme != "none":
-                return f"quantisation scheme {scheme!r} is not among what the kernel takes"
+                return f"quantisation scheme is {scheme!r}, the kernel takes none"
         for name, limit in self.facts.items():
             value = spec.dims.get(name, spec.attrs.get(name))
             if value is None:
@@ -64,7 +64,7 @@ class Limits:
         return None
 
 
-NO_LIMITS = Limits({}, {})  # stated by nobody: every dtype and size, but nothing quantised
+NO_LIMITS = Limits({}, {})  # of a kernel without @limits: every dtype and size, but nothing quantised
 
 
 def limits(
@@ -74,7 +74,7 @@ def limits(
     dtypes: Mapping[str, Limit] | None = None,
     **facts: Limit | int | str | bool,
 ) -> Callable[[F], F]:
-    """State what a backend's kernel is: `@limits(provider="torch_npu.npu_x", dtypes={"x": one_of("bfloat16")}, D=128)`.
+    """State what a kernel takes: `@limits(provider="torch_npu.npu_x", dtypes={"x": one_of("bfloat16")}, D=128)`.
 
     provider is the library call behind it; tie="any" declares that equal scores are chosen in an order of the chip's own.
     """
@@ -90,7 +90,7 @@ def limits(
 
 
 def _samples(value: Any) -> tuple[Any, ...]:
-    """A profile's range is tested at both ends and beside the lower one, which refutes any "multiple of"."""
+    """A profile's range is tested at both ends and one above the lower end, where every `multiple_of` fails."""
     if isinstance(value, tuple) and len(value) == 2:
         low, high = value
         return (low,) if low == high else (low, min(low + 1, high), high)

@@ -1,8 +1,8 @@
-"""The words in which references state where a chip may round.
+"""The functions by which references state where a chip may round.
 
 In golden mode every helper is exact float64 arithmetic. In noise mode (`with noise(...)`) it perturbs its result by what
-an honest machine may do at that point, so that running a reference a few times yields the error budget of any formula.
-The sign is a hash of the value: a machine rounds equal numbers alike, and a sum over them adds up what they are off by.
+an honest chip may do at that point, so that running a reference a few times yields the error budget of any formula.
+The sign is a hash of the value: a chip rounds equal numbers alike, so in a sum over them the errors add up.
 
 dot, total       a reduction of K terms accumulated in float32: +-sqrt(K) * 2^-24 * (the same sum of magnitudes)
 may_round        a value that may be stored in a narrow dtype: +-u * |v| where the contract's dtype permits
@@ -34,10 +34,10 @@ FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is sma
 
 
 class Known:
-    """Products that are the same in every noisy run, because no perturbation comes before them, and what else several runs
-    would compute alike. An operand is recognised by its place among the products of a run, and by its bits.
+    """Products that are the same in every noisy run, because no perturbation comes before them, and magnitudes that
+    several runs share. An operand is recognised by its place among the products of a run, and by its bits.
 
-    given  arrays that no reference writes to: of these and their views the place in memory tells as much as the bits
+    given  arrays that no reference writes to: for these and their views, the same address means the same bits
     """
 
     def __init__(self, given: Iterable[Any], room: int = 2**27) -> None:
@@ -61,7 +61,7 @@ class Known:
         return value, magnitude
 
     def _magnitude(self, n: int, x: Array, same: Sequence[bool]) -> Array:
-        """|x|, kept where it is the other operand that varies."""
+        """|x|, kept where only the other operand varies."""
         if n in self._magnitudes:
             return self._magnitudes[n]
         found = np.abs(x)
@@ -104,7 +104,7 @@ def _owner(x: Array) -> Array:
 
 
 def _same_bits(a: Array, b: Array) -> bool:
-    """Of arrays of one shape; most that differ do so in their first row."""
+    """For arrays of one shape; most that differ do so in their first row."""
     first = (0,) * (a.ndim - 1)
     return not a.size or (
         bool((a[first].view(np.uint64) == b[first].view(np.uint64)).all())
@@ -113,7 +113,7 @@ def _same_bits(a: Array, b: Array) -> bool:
 
 
 class Noise:
-    """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points met."""
+    """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points passed."""
 
     def __init__(
         self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
@@ -124,12 +124,12 @@ class Noise:
         self.known = known or Known((), 0)
         self.products = 0  # so far
         self.points: list[str] = []
-        self.count = 0  # perturbations so far, of which `only` the given one is made; none where it is ROUNDED
+        self.count = 0  # perturbations so far; `only` makes just the one of that number, or none if it is ROUNDED
         self.reduced = False  # the formula has a reduction: errors of one row are shared among its elements
 
     def shifted(self, value: Array, u: float, step: Callable[[Array], Array], beside: Array | None = None) -> Array:
-        """The value off by a step up or down: alike for values that a rounding by u moves alike, the other way for their
-        negatives. `step` makes the size of it from the value or, element by element, from the array `beside` it."""
+        """The value plus or minus a step: alike for values that a rounding by u moves alike, the other way for their
+        negatives. `step` gives its size from the value or, element by element, from the array `beside`."""
         self.count += 1
         salt = self.rng.integers(2**32, dtype=np.uint32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -151,7 +151,7 @@ class Noise:
 
 
 def blocks(*arrays: Array) -> Iterator[Sequence[Array]]:
-    """Arrays of one shape in pieces that a core's cache holds; as they are, where they do not lie alike in memory."""
+    """Arrays of one shape in pieces that a core's cache holds; whole where their memory layouts differ."""
     if arrays[0].size <= BLOCK or any(a.strides != arrays[0].strides for a in arrays):
         yield arrays
         return
@@ -181,7 +181,7 @@ def noise(
 
 
 def _perturbing(reduced: bool = False) -> Noise | None:
-    """The mode, where it is one that perturbs."""
+    """The noise mode if it perturbs here, else None."""
     mode = _noise.get()
     if mode is None:
         return None
@@ -264,8 +264,8 @@ def softmax(x: Array) -> tuple[Array, Array]:
 
 
 def softmax_slack(logits: Array, temperature: Array, **_: Any) -> float:
-    """By how much probabilities that softmax gives in float32 may be off, summed up: four ulps of exp, its argument's
-    rounding, and a running sum over all logits."""
+    """How far off the probabilities of a float32 softmax may be in total: four ulps of exp, its argument's rounding,
+    and a running sum over all logits."""
     hottest = np.abs(logits[np.isfinite(logits)]).max(initial=0) / np.where(temperature > 0, temperature, 1).min(initial=1)
     return float(U_ACC * (8 + 2 * hottest + 6 * np.sqrt(logits.shape[-1])))
 
@@ -279,14 +279,14 @@ def sigmoid(x: Array) -> Array:
 def choose(scores: Array, k: int) -> Array:
     """int32 [rows, k]: positions of the k highest scores, highest first, ties to the lowest position.
 
-    NaN counts as -inf. Positions scored -inf by exclusion (`excluded`) are the caller's business.
+    NaN counts as -inf. Positions that are excluded, with score -inf, are left to the caller.
     """
     order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=-1, kind="stable")[..., :k]
     return order.astype(np.int32)
 
 
 def _contract(subscripts: str, a: Array, b: Array) -> Array:
-    """einsum of two operands through matmul, which is BLAS also when there are batch axes."""
+    """einsum of two operands through matmul, which uses BLAS with batch axes too."""
     to_a, to_b, back, batch, free, summed = _axes(subscripts)
     a, b = a.transpose(to_a), b.transpose(to_b)
     shared, rows, inner = a.shape[:batch], a.shape[batch : batch + free], prod(a.shape[batch + free :])

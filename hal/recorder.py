@@ -13,8 +13,7 @@ Heard = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
 
 
 class Recorder:
-    """A wrap for `bind`: tells `heard` of each call before it is made; `path` holds the ops that are being called, outermost
-    first."""
+    """A wrap for `bind`: calls `heard` before each call; `path` holds the ops being called, outermost first."""
 
     def __init__(self, heard: Heard = lambda op, args, kwargs: None) -> None:
         self.heard = heard

@@ -14,7 +14,7 @@ from functools import cache
 from porthal.hal.errors import UsageError
 from porthal.hal.operands import KINDS
 
-ARRAY = "array"  # the kind of an operand that is no operand object
+ARRAY = "array"  # the kind of an operand that is not an operand object
 _OPERAND = re.compile(r"^(?P<name>\w+)(?P<bang>!?)(?::\s*(?P<kind>\w+))?(?P<body>[\[{].*[\]}])?(?P<opt>\??)$")
 _FIELD = re.compile(r"(\w+)\[([^\]]*)\](\??)")
 
@@ -81,7 +81,7 @@ def parse(text: str) -> Signature:
     results = []
     for part in _split(right):
         result = _operand(part, text)
-        if result.name in known:  # a mutated operand, returned: its declaration stands on the left
+        if result.name in known:  # a mutated operand, returned: declared on the left
             result = known[result.name]
             if not result.mutated:
                 raise UsageError(f"signature {text!r} returns operand {result.name!r} that is not marked '!'")
@@ -107,7 +107,7 @@ def _split(text: str) -> list[str]:
 def _operand(part: str, text: str) -> OperandSpec:
     match = _OPERAND.match(part)
     if not match:
-        raise UsageError(f"cannot read operand {part!r} in signature {text!r}")
+        raise UsageError(f"cannot read operand {part!r} in signature {text!r}: write name[dims] or name: Kind[dims]")
     kind = match["kind"] or ARRAY
     if kind not in (ARRAY, *KINDS):
         raise UsageError(f"operand {part!r} has kind {kind!r}: expected one of {', '.join((ARRAY, *KINDS))}")

@@ -86,7 +86,7 @@ class Attention:
     def __call__(
         self, h: Any, cache: LayerCache, batch: Batch, selection: Selection | None
     ) -> tuple[Any, Selection | None]:
-        """(output, selection used); an indexer runs unless `selection` is given to a layer of MTP that shares it."""
+        """(output, selection used); an indexer runs unless `selection` is given, as to an MTP layer that shares it."""
         c = self.config
         q_latent, q_rope, qr, cache.kv = self.ops.mla_prolog(
             h,

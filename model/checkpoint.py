@@ -39,7 +39,7 @@ class TensorFile:
             self.header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is no safetensors file, or a truncated one: {error}") from None
+            raise UsageError(f"{path} is not a safetensors file, or is truncated: {error}") from None
         self._data = self._bytes[start:]
         if end > len(self._data):
             raise UsageError(f"{path} is truncated: its tensors need {end} bytes, it has {len(self._data)}")
@@ -53,7 +53,7 @@ class TensorFile:
             begin, end = entry["data_offsets"]
             return self._data[begin:end].view(numpy_dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
         except (ValueError, TypeError, LookupError):
-            raise UsageError(f"{self.path} is damaged: its header says {entry} of {name!r}") from None
+            raise UsageError(f"{self.path} is damaged: its header has {entry} for {name!r}") from None
 
 
 class Checkpoint:
@@ -69,7 +69,7 @@ class Checkpoint:
                 entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._where = {name: self.directory / file for name, file in entries.items()}
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UsageError(f"{index} is no safetensors index with a weight_map: {error}") from None
+                raise UsageError(f"{index} is not a safetensors index with a weight_map: {error}") from None
         else:
             file = self.directory / "model.safetensors"
             if not file.is_file():
@@ -168,7 +168,7 @@ class Loader:
         return self.build(use, shape, read)
 
     def joined(self, use: str, shape: tuple[int, int], names: Sequence[str]) -> Weight:
-        """[rows, columns]: the named tensors one below the other, equally tall."""
+        """[rows, columns]: the named tensors one below the other, with equally many rows."""
         part = (shape[0] // len(names), shape[1])
 
         def read(rows: slice) -> Array:

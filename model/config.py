@@ -16,7 +16,7 @@ MODEL_TYPE = "glm_moe_dsa"
 class Config:
     """Architecture of a checkpoint; field names are those of config.json.
 
-    rope_theta         from rope_parameters; 10000 where the file has none, as in transformers
+    rope_theta         from rope_parameters or the top level; 10000 without either, as in transformers
     latent_norm_eps    eps of q_a_layernorm and kv_a_layernorm: rms_norm_eps, unless the file says otherwise
     indexer_types      per layer "full" (selects for itself) or "shared" (uses the nearest full layer below)
     dense              per layer: dense MLP instead of experts
@@ -141,7 +141,8 @@ class Config:
         )
         if config.num_experts_per_tok > config.n_routed_experts:
             raise UsageError(
-                f"{where} has num_experts_per_tok = {config.num_experts_per_tok} of {config.n_routed_experts} experts"
+                f"{where} has num_experts_per_tok = {config.num_experts_per_tok}: "
+                f"expected at most {config.n_routed_experts}, n_routed_experts"
             )
         return config
 

@@ -23,7 +23,7 @@ def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> flo
         raise UsageError(f"window is {window}: expected 2 to {context}, the context")
     ids = check_ids(tokens, model.config.vocab_size, max(len(tokens), 1))
     if len(ids) < 2:
-        raise UsageError(f"the text has {len(ids)} token: expected at least 2, one to predict from")
+        raise UsageError(f"the text has {len(ids)} token: expected at least 2")
     total, scored = 0.0, 1
     while scored < len(ids):
         start = max(0, scored - window // 2) if scored > 1 else 0

@@ -24,7 +24,7 @@ class DenseMlp:
 
 
 class MoeMlp:
-    """Routed experts plus the shared expert. The router's product is float32; its bias selects but does not weigh."""
+    """Routed experts and the shared one. The router's product is float32; its bias only affects the choice."""
 
     def __init__(self, ops: Binding, config: Config, load: Loader, prefix: str) -> None:
         c = config

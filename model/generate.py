@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stream:
-    """One request on its way: its prompt's ids, what it emitted, and its pages."""
+    """One request in progress: its prompt's ids, what it emitted, and its pages."""
 
     index: int
     prompt: list[int]
@@ -107,7 +107,7 @@ class _Run:
         if self._active():
             self._prefill(prefill_chunk)
         while active := self._active():
-            # Near the end of its context a request has no room for drafts, and it never will again.
+            # A request near the end of its context has no room for drafts any more.
             drafting = [s for s in active if self.drafts and s.position + self.drafts < self.context]
             if drafting:
                 self._verify(drafting)
@@ -125,7 +125,7 @@ class _Run:
         ends: dict[int, Any] = {}
         for start in range(0, longest, chunk):
             waiting = [s for s in streams if start < len(s.prompt)]
-            waiting.sort(key=lambda s: len(s.prompt) - start > 8)  # a piece of up to 8 rows counts as decoding: first
+            waiting.sort(key=lambda s: len(s.prompt) - start > 8)  # pieces of up to 8 rows count as decoding: first
             pieces = [s.prompt[start : start + chunk] for s in waiting]
             batch = self.cache.step([s.pages for s in waiting], [len(p) for p in pieces])
             hidden, batch = self._hidden(self._ints(_joined(pieces)), batch)
@@ -147,7 +147,7 @@ class _Run:
         self._emit_next(active, hidden)
 
     def _verify(self, active: list[Stream]) -> None:
-        """Draft with the MTP layer, verify all drafts in one forward, keep the accepted prefix and one token more."""
+        """Draft with the MTP layer, verify all drafts in one forward, keep the accepted prefix and one more token."""
         n, R = self.drafts, len(active)
         before = [s.pages.length for s in active]
         batch = self.cache.step([s.pages for s in active], [n + 1] * R)

@@ -38,7 +38,7 @@ class Block:
 
 
 class Glm5:
-    """A GLM-5 model in one binding's layouts: its weights and caches belong to that binding for life.
+    """A GLM-5 model in one binding's layouts: its weights and caches work with that binding only.
 
     dtype is that of activations, weights and caches: "float32", "bfloat16" or "float16". block_size is the number of
     tokens in a cache page; backends state which they take.

@@ -52,9 +52,9 @@ def trace(
 def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> dict[str, list[CallSpec]]:
     """The calls a model makes, from one row to the whole context, by op: what a backend must claim to run it.
 
-    Composites and what they are made of both stand in it, since the binding decides which of them are called.
+    It has both composites and what they are made of, since the binding decides which of them are called.
     """
-    config = replace(config, eos_token_id=())  # a model without values emits token 0: let it go on
+    config = replace(config, eos_token_id=())  # a model without values emits token 0, which must not end the text
     longest = config.max_position_embeddings
 
     def generated(ops: Binding) -> None:

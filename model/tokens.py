@@ -49,7 +49,7 @@ def tokenizer(directory: str | Path, vocab_size: int) -> Bytes | Vocabulary:
         return Vocabulary(file)
     if vocab_size == 256:
         return Bytes()
-    raise UsageError(f"{directory} has no tokenizer.json, and its vocabulary of {vocab_size} is not that of bytes")
+    raise UsageError(f"{directory} has no tokenizer.json: add one, since vocab_size is {vocab_size}, not 256 for bytes")
 
 
 def check_ids(tokens: Sequence[int], vocab_size: int, longest: int) -> list[int]:
@@ -60,7 +60,7 @@ def check_ids(tokens: Sequence[int], vocab_size: int, longest: int) -> list[int]
     if not ids:
         raise UsageError("the prompt is empty: give at least one token")
     if len(ids) > longest:
-        raise UsageError(f"the prompt has {len(ids)} tokens, the context holds {longest}")
+        raise UsageError(f"the prompt has {len(ids)} tokens: expected at most {longest}, the context")
     return ids
 
 
@@ -100,7 +100,7 @@ def stack_rows(parts: Sequence[Array]) -> Array:
 
 
 def uniforms(seed: int, requests: Sequence[int], positions: Sequence[int], count: int) -> Array:
-    """float32 [R, count] in [0, 1): a function of (seed, request, position) alone, so of neither batch nor chip."""
+    """float32 [R, count] in [0, 1): a function of (seed, request, position) alone, for any batch and chip."""
     rows = [
         np.random.Generator(np.random.Philox(key=[seed % 2**64, (r << 32) + p])).random(count, np.float32)
         for r, p in zip(requests, positions)

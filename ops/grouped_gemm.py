@@ -19,7 +19,7 @@ from porthal.hal.numerics import Array, dot
 def grouped_gemm(x: Array, w: Array, counts: Array) -> Array:
     """Rows are sorted by expert; the next counts[e] rows are multiplied by w[e]: y[m] = w[e] x[m].
 
-    Rows beyond sum(counts) are padding: their results are unspecified and what stands in them must not affect others
+    Rows beyond sum(counts) are padding: their results are unspecified and their contents must not affect other rows
     (the reference gives zeros). Source: MegaBlocks; torch._grouped_mm, npu_grouped_matmul, DeepGEMM m_grouped_gemm.
     """
     y = np.zeros((len(x), w.shape[1]))

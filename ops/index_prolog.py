@@ -59,12 +59,12 @@ def index_prolog(
     """
     size = keys.spec.fields[0][1]
 
-    def turn(x: Array) -> Array:
+    def rotate(x: Array) -> Array:
         return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
-    iq = turn(may_round("iq", dot("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), len(wq_b) // size, size))
+    iq = rotate(may_round("iq", dot("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), len(wq_b) // size, size))
     k = layer_norm.reference(may_round("k", dot("th,dh->td", h, wk), to="qr"), k_norm, k_bias, eps=eps)
-    k = turn(may_round("normed", k, to="qr")[:, None])[:, 0]
+    k = rotate(may_round("normed", k, to="qr")[:, None])[:, 0]
     return iq, dot("th,gh->tg", h, w_head), kv_write.reference(keys, batch, k)
 
 
@@ -86,8 +86,8 @@ def _(
     eps: float = 1e-6,
 ) -> Any:
     rows, size = h.shape[0], keys.spec.fields[0][1]
-    turn = {"theta": theta, "layout": "interleaved", "start": 0, "width": width}
-    iq = ops.rope(ops.linear(qr, wq_b).reshape(rows, wq_b.spec.shape[0] // size, size), batch, **turn)
+    rotation = {"theta": theta, "layout": "interleaved", "start": 0, "width": width}
+    iq = ops.rope(ops.linear(qr, wq_b).reshape(rows, wq_b.spec.shape[0] // size, size), batch, **rotation)
     k = ops.layer_norm(ops.linear(h, wk), k_norm, k_bias, eps=eps)
-    k = ops.rope(k.reshape(rows, 1, size), batch, **turn).reshape(rows, size)
+    k = ops.rope(k.reshape(rows, 1, size), batch, **rotation).reshape(rows, size)
     return iq, ops.linear(h, w_head, out="float32"), ops.kv_write(keys, batch, k)

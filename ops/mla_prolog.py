@@ -72,12 +72,12 @@ def mla_prolog(
     a = may_round("kv_a", dot("th,ch->tc", h, kv_a), to="h")
     c = rms_norm.reference(a[:, :-width], kv_norm, eps=eps)
 
-    def turn(x: Array) -> Array:
+    def rotate(x: Array) -> Array:
         return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
     q_latent = dot("tnd,ncd->tnc", q[..., :nope], w_uk)
-    q_rope = turn(q[..., nope:])
-    kp = turn(a[:, None, -width:])[:, 0]
+    q_rope = rotate(q[..., nope:])
+    kp = rotate(a[:, None, -width:])[:, 0]
     return q_latent, q_rope, qr, kv_write.reference(kv, batch, c, kp)
 
 
@@ -99,15 +99,15 @@ def _(
 ) -> Any:
     heads, latent, nope = w_uk.spec.shape
     width = kv.spec.fields[1][1]
-    turn = {"theta": theta, "layout": "interleaved", "start": 0, "width": width}
+    rotation = {"theta": theta, "layout": "interleaved", "start": 0, "width": width}
     qr = ops.rms_norm(ops.linear(h, q_a), q_norm, eps=eps)
     q = ops.linear(qr, q_b).reshape(h.shape[0], heads, nope + width)
     a = ops.linear(h, kv_a)
     c = ops.rms_norm(a[:, :latent], kv_norm, eps=eps)
-    kp = ops.rope(a[:, latent:].reshape(h.shape[0], 1, width), batch, **turn).reshape(h.shape[0], width)
+    kp = ops.rope(a[:, latent:].reshape(h.shape[0], 1, width), batch, **rotation).reshape(h.shape[0], width)
     return (
         ops.head_linear(q[:, :, :nope], w_uk),
-        ops.rope(q[:, :, nope:], batch, **turn),
+        ops.rope(q[:, :, nope:], batch, **rotation),
         qr,
         ops.kv_write(kv, batch, c, kp),
     )

@@ -28,10 +28,10 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
 def moe_route(
     logits: Array, bias: Array, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
 ) -> tuple[Array, Array]:
-    """s = sigmoid(logits); ids = the k highest of s + bias (ties to the lowest id); weights = scale * s[ids] / sum s[ids].
+    """s = sigmoid(logits); ids = the k highest of s + bias, ties to the lowest; weights = scale * s[ids] / sum s[ids].
 
-    The bias only selects. With n_group > 1 only experts of the topk_group groups with the highest sum of their two best
-    biased scores can be chosen. A NaN counts as -inf, and ids are always in range and distinct.
+    The bias only selects. 1e-20 is added to the sum. With n_group > 1 only experts of the topk_group groups with the
+    highest sum of their two best biased scores can be chosen. A NaN counts as -inf; ids are in range and distinct.
     Source: DeepSeek-V3 (noaux_tc); GLM-5 has one group.
     """
     ids = choose(_scores(logits, bias, k=k, scale=scale, n_group=n_group, topk_group=topk_group), k)

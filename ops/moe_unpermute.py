@@ -15,7 +15,7 @@ from porthal.hal.numerics import Array, single, total
 def moe_unpermute(sorted: Array, source: Array, weights: Array) -> Array:
     """y[t] = sum over m with source[m] = t*k + j of weights[t, j] * sorted[m], added in the order of j in float32.
 
-    Rows with source -1 are padding and contribute nothing, whatever stands in them.
+    Rows with source -1 are padding and contribute nothing, whatever they hold.
     """
     T, k = weights.shape
     parts = np.zeros((T * k, sorted.shape[1]))

@@ -25,7 +25,7 @@ from porthal.hal.numerics import Array, elementary, single
     ],
 )
 def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Array:
-    """Rotate x[..., start : start+width] by the row's position p: pair i turns by p * theta^(-2i/width).
+    """Rotate x[..., start : start+width] by the row's position p: pair i is rotated by p * theta^(-2i/width).
 
     "interleaved" pairs elements (2i, 2i+1), "half" pairs (i, i + width/2); the result keeps the layout of the input, and
     elements outside the slice are copied. Angles and rotation are float32 or better. Source: Su et al. 2021; GLM-5 uses
@@ -33,7 +33,7 @@ def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width
     """
     i = np.arange(width // 2)
     angle = batch.positions[:, None, None] * theta ** (-2.0 * i / width)
-    # In float32 the frequency is off by a few ulps and the angle, however large, in proportion.
+    # In float32 the frequency is off by a few ulps, so the error of the angle grows with the angle.
     cos, sin = (elementary(f, angle) + (single(elementary(np.asarray, angle)) - angle) for f in (np.cos, np.sin))
     first, second = _pairs(layout, start, width)
     y = x.copy()

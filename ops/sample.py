@@ -30,9 +30,9 @@ from porthal.hal.numerics import Array, choose, softmax, softmax_slack
 def sample(logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
     """Draw ids[t] from softmax(logits[t] / temperature[t]) by inverting its distribution function at u[t] in [0, 1).
 
-    Candidates stand in the order of falling logit, ties by id. Kept are the first top_k[t] (0: all), of those the
-    shortest prefix whose probability reaches top_p[t], at least one; ids[t] is the first kept candidate at which the
-    cumulated probability exceeds u[t] times the probability kept. Temperature 0 is argmax. A logit of -inf is never drawn.
+    Candidates are sorted by falling logit, ties by id. The first top_k[t] are kept (0: all), and of those the shortest
+    prefix whose probability reaches top_p[t], at least one; ids[t] is the first kept candidate at which the cumulated
+    probability exceeds u[t] times the probability kept. Temperature 0 is argmax. A logit of -inf is never drawn.
     Randomness is the input u: the result does not depend on the batch or the chip.
     """
     ids = np.zeros(len(logits), np.int32)
@@ -61,7 +61,7 @@ def _kept(cumulated: Array, temperature: float, top_k: int, top_p: float) -> int
 def _(
     logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, *, results: Array, slack: float
 ) -> int | None:
-    """First row whose id no machine could have drawn whose probabilities are off by at most `slack`, or None."""
+    """The first row whose id cannot be drawn with probabilities off by at most `slack`, or None."""
     for t, drawn in enumerate(results):
         order, cumulated = _candidates(logits[t], temperature[t])
         fewest, most = (_kept(cumulated, temperature[t], int(top_k[t]), top_p[t] + off) for off in (-slack, slack))

@@ -65,7 +65,7 @@ def _draft_distribution(draft: Array, V: int, given: Array | None) -> Array:
 
 def _residual(p: Array, q: Array, i: int) -> Array:
     rest = np.maximum(p[i] - q[i], 0.0) if i < len(q) else p[i]
-    return rest if rest.sum() > 0 else p[i]  # p equal to q: any rejection was rounding
+    return rest if rest.sum() > 0 else p[i]  # p equals q: a rejection came from rounding
 
 
 def _draw(p: Array, u: float) -> int:
@@ -75,7 +75,7 @@ def _draw(p: Array, u: float) -> int:
 
 @speculative_verify.adjusted
 def _(logits: Array, draft: Array, **_: object) -> None:
-    """Two of three drafts are likely, so that prefixes of all lengths are accepted."""
+    """Makes two of three drafts likely, so that prefixes of all lengths are accepted."""
     for r, i in np.ndindex(*draft.shape):
         if (r + i) % 3 != 2:
             logits[r, i, draft[r, i]] += 8
@@ -92,7 +92,7 @@ def _(
     results: Array,
     slack: float,
 ) -> int | None:
-    """First request whose result no machine could give whose probabilities are off by at most `slack`, or None."""
+    """The first request whose result is impossible with probabilities off by at most `slack`, or None."""
     R, n = draft.shape
     for r in range(R):
         i = int((results[r] >= 0).sum()) - 1

@@ -21,7 +21,7 @@ def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     never read.
     """
     length = np.minimum(batch.visible, k).astype(np.int32)
-    best = choose(_scores(scores, batch), k)  # what is hidden stands behind all that is visible
+    best = choose(_scores(scores, batch), k)  # hidden positions come after all visible ones
     indices = np.full((batch.T, k), -1, np.int32)
     indices[:, : best.shape[1]] = np.where(np.arange(best.shape[1]) < length[:, None], best, -1)
     return Selection(SelectionSpec(batch.T, k), Rows(indices, length))

@@ -11,7 +11,7 @@ rank = 100
 
 
 def probe() -> Probe:
-    """Ask torch_npu for a device, in a process apart unless it is loaded: a broken install breaks `import torch`."""
+    """Ask torch_npu for a device, in another process unless it is imported: a broken install breaks `import torch`."""
     if "torch_npu" in sys.modules:
         here = sys.modules["torch"].npu.is_available()
         return Probe("available") if here else Probe("not here", "torch_npu sees no NPU")

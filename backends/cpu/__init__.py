@@ -1,4 +1,4 @@
-"""This machine's processor, in C++ with threads; ops without a native kernel come from the reference."""
+"""The host's processor, in C++ with threads; ops without a native kernel come from the reference."""
 
 import importlib.util
 

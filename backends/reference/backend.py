@@ -61,7 +61,7 @@ def _wide(value: Any) -> Any:
 
 
 def _settled(value: Any, batch: Any) -> Any:
-    """An operand rounded to its dtype; of pages the rows that a step wrote, since all others are rounded already."""
+    """An operand rounded to its dtype; of pages only the rows that a step wrote, as the others are rounded already."""
     if not isinstance(value, Pages):
         return value.mapped(lambda array: widen(narrow(array, value.dtype)))
     if batch is not None and numpy_dtype(value.dtype) != np.float64:

@@ -63,7 +63,7 @@ class Case:
 
     @property
     def stream(self) -> str:
-        """What its values are drawn from: the token without what does not concern them, the version and the provider."""
+        """The seed of its values: the token without version and provider, which do not change them."""
         return self._text(self.op, "")
 
     def _text(self, op: str, via: str) -> str:
@@ -108,7 +108,7 @@ class Case:
             elif (word := mark if mark == "%" else name) in RESERVED:
                 raise UsageError(f"case token part {part!r} is for {RESERVED[word]}, which this porthal does not test yet")
             else:
-                raise UsageError(f"case token part {part!r} says nothing about {op}: copy the token from a report")
+                raise UsageError(f"case token part {part!r} does not apply to {op}: copy the token from a report")
         case = cls(op, seed=int(parts[-1]), **(named | {k: tuple(v) for k, v in found.items()}))
         why = refusal(case)
         if not why and (n := elements(case)) > LARGEST["elements"]:
@@ -137,8 +137,8 @@ def _check_version(token: str, contract: Contract, version: str) -> None:
     meant = _number(version, LARGEST["size"]) if version else 1
     if meant != contract.version:
         raise UsageError(
-            f"case token {token!r} is of version {meant or version} of {contract.name}, which has version "
-            f"{contract.version} here: its results are not comparable, so run conform again for a token of this version"
+            f"case token {token!r} is for version {meant or version} of {contract.name}, expected version "
+            f"{contract.version}: run conform again for new tokens, since results of other versions are not comparable"
         )
 
 

@@ -10,7 +10,7 @@ from porthal.conformance.cases.values import Draw
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
 CROWD = "crowd"  # requests of 64 rows that share pages: 65536 rows in a small cache
 LONGEST = 131072
-DECODING = 8  # query rows of a request that counts as decoding
+DECODING = 8  # most query rows of a request that counts as decoding
 _REQUESTS = re.compile(r"\d{1,7}/\d{1,7}(/\d{1,7})?(\+\d{1,7}/\d{1,7}(/\d{1,7})?)*", re.ASCII)
 
 
@@ -30,7 +30,7 @@ def requests(batch: str) -> list[Request] | None:
 
 
 def shareable(before: Request, request: Request, block_size: int, written: bool) -> int:
-    """Pages at most that a request may share with the one before: those filled before this step, where it writes."""
+    """The most pages that a request may share with the one before: where a step writes, pages filled before it."""
     new = [r.q * (written and r.kv > 0) for r in (before, request)]
     full = [(r.kv - q) // block_size if written else -(-r.kv // block_size) for r, q in zip((before, request), new)]
     return min(full)

@@ -41,7 +41,7 @@ def _choices(contract: Contract, operand: OperandSpec) -> tuple[str, ...]:
 
 
 def combos(contract: Contract) -> list[Combo]:
-    """Every base dtype with all operands following it, then with those that may differ doing so."""
+    """Every base dtype with all operands following it, then with a different dtype wherever one is allowed."""
     first = first_float(contract)
     if not first:
         return [()]
@@ -71,7 +71,7 @@ def absences(contract: Contract) -> list[tuple[str, ...]]:
 
 
 def free_symbols(contract: Contract) -> list[str]:
-    """The sizes that a case chooses: not the batch's and no attributes."""
+    """The sizes that a case chooses: neither the batch's nor attributes."""
     bound = {d for o in contract.signature.of_kind("Batch") for d in o.dims}
     return [s for s in contract.cases if s in contract.signature.symbols() - bound and s not in contract.attributes]
 
@@ -84,6 +84,6 @@ def per_expert(contract: Contract) -> str:
 
 
 def takes_integers(contract: Contract, operand: str) -> bool:
-    """Whether small integers may stand in an operand of any floats."""
+    """Whether an operand takes any floats, and so small integers."""
     plain = options(contract, operand)[0] in ("normal", "weight")
     return plain and contract.signature[operand].typed

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 class Inputs:
     """A call in logical form: operands hold NumPy arrays in their own dtype.
 
-    origin  where, of a call that was observed rather than planned: its case gives sizes, but no values
+    origin  where the call was observed, if it was not planned: its case gives sizes, but no values
     """
 
     case: Case
@@ -101,7 +101,7 @@ def _weight(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: B
 
 
 def _repeated(value: Any) -> Any:
-    """Every row of a float array as its first: what a view of stride 0 shows."""
+    """A float array with every row equal to the first, as a view of stride 0 shows it."""
     if isinstance(value, np.ndarray) and is_float(str(value.dtype)) and len(value):
         return np.array(np.broadcast_to(value[:1], value.shape))
     return value
@@ -111,8 +111,8 @@ def _repeated(value: Any) -> Any:
 
 
 def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
-    """Pages are shuffled and belong to one request each, but for crowds and long ones, which only read and share, and
-    for what the case shares in words."""
+    """Pages are shuffled and belong to one request each, except in crowds and long batches, which read shared pages,
+    and where the case says what is shared."""
     T = int(sizes["T"])
     q_lens, kv_lens = lengths(case.batch, T, int(sizes.get("k", 0)), case.block_size, case.stream)
     need = [-(-n // case.block_size) for n in kv_lens]
@@ -173,7 +173,7 @@ MAKERS: dict[str, Callable[[Case, OperandSpec, Mapping[str, Any], Batch | None],
 }
 
 
-# -- what of a result counts -------------------------------------------------------------------------------------------
+# -- which parts of a result count ---------------------------------------------------------------------------------
 
 
 def written_slots(inputs: Inputs, pages: Pages) -> Array:

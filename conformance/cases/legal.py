@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VIEWS = ("columns", "rows", "transposed", "broadcast")
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
-PAST_2G = "beyond"  # the cache, or the experts' weights, stand behind 2^31 elements
+PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
 PAGES = 6  # of a cache that no batch describes
@@ -65,10 +65,10 @@ def _refused_operands(case: Case) -> str:
     for name, given in case.dtypes:
         permitted = [case.dtype(o) if o in operands else o for o in contract.dtypes.get(name, ())]
         if name not in operands or given not in permitted:
-            return f"it takes no operand {name} of {given}"
+            return f"it takes no operand {name} of dtype {given}"
     for name, given in case.recipes:
         if name not in operands or operands[name].kind == "Batch" or given not in fitting(contract, name):
-            return f"{given} does not make values for {name}"
+            return f"{given} is not a value generator for {name}"
     groups = [set(group) for group in absences(contract)]
     left = set(case.absent) - set().union(*(g for g in groups if g <= set(case.absent)))
     if left or len(set(case.absent)) < len(case.absent):
@@ -77,7 +77,7 @@ def _refused_operands(case: Case) -> str:
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
     kinds = {o.kind for o in operands.values()}
     if case.view == PAST_2G and not ({"Pages", "Batch"} <= kinds or per_expert(contract)):
-        return "it has neither a cache that a batch describes nor experts' weights by counts"
+        return f"view {PAST_2G} needs a cache with a batch, or experts' weights with counts"
     for name, (low, high) in contract.ranges.items():
         if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):
             return f"{name} has nothing to point to"
@@ -100,11 +100,11 @@ def _refused_batch(case: Case) -> str:
     if (free := requests(case.batch)) is not None:
         return _refused_requests(free, dict(case.dims)["T"], case.block_size, written=bool(signature.mutated))
     if case.batch == "long" and (paged or len(batch.dims) > 1):
-        return "128k positions are for ops that need no cache of that length"
+        return "long batches are for ops that need no cache of 128k positions"
     if case.batch == "deep" and "k" not in dict(case.dims) and "k" not in dict(case.attrs):
         return "deep batches are for ops with a k"
     if case.batch == CROWD and signature.mutated:
-        return "crowds share pages, which cannot be written then"
+        return "crowd batches share pages, which this op would write"
     return "" if case.batch in (*COMPOSITIONS, CROWD) else f"{case.batch!r} is not a composition"
 
 
@@ -112,9 +112,9 @@ def _refused_requests(found: Sequence[Request], T: int, block_size: int, written
     if sum(r.q for r in found) != T:
         return f"its requests have {sum(r.q for r in found)} query rows, expected T = {T}"
     if any(a.q > DECODING and b.q <= DECODING for a, b in pairwise(found)):
-        return f"requests of at most {DECODING} query rows come first"
+        return f"requests of at most {DECODING} query rows must come first"
     if any(r.kv and r.kv < r.q for r in found) or max(r.kv for r in found) > LONGEST:
-        return f"a request sees at least its own query rows, or nothing, and at most {LONGEST} keys"
+        return f"a request must see 0 keys, or at least its own query rows and at most {LONGEST}"
     for before, request in pairwise((Request(0, 0), *found)):
         if request.shared > (most := shareable(before, request, block_size, written)):
             return f"a request shares {request.shared} pages with the one before, expected at most {most}"

@@ -1,7 +1,7 @@
 """Which calls are tested: cases derived from a contract.
 
-A plan varies one thing at a time around a small default call, and once takes GLM-5's own dims. Levels only differ in how
-many of these variations meet how many dtypes and row counts; a case does not know the level it came from.
+A plan varies one thing at a time around a small default call, and once takes GLM-5's own dims. Levels differ only in
+how many variations, dtypes and row counts they combine; a case does not know the level it came from.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class _Plan:
             yield from self._made(fault=fault, dtypes=self._next())
 
     def _production(self) -> Iterator[Case]:
-        """GLM-5's dims, once whatever their size, in its dtype or in every one, over a cache longer than top-k; in its dtype at
-        several row counts and compositions, by which a level is reached; pairs of other attributes there."""
+        """GLM-5's dims in its dtype: once whatever their size, over a cache longer than top-k; then at several row
+        counts and compositions, by which a level is reached; then pairs of other attributes. In every dtype if thorough."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
@@ -101,7 +101,7 @@ class _Plan:
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
         for batch, combo in product(self.level.production_batches if self.has_batch else (), production):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
-        for pair in combinations(self.attrs, 2):  # some act together only
+        for pair in combinations(self.attrs, 2):  # some attributes act only together
             yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
 
     def _sizes(self) -> Iterator[Case]:
@@ -201,7 +201,7 @@ class _Plan:
             yield tuple(taken)
 
     def _unlisted(self) -> Iterator[tuple[str, str]]:
-        """What the contract does not list and every op takes: plain values in its first floats, indices of any kind."""
+        """Unlisted generators that the op must take all the same: plain ones in its first floats, any for indices."""
         listed = {o.name: options(self.contract, o.name) for o in self.contract.signature.operands if o.kind != "Batch"}
         floats = [name for name, recipes in listed.items() if recipes[0] in FLOATING]
         floats.sort(key=lambda name: self.contract.signature[name].kind != "array")

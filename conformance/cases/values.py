@@ -1,9 +1,9 @@
 """Value generators: what numbers a case is made of, each defined once, bit for bit the same on every machine.
 
-Tokens call them recipes and spell them with one word, which stays; the function has a speaking name where that differs.
+The code calls them recipes. A token has one word for each, which never changes; some functions have a longer name.
 
 Every number comes from 64-bit words of a counter hash in integer arithmetic; the only float operations are those that
-IEEE 754 defines exactly, so no platform's libm has a say.
+IEEE 754 defines exactly, so no platform's libm changes them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ RECIPES: dict[str, Generator] = {}  # by the word in tokens
 TIED = ("integer", "ties", "equal", "zeros", "signed")
 
 
-# Floats of any value, and integer generators that may stand where their first is the default.
+# Generators of any floats, and of integers those that may replace a default.
 FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
             "denormal", "special", "masked", "weight", "below", "abyss")  # fmt: skip
 # Of these, values that every op takes: larger ones may overflow where a contract permits rounding to float16.
@@ -163,7 +163,7 @@ def negative(draw: Draw) -> Array:
 
 @spelled("below")
 def far_below_zero(draw: Draw) -> Array:
-    """So far below zero that a probability cannot lift it above."""
+    """So far below zero that adding a probability leaves it negative."""
     return -np.abs(draw.bell()) - 2
 
 
@@ -175,13 +175,13 @@ def sigmoid_underflow(draw: Draw) -> Array:
 
 @spelled("signed")
 def signed_zeros(draw: Draw) -> Array:
-    """Zeros of both signs, and ones below them: the zeros are equal."""
+    """Zeros of both signs, and -1: the zeros are equal."""
     return np.array([-0.0, 0.0, -1.0])[draw.integers(0, 3)]
 
 
 @spelled("abyss")
 def most_negative(draw: Draw) -> Array:
-    """From -2^13 to the most negative numbers of the dtype, all alike in probability."""
+    """From -2^13 to the most negative numbers of the dtype, every exponent equally likely."""
     return -(1 + draw.integers(0, 2**7, "digits") * 2.0**-7) * 2.0 ** draw.integers(13, 16 if draw.dtype == "float16" else 128)
 
 
@@ -197,13 +197,13 @@ def outlier(draw: Draw) -> Array:
 
 @recipe
 def offset(draw: Draw) -> Array:
-    """A mean that dwarfs the deviation, as far as the dtype resolves it."""
+    """A mean far above the deviation, as far as the dtype resolves it."""
     return 64 + draw.bell() * (1 if draw.dtype == "bfloat16" else 2.0**-4)
 
 
 @spelled("comb")
 def every_eighth_high(draw: Draw) -> Array:
-    """Every eighth element is far above the others: what a strided sample takes for the whole."""
+    """Every eighth element is far above the others: a strided sample sees only these."""
     x = draw.bell()
     x[..., ::8] += 8
     return x
@@ -211,7 +211,7 @@ def every_eighth_high(draw: Draw) -> Array:
 
 @recipe
 def plateau(draw: Draw) -> Array:
-    """64 but for one element of each row, which is a step higher."""
+    """64, except for one element of each row, which is a step higher."""
     x = np.full(draw.shape, 64.0)
     if x.size:
         rows = x.reshape(-1, x.shape[-1])
@@ -275,7 +275,7 @@ def temperature(draw: Draw) -> Array:
 
 @spelled("cold")
 def near_zero_temperature(draw: Draw) -> Array:
-    """Temperatures so low that a logit's quotient leaves float16's range."""
+    """Temperatures so low that logit / temperature leaves float16's range."""
     return np.array([0.0, 1e-5, 1e-3, 1e-2])[draw.integers(0, 4)]
 
 
@@ -296,7 +296,7 @@ def distribution(draw: Draw) -> Array:
 
 @recipe
 def index(draw: Draw) -> Array:
-    """Anywhere in the operand's range, its last value and its first among them."""
+    """Anywhere in the operand's range, including its first and last value."""
     x = draw.integers(draw.sizes["low"], draw.sizes["high"])
     if x.size:
         x.flat[-1], x.flat[0] = draw.sizes["low"], draw.sizes["high"] - 1
@@ -305,7 +305,7 @@ def index(draw: Draw) -> Array:
 
 @recipe
 def ascending(draw: Draw) -> Array:
-    """0, 1, 2, ... as far as the range goes, and again from 0: what some kernels answer without a copy."""
+    """0, 1, 2, ... as far as the range goes, and again from 0: some kernels skip the copy then."""
     high = draw.sizes["high"]
     return np.arange(prod(draw.shape)).reshape(draw.shape) % high if high > 0 else np.full(draw.shape, draw.sizes["low"])
 
@@ -376,7 +376,7 @@ def routed(draw: Draw) -> Array:
 
 @spelled("crowded")
 def one_expert(draw: Draw) -> Array:
-    """All rows go to one expert, the last, and nowhere else."""
+    """All rows go to the last expert only."""
     ids = np.full(draw.shape, -1, np.int64)
     ids[np.arange(len(ids)), np.arange(len(ids)) % ids.shape[1]] = draw.sizes["E"] - 1 + draw.sizes.get("first_expert", 0)
     return ids
@@ -390,7 +390,7 @@ def idle_experts(draw: Draw) -> Array:
 
 @spelled("holes")
 def ids_missing(draw: Draw) -> Array:
-    """A third of the ids are -1; some rows have no other."""
+    """A third of the ids are -1; some rows have nothing else."""
     ids = routed(draw)
     ids[draw.integers(0, 3, "holes") == 0] = -1
     ids[::5] = -1

@@ -1,11 +1,11 @@
-"""A backend that is two: every op runs on a backend and on the reference side by side, in four lanes of values.
+"""Two backends in one: every op runs on a backend and on the reference side by side, in four lanes of values.
 
 reference  what the references compute, each result rounded once
-local      the reference's values on the backend: what an op makes of them is its own error, and nobody else's
+local      the backend on the reference's values: the error of an op is its own
 forced     the backend's own values under the reference's discrete choices: the error that accumulates
 free       the backend's own values and choices
 
-A model loaded on `binding(Lockstep(theirs))` computes all four at once, and `Lockstep.calls` tells what came of each call.
+A model loaded on `binding(Lockstep(theirs))` computes all four at once; `Lockstep.calls` has each call's findings.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Call:
     """One op of the model: its local verdict, its accumulated error, and how many rows chose differently when free.
 
     place        layer, then the op inside its composites: ("layer 1", "index_prolog", "rope")
-    worst        the largest local |e| / B, met `at`
+    worst        the largest local |e| / B, found `at`
     accumulated  root mean square of forced - reference over that of the reference, the worst of the float results
     honest       rows whose different choice is right for the free lane's own scores while every op kept its budget
     wrong        other rows with a different choice
@@ -113,13 +113,13 @@ class Call:
         return " / ".join(self.place)
 
     def blame(self, fault: str, inputs: Inputs, returned: Mapping[str, Any]) -> None:
-        """The call is at fault; what was found first stands."""
+        """Mark the call as at fault; the first reason is kept."""
         if not self.fault:
             self.fault, self.inputs, self.returned = fault, inputs, returned
 
 
 class Halt(Exception):
-    """A kernel raised: there is no value to go on with."""
+    """A kernel raised: there is no value to continue with."""
 
 
 class Lockstep(Backend):
@@ -155,7 +155,7 @@ class Lockstep(Backend):
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """One step, at whose end every cache that it wrote is compared in whole; the calls up to the next belong to it."""
+        """One step; at its end every cache it wrote is compared as a whole. Calls up to the next step belong to it."""
         self.step += bool(self.calls)
         yield
         for pages in self._written:
@@ -168,7 +168,7 @@ class Lockstep(Backend):
         return Lanes(x, *(self.theirs.from_numpy(x.copy()) for _ in range(3)))
 
     def to_numpy(self, x: Lanes) -> Array:
-        """The reference's: tokens that are fed back are the same in every lane."""
+        """The reference's values, so that every lane continues with the same tokens."""
         return np.asarray(self.ours.to_numpy(x.each[REFERENCE]))
 
     def plan(self, batch: Batch) -> Batch:
@@ -182,7 +182,7 @@ class Lockstep(Backend):
         ours = self.ours.prepare(spec, read, into and into.native.each[REFERENCE])
         theirs = self.theirs.prepare(spec, read, into and into.native.each[LOCAL])
         prepared = Prepared(ours, theirs, theirs, theirs)
-        if self.theirs.choices[spec.op].status != "fallback":  # that form only another backend can read
+        if self.theirs.choices[spec.op].status != "fallback":  # only the other backend can read that form
             differs = _differs(self.ours.to_logical(ours)["w"], self.theirs.to_logical(theirs)["w"])
             prepared.fault = differs and f"w{differs}"
         return Weight(spec, prepared)
@@ -248,7 +248,7 @@ class Lockstep(Backend):
     # -- the local lane ----------------------------------------------------------------------------------------------
 
     def _judged(self, call: Call, inputs: Inputs, operands: Named) -> Named:
-        """Run the local lane and judge it; an op that read a corrupt cache does so again on the repaired one."""
+        """Run the local lane and judge it; an op that read a corrupt cache runs again on the repaired one."""
         local = self._attempt(call, inputs, operands, LOCAL)
         judgement, returned = self._judge(inputs, local, self._changed(inputs, operands))
         mutated = {o.name for o in inputs.contract.signature.mutated}
@@ -302,7 +302,7 @@ class Lockstep(Backend):
         return max(found, default=None)
 
     def _choices(self, call: Call, inputs: Inputs, operands: Named, outs: list[Named]) -> None:
-        """Compare every lane's choice with the reference's; the local and the forced lane go on with the latter."""
+        """Compare every lane's choice with the reference's; the local and forced lanes continue with that."""
         contract, name = inputs.contract, inputs.contract.choice
         wanted = _logical(self.ours, outs[REFERENCE][name])
         flipped = [_flipped(contract, wanted, _logical(self.theirs, out[name])) for out in outs[LOCAL:]]
@@ -337,7 +337,7 @@ class Lockstep(Backend):
         return {name: narrow(self.theirs.to_numpy(pages[name][rows]), pages.spec.dtype) for name in fields}
 
     def _kept(self, call: Call, inputs: Inputs, before: Pages, each: list[Pages]) -> Pages:
-        """The cache after a write; its local lane gets the reference's rows where rounding made others."""
+        """The cache after a write; its local lane gets the reference's rows where they differ."""
         spec, ours, local = before.spec, each[REFERENCE], each[LOCAL]
         for rows in _written(inputs, before):
             wanted = {name: narrow(ours[name][rows], spec.dtype) for name, _ in spec.fields}
@@ -355,7 +355,7 @@ class Lockstep(Backend):
         return kept
 
     def _repaired(self, pages: Pages) -> bool:
-        """Whether the local cache had changed outside what was written: that is its last writer's fault."""
+        """Whether the local cache changed outside what was written; if so, repair it and blame its last writer."""
         spec, cached = pages.spec, pages.native
         wanted, found = self.ours.to_logical(cached.each[REFERENCE]), self.theirs.to_logical(cached.each[LOCAL])
         differs = {name: d for name in wanted if (d := _differs(wanted[name], found[name]))}

@@ -36,10 +36,10 @@ DRAFTED = 16  # tokens of the prompt that the second run, with drafts, begins wi
 def lockstep(
     theirs: Binding, tokens: Sequence[int], model: str | Path = DEMO, dtype: str = "float32", decode: int = 4
 ) -> Difference:
-    """Prefill `tokens` and decode `decode` steps on the binding beside the reference; then draft where there is an MTP.
+    """Prefill `tokens` and decode `decode` steps on the binding and the reference; then draft if there is an MTP layer.
 
     Both continue with the reference's tokens, whatever the backend would choose. Local results are judged at the level
-    "bring-up". Raises UsageError for a directory that holds no model, and for no, too many or bad tokens.
+    "bring-up". Raises UsageError for a directory without a model, and for tokens that are missing, too many or bad.
     """
     config = replace(Config.read(model), eos_token_id=())  # an end of text does not end the comparison
     both = Lockstep(theirs)
@@ -55,7 +55,7 @@ def lockstep(
 
 
 class Block:
-    """A block of the model that tells the lockstep when it is inside."""
+    """A block of the model that reports to the lockstep when it runs."""
 
     def __init__(self, block: Any, lockstep: Lockstep, layer: str) -> None:
         self._block, self._lockstep, self._layer = block, lockstep, layer
@@ -69,7 +69,7 @@ class Block:
 
 
 def _label(model: Any, lockstep: Lockstep) -> None:
-    """Let a model's parts say where they are: input, layers, MTP; everything else is the head's."""
+    """Let a model's parts say which of them runs: input, layers, MTP; everything else belongs to the head."""
 
     def step(layer: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -138,7 +138,7 @@ class Difference:
     @cached_property
     def layers(self) -> list[Layer]:
         names = dict.fromkeys(c.layer for c in self.calls)
-        order = sorted(names, key=lambda n: n in ("head", "mtp"))  # what runs in the midst of others stands last
+        order = sorted(names, key=lambda n: n in ("head", "mtp"))  # they run between others, so they come last
         return [Layer(n, [c for c in self.calls if c.layer == n]) for n in order]
 
     @property
@@ -156,10 +156,10 @@ class Difference:
     def flips(self) -> str:
         """The free run's choices in words."""
         if self.first_flip is None:
-            return "Left to itself the backend makes every discrete choice as the reference does."
+            return "Running freely, the backend makes every discrete choice as the reference does."
         first, honest, wrong = self.first_flip, sum(x.honest for x in self.layers), sum(x.wrong for x in self.layers)
         return (
-            f"Left to itself the backend first chooses differently in {first.label}, step {first.step}; rows that do: "
+            f"Running freely, the backend first chooses differently in {first.label}, step {first.step}; rows that do: "
             f"{honest} within the error of their scores (honest), {wrong} wrong."
         )
 
@@ -185,7 +185,7 @@ class Difference:
         return Group(table, Text(self.sentence), Text(self.flips))
 
     def json(self) -> str:
-        """The report for machines; an error that is not finite is null."""
+        """The report as JSON; an error that is not finite is null."""
         facts = {
             "schema": SCHEMA,
             "backend": self.backend,
@@ -211,7 +211,7 @@ class Difference:
         return json.dumps(facts, indent=1, allow_nan=False)
 
     def save(self, directory: Path) -> Path | None:
-        """Write the first call at fault, to be measured and judged again; gives the path of its .npz."""
+        """Write the first call at fault, to be measured and judged again; returns the path of its .npz."""
         call = self.at_fault
         if call is None or call.inputs is None:
             return None

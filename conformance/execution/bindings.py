@@ -13,7 +13,7 @@ from porthal.hal.binding import VIA
 
 @dataclass(frozen=True)
 class Bound:
-    """A call's binding, whose kernel it is there, and of a composition the kernels that it is made of."""
+    """A call's binding, the kernel chosen there, and the kernels that a composition is made of."""
 
     binding: Binding
     choice: Choice
@@ -38,7 +38,7 @@ class Bindings:
         self._known: dict[Any, Bound] = {}
 
     def bound(self, inputs: Inputs, checked: bool = False) -> Bound:
-        """Functions chosen for exactly this call; `checked` ones judge their arguments first."""
+        """Functions chosen for exactly this call; `checked` ones check their arguments first."""
         op, via = inputs.contract.name, inputs.case.via
         key = op, via, inputs.spec.key(), checked
         if key not in self._known:
@@ -63,7 +63,7 @@ class Bindings:
             own = [k.provider for k in self.backend.candidates(contract) if k.owner == self.backend.name]
             if len(own) > 1:
                 if len(set(own)) < len(own) or "" in own:
-                    raise UsageError(f"{self.backend} has {len(own)} kernels for {op}: name a provider of its own for each")
+                    raise UsageError(f"{self.backend} has {len(own)} kernels for {op}: give each a provider of its own")
                 found[op] = tuple(own)
         return found
 

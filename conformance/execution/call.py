@@ -1,4 +1,4 @@
-"""One call on a backend: the kernel run again, in threads and among other rows, and all that must not change watched."""
+"""One call on a backend: runs the kernel again, in threads and among other rows, and watches what must not change."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, NotClaimed, UsageError, Weight
 from porthal.hal.dtypes import dtype
 
-PATIENCE = 0.5  # seconds, after which two runs have to do
-SMALL = 2**17  # elements of a case after which another call follows, to see that results keep their bits
+PATIENCE = 0.5  # seconds, after which two runs are enough
+SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
 ABREAST = 4  # threads that call a kernel at once, and
 ROUNDS = 3  # how often
 
 
 def execute(bindings: Bindings, bound: Bound, inputs: Inputs, runs: int = 2) -> Outcome:
     """The kernel's results on a call, on the same call again, and on its rows among others."""
-    call = disturbed(inputs)  # before a kernel that writes where it must not can spoil them
+    call = disturbed(inputs)  # made before a kernel that writes where it must not can spoil it
     outcome = repeated(bound.binding, inputs, runs)
     return among_other_rows(bindings, bound, *call, outcome) if call else outcome
 
 
 def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
-    """Run the kernel on fresh operands, twice, then up to `runs` times as far as PATIENCE goes and nothing differs.
+    """Run the kernel on fresh operands, twice, then up to `runs` times while PATIENCE lasts and nothing differs.
 
-    Whatever it raises becomes the outcome's error, but for a lack of memory, which is a Failed CRASH.
+    What it raises becomes the outcome's error; running out of memory raises Failed with CRASH instead.
     """
     until = time.perf_counter() + PATIENCE
     try:
@@ -95,14 +95,14 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
     """One call on fresh operands.
 
     With a barrier it waits there for the other threads before it places operands, and again before it calls the kernel;
-    what belongs to all threads, the backend's memory, is not watched then.
+    the backend's memory, which all threads share, is not watched then.
     """
     _meet(abreast)
     contract = inputs.contract
     mutated = {o.name for o in contract.signature.mutated}
     operands, watches = {}, []
     distant = Distant(binding, inputs) if inputs.case.view == PAST_2G else None
-    apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand is memory enough
+    apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand takes enough memory
     for name, value in inputs.operands.items():
         view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
         operands[name], watch = place(binding, name, value, view, distant)
@@ -135,7 +135,7 @@ def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
     for watch in first.watches:
         watch.spoil(binding)
     if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
-        yield f"a result shares memory with an input: {change}, when the inputs are overwritten"
+        yield f"a result shares memory with an input: {change} when the inputs are overwritten"
     once(binding, replace(inputs, operands=_reversed(inputs.operands)))
     if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
         yield f"the next call changed a result of this one: {change}"
@@ -147,7 +147,7 @@ def _reversed(operands: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
-    """Results of the call in several threads, every second of which has other values; switched as often as Python can."""
+    """Results of the call in several threads, every second with other values, switched as often as Python can."""
     other = _reversed(inputs.operands)
     for name, value in inputs.operands.items():
         if isinstance(value, Weight):
@@ -168,7 +168,7 @@ def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
 
 
 def _meet(abreast: Barrier | None) -> None:
-    with suppress(BrokenBarrierError):  # another thread has failed: its error is reported, not that it is missed
+    with suppress(BrokenBarrierError):  # another thread has failed, and its error is reported
         if abreast:
             abreast.wait(1)
 

@@ -1,7 +1,7 @@
-"""A call whose cache, or whose experts, end behind 2^31 elements: what is in use stands at the far end, all before it is 0.
+"""A call whose cache or experts end behind 2^31 elements: what is in use lies at the far end, all before it is 0.
 
-Pages and experts are numbered from there, so the results are those of the near call: these the reference computes and
-the judge sees. Memory that a backend hands out unwritten costs nothing; the reference's own copies would, so it is spared.
+Pages and experts are numbered from there, so the results are those of the near call, which the reference computes and
+the judge sees. Memory that is allocated and not written costs nothing; the reference would copy it, so it is left out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Distant:
     def __init__(self, binding: Binding, inputs: Inputs) -> None:
         op = inputs.contract.name
         if binding.choices[op].owner == "reference":
-            raise NotClaimed(f"the reference copies what it changes: {op} behind 2^31 elements is for other kernels")
+            raise NotClaimed(f"{op} behind 2^31 elements does not run on the reference, which would copy them")
         if binding.backend.place != "hardware":
-            raise NotClaimed(f"2^31 elements are for hardware: {binding.backend} is {binding.backend.place}")
+            raise NotClaimed(f"2^31 elements are for hardware: the place of {binding.backend} is {binding.backend.place}")
         self.binding = binding
         self.counts = per_expert(inputs.contract)
         self.pages = self.experts = 0
@@ -56,12 +56,12 @@ class Distant:
             spec = value.spec
             whole = self.binding.alloc_pages(replace(spec, n_blocks=self.pages + spec.n_blocks))
         except (MemoryError, RuntimeError) as error:
-            raise NotClaimed(f"2^31 elements find no room on {self.binding.backend}: {error}") from None
+            raise NotClaimed(f"2^31 elements do not fit on {self.binding.backend}: {error}") from None
         self.binding.from_logical(spec, {n: a.copy() for n, a in value.native.items()}, self.near(whole))
         return whole
 
     def near(self, value: Any) -> Any:
-        """Of a cache, what is in use; anything else as it is."""
+        """What is in use of a cache; anything else as it is."""
         if not isinstance(value, Pages):
             return value
         first = value.spec.slots - self.near_spec.slots

@@ -1,8 +1,8 @@
 """A row's result is a function of that row: the same call with its rows in another order and one poisoned row among them.
 
 Where an op works row by row (or request by request, with a Batch), its results must follow the rows. The rows go in
-reverse, decoding requests still first, and between them stands a row that nobody judges: NaN where the op takes
-any number, a copy of another row where it takes indices, as a request of its own one without keys. The results, restored
+reverse, decoding requests still first, and one more row between them is not judged: NaN where the op takes any
+number, a copy of another row where it takes indices, a request without keys if there is a Batch. The results, restored
 to their order, must pass the same judgement as before; bit for bit where a kernel sets `batch_invariant` on its function.
 """
 
@@ -63,7 +63,7 @@ def restored(results: Mapping[str, Any], to: Array) -> dict[str, Any]:
 
 
 def independent(contract: Contract) -> str:
-    """The symbol of rows that do not know of each other, or ""."""
+    """The symbol of rows that do not depend on each other, or ""."""
     results = contract.signature.results
     batch = next(iter(contract.signature.of_kind("Batch")), None)
     rows = batch.dims[0] if batch else next((r.dims[0] for r in results if r.dims), "")

@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results in logical form by name (an array, or of an operand the arrays of its parts), and what must not have happened.
+    """Results in logical form by name (an array, or the arrays of an operand's parts), and what must not have happened.
 
     again       another run's results: the first that differ, where any do
     trespasses  what changed that the call may not write

@@ -51,7 +51,7 @@ class Watch:
 
 
 def read(binding: Binding, value: Any) -> Any:
-    """A value of a backend in logical form: an array, or of an operand its parts."""
+    """A value of a backend in logical form: an array, or an operand's parts."""
     if isinstance(value, Operand):
         return {name: np.asarray(array) for name, array in binding.to_logical(value).items()}
     return np.asarray(binding.to_numpy(value))
@@ -107,19 +107,19 @@ def spreads(value: Any) -> bool:
 
 
 def _far(binding: Binding, x: Array) -> Any:
-    """x with its last row 2 GiB behind the first: addresses, of which only the rows are touched."""
+    """x with its last row 2 GiB behind the first: only the rows themselves are touched."""
     width = prod(x.shape[1:])
     step = max(width, -(-(2**31) // (x.dtype.itemsize * (len(x) - 1))))
     try:
         view = binding.backend.empty((len(x), step), dtype(x))[:, :width].reshape(x.shape)
     except (MemoryError, RuntimeError) as error:
-        raise NotClaimed(f"rows 2 GiB apart find no room on {binding.backend}: {message_of(error)}") from None
+        raise NotClaimed(f"rows 2 GiB apart do not fit on {binding.backend}: {message_of(error)}") from None
     view[...] = binding.from_numpy(x.copy())
     return view
 
 
 def poison(kind: str) -> Any:
-    """NaN, or an integer that no index, count or id ever is."""
+    """NaN, or an integer that is never an index, count or id."""
     if is_float(kind):
         return np.nan
     return True if kind == "bool" else np.iinfo(kind).max // 3

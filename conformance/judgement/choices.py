@@ -107,14 +107,14 @@ def _high(what: str, row: Array, value: Array, budget: Array, last: int) -> None
 
 
 def _misplaced(row: Array, wanted: Array, value: Array, kth: float) -> int | None:
-    """One id taken from the ties at the k-th score where a lower one was left, or None."""
+    """One id taken from the ties at the k-th score where a lower one was left out, or None."""
     tied, lowest = row[value[row] == kth], wanted[value[wanted] == kth]
     odd = np.setdiff1d(tied, lowest)
     return int(odd[0]) if odd.size and len(tied) == len(lowest) else None
 
 
 def judge_admitted(golden: Golden, chosen: Array, limit: Level) -> None:
-    """Draws: the contract says which results chips with probabilities off by a slack could give."""
+    """Draws: the contract says which results are possible with probabilities off by a slack."""
     contract, operands, inputs = golden.contract, golden.operands, golden.inputs
     assert contract.admits is not None and contract.slack is not None
     name = contract.choice

@@ -19,7 +19,7 @@ from porthal.hal.dtypes import widen
 from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Known, Noise, blocks, noise
 from porthal.hal.signature import ARRAY
 
-PIECE = 2**16  # elements of the widest operand at a time, where rows do not know of each other
+PIECE = 2**16  # elements of the widest operand at a time, where rows do not depend on each other
 RUNS = 8  # noisy runs of the reference behind one sigma
 
 
@@ -54,7 +54,7 @@ def widened(operand: Any) -> Any:
 
 
 def _flushed(operand: Any) -> Any:
-    """An operand as a chip reads it that takes denormals for zeros: the same object where it has none."""
+    """An operand as read by a chip that flushes denormals to zero: the same object where it has none."""
     if isinstance(operand, Operand):
         return operand.mapped(_flushed)
     if not isinstance(operand, np.ndarray) or operand.dtype != np.float64:
@@ -69,7 +69,7 @@ class Golden:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.contract = inputs, inputs.contract
         self.operands = {n: widened(v) for n, v in inputs.operands.items()}
-        # References that others are made of call their operand x and their result y.
+        # References that are used inside others name their operand x and their result y.
         first = next(iter(inputs.spec.dtypes.values()))
         self.dtypes = {"x": first, "y": first, **inputs.spec.dtypes}
         self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -99,7 +99,7 @@ class Golden:
 
     def spread(self, function: Any = None, *extra: Any) -> dict[str, Spread]:
         """Value and deviation of every float result of the reference (or of another function of the contract)."""
-        if extra:  # a choice of the chip's takes part
+        if extra:  # depends on the chip's choice
             return self._perturbed(function, *extra)
 
         def compute() -> dict[str, Array]:
@@ -123,7 +123,7 @@ class Golden:
             # Each point is perturbed alone: eight runs of few signs can cancel, and the sum is a bound.
             points = (*range(counted.count), *((ROUNDED, ROUNDED_TO_ZERO) if scores else ()))
             runs = [(abs(point), point) for point in points]
-        infinite = np.inf if scores else 0.0  # what an inner choice may exclude as well is free
+        infinite = np.inf if scores else 0.0  # a score that an inner choice may exclude is free
         pieces, whole = self._pieces(extra), [Piece(slice(None), self.operands, extra)]
         sums = self._summed(function, exact, runs, pieces, counted.count, infinite)
         if sums is None:  # the reference perturbs row by row
@@ -135,7 +135,7 @@ class Golden:
             spreads = {k: Spread(exact[k], s, 6 * s) for k, s in sigma.items()}
         else:
             spreads = {k: Spread(exact[k], s := np.sqrt(square[k]), np.minimum(6 * s, 3**0.5 * total[k])) for k in exact}
-        if "float16" in self.dtypes.values():  # sums of what it cannot hold lose every term
+        if "float16" in self.dtypes.values():  # a sum of terms too small for it loses them all
             for piece in pieces:
                 lost, _ = self._noisy(0, ROUNDED, function, piece)
                 with np.errstate(invalid="ignore"):
@@ -159,7 +159,7 @@ class Golden:
         count: int | None,
         infinite: float,
     ) -> tuple[dict[str, Array], dict[str, Array]] | None:
-        """Sums of the squares and of the magnitudes of what runs deviate by, over the pieces; None where one of these is
+        """Sums over the runs of the squares and magnitudes of their deviations, piece by piece; None where a piece is
         perturbed at other than `count` points."""
         square, total = ({k: np.zeros_like(v) for k, v in exact.items()} for _ in range(2))
         for piece in pieces:
@@ -173,7 +173,7 @@ class Golden:
         return square, total
 
     def _pieces(self, extra: tuple[Any, ...]) -> list[Piece]:
-        """Calls of few rows each that make up this one where it has many: what a core's cache holds."""
+        """This call, split where it has many rows into calls of few, each small enough for a core's cache."""
         whole = [Piece(slice(None), self.operands, extra)]
         signature, batch, rows = self.contract.signature, self.inputs.batch, independent(self.contract)
         plain = all(o.kind in (ARRAY, "Weight") or (o.kind == "Batch" and len(o.dims) == 1) for o in signature.operands)
@@ -227,12 +227,12 @@ class Golden:
             return function(*(operands or self.operands).values(), *extra, **self.inputs.attrs)
 
     def _call_named(self, function: Any, *extra: Any, operands: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Results of another function of the contract, or where that is None of the reference, by name."""
+        """Results by name of another function of the contract, or of the reference where that is None."""
         out = self.call(function or self.contract.reference, *extra, operands=operands)
         return _as_dict(out) if function else self.contract.named(out)
 
     def _floats(self, named: Mapping[str, Any]) -> dict[str, Array]:
-        """The float arrays among results; of pages those slots of each field that the call may write, as "name.field"."""
+        """The float arrays among results; of pages, the slots that the call may write, as "name.field"."""
         found = {}
         for name, value in named.items():
             if isinstance(value, Pages):
@@ -262,7 +262,7 @@ def _add(
     total: Mapping[str, Array],
     infinite: float,
 ) -> None:
-    """Add the squares and the magnitudes of what a run deviates by; NaN counts as 0, and infinity as `infinite`."""
+    """Add the squares and the magnitudes of a run's deviations; NaN counts as 0, and infinity as `infinite`."""
     with np.errstate(invalid="ignore", over="ignore"):
         for k in noisy:
             for v, g, squares, magnitudes in blocks(noisy[k], exact[k], square[k], total[k]):
@@ -274,7 +274,7 @@ def _add(
 
 
 def _mixed(sigma: Array) -> Array:
-    """After a reduction the elements of a row share errors, and eight runs are few: half of the row's mean square."""
+    """After a reduction the elements of a row share errors, and eight runs are few: half is the row's mean."""
     if not sigma.size or not sigma.ndim:
         return sigma
     return np.sqrt((sigma**2 + np.mean(sigma**2, axis=-1, keepdims=True)) / 2)

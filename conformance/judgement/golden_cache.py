@@ -1,8 +1,8 @@
-"""Golden values on disk, shared by workers, runs and backends: content-addressed, bounded in size, never trusted blindly.
+"""Golden values on disk, shared by workers, runs and backends: content-addressed, bounded in size, checked when read.
 
 An entry's key hashes everything its arrays are a function of: the operands' own bytes and the attributes (a changed or
 poisoned copy of a case's inputs has another key), the contract with its version, the suite's version, the source of all
-references and of the words they are written in, and the NumPy that computes them. A broken entry is computed again.
+references and of what they call, NumPy's version and the kind of processor. A broken entry is computed again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from porthal.hal import Operand
 from porthal.hal.dtypes import dtype
 
 LIMIT = 2**32  # bytes of all entries
-IN_MEMORY = 2**26  # bytes that a process keeps at hand, and
+IN_MEMORY = 2**26  # bytes that a process keeps in memory, and
 IN_MEMORY_EACH = 2**20  # of one entry
-SLICE = 2**28  # bytes written between two looks at the limit
-WORTH = 0.02  # seconds of computing, for an entry and again for each MiB of it, below which reading is no gain
+SLICE = 2**28  # bytes written between two checks of the limit
+WORTH = 0.02  # seconds of computing, for an entry and again for each MiB of it, below which keeping it saves nothing
 Arrays = dict[str, Array]
 _written = 0
 
@@ -44,7 +44,7 @@ def folder() -> Path:
 
 
 def recall(inputs: Inputs, part: str, compute: Callable[[], Arrays]) -> Arrays:
-    """What `compute` gives for these inputs, taken from memory or disk where it has been kept before; not to be written."""
+    """What `compute` gives for these inputs, taken from memory or disk where it has been kept before; read-only."""
     name = key(inputs, part)
     if name not in _memory:
         found = _from_disk(folder() / f"{name}.npz", compute)

@@ -3,8 +3,8 @@
 The budget of a float result is B = u |g| + 6 sigma + tiny: u the result's unit roundoff, g the float64 reference, sigma its
 standard deviation over runs perturbed at the points where the reference says that a chip may round (without reductions
 the sum over these points, where that is less). A result passes when |y - g| <= c B everywhere, when its energy is near
-that of an ideal machine (g rounded once, plus sigma), and when its rounding has no preferred direction: no more, in both,
-than the perturbed runs themselves where these stand out as well.
+that of an ideal chip (g rounded once, plus sigma), and when its rounding has no preferred direction; where
+the perturbed runs are far from this too, the limits rise with them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ RoundingRuns = Callable[[], Iterable[Array]]
 ZERO = " is zero in {figure:.0%} of the places where it should not be"
 # Per statistic, the verdict where it exceeds what is permitted, and the message.
 MESSAGES: Mapping[str, tuple[Verdict, str]] = {
-    "whole": ("FAIL_VALUE", ": the error is {figure:.2f} times an ideal machine's, permitted is {most:.3g}"),
-    "row": ("FAIL_VALUE", ": the error of one row is {figure:.2f} times an ideal machine's, permitted is {most:.3g}"),
+    "whole": ("FAIL_VALUE", ": the error is {figure:.2f} times that of an ideal chip, permitted is {most:.3g}"),
+    "row": ("FAIL_VALUE", ": one row's error is {figure:.2f} times that of an ideal chip, permitted is {most:.3g}"),
     "direction": ("FAIL_VALUE", " is rounded {direction} zero: bias z = {figure:.1f}, permitted is {most:.3g}"),
-    "column": ("FAIL_VALUE", " errs alike in all rows, column by column: z = {figure:.1f}, permitted is {most:.3g}"),
+    "column": ("FAIL_VALUE", " has the same error in all rows of a column: z = {figure:.1f}, permitted is {most:.3g}"),
     "zeros": ("UNTRUSTED", ZERO),
     "blanks": ("UNTRUSTED", ZERO),
 }
@@ -58,7 +58,7 @@ def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str
 
 
 def _check_moved(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> None:
-    """Results of the same rows among others: other bits may do, if they are as good."""
+    """Results of the same rows among others: the bits may differ, if these results pass too."""
     if not outcome.moved or not (change := difference(outcome.results, outcome.moved)):
         return
     if outcome.invariant:
@@ -134,7 +134,7 @@ def _judge_exact(name: str, got: Any, expected: Any, floats: Mapping[str, Spread
 def _judge_spread(
     golden: Golden, key: str, spread: Spread, outcome: Outcome, limit: Level, runs: Callable[[], Iterable[Any]]
 ) -> Judgement:
-    """One float result, or one part of an operand; of pages untouched slots bit for bit first."""
+    """One float result, or one part of an operand; in pages, slots that it must not write are compared bit for bit."""
     inputs = golden.inputs
     name, _, part = key.partition(".")
     got = outcome.results[name]
@@ -147,7 +147,8 @@ def _judge_spread(
     written = written_slots(inputs, before)
     touched = differing(got[part], before.native[part]).any(-1) & ~written
     if touched.any():
-        raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {int(np.argmax(touched))} changed, and the call does not write it")
+        slot = int(np.argmax(touched))
+        raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {slot} changed, though the call does not write it")
     return judge_floats(inputs, key, got[part][written], spread, limit, lambda: (r[key] for r in runs()))
 
 
@@ -155,7 +156,7 @@ def judge_floats(
     inputs: Inputs, name: str, y: Array, spread: Spread, limit: Level, runs: RoundingRuns = lambda: ()
 ) -> Judgement:
     """One array of floats against its reference; raises Failed. `runs` gives results of the reference that round where the
-    contract permits: it is asked where a statistic stands out."""
+    contract permits: it is called only where a statistic is too high."""
     kind, g = dtype(y), spread.value
     if not y.size:
         return Judgement("PASS")
@@ -248,15 +249,15 @@ def _is_float_operand(value: Any) -> bool:
 def _check_special(
     name: str, y: Array, g: Array, slack: Array, kind: str, shape: tuple[int, ...], first: int
 ) -> None:
-    """NaN where the reference has one and nowhere else; infinities likewise, and where rounding may overflow. Of an array
-    of this shape these are the elements from the `first` on."""
+    """NaN where the reference has one and nowhere else; infinities likewise, and where rounding may overflow. The
+    elements are those from `first` on of an array of this shape."""
     overflows = (np.abs(g) + slack >= largest(kind)) & (np.sign(y) == np.sign(g))
     infinite = np.where(np.isinf(g), y != g, np.isinf(y) & ~overflows)
     wrong = np.where(np.isnan(g) | np.isnan(y), np.isnan(y) != np.isnan(g), infinite)
     if wrong.any():
         n = int(np.argmax(wrong))
         at = [int(i) for i in np.unravel_index(first + n, shape)]
-        left = ", or was never written" if np.isnan(y[n]) else ""
+        left = "; perhaps it was never written" if np.isnan(y[n]) else ""
         raise Failed("FAIL_VALUE", f"{name}{at} is {y[n]}, expected {g[n]:.9g}{left}", at=f"{name}{at}")
 
 

@@ -1,4 +1,4 @@
-"""Statistics of a float result's errors beside those of an ideal machine, which rounds the reference once."""
+"""Statistics of a float result's errors against those of an ideal chip, which rounds the reference once."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from porthal.conformance.level import Level
 from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF
 
 BIAS = 6.0  # |z| of the rounding direction and of a column's error, rows as samples
-USUAL = 3.0  # of these, what runs show that round as is permitted
-LEAN = 0.25  # mean rounding direction in 16 bits, below which it is none
-STEADY = 0.1  # mean error of a column in unit roundoffs, below which it is none: a rounded parameter has 0.2
+USUAL = 3.0  # of these, what permitted rounding alone may reach
+LEAN = 0.25  # mean rounding direction in 16 bits, below which it counts as none
+STEADY = 0.1  # mean error of a column in unit roundoffs, below which it counts as none: a rounded parameter has 0.2
 ZEROS, BLANKS = 0.1, 0.5  # shares of results that may be zero where the reference is not
-SAMPLES = 16  # rows from which a direction of rounding can be told
+SAMPLES = 16  # rows that are enough to see a direction of rounding
 
 
 @dataclass(frozen=True)
 class Measure:
     """Statistics of any result against one reference.
 
-    whole, row   root mean square error over that of the ideal machine, of the whole and of the worst row
+    whole, row   root mean square error over that of the ideal chip, of the whole and of the worst row
     direction    z of the mean rounding direction, rows as samples
     column       root mean square over columns of z of each column's mean error, rows as samples
-    zeros        the share of zeros among what stands out of the permitted deviation
-    blanks       and among what does not vanish beside it, as sums that cancel do
+    zeros        the share of zeros among values above the permitted deviation
+    blanks       and among values not far below it, as sums that cancel are
     """
 
     g: Array
@@ -42,15 +42,15 @@ class Measure:
 
     @staticmethod
     def limits(limit: Level, others: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
-        """What each may be. Where runs that round as is permitted show more than usual, because few numbers make
-        the sample or share their roundings, the limit rises with them."""
+        """What each may be. Where permitted rounding alone gives more than usual, because the sample has few numbers or
+        they share roundings, the limit rises with it."""
         usual = {"whole": (limit.whole, 1.0), "row": (limit.row, 1.0), "direction": (BIAS, USUAL), "column": (BIAS, USUAL)}
         usual |= {"zeros": (ZEROS, ZEROS), "blanks": (BLANKS, BLANKS)}
         shown = {test: max((abs(o[test]) for o in others), default=0.0) for test in usual}
         return {test: most * max(1.0, shown[test] / share) for test, (most, share) in usual.items()}
 
     def _ratios(self, y: Array) -> tuple[float, float]:
-        """What is granted is the ideal machine's own error, at least that of uniform rounding, plus the permitted deviation."""
+        """The granted error is the ideal chip's, at least that of uniform rounding, plus the permitted deviation."""
         u, least = UNIT_ROUNDOFF[self.kind], tiny(self.kind) ** 2
         square, granted = np.empty(y.shape), np.empty(y.shape)
         for x, g, ideal, sigma, off, most in _blocks(y, self.g, self.ideal, self.sigma, square, granted):
@@ -65,9 +65,9 @@ class Measure:
         return whole, float(np.sqrt(np.max(np.mean(square, axis=-1) / np.mean(granted, axis=-1))))
 
     def _direction(self, y: Array) -> float:
-        """Beyond the ideal machine's own. In float32 it is 0 where anything but output rounding dominates: errors of a sum or
-        a function lean to one side. In 16 bits these are too small to matter, and permitted roundings inside lean to neither
-        but for the few values that such an input has: a mean below LEAN counts as none (truncation has 1)."""
+        """Beyond the ideal chip's own. In float32 it is 0 unless output rounding dominates: errors of a sum or a
+        function may lean to one side. In 16 bits these are too small to matter, and permitted inner roundings lean to a
+        side only where an input has few values: a mean below LEAN counts as none (truncation has 1)."""
         g, wide = self.g, self.kind == "float32"
         if not _telling(y, SAMPLES) or (wide and np.mean((self.ideal - g) ** 2) < 9 * np.mean(self.sigma**2)):
             return 0.0
@@ -85,7 +85,7 @@ class Measure:
         return float(rows.mean() / max(float(rows.std()), y[0].size ** -0.5) * np.sqrt(len(rows)))
 
     def _column(self, y: Array) -> float:
-        """Beyond the ideal machine's own, in 16 bits: a parameter that was rounded is wrong in the same way in every row;
+        """Beyond the ideal chip's own, in 16 bits: a parameter that was rounded is wrong in the same way in every row;
         roundings of a row's own values are not."""
         if self.kind == "float32" or not _telling(y, 4 * SAMPLES):
             return 0.0

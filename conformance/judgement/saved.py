@@ -3,7 +3,7 @@
 The script needs NumPy alone and measures what was returned; `porthal replay NAME.npz` judges the call again on any backend.
 Keys of the .npz, which holds no Python objects; floats narrower than 32 bits are stored as float32, exactly:
 
-    schema, op, version   of this form, and whose call it is, under which version of its contract
+    schema, op, version   the version of this form, the op called, and the version of its contract
     call, token           what is called: the case's token, or a place in a model, where there is no token
     backend, level, permitted    where it ran and how it was judged; `permitted` is the level's factor on every budget
     dtype/NAME            the dtype that an operand or result has in the call
@@ -16,10 +16,10 @@ Keys of the .npz, which holds no Python objects; floats narrower than 32 bits ar
     got/NAME              the same result from the backend, if any came; results in pages are got/NAME.FIELD
     chosen/NAME           a discrete choice as the backend made it, golden_chosen/NAME the reference's. Where scores say how
                           good it is, NAME.scores has those of each row's entries, highest first, as golden, budget and got:
-                          a choice of other entries with equal scores is as right. A draw is compared as it is.
+                          a choice of other entries with equal scores is right too. A draw is compared as it is.
 
 For rows that a contract leaves unspecified golden is NaN, and the budget infinite. What depends on a choice is golden at the
-backend's own, or at the reference's where that is none.
+backend's choice, or at the reference's where the backend made no valid one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ for name in (key[7:] for key in call if key.startswith("golden/")):
 def save(
     inputs: Inputs, results: Mapping[str, Any], folder: Path, name: str, backend: str, level: str = BRING_UP.name
 ) -> Path:
-    """Write what went in, what came out, if anything, and what the reference gives; gives the .npz."""
+    """Write what went in, what came out, if anything, and what the reference gives; returns the path of the .npz."""
     file, token = folder / f"{name}.npz", "" if inputs.origin else inputs.case.token
     facts = {"schema": SCHEMA, "op": inputs.contract.name, "version": inputs.contract.version}
     ran = {"call": inputs.origin or token, "token": token, "backend": backend, "level": level}
@@ -100,7 +100,7 @@ def _returned(inputs: Inputs, results: Mapping[str, Any]) -> Iterator[tuple[str,
     for name, value in results.items():
         scored = name == inputs.contract.choice and inputs.contract.scores
         for part, array in _parts(value):
-            if not array.dtype.hasobject:  # a kernel's None is no result
+            if not array.dtype.hasobject:  # a kernel's None is not a result
                 yield f"dtype/{name}{part}", dtype(array)
                 yield f"{'chosen' if scored else 'got'}/{name}{part}", _plain(array)
 
@@ -204,12 +204,12 @@ def _plain(array: Array) -> Array:
 
 
 def call(name: str) -> Inputs:
-    """The call that a token describes, or that stands in a file NAME.npz."""
+    """The call that a token describes, or that is in a file NAME.npz."""
     if name.endswith(".npz"):
         return read(name)
     case = Case.from_token(name)
     if case.fault:
-        raise UsageError(f"case token {name!r} is a deliberate mistake, which leaves nothing to save: choose another")
+        raise UsageError(f"case token {name!r} is a deliberate mistake, with nothing to save: take one without fault=")
     return build(case)
 
 
@@ -218,9 +218,9 @@ def read(file: Path | str) -> Inputs:
     try:
         with np.load(file, allow_pickle=False) as stored:
             kept = dict(stored)
-    except Exception as error:  # whatever zip, zlib and NumPy make of other bytes
+    except Exception as error:  # zip, zlib and NumPy raise many kinds
         why = getattr(error, "strerror", None) or "it is not a whole .npz"
-        raise UsageError(f"cannot read {file}: {why}; expected one that --save wrote") from None
+        raise UsageError(f"cannot read {file}: {why}; expected a file that --save wrote") from None
     try:
         return _call(kept)
     except KeyError as error:

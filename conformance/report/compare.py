@@ -1,4 +1,4 @@
-"""Two chips beside each other, op by op: whose own kernels cover more, and err less."""
+"""Two chips beside each other, op by op: whose own kernels cover more, with smaller errors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Comparison:
 
     @cached_property
     def names(self) -> tuple[str, str]:
-        """What to call them: by backend, told apart where that is the same."""
+        """Their names: the backends', with A and B where these are the same."""
         same = self.a.backend == self.b.backend
         return (f"{self.a.backend} A", f"{self.b.backend} B") if same else (self.a.backend, self.b.backend)
 
@@ -121,7 +121,7 @@ class Comparison:
 
 
 def comparison(a: Report, b: Report) -> Comparison:
-    """The comparison; UsageError where the two were not asked the same."""
+    """The comparison; UsageError where suite, level or contracts differ."""
     for what, x, y in (("suite", a.suite, b.suite), ("level", a.level, b.level)):
         if x != y:
             raise UsageError(f"the reports are of {what} {x} and {y}: compare reports of the same {what}")

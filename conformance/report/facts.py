@@ -1,4 +1,4 @@
-"""What a report says of a backend and of what took part: it is sent from the process where the backend lives."""
+"""What a report says of a backend and of what took part, sent from the process where the backend runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Facts:
 
 
 def environment(backend: type[Backend]) -> dict[str, str]:
-    """Versions of what took part, the packages that the backend needs among them."""
+    """Versions of what took part, including the packages that the backend needs."""
     package = sys.modules.get(backend.__module__.rpartition(".")[0])
     needed = {}
     for name in getattr(package, "requires", ()):

@@ -71,6 +71,5 @@ def _check(file: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> Non
     for name in head:
         if found.get(name) != head[name]:
             was, now = (json.dumps(v.get(name)) for v in (found, head))
-            if name == "contracts":
-                was, now = "others", "these"
-            raise UsageError(f"{file} is the journal of a run with {name} {was}, this one has {now}: give another file")
+            what = "other versions of contracts" if name == "contracts" else f"{name} {was}, this one has {now}"
+            raise UsageError(f"{file} is the journal of a run with {what}: give another file")

@@ -1,4 +1,4 @@
-"""Reports as pages for people: what the templates show, counted and placed; how it looks is the templates' own."""
+"""Reports as pages for people: what the templates show, counted and placed; the templates decide how it looks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from porthal.conformance.report.results import Result
 
 TEMPLATES = Path(__file__).parent / "templates"
-LOWEST, HIGHEST = 1e-3, 1e6  # of |e|/B on a plot; what lies beyond stands at its edge
+LOWEST, HIGHEST = 1e-3, 1e6  # of |e|/B on a plot; values beyond are drawn at its edge
 BINS = 4  # of a histogram, per decade
 SLOWEST = 10
-REPEATED = 3  # failures of one cause that are shown before they are counted
+REPEATED = 3  # failures of one cause that are shown; further ones are only counted
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fixed": "fixed"}
 
 
-class Chip(NamedTuple):
+class Badge(NamedTuple):
     """One state in a cell of the matrix: its class, its mark, how many cases, and the words for it."""
 
     state: str
@@ -51,7 +51,7 @@ def report_page(report: Report) -> str:
         "report.html",
         report=report,
         dtypes=[(d, DTYPES.get(d, d)) for d in dtypes],
-        cells={r.op: {d: _chips(report, [x for x in r.results if x.dtype == d]) for d in dtypes} for r in report.rows},
+        cells={r.op: {d: _badges(report, [x for x in r.results if x.dtype == d]) for d in dtypes} for r in report.rows},
         proofs=_proofs(report),
         limit=limit,
         scale=scale,
@@ -88,7 +88,7 @@ class Scale:
 
     @property
     def labels(self) -> list[float]:
-        """The ticks that are labelled: as many as a phone's width has room for."""
+        """The ticks that are labelled: as many as fit the width of a phone."""
         every = 1 if self.high - self.low < 5 else 2
         return [10.0**n for n in range(self.low, self.high + 1) if n % every == 0]
 
@@ -112,7 +112,7 @@ def _render(template: str, **facts: Any) -> str:
     return jinja.get_template(template).render(**facts)
 
 
-def _chips(report: Report, results: Sequence[Result]) -> list[Chip]:
+def _badges(report: Report, results: Sequence[Result]) -> list[Badge]:
     """A cell: failures first, then what passed by whose kernel, what is waived, what nobody claims."""
     passed = [r for r in results if r.verdict == "PASS"]
     own = sum(r.own for r in passed)
@@ -120,13 +120,13 @@ def _chips(report: Report, results: Sequence[Result]) -> list[Chip]:
     failed = sum(r.failed for r in results)
     state, mark = ("own", "✓") if report.on_hardware else ("elsewhere", "◐")
     found = (
-        Chip("failed", "✗", failed, f"{failed} failed of {len(results)}"),
-        Chip(state, mark, own, f"{own} passed by own kernels ({report.place})"),
-        Chip("other", "○", len(passed) - own, f"{len(passed) - own} passed by kernels that are not the chip's"),
-        Chip("waived", "W", count["WAIVED"], f"{count['WAIVED']} waived"),
-        Chip("unclaimed", "–", count["UNCLAIMED"], f"{count['UNCLAIMED']} not claimed"),
+        Badge("failed", "✗", failed, f"{failed} failed of {len(results)}"),
+        Badge(state, mark, own, f"{own} passed by own kernels ({report.place})"),
+        Badge("other", "○", len(passed) - own, f"{len(passed) - own} passed by kernels that are not the chip's"),
+        Badge("waived", "W", count["WAIVED"], f"{count['WAIVED']} waived"),
+        Badge("unclaimed", "–", count["UNCLAIMED"], f"{count['UNCLAIMED']} not claimed"),
     )
-    return [chip for chip in found if chip.cases]
+    return [badge for badge in found if badge.cases]
 
 
 def _proofs(report: Report) -> list[tuple[str, int, str]]:
@@ -158,7 +158,7 @@ class Error(NamedTuple):
 
 
 def _errors(report: Report) -> Iterator[Error]:
-    """By falling worst error."""
+    """Sorted by falling worst error."""
     found = []
     for row in report.rows:
         measured = [r for r in row.results if r.worst > 0]

@@ -1,7 +1,7 @@
 """What a backend has reached: the level of every op in the domain that GLM-5 needs, and of a whole profile.
 
 The domain belongs to the contract: its dims and attributes at GLM-5's values (the first of each entry in `cases`), any
-number of rows, and bfloat16 in the operand whose dtype is open, which the others follow as the contract names first. A
+number of rows, and bfloat16 in the operand whose dtype is open; the others have their first dtype in the contract. A
 backend that claims less shows the fraction.
 """
 
@@ -28,7 +28,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Reached:
-    """An op's level, or "none" and why; of the required cases, those that own kernels claimed, and that these passed."""
+    """An op's level, or "none" and why; how many of the required cases own kernels claimed and passed."""
 
     level: str
     why: str
@@ -88,7 +88,7 @@ def is_required(case: Case) -> bool:
 
 
 def reached(op: str, level: str, results: Sequence[Result]) -> Reached:
-    """The level of one op: reached when own kernels passed all required cases, or compositions of nothing but own."""
+    """The level of one op: reached when own kernels passed all required cases, or compositions of own kernels alone."""
     wanted = {case.token for case in required(contracts()[op], level)}
     within = [r for r in results if r.op == op and r.token in wanted]
     own = [r for r in within if r.own and r.verdict != "UNCLAIMED"]

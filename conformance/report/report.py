@@ -50,7 +50,7 @@ class Report:
 
     @classmethod
     def of(cls, backend: Backend | Facts, level: str, results: Sequence[Result], profile: str = "inference") -> Report:
-        """The report of a run, after the waivers of the backend's own package."""
+        """The report of a run, with the waivers of the backend's own package applied."""
         facts = backend if isinstance(backend, Facts) else Facts.of(backend)
         results = tuple(waive(result, facts.waivers) for result in results)
         ops = dict.fromkeys(r.op for r in results)
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def causes(self) -> list[list[Result]]:
-        """The failures, those of one op together that say the same but for their numbers."""
+        """The failures, grouped by op and by message without its numbers."""
         found: dict[tuple[str, str, str], list[Result]] = {}
         for r in self.failures:
             found.setdefault((r.op, r.verdict, _NUMBERS.sub("#", r.message)), []).append(r)

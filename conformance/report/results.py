@@ -15,7 +15,7 @@ from porthal.conformance.level import BRING_UP
 from porthal.conformance.verdicts import NEUTRAL, UNTESTED, Judgement
 from porthal.hal import Choice
 
-LARGEST = 1e300  # stands for an infinite figure
+LARGEST = 1e300  # written for an infinite figure
 STATUSES = ("own", "inherited", "composed", "fallback", "missing")
 
 
@@ -27,7 +27,7 @@ class Result:
     verdict   one of `Verdict`, with its message where it is not PASS, and a note where it is
     status    whose kernel ran: one of STATUSES; `owner` is the backend that wrote it, `provider` the library behind it
     worst     the largest |error| / budget, found `at`
-    ratio, z  the ratio to an ideal machine's error, and the bias of the rounding direction
+    ratio, z  the ratio to an ideal chip's error, and the bias of the rounding direction
     seconds   to build, execute and judge
     foreign   of a composition: the ops in it that are not the chip's own
     tie       the kernel's declared order of ties
@@ -86,7 +86,7 @@ class Result:
 
     @property
     def own(self) -> bool:
-        """Whether it speaks of the chip alone: its own kernel, or a composition of nothing but these."""
+        """Whether it speaks of the chip alone: an own kernel, or a composition of own kernels alone."""
         return self.status == "own" or (self.status == "composed" and not self.foreign)
 
     def explain(self) -> str:
@@ -102,13 +102,13 @@ class Result:
         if self.worst:
             lines.append(
                 f"The largest error is {self.worst:.3g} of its budget, at {self.at}; "
-                f"all together it is {self.ratio:.3g} times an ideal machine's."
+                f"the overall error is {self.ratio:.3g} times that of an ideal chip."
             )
         if self.note:
             lines.append(self.note)
         lines += [f"Named for discrepancy {d.number}: {d.what} ({d.sources})" for d in named_for(self.token)]
         if self.waived:
-            lines.append(f"Waived was {self.waived}: {self.reason}")
+            lines.append(f"{self.waived} was waived: {self.reason}")
         return "\n".join(lines)
 
 

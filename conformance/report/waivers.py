@@ -1,16 +1,16 @@
 """Cases that a plugin says will not pass, each with its reason: `waivers.toml` in the backend's own package.
 
-    [[unsupported]]       for good: the chip cannot do it
+    [[unsupported]]       permanent: the chip cannot do it
     pattern = "linear,*x:fp16*"
     reason = "the chip has no float16"
 
-    [[known_failure]]     for now: it fails again from a given day on
+    [[known_failure]]     temporary: it fails again from a given day on
     pattern = "topk,*"
     reason = "ties go to the highest position until the library's next version"
     expires = 2027-01-01
 
-A pattern is that of a file name and matches tokens. It matches deliberate mistakes (`fault=`) only where it names them:
-these are answered before any kernel is called.
+A pattern is written as for file names and matches tokens. It matches deliberate mistakes only where it has `fault=`:
+they are refused before any kernel is called.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Kind = Literal["unsupported", "known_failure"]
 
 @dataclass(frozen=True)
 class Waiver:
-    """One entry of the file; `expires` is the first day on which it holds no more."""
+    """One entry of the file; `expires` is the first day on which it no longer holds."""
 
     kind: Kind
     pattern: str
@@ -86,13 +86,13 @@ def _entry(kind: Kind, entry: Any, where: str) -> Waiver:
     if not isinstance(entry, dict):
         raise UsageError(f"{where} is {entry!r}, expected a table with pattern and reason")
     if unknown := set(entry) - {"pattern", "reason", "expires"}:
-        raise UsageError(f"{where} has {sorted(unknown)[0]!r}: expected pattern, reason and expires alone")
+        raise UsageError(f"{where} has {sorted(unknown)[0]!r}: expected only pattern, reason and expires")
     for name in ("pattern", "reason"):
         if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise UsageError(f"{where} has {name} {entry.get(name)!r}, expected a text")
+            raise UsageError(f"{where} has {name} {entry.get(name)!r}, expected text")
     if kind == "known_failure" and "expires" not in entry:
         raise UsageError(
-            f"{where} ({entry['pattern']!r}) lacks expires: a known failure needs a day, as expires = 2027-01-01"
+            f"{where} ({entry['pattern']!r}) lacks expires: a known failure needs a day such as expires = 2027-01-01"
         )
     return Waiver(
         kind, entry["pattern"], entry["reason"], _day(entry["expires"], where) if "expires" in entry else None
@@ -109,7 +109,7 @@ def _day(value: Any, where: str) -> date:
 
 
 def waive(result: Result, known: Sequence[Waiver], today: date | None = None) -> Result:
-    """The result, WAIVED where it did not pass and an entry in force matches; it keeps what it was."""
+    """The result, WAIVED where it did not pass and a waiver that holds matches; `waived` is the verdict before."""
     if not result.failed and result.verdict != "UNCLAIMED":
         return result
     for waiver in known:

@@ -31,8 +31,8 @@ def check(
     returned: Returned = lambda results: None,
     proven: Proven | None = None,
 ) -> Result:
-    """One case's verdict. `inputs` take the place of the case's own; `chosen` hears whose kernel it will be before that is
-    called, `returned` the results before they are judged; what is `proven` of a base is not run again."""
+    """One case's verdict. `inputs` replace the case's own; `chosen` gets the kernel's choice before it is called,
+    `returned` the results before they are judged; what is `proven` of a base is not run again."""
     started, bound = time.perf_counter(), None
     if proven and (known := proven.recall(case)):
         return known

@@ -27,7 +27,7 @@ try:
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
 except ImportError:
-    raise Unavailable("properties are drawn by hypothesis, which is not here: pip install 'porthal[conformance]'") from None
+    raise Unavailable("properties need the Python package hypothesis: pip install 'porthal[conformance]'") from None
 
 SIZE = 2**18  # logical elements of a drawn case
 SHRINKS = 400  # executed cases after the first that fails
@@ -37,7 +37,7 @@ LARGE = 1024
 PAGE_SIZES = (16, 32, 64, 128)
 MILD = ("zeros", "equal", "ties", "integer", "negative", "small", "denormal")  # values that every op takes, in any operand
 ONE_SIGN = ("equal", "negative", "offset")  # whose sums may overflow where a contract permits rounding to float16
-SCALED = (0.125, 8.0)  # times which a float attribute's listed values are drawn as well
+SCALED = (0.125, 8.0)  # factors by which a float attribute's listed values are multiplied as well
 
 
 def search(

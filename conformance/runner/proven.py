@@ -1,8 +1,8 @@
 """Inherited cases that need not run again: the backend they are inherited from has passed them in the same circumstances.
 
-The same are: the kernels of the op and of what it is composed of, every service of the backend (a plugin that overrides one
-runs all cases), level, device, place, the sources of all that takes part, and the versions of what is installed. Only what
-passed is kept, as a line in a file beside the golden values. A chip's own kernels always run.
+The same means: the kernels of the op and of what it is composed of, every service of the backend (a plugin that
+overrides one runs all cases), level, device, place, the sources of all that takes part, and the versions of what is
+installed. Only what passed is kept, as a line in a file beside the golden values. A chip's own kernels always run.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def run(
     """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result)` after each.
 
     A backend given by name runs in worker processes within `bounds`, unless `isolate` is False; an instance runs here.
-    `journal` keeps each verdict as it comes, and with `resume` those already there are not asked for again.
+    `journal` keeps each verdict as it comes, and with `resume` those already there are not run again.
     `properties` draws that many further cases per op, the same for the same `seed`, and reports the smallest that fails.
     """
     known = contracts()
@@ -110,7 +110,7 @@ def replay(
 ) -> Result:
     """One case again, bit for bit, by its token or with given inputs; `Result.explain()` says in words what came out.
 
-    Isolated as in `run`. `returned` hears the results, where there are any.
+    Isolated as in `run`. `returned` gets the results, where there are any.
     """
     case, inputs = (call.case, call) if isinstance(call, Inputs) else (Case.from_token(call), None)
     if isinstance(backend, str) and isolate:

@@ -1,7 +1,7 @@
 """Isolation: a backend in processes of its own, each judging one case at a time.
 
 Whatever a kernel does to its process (a segmentation fault, abort, kill, hang, exit, all the memory) costs the case in
-flight and nothing else: that case is CRASH or TIMEOUT, and a fresh worker goes on with the next. A pool that queues
+flight and nothing else: that case is CRASH or TIMEOUT, and a fresh worker continues with the next. A pool that queues
 cases inside its workers could not say which of them was in flight; here each worker holds one, over a pipe of its own.
 """
 
@@ -103,7 +103,7 @@ def serve(descriptor: int) -> None:
 
 
 def _limit_memory(gib: float) -> None:
-    """Private memory, not addresses: drivers reserve far more of these than they use."""
+    """Private memory, not addresses: drivers reserve far more addresses than they use."""
     most = resource.getrlimit(resource.RLIMIT_DATA)[1]
     wanted = int(gib * GIB)
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
@@ -130,18 +130,18 @@ class Worker:
                 stdout=self.log,
                 stderr=self.log,
                 env={"OMP_NUM_THREADS": "1", **os.environ},
-                start_new_session=True,  # an interrupt is the parent's business, and a kill takes its children along
+                start_new_session=True,  # the parent handles interrupts, and a kill ends its children too
             )
         self.send(setup)
 
     def send(self, message: Any) -> None:
         self.log.seek(0)
         self.log.truncate()
-        with suppress(BrokenPipeError):  # its death is seen when it is waited for
+        with suppress(BrokenPipeError):  # its end is seen when it is waited for
             self.pipe.send(message)
 
     def received(self) -> Iterator[Any]:
-        """What has come in; at last a Judgement where the process is dead."""
+        """What has arrived; at the end a Judgement where the process is dead."""
         try:
             while self.pipe.poll():
                 yield self.pipe.recv()
@@ -149,7 +149,7 @@ class Worker:
             yield Judgement("CRASH", self._end())
 
     def _end(self) -> str:
-        """How the process ended, and the last that it said."""
+        """How the process ended, and its last output."""
         try:
             code = self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -157,7 +157,7 @@ class Worker:
         names = {-s.value: s.name for s in signal.Signals}
         how = f"killed by {names.get(code, f'signal {-code}')}" if code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
-            how += ", which is also how a system out of memory ends a process"
+            how += ", as the system does when memory runs out"
         self.log.seek(0)
         said = self.log.read()[-10000:].decode(errors="replace")
         if frames := re.findall(r'File "(.+)", line (\d+) in (\S+)', said)[:3]:  # faulthandler's, innermost first
@@ -208,7 +208,7 @@ class Group:
             worker.send((case, inputs, returned is not None and rank == 0))
 
     def answer(self) -> Facts | Result | Judgement | PorthalError | None:
-        """What has come of it: a Judgement where a process is dead or out of time, None while there is nothing yet."""
+        """The answer: a Judgement where a process is dead or out of time, None while there is nothing yet."""
         for rank, worker in enumerate(self.workers):
             for message in worker.received() if rank not in self.answers else ():
                 if isinstance(message, Choice):

@@ -1,4 +1,4 @@
-"""What every kind of operand says about itself; the defaults are those of one that is a set of named arrays."""
+"""What every kind of operand says about itself; the defaults suit a kind that is a set of named arrays."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Operand:
         return cls(spec, dict(parts))  # type: ignore[call-arg]
 
     def facts(self) -> dict[str, Any]:
-        """The spec as plain values, for a file; `of_facts` reads it."""
+        """The spec as plain values, for a file; `spec_of` reads it."""
         return asdict(self.spec)
 
     @classmethod
@@ -85,7 +85,7 @@ class Operand:
         return cls.Spec(**facts)
 
     def mapped(self, f: Callable[[Array], Array]) -> Any:
-        """A logical operand with its floats changed; itself where f changes none, or it has none."""
+        """A logical operand with its floats changed; the same object where f changes none."""
         return self
 
     def for_reference(self, widen: Callable[[Array], Array]) -> Any:
@@ -93,8 +93,8 @@ class Operand:
         return self.mapped(widen)
 
     def with_rows(self, order: Array) -> Any:
-        """A logical operand whose rows are those of the call, with the rows in this order, -1 being one without content; None
-        where the kind cannot say."""
+        """A logical operand with its rows in this order, -1 for a row without content; None where its rows are not
+        those of the call."""
         return None
 
     # -- on a backend ------------------------------------------------------------------------------------------------

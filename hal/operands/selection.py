@@ -32,8 +32,8 @@ class SelectionSpec:
 class Selection(Operand):
     """The result of indexer_topk, opaque to the model. Logical form: Rows.
 
-    One in cache slots carries what `Backend.rows` needs to find the positions again, for no method is given the batch
-    there; and its backend's sparse_mla takes Rows as well, which is what `from_logical` makes.
+    A native form in cache slots must hold what `Backend.rows` needs to find the positions again, because `rows` does
+    not get the batch; and its backend's sparse_mla must take Rows as well, which `from_logical` makes.
     """
 
     Spec: ClassVar[type | None] = SelectionSpec

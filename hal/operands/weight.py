@@ -68,7 +68,7 @@ class Weight(Operand):
         return services.prepare(self.spec, lambda index: self.native[index].copy())
 
     def carry(self, source: Any, target: Any) -> Weight:
-        return self  # it was prepared over there
+        return self  # already prepared by the other backend
 
     @classmethod
     def from_logical(cls, backend: Backend, spec: WeightSpec, parts: Mapping[str, Array], into: Any = None) -> Any:

@@ -89,8 +89,8 @@ def test_conform_counts_what_is_inherited_and_says_where_to_begin(place):
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(r"(\d+) of \1 cases passed \(\1 inherited\)", summary)
     assert hint == (
-        f"newchip owns 0 ops: start with rms_norm: fill in rms_norm in {place.backend}, "
-        "then porthal conform --backend newchip --op rms_norm"
+        f"newchip owns 0 ops: write rms_norm first, in {place.backend}, "
+        "then run porthal conform --backend newchip --op rms_norm"
     )
 
 

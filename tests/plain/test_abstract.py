@@ -58,7 +58,7 @@ def test_any_slice_shapes_as_in_numpy(size: int, key: slice) -> None:
     "key", [[0, 1], np.array([0, 1]), None, ..., True, (0, None), (slice(None), [0]), X, np.int64(1), "a", 1.0]
 )
 def test_fancy_indexing_is_refused(key: Any) -> None:
-    with pytest.raises(UsageError, match=r"^an array is sliced by (?s:.*): model code may use integers and slices"):
+    with pytest.raises(UsageError, match=r"^array index (?s:.*) is not an integer or a slice: model code may use"):
         X[key]
 
 
@@ -104,7 +104,7 @@ def test_only_abstract_arrays_are_taken() -> None:
     weight = AbstractArray((6,), "float32")
     with pytest.raises(UsageError, match=r"^rms_norm: x is ndarray, expected an abstract array$"):
         ops.rms_norm(np.zeros((2, 6), np.float32), weight)
-    with pytest.raises(UsageError, match="weight has H = 6, expected H with H=5"):
+    with pytest.raises(UsageError, match="weight has H = 6, but H=5 elsewhere"):
         ops.rms_norm(AbstractArray((2, 5), "float32"), weight)
 
 

@@ -377,7 +377,7 @@ def test_a_pass_on_an_emulated_device_says_so():
         (["conform", "--emulated"], "porthal: --emulated with --backend not given: expected one of ascend"),
         (["conform", "--emulated", "--backend", "cpu"], "porthal: --emulated with --backend cpu: expected one of ascend"),
         (["replay", "nonsense"], "porthal: 'nonsense' is not a case token"),
-        (["replay", "rms_norm,T=7,what,0"], "porthal: case token part 'what' says nothing about rms_norm"),
+        (["replay", "rms_norm,T=7,what,0"], "porthal: case token part 'what' does not apply to rms_norm"),
         (["replay", "add,T=1,H=7,0", "--backend", "nope"], "porthal: unknown backend 'nope'"),
     ],
 )

@@ -259,4 +259,4 @@ def test_waivers_and_deviations_are_declared(rough):
     page = report.html()
     assert report.ok and report.deviations == ["take_rows"]
     assert "Declared deviations and waivers" in page and "known &amp; &lt;b&gt;" in page
-    assert re.search(r"<b>take_rows</b>: equal scores go in the kernel's own order", page)
+    assert re.search(r"<b>take_rows</b>: the kernel orders equal scores in its own way", page)

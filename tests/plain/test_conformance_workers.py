@@ -72,7 +72,7 @@ DEADLY = """
 SENTENCES = {
     "segfaults": ("CRASH", "killed by SIGSEGV in string_at (__init__.py:"),
     "aborts": ("CRASH", "killed by SIGABRT in aborts (backend.py:16), called by add (backend.py:9), called by "),
-    "killed": ("CRASH", "killed by SIGKILL, which is also how a system out of memory ends a process"),
+    "killed": ("CRASH", "killed by SIGKILL, as the system does when memory runs out"),
     "hangs": ("TIMEOUT", "no answer within 3 s"),
     "hoards": ("CRASH", "out of memory: MemoryError: Unable to allocate 512. MiB"),
     "leaves": ("CRASH", "exited with code 3: no such device"),
@@ -166,7 +166,7 @@ def test_what_gave_no_result_is_saved_without_one(
     token = next(t for t, d in deadly.items() if d == deed)
     file = tmp_path / "case.npz"
     said = (
-        f"saved without results, for none came back: `python {file.with_suffix('.py')}` measures it, "
+        f"saved without results, because none came back: `python {file.with_suffix('.py')}` measures it, "
         f"`porthal replay {file}` judges it again\n"
     )
     for call, told in ((token, said), (file, "")):
@@ -317,7 +317,7 @@ def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
     children = workers_of(stopped.pid)
     stopped.send_signal(signal.SIGINT)
     assert stopped.stderr is not None
-    assert stopped.stderr.read() == f"porthal: stopped: the same command with --resume {journal} continues\n"
+    assert stopped.stderr.read() == f"porthal: stopped: run the same command with --resume {journal} to continue\n"
     assert stopped.wait(30) == 130
     assert len(children) == 1 and not Path(f"/proc/{children[0]}").exists()
     kept = [json.loads(line) for line in journal.read_text().splitlines()[1:]]

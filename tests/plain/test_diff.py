@@ -417,7 +417,7 @@ def test_the_command_finds_nothing_on_the_reference(command, tmp_path):
     assert code == 0
     assert out.splitlines()[-2:] == [
         report["sentence"],
-        "Left to itself the backend makes every discrete choice as the reference does.",
+        "Running freely, the backend makes every discrete choice as the reference does.",
     ]
     assert report["sentence"].startswith("No op exceeds its error budget: ")
     assert (report["at_fault"], report["faults"], report["tokens"], report["decode"]) == (None, [], 8, 1)

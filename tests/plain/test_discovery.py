@@ -187,7 +187,7 @@ def test_a_base_by_name_as_it_was_written_before_says_what_to_write(site: Site) 
     site.install("none", backend=old.replace('"torch"', "None"))
     answer = site.run('answer = [attempt(create, "old"), attempt(create, "none")]')
     assert answer[0] == (
-        "Unavailable: backend 'old' says base = 'torch', which is written as a class now: class Chip(Torch), after "
+        "Unavailable: backend 'old' has base = 'torch': write it as a base class instead, class Chip(Torch), after "
         "from porthal.backends.torch.backend import Torch"
     )
     assert answer[1] == "none"

@@ -118,7 +118,7 @@ def test_it_is_saved_read_and_replayed(tmp_path: Any) -> None:
 def test_its_dims_are_checked() -> None:
     inputs = build(Case.from_token(TOKEN))
     ops = bind(backend=Chip(), overrides={}, check=True)
-    with pytest.raises(ValueError, match=r"^decay: state has H = 8, expected H with H=7 from the other operands$"):
+    with pytest.raises(ValueError, match=r"^decay: state has H = 8, but H=7 elsewhere in the call$"):
         ops.decay(inputs.operands["x"][:, :7], inputs.operands["state"].place(ops))
     with pytest.raises(ValueError, match=r"^decay: state is ndarray, expected State$"):
         ops.decay(inputs.operands["x"], inputs.operands["x"])

@@ -164,4 +164,4 @@ def test_an_unknown_profile_is_refused(capsys):
 
 def test_a_profile_and_an_op_are_one_too_many(capsys):
     code, _, err = command(capsys, "--profile", "moe", "--op", "add")
-    assert code == 2 and err == "porthal: --profile moe with --op add: give one of the two\n"
+    assert code == 2 and err == "porthal: --profile moe with --op add: give only one of the two\n"

@@ -27,7 +27,7 @@ def command(capsys, *args):
     ],
 )
 def test_a_flag_that_became_a_command_names_it(capsys, args, now):
-    assert command(capsys, "conform", *args) == (2, "", f"porthal: this is a command of its own now: {now}\n")
+    assert command(capsys, "conform", *args) == (2, "", f"porthal: {args[0]} is a command now: run {now}\n")
 
 
 def test_the_public_names_of_conformance_are_where_they_were():
@@ -56,13 +56,13 @@ def test_a_token_of_before_is_the_same_case():
 
 def test_a_token_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(contracts()["rms_norm"], "version", 2)
-    with pytest.raises(UsageError, match=r"is of version 1 of rms_norm, which has version 2 here: its results are not compar"):
+    with pytest.raises(UsageError, match=r"is for version 1 of rms_norm, expected version 2: run conform again"):
         Case.from_token(TOKEN)
     newer = Case.from_token(TOKEN.replace("rms_norm", "rms_norm@2"))
     assert newer.token == "rms_norm@2,T=2,H=4,x:bf16,0"
     assert newer.stream == TOKEN  # the same values
     for wrong in ("3", "0", "x", "2.0", "-1"):
-        with pytest.raises(UsageError, match=f"is of version {re.escape(wrong)} of rms_norm"):
+        with pytest.raises(UsageError, match=f"is for version {re.escape(wrong)} of rms_norm"):
             Case.from_token(TOKEN.replace("rms_norm", f"rms_norm@{wrong}"))
 
 

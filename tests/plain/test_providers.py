@@ -148,5 +148,5 @@ def test_providers_of_one_op_have_names_of_their_own() -> None:
     nameless = type("Nameless", (Reference,), {"name": "nameless", "add": lambda self, a, b: a})
     twice = type("Twice", (type("Mixin", (), {"add": lambda self, a, b: a}), nameless), {})
     assert Bindings(Chip()).providers() == {"linear": ("few.gemv", "many.gemm")}
-    with pytest.raises(UsageError, match=r"^nameless has 2 kernels for add: name a provider of its own for each$"):
+    with pytest.raises(UsageError, match=r"^nameless has 2 kernels for add: give each a provider of its own$"):
         Bindings(twice()).providers()

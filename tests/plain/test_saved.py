@@ -248,7 +248,7 @@ def good(tmp_path_factory) -> Path:
     return saved("kv_write,T=3,A=4,B=2,batch=1/9+2/30,block_size=16,0", create("reference"), folder)[0]
 
 
-UNREAD = "expected one that --save wrote"
+UNREAD = "expected a file that --save wrote"
 WRONG = [
     (lambda kept: kept | {"schema": 99}, "does not hold a call for this porthal: its schema is 99, expected 1; save it again"),
     (lambda kept: kept | {"version": 99}, "does not hold a call for this porthal: its kv_write has version 99, expected 1"),

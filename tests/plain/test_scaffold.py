@@ -149,7 +149,7 @@ def test_an_empty_folder_is_taken(tmp_path):
         ("é", "'é' cannot name a backend: expected"),
         ("class", "'class' cannot name a backend: expected"),
         ("cpu", "backend 'cpu' exists already: choose a name other than "),
-        ("composed", "'composed' is a word of porthal's own: choose a name other than backend, composed, error"),
+        ("composed", "'composed' is reserved by porthal: choose a name other than backend, composed, error"),
     ],
 )
 def test_a_name_is_refused_with_a_sentence(tmp_path, name, sentence):
@@ -200,6 +200,6 @@ class Chip(Backend):
 def test_the_first_step_is_for_those_who_own_nothing():
     assert first_step(create("reference")) == ""
     assert first_step(Chip("1")) == (
-        f"chip owns 0 ops: start with rms_norm: fill in rms_norm in {Path(__file__)}, "
-        "then porthal conform --backend chip:1 --op rms_norm"
+        f"chip owns 0 ops: write rms_norm first, in {Path(__file__)}, "
+        "then run porthal conform --backend chip:1 --op rms_norm"
     )

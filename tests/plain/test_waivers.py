@@ -52,9 +52,9 @@ def test_the_file_says_what_how_long_and_why():
         ("[[unsuported]]\npattern = 'a'", "has 'unsuported': expected lists [[unsupported]] and [[known_failure]]"),
         ("unsupported = 'add'", "has 'unsupported': expected lists"),
         ("unsupported = ['add']", "unsupported 1 is 'add', expected a table with pattern and reason"),
-        ("[[unsupported]]\nreason = 'x'", "unsupported 1 has pattern None, expected a text"),
-        ("[[unsupported]]\npattern = 'x'\nreason = ' '", "unsupported 1 has reason ' ', expected a text"),
-        ("[[unsupported]]\npattern = 'x'\nreason = 'x'\nuntil = 1", "'until': expected pattern, reason and expires alone"),
+        ("[[unsupported]]\nreason = 'x'", "unsupported 1 has pattern None, expected text"),
+        ("[[unsupported]]\npattern = 'x'\nreason = ' '", "unsupported 1 has reason ' ', expected text"),
+        ("[[unsupported]]\npattern = 'x'\nreason = 'x'\nuntil = 1", "'until': expected only pattern, reason and"),
         ("[[known_failure]]\npattern = 'x,*'\nreason = 'y'", "known_failure 1 ('x,*') lacks expires"),
         ("[[known_failure]]\npattern = 'x'\nreason = 'y'\nexpires = 'soon'", "expires 'soon', expected a day such as"),
         ("[[known_failure]]\npattern = 'x'\nreason = 'y'\nexpires = 3", "has expires '3', expected a day such as"),
@@ -94,7 +94,7 @@ def test_what_failed_is_waived_and_keeps_what_it_was(found):
     assert [(r.token.split(",")[1], r.waived, r.reason) for r in excused] == [("T=17", "FAIL_VALUE", "counts to 16")]
     assert len(found.failures) == 1 and not any(r.failed for r in waived)
     assert [r for r in waived if ",T=17," not in r.token] == [r for r in found.results if ",T=17," not in r.token]
-    assert "Waived was FAIL_VALUE: counts to 16" in excused[0].explain()
+    assert "FAIL_VALUE was waived: counts to 16" in excused[0].explain()
 
 
 def test_what_nobody_claims_is_waived_as_well():
@@ -198,7 +198,7 @@ def test_a_malformed_file_stops_the_run_before_it_begins(plugin):
     assert (code, out) == (2, "")
     assert err.strip() == (
         "porthal: waived_plugin/waivers.toml: known_failure 1 ('add,*') lacks expires: "
-        "a known failure needs a day, as expires = 2027-01-01"
+        "a known failure needs a day such as expires = 2027-01-01"
     )
 
 

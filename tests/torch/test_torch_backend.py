@@ -641,7 +641,7 @@ def test_a_device_that_torch_lacks_is_unavailable() -> None:
 
 def test_quantised_weights_are_not_claimed() -> None:
     spec = CallSpec({"T": 1, "K": 8, "N": 8}, {"x": "float32", "w": "float32"}, {"out": "x"}, {"w": "fp8_block"})
-    with pytest.raises(NotClaimed, match=r"linear .*quantisation scheme .fp8_block."):
+    with pytest.raises(NotClaimed, match=r"linear .*quantisation scheme is .fp8_block."):
         porthal.bind("torch", profile={"linear": [spec]}, fallback="error")
     porthal.bind("torch", profile={"linear": [replace(spec, schemes={"w": "none"})]}, fallback="error")
 
