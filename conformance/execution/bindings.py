@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from porthal.conformance.cases.inputs import Inputs
-from porthal.hal import Backend, Binding, CallSpec, Choice, Operand, UsageError, bind, contracts, recorded
+from porthal.hal import Backend, Batch, Binding, CallSpec, Choice, Operand, UsageError, bind, contracts, recorded
 from porthal.hal.binding import VIA
 
 
@@ -84,4 +84,8 @@ def parts(inputs: Inputs) -> dict[str, list[CallSpec]]:
 def on_shapes(shapes: Binding, value: Any) -> Any:
     if value is None:
         return None
-    return value.place(shapes) if isinstance(value, Operand) else shapes.from_numpy(value)
+    if isinstance(value, Batch):
+        return shapes.plan(value)
+    if isinstance(value, Operand):
+        return value.of(value.spec, {part: shapes.from_numpy(array) for part, array in value.parts().items()})
+    return shapes.from_numpy(value)

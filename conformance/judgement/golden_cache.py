@@ -31,7 +31,7 @@ LIMIT = 2**32  # bytes of all entries
 IN_MEMORY = 2**26  # bytes that a process keeps in memory, and
 IN_MEMORY_EACH = 2**20  # of one entry
 SLICE = 2**28  # bytes written between two checks of the limit
-WORTH = 0.02  # seconds of computing, for an entry and again for each MiB of it, below which keeping it saves nothing
+WORTH = 0.008  # seconds of computing, for an entry and again for each MiB of it, below which keeping it saves nothing
 Arrays = dict[str, Array]
 _written = 0
 

@@ -71,9 +71,8 @@ def _check_moved(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> No
 
 
 def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgement:
-    inputs, contract = golden.inputs, golden.contract
-    for name, (shape, wanted) in golden.shapes.items():
-        _check_form(name, outcome.results.get(name), shape, wanted, inputs)
+    contract = golden.contract
+    parts = [part for name in golden.shapes for part in _check_form(golden, name, outcome.results.get(name))]
     if outcome.trespasses:
         raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
     spreads, note, runs = {}, "", golden.rounding_runs
@@ -87,8 +86,8 @@ def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgeme
             runs = partial(golden.rounding_runs, contract.finish, chosen)
     else:
         spreads = golden.exactly() if contract.exact else golden.spread()
-        for name, expected in golden.results().items():
-            _judge_exact(name, outcome.results[name], expected, spreads)
+        for name in dict.fromkeys(part.partition(".")[0] for part in parts if part not in spreads):
+            _judge_exact(name, outcome.results[name], golden.results()[name], spreads)
     figures = []
     for key, spread in spreads.items():
         figures.append(_judge_spread(golden, key, spread, outcome, limit, runs))
@@ -99,17 +98,20 @@ def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgeme
     return replace(worst, ratio=max(f.ratio for f in figures), z=max((f.z for f in figures), key=abs), note=note)
 
 
-def _check_form(name: str, value: Any, shape: tuple[int, ...], wanted: str, inputs: Inputs) -> None:
-    """Whether a result has the shape and dtype that the contract says, an operand in each of its parts."""
+def _check_form(golden: Golden, name: str, value: Any) -> list[str]:
+    """The arrays of a result by name, each of which has the shape and dtype that the contract says; raises Failed."""
+    inputs, (shape, wanted) = golden.inputs, golden.shapes[name]
     result = next(r for r in inputs.contract.signature.results if r.name == name)
     if result.kind == ARRAY:
-        return _check_array(name, value, shape, wanted)
+        _check_array(name, value, shape, wanted)
+        return [name]
     kind = KINDS[result.kind]
     if not isinstance(value, dict):
         raise Failed("FAIL_SHAPE", f"{name} is {type(value).__name__}, expected a {result.kind}")
     spec = inputs.operands[name].spec if result.mutated else kind.result_spec(shape)
     for part, form in kind.form(spec).items():
         _check_array(f"{name}.{part}", value.get(part), *form)
+    return [f"{name}.{part}" for part in kind.form(spec)]
 
 
 def _check_array(name: str, value: Any, shape: tuple[int, ...], wanted: str) -> None:
