@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -148,10 +149,14 @@ def _choose(
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
         providers = ", ".join(k.provider for k in chosen.candidates(contract) if k.provider) or "none"
         raise NotClaimed(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
+    own = [k for k in kernels if k.owner == chosen.name]
+    if shared := by_shape(chosen, contract, own, specs):
+        return shared
     refusals, inherited = [], None
     for kernel in kernels:
         if reason := next((r for s in specs if (r := chosen.refuses(op, kernel, s))), None):
-            refusals.append(f"{kernel.provider or kernel.owner if via else kernel.owner}: {reason}")
+            named = via or (kernel in own and len(own) > 1)
+            refusals.append(f"{kernel.provider or kernel.owner if named else kernel.owner}: {reason}")
             continue
         why = "; ".join(refusals)
         if kernel.owner == chosen.name:
@@ -159,8 +164,6 @@ def _choose(
         inherited = kernel
         break
     why = "; ".join(refusals)
-    if split := by_class(chosen, contract, [k for k in kernels if k.owner == chosen.name], specs):
-        return split
     # A composite made of this binding's ops uses the chip's own kernels; one derived from the formula would not.
     if contract.decomposition and not via and (inherited is None or inherited.owner == "reference"):
         return _composed(binding, contract, why)
@@ -256,18 +259,23 @@ def checked(
 # -- several kernels for one op --------------------------------------------------------------------------------------
 
 
-def by_class(
+CUTS = 64  # of a range of rows at most
+Classes = list[tuple[CallSpec, Kernel]]  # calls that are alike, and the kernel that takes them
+
+
+def by_shape(
     backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec]
 ) -> tuple[Function, Choice, Kernel] | None:
-    """One function made of several own kernels, if none takes the whole profile but together they do; else None.
+    """One function made of several own kernels, where each shape of the profile goes to the first kernel that takes it.
 
-    Each spec of the profile is a class of shapes, and goes to the first kernel that takes it. A weight has one packed form:
-    kernels that pack differently are not combined.
+    None where that is one kernel for all, or where none takes a shape. A weight has one packed form: kernels that pack
+    differently are not combined.
     """
     op = contract.name
-    classes = [(s, next((k for k in kernels if not backend.refuses(op, k, s)), None)) for s in specs]
+    found = [_classes(backend, op, kernels, spec) for spec in specs] if len(kernels) > 1 else []
+    classes = [pair for each in found for pair in each]
     used = [k for k in kernels if any(k is chosen for _, chosen in classes)]
-    if len(used) < 2 or any(k is None for _, k in classes):
+    if len(used) < 2 or not all(found):
         return None
     if contract.signature.of_kind("Weight") and len({getattr(k.prepare, "__func__", k.prepare) for k in used}) > 1:
         return None
@@ -277,15 +285,39 @@ def by_class(
         key = *((a.T, a.R) if isinstance(a, Batch) else getattr(a, "shape", None) for a in args), *attrs.items()
         if key not in known:
             spec = contract.spec(*contract.arrange(args, attrs))
-            kernel = next((k for s, k in classes if k and s.covers(spec)), None)
+            kernel = next((k for s, k in classes if s.covers(spec)), None)
             if kernel is None:
                 raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
             known[key] = kernel.function
         return known[key](*args, **attrs)
 
-    reason = "by class of shapes"
+    reason = "each shape goes to the first that takes it"
     tie = "any" if any(k.tie == "any" for k in used) else "lowest"
     return call, Choice(op, "own", used[0].owner, " or ".join(k.provider for k in used), reason, tie), used[0]
+
+
+def _classes(backend: Backend, op: str, kernels: Sequence[Kernel], spec: CallSpec) -> Classes:
+    """The calls of a spec by the first kernel that takes them, cut where that changes with the rows T.
+
+    [] where some have none, or where it changes more often than a table of kernels is worth.
+    """
+    low, high = rows if isinstance(rows := spec.dims.get("T"), tuple) else (0, 0)
+
+    def taken(kernel: Kernel, part: CallSpec) -> bool:
+        return not backend.refuses(op, kernel, part)
+
+    def part(start: int, end: int) -> CallSpec:
+        return replace(spec, dims={**spec.dims, "T": (start, end)}) if high else spec
+
+    classes: Classes = []
+    while low <= high and len(classes) < CUTS:
+        kernel = next((k for k in kernels if taken(k, part(low, low))), None)
+        if kernel is None:
+            return []
+        end = low + bisect_left(range(low, high), True, key=lambda last: not taken(kernel, part(low, last + 1)))
+        classes.append((part(low, end), kernel))
+        low = end + 1
+    return classes if low > high else []
 
 
 # -- policy ----------------------------------------------------------------------------------------------------------

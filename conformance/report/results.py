@@ -100,10 +100,9 @@ class Result:
         if self.message:
             lines.append(self.message)
         if self.worst:
-            lines.append(
-                f"The largest error is {self.worst:.3g} of its budget, at {self.at}; "
-                f"the overall error is {self.ratio:.3g} times that of an ideal chip."
-            )
+            known = self.ratio and self.verdict == "PASS"  # a failure says itself by how much
+            overall = f"; the overall error is {self.ratio:.3g} times that of an ideal chip" if known else ""
+            lines.append(f"The largest error is {self.worst:.3g} of its budget, at {self.at}{overall}.")
         if self.note:
             lines.append(self.note)
         lines += [f"Named for discrepancy {d.number}: {d.what} ({d.sources})" for d in named_for(self.token)]

@@ -1,8 +1,9 @@
 """Inherited cases that need not run again: the backend they are inherited from has passed them in the same circumstances.
 
 The same means: the kernels of the op and of what it is composed of, every service of the backend (a plugin that
-overrides one runs all cases), level, device, place, the sources of all that takes part, and the versions of what is
-installed. Only what passed is kept, as a line in a file beside the golden values. A chip's own kernels always run.
+overrides one runs all cases), level, device, place, the sources of all that takes part, the versions of what is
+installed, and the settings of NumPy and PyTorch that a plugin may change for its whole process. Only what passed is kept,
+as a line in a file beside the golden values. A chip's own kernels always run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.execution.bindings import Bound
@@ -69,11 +72,27 @@ class Proven:
 
     def _circumstances(self, base: type[Backend]) -> str:
         versions = {name: contract.version for name, contract in contracts().items()}
-        facts = SUITE, self.level, self.backend.device, self.backend.place, platform.processor(), environment(base), versions
+        where = self.backend.device, self.backend.place, platform.processor()
+        facts = SUITE, self.level, where, environment(base), versions, settings()
         digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
         for file in _sources(base):
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
+
+
+def settings() -> list[Any]:
+    """What a package may set at import for its whole process, and every kernel then computes with."""
+    tiny = np.full(4, 2.0**-126, np.float32)
+    found: list[Any] = [np.geterr(), np.getbufsize()]
+    with np.errstate(all="ignore"):
+        found.append(bool((tiny * np.float32(0.5)).any()))  # whether subnormals are kept
+    if torch := sys.modules.get("torch"):
+        matmul = torch.backends.cuda.matmul
+        flags = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+        found += [flags, torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled, torch.get_num_threads()]
+        found += [torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()]
+        found += [bool((torch.full((4,), 2.0**-126) * 0.5).any())]
+    return found
 
 
 def _sources(base: type[Backend]) -> Iterator[Path]:

@@ -60,24 +60,30 @@ def run(
             facts = Facts.of(bindings.backend, bindings.providers())
             one = lambda case: check(case, bindings, level)  # noqa: E731
             judged = lambda cases: map(one, cases)  # noqa: E731
-        plan = [each for case in plan for each in _through_all(case, facts)]
         kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
         if kept:
             results = {case.token: kept.known[case.token] for case in plan if case.token in kept.known}
-        for result in judged([case for case in plan if case.token not in results]):
-            results[result.token] = result
-            if kept:
-                kept.add(result)
-            if progress:
-                progress(len(results), len(plan), result)
+
+        def settle(plan: Sequence[Case]) -> None:
+            for result in judged([case for case in plan if case.token not in results]):
+                results[result.token] = result
+                if kept:
+                    kept.add(result)
+                if progress:
+                    progress(len(results), len(plan), result)
+
+        settle(plan)
+        plan = [each for case in plan for each in (case, *_further(case, results[case.token], facts))]
+        settle(plan)
+        plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
         drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
     return Report.of(facts, level, [*(results[case.token] for case in plan), *drawn])
 
 
-def _through_all(case: Case, facts: Facts) -> Iterable[Case]:
-    """The case, and again on the kernel of every further provider that the backend has for its op."""
-    others = () if case.fault else facts.providers.get(case.op, ())[1:]
-    return case, *(case.through(provider) for provider in others)
+def _further(case: Case, ran: Result, facts: Facts) -> Iterable[Case]:
+    """The case on every other provider that the backend has for its op; those that do not take it are left out later."""
+    others = () if case.fault else facts.providers.get(case.op, ())
+    return [case.through(provider) for provider in others if provider != ran.provider]
 
 
 def _drawn(

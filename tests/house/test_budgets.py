@@ -1,6 +1,6 @@
-"""The tests' cost is stated in one place, and leaves room for the parts still to come."""
+"""The tests' cost is stated in one place, told at the end of a run, and leaves room for the parts still to come."""
 
-from tests.budgets import BUDGETS, PLANNED, PROOF, TESTS
+from tests.budgets import BUDGETS, PLANNED, PROOF, TESTS, Account
 
 FORMERLY = 551  # CPU seconds of `make test` before it was split into what is tested always and what is proved seldom
 
@@ -13,3 +13,14 @@ def test_budgets_leave_room_for_what_is_planned():
     assert sum(BUDGETS.values()) <= 0.4 * FORMERLY
     assert set(PLANNED) == {"collectives", "benchmarks", "low precision", "CUDA", "ONNX"}
     assert sum(BUDGETS.values()) + sum(PLANNED.values()) <= 0.6 * FORMERLY
+
+
+def test_the_cost_of_a_folder_is_told_when_all_of_it_ran():
+    account = Account()
+    for file in (*TESTS.glob("house/test_*.py"), *TESTS.glob("native/test_*.py")):
+        account.collected[file], account.seconds[file] = 3, 1.5
+    files = len(list(TESTS.glob("house/test_*.py")))
+    account.left[TESTS / "native" / "test_diff.py"] = 1
+    assert list(account.folders()) == [("house", 1.5 * files)]
+    account.chosen = {TESTS / "house" / "test_homes.py"}
+    assert list(account.folders()) == []

@@ -107,6 +107,19 @@ def test_another_level_device_or_verdict_is_not_spared(monkeypatch: pytest.Monke
     assert ran(wrong(), ADD)[0].verdict == "FAIL_VALUE"
 
 
+@pytest.mark.parametrize("setting", ["errors", "buffer"])
+def test_a_setting_of_the_whole_process_is_a_circumstance(setting: str) -> None:
+    """A plugin that sets one as it is imported runs what others have passed, as its kernels compute with it."""
+    ran(Near(), ADD)
+    with np.errstate(all="raise" if setting == "errors" else None):
+        before = np.setbufsize(16 if setting == "buffer" else np.getbufsize())
+        try:
+            assert ran(Far(), ADD)[1]
+        finally:
+            np.setbufsize(before)
+    assert not ran(Far(), ADD)[1]
+
+
 def test_a_torn_line_costs_its_case_alone(folder: Path) -> None:
     ran(Near(), ADD), ran(Near(), ROUTE)
     (file,) = folder.glob("proven-*.jsonl")

@@ -24,6 +24,7 @@ from porthal.hal import (
     contracts,
     dtype,
     limits,
+    multiple_of,
     narrow,
     widen,
 )
@@ -76,15 +77,20 @@ def test_what_stands_above_the_first_backend_is_the_chips_own() -> None:
     assert bind(backend=Chip(), overrides={}).choices["linear"].status == "own"
 
 
-@pytest.mark.parametrize(("rows", "provider"), [(1, "few.gemv"), (8, "few.gemv"), (9, "many.gemm"), ((2, 99), "many.gemm")])
-def test_the_first_that_takes_the_whole_profile_is_bound(rows: Any, provider: str) -> None:
+BOTH = "few.gemv or many.gemm"
+ROWS = [(1, "few.gemv"), ((1, 8), "few.gemv"), ((9, 99), "many.gemm"), ((2, 99), BOTH), ((1, 4096), BOTH)]
+
+
+@pytest.mark.parametrize(("rows", "provider"), ROWS)
+def test_each_shape_goes_to_the_first_that_takes_it(rows: Any, provider: str) -> None:
     choice = bind(backend=Chip(), profile={"linear": [spec(rows)]}, overrides={}).choices["linear"]
     assert (choice.status, choice.provider) == ("own", provider)
 
 
-def test_classes_of_shapes_go_to_the_kernel_that_takes_each() -> None:
-    ops = bind(backend=Chip(), profile={"linear": [DECODE, PREFILL]}, overrides={})
-    assert ops.choices["linear"].provider == "few.gemv or many.gemm" and ops.choices["linear"].reason == "by class of shapes"
+@pytest.mark.parametrize("profile", [[DECODE, PREFILL], [spec((1, 4096))]])
+def test_a_call_runs_on_the_kernel_of_its_rows(profile: list[CallSpec]) -> None:
+    ops = bind(backend=Chip(), profile={"linear": profile}, overrides={})
+    assert ops.choices["linear"].reason == "each shape goes to the first that takes it"
     weight = ops.prepare(WeightSpec("linear", "w", (3, 4), "float32"), np.ones((3, 4), np.float32).__getitem__)
     CALLED.clear()
     for rows in (1, 9, 8, 9, 1):
@@ -100,7 +106,18 @@ def test_kernels_that_pack_a_weight_differently_are_not_combined() -> None:
 
     choice = bind(backend=Mixed(), profile={"linear": [DECODE, PREFILL]}, overrides={}).choices["linear"]
     assert (choice.status, choice.owner) == ("inherited", "reference")
-    assert choice.reason.startswith("mixed: T = 9, the kernel takes at most 8; mixed: T = 1, the kernel takes at least 2")
+    refused = "few.gemv: T = 9, the kernel takes at most 8; many.gemm: T = 1, the kernel takes at least 2"
+    assert choice.reason.startswith(refused)
+
+
+def test_rows_that_no_kernel_takes_or_that_alternate_leave_the_op_to_its_base() -> None:
+    even = type("Even", (), {"linear": limits(provider="even", T=multiple_of(2))(lambda self, x, w, *, out="x": x)})
+    odd = type("Odd", (FewRows, even, Reference), {"name": "odd"})
+    for rows in ((1, 9), (1, 4096)):
+        choice = bind(backend=odd(), profile={"linear": [spec(rows)]}, overrides={}).choices["linear"]
+        assert choice.status == "inherited"
+    choice = bind(backend=odd(), profile={"linear": [spec((1, 8))]}, overrides={}).choices["linear"]
+    assert choice.provider == "few.gemv"
 
 
 def test_a_provider_can_be_asked_for() -> None:
@@ -128,10 +145,10 @@ def test_every_provider_that_claims_a_case_is_tested() -> None:
     report = run(backend, ["linear"])
     plain = [r for r in report.results if ",via=" not in r.token]
     second = [r for r in report.results if ",via=many.gemm," in r.token]
-    assert len(plain) + len(second) == len(report.results) and len(second) == sum(",fault=" not in r.token for r in plain)
+    assert len(plain) + len(second) == len(report.results) and all(r.verdict != "UNCLAIMED" for r in report.results)
     assert {r.verdict for r in plain if r.provider == "few.gemv"} == {"PASS"}
-    assert {r.provider for r in second if r.verdict != "UNCLAIMED"} == {"many.gemm"}
-    assert {r.verdict for r in second} == {"FAIL_VALUE", "UNCLAIMED"}
+    assert {(r.provider, r.verdict) for r in second} == {("many.gemm", "FAIL_VALUE")}
+    assert len({(r.token.replace(",via=many.gemm", ""), r.provider) for r in report.results}) == len(report.results)
     small = next(r for r in second if r.failed and "T=2," in r.token)
     assert replay(small.token, backend).message == small.message
 
