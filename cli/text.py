@@ -64,9 +64,18 @@ def note(line: str) -> None:
 
 
 def check_writable(file: Path | None) -> None:
-    """Raise UsageError before long work if the file cannot be written after it."""
-    if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
-        raise UsageError(f"cannot write {file}: expected a file name in a folder that exists and is writable")
+    """Raise UsageError before long work if the file cannot be written after it; leaves no file behind."""
+    if not file:
+        return
+    try:
+        new = not file.exists()
+        if not file.is_fifo():  # whose reader would take the check for the end
+            file.open("ab").close()
+        if new:
+            os.unlink(os.path.realpath(file))
+    except OSError as error:
+        expected = "expected a file name in a folder that exists and is writable"
+        raise UsageError(f"cannot write {file}: {error.strerror}, {expected}") from None
 
 
 def drawn(parts: Group) -> None:

@@ -279,17 +279,13 @@ def by_shape(
         return None
     if contract.signature.of_kind("Weight") and len({getattr(k.prepare, "__func__", k.prepare) for k in used}) > 1:
         return None
-    known: dict[Any, Function] = {}
 
     def call(*args: Any, **attrs: Any) -> Any:
-        key = *((a.T, a.R) if isinstance(a, Batch) else getattr(a, "shape", None) for a in args), *attrs.items()
-        if key not in known:
-            spec = contract.spec(*contract.arrange(args, attrs))
-            kernel = next((k for s, k in classes if s.covers(spec)), None)
-            if kernel is None:
-                raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
-            known[key] = kernel.function
-        return known[key](*args, **attrs)
+        spec = contract.spec(*contract.arrange(args, attrs))
+        kernel = next((k for s, k in classes if s.covers(spec)), None)
+        if kernel is None:
+            raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
+        return kernel.function(*args, **attrs)
 
     reason = "each shape goes to the first that takes it"
     tie = "any" if any(k.tie == "any" for k in used) else "lowest"

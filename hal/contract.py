@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +131,11 @@ class Contract:
 
     def __repr__(self) -> str:
         return f"<contract {self.name}: {self.signature.text}>"
+
+    def files(self) -> list[Path]:
+        """The Python files that the reference may be written in: its own, and those beside it."""
+        own = Path(inspect.getsourcefile(inspect.unwrap(self.reference)) or "").resolve()
+        return sorted(own.parent.glob("*.py"))
 
     # -- decorators that complete a contract -------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class Known:
         before = self._operands[n]
         if before is None or before is x:
             return before is not None
-        if before.shape == x.shape and before.strides == x.strides:
+        if (before.shape, before.strides, before.dtype) == (x.shape, x.strides, x.dtype):
             if self._is_given(x) and before.__array_interface__["data"] == x.__array_interface__["data"]:
                 return True
             if not self._is_given(x) and _same_bits(before, x):
@@ -104,11 +104,10 @@ def _owner(x: Array) -> Array:
 
 
 def _same_bits(a: Array, b: Array) -> bool:
-    """For arrays of one shape; most that differ do so in their first row."""
-    first = (0,) * (a.ndim - 1)
+    """For arrays of one shape and dtype; most that differ do so in their first row."""
+    first, bits = (0,) * (a.ndim - 1), f"u{a.itemsize}"
     return not a.size or (
-        bool((a[first].view(np.uint64) == b[first].view(np.uint64)).all())
-        and bool((a.view(np.uint64) == b.view(np.uint64)).all())
+        bool((a[first].view(bits) == b[first].view(bits)).all()) and bool((a.view(bits) == b.view(bits)).all())
     )
 
 

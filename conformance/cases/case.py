@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from porthal.conformance.cases.domain import options
-from porthal.conformance.cases.legal import LARGEST, elements, refusal
+from porthal.conformance.cases.legal import BLOCK_SIZES, LARGEST, elements, refusal
 from porthal.hal import UsageError, contracts
 from porthal.hal.contract import Contract
 
@@ -21,6 +22,8 @@ RESERVED = {
     "seq": "sequences of calls",
     "%": "quantisation schemes",
 }
+_NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider"}
+_NUMBER = f"a whole number from 0 to {LARGEST['size']}"
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,16 @@ class Case:
         """The case a token describes; UsageError where it describes none that can be built."""
         head, *parts = token.split(",")
         op, _, version = head.partition("@")
-        if op not in contracts() or not parts or _number(parts[-1], LARGEST["seed"]) is None:
-            raise UsageError(f"{token!r} is not a case token: expected op,name=value,...,seed as a report prints it")
+        if why := _misshapen(op, parts) if token.isprintable() else _NEITHER:
+            raise UsageError(f"{token!r} is not a case token: {why}")
         contract = contracts()[op]
         _check_version(token, contract, version)
         found: dict[str, list[Any]] = {k: [] for k in ("dims", "attrs", "dtypes", "recipes", "absent")}
         named: dict[str, Any] = {}
+
+        def wrong(why: str) -> UsageError:
+            return UsageError(f"case token {token!r} does not describe a call of {op}: {why}")
+
         for part in parts[:-1]:
             name, mark, value = _cut(part)
             number = _number(value, LARGEST["size"])
@@ -97,14 +104,25 @@ class Case:
                 found["dtypes"].append((name, _LONG.get(value, value)))
             elif mark == "~":
                 found["recipes"].append((name, value))
-            elif mark == "=" and name in ("batch", "view", "fault", "via") and value and name not in named:
+            elif mark == "=" and name in named:
+                raise wrong(f"{name} is given twice")
+            elif mark == "=" and name in _NAMED:
                 named[name] = value
-            elif mark == "=" and name == "block_size" and number and name not in named:
+                if not value:
+                    raise wrong(f"{part} names no {_NAMED[name]}")
+            elif mark == "=" and name == "block_size":
                 named[name] = number
+                if not number:
+                    raise wrong(f"block_size is {value or 'empty'}, expected {BLOCK_SIZES}")
             elif mark == "=" and name in contract.attributes:
-                found["attrs"].append((name, _parsed(contract.attributes[name].type, value, part)))
+                parsed, expected = _parsed(contract.attributes[name].type, value)
+                found["attrs"].append((name, parsed))
+                if parsed is None:
+                    raise wrong(f"{name} is {value or 'empty'}, expected {expected}")
             elif mark == "=" and name not in RESERVED and number is not None:
                 found["dims"].append((name, number))
+            elif mark == "=" and name in contract.signature.symbols():
+                raise wrong(f"{name} is {value or 'empty'}, expected {_NUMBER}")
             elif (word := mark if mark == "%" else name) in RESERVED:
                 raise UsageError(f"case token part {part!r} is for {RESERVED[word]}, which this porthal does not test yet")
             else:
@@ -114,7 +132,7 @@ class Case:
         if not why and (n := elements(case)) > LARGEST["elements"]:
             why = f"it holds {n} numbers, expected at most {LARGEST['elements']}"
         if why:
-            raise UsageError(f"case token {token!r} does not describe a call of {op}: {why}")
+            raise wrong(why)
         return case
 
     def recipe(self, operand: str) -> str:
@@ -131,6 +149,22 @@ class Case:
     def through(self, provider: str) -> Case:
         """The same call on the kernel of one provider."""
         return replace(self, via=provider)
+
+
+_NEITHER = "expected op,name=value,...,seed as a report prints it, or the path of a saved .npz"
+
+
+def _misshapen(op: str, parts: list[str]) -> str:
+    """What is wrong with a token's first or last part, or ""."""
+    if not parts:
+        return _NEITHER
+    if op not in contracts():
+        close = get_close_matches(op, contracts(), 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(contracts())}"
+        return f"unknown op {op!r}, {hint}"
+    if _number(parts[-1], LARGEST["seed"]) is None:
+        return f"its last part is {parts[-1]!r}, expected the seed, a whole number from 0 to {LARGEST['seed']}"
+    return ""
 
 
 def _check_version(token: str, contract: Contract, version: str) -> None:
@@ -158,15 +192,13 @@ def _number(text: str, most: int) -> int | None:
     return number if plain and (number := int(text)) <= most else None
 
 
-def _parsed(kind: type, text: str, part: str) -> Any:
-    value: Any = text
+def _parsed(kind: type, text: str) -> tuple[Any, str]:
+    """An attribute's value, None where the text has none, and what is expected."""
     if kind is bool:
-        value = {"True": True, "False": False}.get(text)
-    elif kind is int:
-        value = _number(text, LARGEST["size"])
-    elif kind is float:
+        return {"True": True, "False": False}.get(text), "True or False"
+    if kind is int:
+        return _number(text, LARGEST["size"]), _NUMBER
+    if kind is float:
         plain = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", text, re.ASCII) and text.count(".") <= 1 and text != "."
-        value = float(text) if plain and math.isfinite(float(text)) else None
-    if value is None:
-        raise UsageError(f"case token part {part!r} has no {kind.__name__} in range: copy the token from a report")
-    return value
+        return float(text) if plain and math.isfinite(float(text)) else None, "a finite number"
+    return text, "text"

@@ -34,21 +34,23 @@ THREADS = "threads"  # operands placed and the kernel called in several threads 
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
 PAGES = 6  # of a cache that no batch describes
 LARGEST = {"size": 2**20, "block_size": 1024, "seed": 2**32, "elements": 2**27}  # what a token may ask for
+BLOCK_SIZES = f"at least 1 and at most {LARGEST['block_size']}"
 
 
 def refusal(case: Case) -> str:
     """Why the contract allows no such call, or ""."""
     contract, sizes = case.contract, dict(case.dims)
     attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
-    for kind in ("dims", "attrs", "dtypes", "recipes"):
-        names = [name for name, _ in getattr(case, kind)]
-        if len(set(names)) < len(names):
-            return f"one of {', '.join(names)} is given twice"
-    if (lacking := [n for n, v in attrs.items() if v is inspect.Parameter.empty]) or (lacking := _unsized(case)):
-        return f"it lacks {lacking[0]}"
+    given = [[name for name, _ in pairs] for pairs in (case.dims, case.attrs, case.dtypes, case.recipes)]
+    for names in (*given, case.absent):
+        if twice := [name for name in names if names.count(name) > 1]:
+            return f"{twice[0]} is given twice"
+    unset = [name for name, value in attrs.items() if value is inspect.Parameter.empty]
+    if lacking := [*(s for s in _sizes(case) if s not in sizes), *unset, *_unpaged(case)]:
+        return f"it lacks {', '.join(lacking)}"
     for name, size in sizes.items():
         if name not in contract.signature.symbols():
-            return f"{name} is not one of its sizes"
+            return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
     for check in (_refused_operands, _refused_batch, _refused_fault):
@@ -63,16 +65,19 @@ def _refused_operands(case: Case) -> str:
     contract, sizes = case.contract, dict(case.dims)
     operands = {o.name: o for o in contract.signature.operands}
     for name, given in case.dtypes:
-        permitted = [case.dtype(o) if o in operands else o for o in contract.dtypes.get(name, ())]
-        if name not in operands or given not in permitted:
-            return f"it takes no operand {name} of dtype {given}"
+        if name not in (typed := [o for o in operands if o in contract.dtypes]):
+            return f"{name} is not an operand{' with a dtype' * (name in operands)}, expected {_one_of(typed)}"
+        if given not in (permitted := [case.dtype(o) if o in operands else o for o in contract.dtypes[name]]):
+            return f"{name} is {given}, expected {_one_of(permitted)}"
     for name, given in case.recipes:
-        if name not in operands or operands[name].kind == "Batch" or given not in fitting(contract, name):
-            return f"{given} is not a value generator for {name}"
-    groups = [set(group) for group in absences(contract)]
-    left = set(case.absent) - set().union(*(g for g in groups if g <= set(case.absent)))
-    if left or len(set(case.absent)) < len(case.absent):
-        return f"{', '.join(case.absent)} cannot be left out"
+        if name not in (drawn := [o for o in operands if operands[o].kind != "Batch"]):
+            return f"{name} is not an operand{' with values' * (name in operands)}, expected {_one_of(drawn)}"
+        if given not in (known := fitting(contract, name)):
+            return f"{given or 'empty'} is not a value generator for {name}, expected {_one_of(known)}"
+    groups = absences(contract)
+    if set(case.absent) - set().union(*(g for g in groups if set(g) <= set(case.absent))):
+        permitted = [" with ".join(group) for group in groups]
+        return f"{', '.join(case.absent)} cannot be left out, expected {_one_of(permitted or ['every operand'])}"
     if case.view not in ("", *(known := (*VIEWS, FAR, PAST_2G, THREADS))):
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
     kinds = {o.kind for o in operands.values()}
@@ -89,12 +94,12 @@ def _refused_batch(case: Case) -> str:
     signature = case.contract.signature
     batch = next(iter(signature.of_kind("Batch")), None)
     paged = bool(signature.of_kind("Pages"))
-    if bool(batch) != bool(case.batch):
-        return "it lacks batch" if batch else "it takes no batch"
-    if (paged or bool(batch)) != bool(case.block_size):
-        return "it lacks block_size" if paged or batch else "it takes no block_size"
+    if case.batch and not batch:
+        return "it takes no batch"
+    if case.block_size and not (paged or batch):
+        return "it takes no block_size"
     if case.block_size > LARGEST["block_size"]:
-        return f"block_size is {case.block_size}, expected at most {LARGEST['block_size']}"
+        return f"block_size is {case.block_size}, expected {BLOCK_SIZES}"
     if not batch:
         return ""
     if (free := requests(case.batch)) is not None:
@@ -105,7 +110,9 @@ def _refused_batch(case: Case) -> str:
         return "deep batches are for ops with a k"
     if case.batch == CROWD and signature.mutated:
         return "crowd batches share pages, which this op would write"
-    return "" if case.batch in (*COMPOSITIONS, CROWD) else f"{case.batch!r} is not a composition"
+    if case.batch in (known := (*COMPOSITIONS, CROWD)):
+        return ""
+    return f"{case.batch!r} is not a composition, expected {_one_of(known)}, or requests such as 1/5+4/130"
 
 
 def _refused_requests(found: Sequence[Request], T: int, block_size: int, written: bool) -> str:
@@ -130,8 +137,16 @@ def _refused_fault(case: Case) -> str:
     return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is not a fault, expected one of {', '.join(FAULTS)}"
 
 
-def _unsized(case: Case) -> list[str]:
-    """Symbols in the shapes of present operands that neither dims nor attributes nor the batch bind."""
+def _unpaged(case: Case) -> list[str]:
+    """Of batch and block_size, what the op needs and the case does not have."""
+    signature = case.contract.signature
+    batch, paged = bool(signature.of_kind("Batch")), bool(signature.of_kind("Pages"))
+    needed = ("batch", batch, case.batch), ("block_size", paged or batch, case.block_size)
+    return [name for name, needs, has in needed if needs and not has]
+
+
+def _sizes(case: Case) -> list[str]:
+    """Symbols in the shapes of present operands that neither attributes nor the batch bind."""
     signature = case.contract.signature
     present = [
         replace(o, fields=tuple(f for f in o.fields if f[0] not in case.absent))
@@ -139,8 +154,13 @@ def _unsized(case: Case) -> list[str]:
         if o.name not in case.absent and o.kind != "Batch"
     ]
     bound = {d for o in signature.of_kind("Batch") for d in o.dims if d != case.contract.rows}
-    needed = {s for o in present for s in o.symbols()}
-    return sorted(needed - bound - set(dict(case.dims)) - set(case.contract.attributes))
+    needed = dict.fromkeys(s for o in present for s in o.symbols())
+    return [s for s in needed if s not in bound and s not in case.contract.attributes]
+
+
+def _one_of(names: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    return f"one of {', '.join(distinct)}" if len(distinct) > 1 else distinct[0]
 
 
 def _wide_enough(contract: Contract, name: str, sizes: Mapping[str, int]) -> bool:

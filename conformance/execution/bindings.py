@@ -61,6 +61,8 @@ class Bindings:
         found = {}
         for op, contract in contracts().items():
             own = [k.provider for k in self.backend.candidates(contract) if k.owner == self.backend.name]
+            if wrong := next((p for p in own if "," in p), None):
+                raise UsageError(f"{self.backend} names a provider {wrong!r} for {op}: write it without a comma")
             if len(own) > 1:
                 if len(set(own)) < len(own) or "" in own:
                     raise UsageError(f"{self.backend} has {len(own)} kernels for {op}: give each a provider of its own")

@@ -48,7 +48,9 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
         first = once(binding, inputs)
         trespasses = list(first.trespasses)
         for run in range(1, runs):
-            again = once(binding, inputs).results
+            second = once(binding, inputs)
+            again = second.results
+            trespasses += second.trespasses
             if time.perf_counter() > until or (run < runs - 1 and difference(first.results, again)):
                 break
         if inputs.case.view == THREADS and not difference(first.results, again):
@@ -70,15 +72,20 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
         return outcome
     try:
         there = bindings.bound(call)
-        if (bound.choice.status, bound.choice.owner) != (there.choice.status, there.choice.owner):
+        if _kernel(bound) != _kernel(there):
             return outcome
-        results = once(there.binding, call).results
+        moved = once(there.binding, call)
     except NotClaimed:
         return outcome
     except Exception as error:
         return Outcome(error=f"among other rows, one of them poisoned: {message_of(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
-    return replace(outcome, moved=restored(results, to), invariant=invariant)
+    trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
+    return replace(outcome, moved=restored(call.contract, moved.results, to), invariant=invariant, trespasses=trespasses)
+
+
+def _kernel(bound: Bound) -> tuple[str, str, str]:
+    return bound.choice.status, bound.choice.owner, bound.choice.provider
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
         watch.spoil(binding)
     if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
         yield f"a result shares memory with an input: {change} when the inputs are overwritten"
-    once(binding, replace(inputs, operands=_reversed(inputs.operands)))
+    yield from once(binding, replace(inputs, operands=_reversed(inputs.operands))).trespasses
     if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
         yield f"the next call changed a result of this one: {change}"
 

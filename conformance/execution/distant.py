@@ -15,6 +15,7 @@ import numpy as np
 from porthal.conformance.cases.domain import per_expert
 from porthal.conformance.cases.inputs import Inputs
 from porthal.hal import Batch, Binding, NotClaimed, Pages, Weight
+from porthal.hal.contract import Contract
 
 ELEMENTS = 2**31  # before what is in use
 
@@ -28,13 +29,19 @@ class Distant:
             raise NotClaimed(f"2^31 elements are for hardware: the place of {binding.backend} is {binding.backend.place}")
         self.binding = binding
         self.counts = per_expert(inputs.contract)
+        self.counted = self._counted(inputs.contract)
         self.pages = self.experts = 0
-        for value in inputs.operands.values():
+        for name, value in inputs.operands.items():
             if isinstance(value, Pages):
                 self.pages = -(-ELEMENTS // (value.spec.block_size * max(width for _, width in value.spec.fields)))
                 self.near_spec = value.spec
-            elif isinstance(value, Weight):
-                self.experts = -(-ELEMENTS // prod(value.spec.shape[1:]))
+            elif name in self.counted:
+                self.experts = max(self.experts, -(-ELEMENTS // prod(value.spec.shape[1:])))
+
+    def _counted(self, contract: Contract) -> set[str]:
+        """The weights that hold experts: those whose rows are counted."""
+        signature = contract.signature
+        return {o.name for o in signature.of_kind("Weight") if self.counts and o.dims[:1] == signature[self.counts].dims}
 
     def moved(self, name: str, value: Any) -> Any:
         """An operand that counts pages or experts, counting from the far end."""
@@ -46,7 +53,10 @@ class Distant:
         return value
 
     def placed(self, value: Pages | Weight) -> Pages | Weight:
-        """A cache or an expert weight with what is in use at its far end."""
+        """A cache or experts' weights with what is in use at the far end; any other weight as it is."""
+        if isinstance(value, Weight) and value.spec.operand not in self.counted:
+            placed: Weight = value.place(self.binding)
+            return placed
         try:
             if isinstance(value, Weight):
                 shape = value.spec.shape

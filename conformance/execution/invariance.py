@@ -51,15 +51,17 @@ def disturbed(inputs: Inputs) -> tuple[Inputs, Array] | None:
     return moved, np.argsort(order)[1:]  # the poisoned row sorts first
 
 
-def restored(results: Mapping[str, Any], to: Array) -> dict[str, Any]:
+def restored(contract: Contract, results: Mapping[str, Any], to: Array) -> dict[str, Any]:
     """Results in the order of the call that was disturbed; those without its rows as they are."""
+    rows = independent(contract)
 
     def back(value: Any) -> Any:
         if isinstance(value, dict):
             return {part: back(array) for part, array in value.items()}
         return value[to] if value.shape[:1] == (len(to) + 1,) else value
 
-    return {name: back(value) for name, value in results.items()}
+    by_row = {r.name for r in contract.signature.results if r.dims[:1] == (rows,)}
+    return {name: back(value) if name in by_row else value for name, value in results.items()}
 
 
 def independent(contract: Contract) -> str:

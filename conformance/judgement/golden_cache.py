@@ -8,7 +8,6 @@ references and of what they call, NumPy's version and the kind of processor. A b
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import platform
 import tempfile
@@ -18,13 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs
 from porthal.conformance.level import SUITE
-from porthal.hal import Operand
+from porthal.hal import Contract, Operand
 from porthal.hal.dtypes import dtype
 
 LIMIT = 2**32  # bytes of all entries
@@ -92,7 +90,7 @@ def key(inputs: Inputs, part: str) -> str:
     """The hash of all that a part of the golden values depends on."""
     digest = hashlib.blake2b(digest_size=20)
     facts = inputs.contract.name, inputs.contract.version, part, inputs.case.stream, sorted(inputs.attrs.items())
-    digest.update(repr((*facts, _sources(inputs.contract.reference))).encode())
+    digest.update(repr((*facts, _sources(inputs.contract))).encode())
     for name, array in _arrays(inputs):
         digest.update(f"{name} {dtype(array)} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -108,11 +106,12 @@ def _arrays(inputs: Inputs) -> Iterator[tuple[str, Array]]:
 
 
 @cache
-def _sources(reference: Callable[..., Any]) -> str:
-    """Hash of the programs that compute golden values: the reference's own file, all of ops and hal, and the budget."""
+def _sources(contract: Contract) -> str:
+    """Hash of the programs that compute golden values: the reference's folder, all of ops and hal, and the budget."""
     from porthal import hal, ops
 
-    files = [Path(inspect.getsourcefile(inspect.unwrap(reference)) or ""), Path(__file__).with_name("golden.py")]
+    here = Path(__file__)
+    files = [here.with_name("golden.py"), here.parents[1] / "execution" / "invariance.py", *contract.files()]
     for package in (hal, ops):
         files += sorted(Path(package.__path__[0]).rglob("*.py"))
     digest = hashlib.blake2b(f"{SUITE} {np.__version__} {platform.machine()}".encode())
@@ -143,7 +142,7 @@ def _keep(file: Path, arrays: Arrays) -> None:
 def trim(limit: int) -> None:
     """Remove the entries not used for longest, until the rest is within `limit` bytes."""
     with os.scandir(folder()) as entries:
-        known = [(e.stat(), e.path) for e in entries if e.name.endswith((".npz", ".part"))]
+        known = [(e.stat(), e.path) for e in entries if e.name.endswith((".npz", ".part", ".jsonl"))]
     total = sum(s.st_size for s, _ in known)
     for stat, path in sorted(known, key=lambda e: e[0].st_mtime):
         if total <= limit:

@@ -7,6 +7,7 @@ backend that claims less shows the fraction.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from porthal.hal.contract import Contract
 
 DTYPE = "bfloat16"
 NONE = "none"
+VIA = re.compile(r",via=[^,]*,")
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,17 @@ def is_required(case: Case) -> bool:
 
 
 def reached(op: str, level: str, results: Sequence[Result]) -> Reached:
-    """The level of one op: reached when own kernels passed all required cases, or compositions of own kernels alone."""
+    """The level of one op: reached when own kernels passed all required cases, or compositions of own kernels alone.
+
+    Where there are kernels of several providers, what each of them takes must pass.
+    """
     wanted = {case.token for case in required(contracts()[op], level)}
     within = [r for r in results if r.op == op and r.token in wanted]
     own = [r for r in within if r.own and r.verdict != "UNCLAIMED"]
     passed = sum(r.verdict == "PASS" for r in own)
     counted = len(own), passed, len(wanted)
+    if any(r.failed and VIA.sub(",", r.token) in wanted for r in results if r.op == op):
+        return Reached(NONE, "failed", *counted)
     if wanted and passed == len(wanted):
         return Reached(level, "", *counted)
     return Reached(NONE, _why(own, within, len(wanted), [r for r in results if r.op == op]), *counted)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree
 
 from porthal.conformance.level import SUITE
@@ -21,6 +21,7 @@ from porthal.conformance.report.page import REPEATED, report_page
 from porthal.conformance.report.reached import Reached, overall, reached
 from porthal.conformance.report.results import NOT_RUN, STATUSES, Result, Row, replay_command
 from porthal.conformance.report.waivers import Waiver, verify, waive
+from porthal.conformance.verdicts import Verdict
 from porthal.hal import Backend, UsageError, contracts
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class Report:
     def not_run(self) -> list[str]:
         """Which inherited cases were not run again, and why."""
         notes = Counter(r.note.partition(": ")[2] for r in self.results if r.note.startswith(NOT_RUN))
-        return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}" for why, n in notes.items()]
+        how = "set PORTHAL_CACHE to an empty folder to run them"
+        return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}; {how}" for why, n in notes.items()]
 
     @property
     def exit_code(self) -> int:
@@ -159,6 +161,7 @@ class Report:
             )
         try:
             results = tuple(Result(**r | {"foreign": tuple(r["foreign"])}) for r in data["results"])
+            _check(results)
             levels = {op: Reached(**r) for op, r in data["levels"].items()}
             known = tuple(
                 Waiver(**w | {"expires": w["expires"] and date.fromisoformat(w["expires"])}) for w in data["waivers"]
@@ -219,7 +222,7 @@ class Report:
         for alike in self.causes:
             yield from (f"{r.verdict} {r.message}\n  {self.replay(r)}" for r in alike[:REPEATED])
             if len(alike) > REPEATED:
-                yield f"  and {len(alike) - REPEATED} more of {alike[0].op} like these"
+                yield f"  and {len(alike) - REPEATED} more of {alike[0].op} like these, all of them in --json and --html"
 
     def junit(self) -> str:
         """JUnit XML: a suite per op, a testcase per case; a failure carries the command that repeats it."""
@@ -249,6 +252,22 @@ class Report:
     def html(self) -> str:
         """One page without external resources."""
         return report_page(self)
+
+
+def _check(results: Sequence[Result]) -> None:
+    """Raise TypeError or ValueError where a run writes no such results."""
+    if not results:
+        raise ValueError("it has no results")
+    kinds = {n: get_origin(kind) or kind for n, kind in get_type_hints(Result).items()}
+    closed = {"verdict": get_args(Verdict), "status": STATUSES}
+    for i, result in enumerate(results, 1):
+        for name, kind in kinds.items():
+            value = getattr(result, name)
+            items = value if kind is tuple else ()
+            if (type(value) is not kind and (kind, type(value)) != (float, int)) or any(type(v) is not str for v in items):
+                raise TypeError(f"{name} of result {i} is {value!r}, expected {kind.__name__}")
+            if value not in closed.get(name, (value,)):
+                raise ValueError(f"{name} of result {i} is {value!r}, expected one of {', '.join(closed[name])}")
 
 
 def _printable(text: str) -> str:

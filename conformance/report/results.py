@@ -114,11 +114,11 @@ class Result:
 NOT_RUN = "not run again"
 
 
-def reused(passed: Result, owner: str, composed: bool) -> Result:
+def reused(passed: Result, owner: str) -> Result:
     """What a base has passed, as a result of the backend that inherits it unchanged."""
     note = f"{NOT_RUN}: {owner} has passed it with the same kernels, services, sources and versions"
-    result = replace(passed, status="inherited", owner=owner, note=note, seconds=0.0)
-    return replace(result, status="composed", owner="") if composed else result
+    result = replace(passed, note=note, seconds=0.0)
+    return result if result.status == "composed" else replace(result, status="inherited", owner=owner, foreign=(result.op,))
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
 """Inherited cases that need not run again: the backend they are inherited from has passed them in the same circumstances.
 
-The same means: the kernels of the op and of what it is composed of, every service of the backend (a plugin that
-overrides one runs all cases), level, device, place, the sources of all that takes part, the versions of what is
-installed, and the settings of NumPy and PyTorch that a plugin may change for its whole process. Only what passed is kept,
-as a line in a file beside the golden values. A chip's own kernels always run.
+The same means: the kernels of the op and of what it is composed of, which call nothing that the plugin overrides; no
+service of the base overridden; level, device, place, the sources and native code of all that takes part, the versions of
+what is installed, the processor, and the settings of NumPy and PyTorch that a package may change for its whole process.
+Only what passed is kept, as a line in a file beside the golden values. A chip's own kernels always run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import CodeType
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,12 +30,7 @@ from porthal.conformance.report.facts import environment
 from porthal.conformance.report.results import Result, reused
 from porthal.hal import Backend, contracts
 
-# What a kernel may ask of its backend, and what decides which kernel it is.
-SERVICES = (
-    *("__init__", "place", "from_numpy", "to_numpy", "empty", "refuses_array", "plan", "alloc_pages", "prepare"),
-    *("from_logical", "to_logical", "rows", "derive", "candidates", "refuses"),
-)
-Kernels = list[list[str]]  # owner and provider of each, the first choice first
+Kernels = dict[str, list[list[str]]]  # op -> owner and provider of each kernel, the first choice first
 
 
 class Proven:
@@ -40,44 +38,83 @@ class Proven:
 
     def __init__(self, backend: Backend, level: str) -> None:
         self.backend, self.level = backend, level
-        bases = [c for c in type(backend).__mro__ if issubclass(c, Backend) and vars(c).get("name")]
-        untouched = [c for c in bases if all(getattr(c, s) is getattr(type(backend), s) for s in SERVICES)]
-        self.files = {c.name: folder() / f"proven-{self._circumstances(c)}.jsonl" for c in untouched}
-        self.known = {name: dict(_lines(file)) for name, file in self.files.items() if name != backend.name}
+        chain = [c for c in type(backend).__mro__ if issubclass(c, Backend) and vars(c).get("name")]
+        known, self.plugin = set(contracts()), cast("Any", type(backend))
+        self.bases: dict[str, Any] = {c.name: c for c in chain if overridden(self.plugin, cast("Any", c)) <= known}
+        self.files = {name: folder() / f"proven-{self._circumstances(c)}.jsonl" for name, c in self.bases.items()}
+        self.known = {name: dict(_lines(file)) for name, file in self.files.items()}
 
     def recall(self, case: Case) -> Result | None:
         """The result of a case that a base has passed, as that of the kernel inherited from it."""
         for owner, known in self.known.items():
-            if (line := known.get(case.token)) and self._kernels(line["kernels"]) == line["kernels"]:
-                return reused(Result(**line["result"]), owner, composed=not line["kernels"][case.op])
+            line = known.get(case.token)
+            if owner != self.backend.name and line and self._kernels(list(line["kernels"]), owner) == line["kernels"]:
+                return reused(Result(**line["result"]), owner)
         return None
 
     def keep(self, case: Case, bound: Bound, result: Result) -> None:
-        """Remember a case that passed, if every kernel in it is of one base and none of its services is changed."""
+        """Remember a case that passed, if every kernel in it is of one base and does what it does there.
+
+        A base's own fusion of a composite proves nothing: who inherits from it may compose that of other ops.
+        """
         owners = {choice.owner for choice in bound.made_of if choice.status != "composed"}
         if result.verdict != "PASS" or len(owners) != 1 or (owner := owners.pop()) not in self.files:
             return
-        kernels = self._kernels([choice.op for choice in bound.made_of])
-        line = json.dumps({"result": vars(result), "kernels": kernels})
+        kernels = self._kernels([choice.op for choice in bound.made_of], owner)
+        fused = owner == self.backend.name and contracts()[case.op].decomposition
+        if kernels is None or fused or case.token in self.known[owner]:
+            return
+        self.known[owner][case.token] = kept = {"result": vars(result), "kernels": kernels}
         with suppress(OSError):
             self.files[owner].parent.mkdir(parents=True, exist_ok=True)
             with self.files[owner].open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(kept) + "\n")
 
-    def _kernels(self, ops: object) -> dict[str, Kernels]:
-        """All kernels that the backend has for these ops, which decide what each call gets."""
-        assert isinstance(ops, (list, dict))
-        known = contracts()
-        return {op: [[k.owner, k.provider] for k in self.backend.candidates(known[op])] for op in ops}
+    def _kernels(self, ops: list[str], owner: str) -> Kernels | None:
+        """All kernels that the backend has for these ops, which decide what each call gets; None if one calls its own."""
+        base, known = self.bases[owner], contracts()
+        if any(called(base, op) & overridden(self.plugin, base) for op in ops):
+            return None
+        return {op: [[k.owner, k.provider] for k in self.backend.candidates(known[op])] for op in ops if op in known}
 
     def _circumstances(self, base: type[Backend]) -> str:
         versions = {name: contract.version for name, contract in contracts().items()}
-        where = self.backend.device, self.backend.place, platform.processor()
-        facts = SUITE, self.level, where, environment(base), versions, settings()
-        digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
-        for file in _sources(base):
+        installed = sorted({**environment(base), **environment(self.plugin)}.items())
+        where = self.backend.device, self.backend.place, _processor()
+        digest = hashlib.blake2b(
+            repr((SUITE, self.level, where, installed, versions, settings())).encode(), digest_size=16
+        )
+        for file in sources(base):
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
+
+
+@cache
+def overridden(plugin: type[Any], base: type[Any]) -> frozenset[str]:
+    """What the base has and the classes above it define anew, besides a name."""
+    above = plugin.__mro__[: plugin.__mro__.index(base)]
+    every_class_has = {"name", "__annotations__", *vars(type("Empty", (base,), {"__doc__": ""}))}
+    return frozenset(n for c in above for n in vars(c) if hasattr(base, n) and n not in every_class_has)
+
+
+@cache
+def called(base: type[Any], method: str) -> frozenset[str]:
+    """The names that a method of the base uses, and those that the methods of these names use."""
+    found: set[str] = set()
+    left = [method]
+    while left:
+        function = inspect.unwrap(getattr(base, left.pop(), None))  # type: ignore[arg-type]
+        names = set(_names(code)) if (code := getattr(function, "__code__", None)) else set()
+        left += names - found
+        found |= names
+    return frozenset(found)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
 
 
 def settings() -> list[Any]:
@@ -95,20 +132,32 @@ def settings() -> list[Any]:
     return found
 
 
-def _sources(base: type[Backend]) -> Iterator[Path]:
-    """Whatever computes and judges: hal, ops, conformance, and the packages of the base and of what that is based on."""
+def sources(base: type[Backend]) -> Iterator[Path]:
+    """Whatever computes and judges: hal, ops, conformance, contracts from elsewhere, and the packages of the base and of
+    what that is based on, with the native code that they have loaded."""
     root = Path(str(sys.modules["porthal"].__file__)).parent
-    folders = [root / room for room in ("hal", "ops", "conformance")]
-    folders += [Path(str(sys.modules[c.__module__].__file__)).parent for c in base.__mro__ if vars(c).get("name")]
-    for place in folders:
-        yield from sorted(file for file in place.rglob("*") if file.suffix in (".py", ".so"))
+    for room in ("hal", "ops", "conformance"):
+        yield from sorted((root / room).rglob("*.py"))
+    yield from sorted({file for c in contracts().values() for file in c.files()} - set((root / "ops").resolve().glob("*.py")))
+    for c in base.__mro__:
+        if vars(c).get("name"):
+            yield from sorted(Path(str(sys.modules[c.__module__].__file__)).parent.rglob("*.py"))
+            package = c.__module__.rpartition(".")[0] + "."
+            loaded = [getattr(m, "__file__", None) for n, m in sys.modules.items() if n.startswith(package)]
+            yield from sorted(Path(file) for file in loaded if file and not file.endswith(".py"))
+
+
+def _processor() -> str:
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((line for line in file if line.startswith(("model name", "CPU part"))), platform.machine())
+    return platform.machine()
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is kept, by token; a line that was cut off is left out."""
     with suppress(OSError):
-        for text in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError):
                 line = json.loads(text)
                 line["result"]["foreign"] = tuple(line["result"]["foreign"])
                 yield line["result"]["token"], line

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from porthal.hal.errors import UsageError
 from porthal.hal.operands.batch import Batch
 from porthal.hal.operands.operand import Operand
 from porthal.hal.operands.pages import Pages, PagesSpec
@@ -34,4 +35,9 @@ KINDS: dict[str, type[Operand]] = {kind.__name__: kind for kind in (Weight, Page
 
 def kind_of(spec: Any) -> type[Operand]:
     """The kind of operand that a spec describes."""
-    return next(kind for kind in KINDS.values() if kind.Spec is not None and isinstance(spec, kind.Spec))
+    specs = {kind.Spec: kind for kind in KINDS.values() if kind.Spec is not None}
+    found = next((kind for described, kind in specs.items() if isinstance(spec, described)), None)
+    if found is None:
+        known = ", ".join(described.__name__ for described in specs)
+        raise UsageError(f"{type(spec).__name__} describes no kind of operand: expected one of {known}")
+    return found

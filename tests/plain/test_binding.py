@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from porthal.hal import (
     Backend,
     CallSpec,
     NotClaimed,
+    Recorder,
     UsageError,
+    Weight,
+    WeightSpec,
     at_most,
     bind,
     contracts,
@@ -83,6 +88,61 @@ def test_none_declines_what_the_base_would_give() -> None:
     assert bind(backend=Split()).choices["moe_experts"].status == "composed"
 
 
+def test_a_fused_kernel_of_a_base_is_inherited() -> None:
+    class Fused(Backend):
+        name = "fused"
+
+        def moe_experts(self, *operands: Any, **attrs: Any) -> Any:
+            return "fused"
+
+    class Plugin(Fused):
+        name = "plugin"
+
+    ops = bind(backend=Plugin(), overrides={})
+    assert (ops.choices["moe_experts"].status, ops.choices["moe_experts"].owner) == ("inherited", "fused")
+    assert ops.moe_experts() == "fused"
+
+
+def test_a_provider_of_a_base_is_not_the_backends() -> None:
+    class Smaller(OnSmall):
+        name = "smaller"
+
+    assert bind(backend=OnSmall(), overrides={"rms_norm": "via=small.norm"}).choices["rms_norm"].status == "own"
+    with pytest.raises(NotClaimed, match=r"^smaller has no kernel for rms_norm via 'small\.norm'"):
+        bind(backend=Smaller(), overrides={"rms_norm": "via=small.norm"})
+
+
+def test_a_provider_asked_for_that_refuses_is_not_replaced_by_the_composition() -> None:
+    class Narrow(Reference):
+        name = "narrow"
+
+        @limits(provider="narrow.fused", T=at_most(1))
+        def moe_experts(self, *operands: Any, **attrs: Any) -> Any:
+            return "fused"
+
+    calls = {"moe_experts": [CallSpec({"T": 2}, {}, {}, {})]}
+    assert bind(backend=Narrow(), profile=calls, overrides={}).choices["moe_experts"].status == "composed"
+    with pytest.raises(NotClaimed, match=r"narrow does not claim moe_experts .*T = 2, the kernel takes at most 1"):
+        bind(backend=Narrow(), profile=calls, overrides={"moe_experts": "via=narrow.fused"}, fallback="error")
+
+
+def test_a_weight_of_a_composite_is_prepared_for_the_inner_operand() -> None:
+    asked: list[WeightSpec] = []
+
+    class Packs(Reference):
+        name = "packs"
+
+        def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
+            asked.append(spec)
+            return super().prepare(spec, read, into)
+
+        def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any: ...
+
+    given = WeightSpec("mtp_input", "eh_proj", (4, 8), "float32")
+    bind(backend=Packs(), overrides={}).prepare(given, np.eye(4, 8, dtype=np.float32).__getitem__)
+    assert asked == [WeightSpec("linear", "w", (4, 8), "float32")]
+
+
 def test_the_reference_owns_composites_too() -> None:
     assert set(c.status for c in bind("reference").choices.values()) == {"own"}
 
@@ -127,7 +187,9 @@ def test_pages_survive_a_bridged_call() -> None:
     away = bind(backend=OnSmall(), overrides={"kv_write": "reference"})
     batch = Batch.build([2], [2], [[1]], 16)
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
-    pages = away.kv_write(away.alloc_pages(PagesSpec((("k", 4),), "float32", 2, 16)), batch, rows)
+    given = away.alloc_pages(PagesSpec((("k", 4),), "float32", 2, 16))
+    pages = away.kv_write(given, batch, rows)
+    assert (away.to_logical(given)["k"][16:18] == rows).all()  # written in place, as by a kernel at home
     assert away.choices["kv_write"].status == "fallback"
     assert ops.choices["kv_write"].status == "own"  # asking a backend for its own kernel changes nothing
     assert (away.to_logical(pages)["k"][16:18] == rows).all()
@@ -174,8 +236,6 @@ def test_wraps_run_outermost_first_and_see_the_inside_of_composites() -> None:
 
     ops = bind("reference", overrides={"mtp_input": "composed"}, wrap=(tag("a"), tag("b")))
     x = np.ones((1, 4), np.float32)
-    from porthal.hal import WeightSpec
-
     w = np.eye(4, 8, dtype=np.float32)
     eh = ops.prepare(WeightSpec("mtp_input", "eh_proj", (4, 8), "float32"), w.__getitem__)
     ops.mtp_input(x, x, x[0], x[0], eh, eps=1e-5)
@@ -210,6 +270,80 @@ def test_fronts_choose_by_the_call_and_follow_use() -> None:
     assert (y == 1).all()
     assert inside == "reference"
     assert other == [None]  # a new thread has the environment's policy
+
+
+@pytest.mark.parametrize(("variable", "value"), [("PORTHAL_OPS", "rms_norm=reference"), ("PORTHAL_FALLBACK", "reference")])
+def test_fronts_follow_a_policy_that_changes(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    backends = {"bare": Bare(), "reference": create("reference")}
+    monkeypatch.setattr(porthal.hal.binding, "_shared", backends.__getitem__)
+    for name, setting in (("PORTHAL_BACKEND", "bare"), ("PORTHAL_OPS", ""), ("PORTHAL_FALLBACK", "error")):
+        monkeypatch.setenv(name, setting)
+    x = np.ones((1, 4), np.float32)
+    before = os.environ[variable]
+    for setting in (value, before, value):
+        monkeypatch.setenv(variable, setting)
+        if setting == value:
+            assert porthal.ops.rms_norm(x, x[0])[0, 0] == pytest.approx(1, abs=1e-5)
+        else:
+            with pytest.raises(NotClaimed, match="bare does not claim rms_norm"):
+                porthal.ops.rms_norm(x, x[0])
+
+
+def test_each_class_derives_its_own_kernels() -> None:
+    class Lower(Backend):
+        name = "lower"
+
+        def derive(self, contract: Any) -> Any:
+            return lambda: "derived by lower"
+
+    class Upper(Lower):
+        name = "upper"
+
+        def derive(self, contract: Any) -> Any:
+            return lambda: "derived by upper"
+
+    kernels = [(k.owner, k.function()) for k in Upper().candidates(contracts()["add"])]
+    assert kernels == [("upper", "derived by upper"), ("lower", "derived by lower")]
+
+
+def test_a_recorder_forgets_a_call_that_failed() -> None:
+    def fails() -> None:
+        assert recorder.path == ["add"]
+        raise ZeroDivisionError
+
+    recorder = Recorder()
+    with pytest.raises(ZeroDivisionError):
+        recorder("add", fails)()
+    assert recorder.path == []
+
+
+FACTS = CallSpec({"T": (1, 8), "H": 4}, {"x": "float32"}, {"eps": 1e-5}, {"w": "none"})
+
+
+@pytest.mark.parametrize(
+    ("change", "covered"),
+    [
+        ({}, True),
+        ({"dims": {"T": 8, "H": 4}}, True),
+        ({"dims": {"T": 1}}, True),
+        ({"dims": {"T": 0, "H": 4}}, False),
+        ({"dims": {"T": 9, "H": 4}}, False),
+        ({"dims": {"T": 1, "H": 5}}, False),
+        ({"dims": {"T": 1, "H": 4, "K": 2}}, False),
+        ({"dtypes": {"x": "float16"}}, False),
+        ({"attrs": {"eps": 1e-6}}, False),
+        ({"schemes": {"w": "fp8"}}, False),
+        ({"schemes": {}}, False),
+    ],
+)
+def test_facts_cover_calls_that_are_equal_or_within_a_range(change: dict[str, Any], covered: bool) -> None:
+    assert FACTS.covers(replace(FACTS, **({"dims": {"T": 3, "H": 4}} | change))) is covered
+
+
+def test_facts_that_differ_in_anything_have_another_key() -> None:
+    changes: list[dict[str, Any]] = [{}, {"dims": {"T": 1}}, {"dtypes": {}}, {"attrs": {}}, {"schemes": {"w": "fp8"}}]
+    made = [replace(FACTS, **change) for change in changes]
+    assert len(set(made)) == len({spec.key() for spec in made}) == len(changes)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import porthal
 from porthal import conformance
 from porthal.cli.app import app
 from porthal.cli.stream import Printer
+from porthal.cli.text import check_writable
 from porthal.model import load
 from porthal.model.tokens import Bytes
 from tests.oracles import tiny
@@ -373,9 +374,11 @@ def test_a_pass_on_an_emulated_device_says_so():
         (["conform", "--op", "rms_nrom"], "porthal: unknown op 'rms_nrom'"),
         (["conform", "--level", "easy"], "'easy' is not one of 'bring-up', 'standard', 'strict'"),
         (["conform", "--json", "{tmp}/none/r.json"], "porthal: cannot write {tmp}/none/r.json"),
-        (["conform", "--html", "{tmp}"], "porthal: cannot write {tmp}: expected a file name"),
+        (["conform", "--html", "{tmp}"], "porthal: cannot write {tmp}: Is a directory, expected a file name"),
+        (["conform", "--html", "/proc/porthal.html"], "porthal: cannot write /proc/porthal.html: "),
         (["conform", "--emulated"], "porthal: --emulated with --backend not given: expected one of ascend"),
         (["conform", "--emulated", "--backend", "cpu"], "porthal: --emulated with --backend cpu: expected one of ascend"),
+        (["replay", "liner,T=2,K=3,N=4,0"], "unknown op 'liner', did you mean 'linear'?"),
         (["replay", "nonsense"], "porthal: 'nonsense' is not a case token"),
         (["replay", "rms_norm,T=7,what,0"], "porthal: case token part 'what' does not apply to rms_norm"),
         (["replay", "add,T=1,H=7,0", "--backend", "nope"], "porthal: unknown backend 'nope'"),
@@ -387,6 +390,15 @@ def test_conform_refuses_with_a_sentence(run, tmp_path, monkeypatch, args, sente
     assert (code, out) == (2, "")
     assert sentence.format(tmp=tmp_path) in err
     assert "Traceback" not in err and (err.count("\n") == 1 or "Usage:" in err)
+
+
+def test_the_check_before_the_work_leaves_files_as_they_are(tmp_path):
+    kept, new, link = tmp_path / "kept", tmp_path / "new", tmp_path / "link"
+    kept.write_text("old")
+    link.symlink_to(new)
+    for file in (kept, new, link, None, Path("/dev/stdout")):
+        check_writable(file)
+    assert sorted(tmp_path.iterdir()) == [kept, link] and link.is_symlink() and kept.read_text() == "old"
 
 
 # -- the plugin of the porting guide ---------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
         ('{"schema": 1, "results": []}', "{} is a report of schema 1, expected " + str(SCHEMA)),
         (HEAD + '[{"token": "add"}]}', "{} is a damaged report (KeyError: 'foreign'): write it again"),
         (HEAD + '[{"foreign": []}]}', "{} is a damaged report (TypeError: "),
-        (HEAD + "[]}", "{} is a damaged report (KeyError: 'levels'): write it again"),
+        (HEAD + "[]}", "{} is a damaged report (ValueError: it has no results): write it again"),
         (b"\xff\xfe", "cannot read {}: it is not text"),
     ],
 )
@@ -142,6 +142,29 @@ def test_a_missing_or_damaged_file_gets_one_sentence(capsys, tmp_path, fine, tex
     code, out, err = command(capsys, "compare", a, b)
     assert (code, out) == (2, "")
     assert err.startswith("porthal: " + sentence.format(b)) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"worst": "0.5"}, "TypeError: worst of result 2 is '0.5', expected float"),
+        ({"z": True}, "TypeError: z of result 2 is True, expected float"),
+        ({"token": 7}, "TypeError: token of result 2 is 7, expected str"),
+        ({"foreign": [7]}, "TypeError: foreign of result 2 is (7,), expected tuple"),
+        ({"verdict": "OK"}, "ValueError: verdict of result 2 is 'OK', expected one of PASS, FAIL_VALUE, "),
+        ({"status": "mine"}, "ValueError: status of result 2 is 'mine', expected one of own, inherited, "),
+        ({"worst": 0}, ""),
+    ],
+)
+def test_a_report_with_a_damaged_result_is_refused(fine, change, why):
+    data = json.loads(fine.json())
+    data["results"][1] |= change
+    if not why:
+        assert Report.from_json(json.dumps(data)).results[1].worst == 0
+        return
+    with pytest.raises(UsageError) as error:
+        Report.from_json(json.dumps(data))
+    assert str(error.value).startswith(f"a damaged report ({why}") and str(error.value).endswith("): write it again")
 
 
 # -- the forms of a report -------------------------------------------------------------------------------------------

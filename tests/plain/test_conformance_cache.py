@@ -82,6 +82,14 @@ def test_other_operands_under_the_same_token_have_their_own_entry(folder: Path, 
     assert np.array_equal(Golden(given).spread()["y"].value, clean.value) and calls == []
 
 
+def test_the_key_follows_the_names_of_operands() -> None:
+    """The same bytes mean another call as the operand beside."""
+    given = inputs("add")
+    a = given.operands["a"]
+    calls = {"a": a, "b": None}, {"a": None, "b": a}
+    assert len({cache.key(replace(given, operands=operands), "results") for operands in calls}) == 2
+
+
 def test_the_key_follows_attributes_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs("rms_norm")
     keys = [cache.key(given, "results"), cache.key(given, "scores")]

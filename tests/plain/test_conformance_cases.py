@@ -96,6 +96,15 @@ def test_other_text_is_refused(token):
         Case.from_token(token)
 
 
+@pytest.mark.parametrize("part", ["batch=decode", "block_size=64", "view=rows", "fault=shape", "via=a"])
+def test_a_part_given_twice_is_refused(part):
+    parts = ["topk", "T=2", "k=7", "batch=decode", "block_size=64"]
+    once = parts if part in parts else [*parts, part]
+    assert part in Case.from_token(",".join([*once, "0"])).token.split(",")
+    with pytest.raises(UsageError):
+        Case.from_token(",".join([*once, part, "0"]))
+
+
 def test_unknown_level_is_refused():
     with pytest.raises(UsageError, match="bring-up"):
         cases(contracts()["add"], "quick")
@@ -159,6 +168,18 @@ def test_narrow_rounds_like_exact_integers():
             assert Fraction(float(exact)) == exact
             step = Fraction(2) ** max(e + 2 - precision, lowest)
             assert got == round(exact / step) * step, (kind, e, m, b)
+
+
+def test_operands_are_adjusted_as_their_contract_says(monkeypatch):
+    """Two of three drafts are made likely, by 8 above what was drawn."""
+    contract = contracts()["speculative_verify"]
+    case = Case.from_token("speculative_verify,R=7,V=256,n=3,0")
+    found = build(case).operands
+    monkeypatch.setattr(contract, "adjust", None)
+    drawn = build(case).operands
+    more = np.take_along_axis((found["logits"] - drawn["logits"])[:, :-1], found["draft"][..., None], 2)[..., 0]
+    r, i = np.indices(more.shape)
+    assert np.array_equal(np.rint(more), np.where((r + i) % 3 != 2, 8, 0))
 
 
 # -- poison ----------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_references_follow_their_rows(op: str) -> None:
     inputs = build(home(op))
     call, to = disturbed(inputs) or pytest.fail("nothing to disturb")
     before = logical(Golden(inputs).results())
-    after = restored(logical(Golden(call).results()), to)
+    after = restored(call.contract, logical(Golden(call).results()), to)
     for a, b in zip(flat(before), flat(after), strict=True):
         assert a.shape == b.shape
         assert np.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -169,3 +169,30 @@ def test_a_slow_kernel_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert check(home("add"), Bindings(backend(add=add)), "strict").verdict == "PASS"
     assert same(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "operand", "call"), [("add", "b", 1), ("linear", "w", 1), ("add", "b", "other rows"), ("add", "b", "next")]
+)
+def test_what_any_of_the_calls_may_not_write_is_watched(op: str, operand: str, call: Any) -> None:
+    """The second run, the run among other rows and the one that follows all count, as the first does."""
+    calls = []
+
+    def kernel(self: Any, x: Any, other: Any, **attrs: Any) -> Any:
+        y = truth(op)(self, x, other, **attrs)
+        poisoned_row = np.isnan(x.astype(np.float32)).any()
+        n = "other rows" if poisoned_row else "next" if calls and not np.array_equal(x, calls[0]) else len(calls)
+        calls.append(x.copy())
+        if n == call:
+            getattr(other, "native", other)[...] = 0
+        return y
+
+    dtypes = ((next(iter(contracts()[op].signature.operands)).name, "float32"),)
+    result = check(home(op, dtypes=dtypes), Bindings(backend(**{op: kernel})))
+    assert (result.verdict, operand in result.message) == ("FAIL_WROTE_OUTSIDE", True)
+
+
+def test_pages_with_as_many_slots_as_rows_keep_their_order() -> None:
+    """63 rows and one poisoned, in a cache of 64 slots."""
+    token = "kv_write,T=63,A=128,B=64,pages:bf16,batch=63/0,block_size=16,0"
+    assert check(Case.from_token(token), Bindings(backend())).verdict == "PASS"

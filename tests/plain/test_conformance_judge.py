@@ -12,6 +12,7 @@ from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.execution.placing import MARGIN
+from porthal.conformance.judgement.choices import judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.judge import judge_floats
 from porthal.conformance.level import LEVELS
@@ -19,6 +20,8 @@ from porthal.conformance.runner.check import check
 from porthal.conformance.runner.runs import run
 from porthal.conformance.verdicts import Failed
 from porthal.hal import contracts, create, narrow, widen
+from porthal.hal.numerics import single as held
+from porthal.hal.numerics import total
 from tests.honest import (
     HONEST,
     backend,
@@ -343,6 +346,17 @@ def test_nan_is_compared_by_position():
     assert judged([np.nan], [np.inf]) == "FAIL_VALUE"
 
 
+def test_each_block_has_its_own_places_and_budget(monkeypatch):
+    monkeypatch.setattr("porthal.conformance.judgement.judge.BLOCK", 4)
+    inputs, g = build(Case.from_token("add,T=1,H=7,a:fp32,0")), np.ones((2, 5))
+    most = np.where(np.arange(10).reshape(2, 5) < 4, 0.5, 0.0)
+    never, off = np.ones((2, 5), np.float32), np.ones((2, 5), np.float32)
+    never[1, 2], off[1, 2] = np.nan, 1.25
+    for y, message in ((never, r"y\[1, 2\] is nan, expected 1;"), (off, r"y\[1, 2\] is 1\.25, expected 1: off by ")):
+        with pytest.raises(Failed, match=message):
+            judge_floats(inputs, "y", y, Spread(g, most / 6, most), LEVELS["bring-up"])
+
+
 def test_zeros_within_a_wide_budget_are_not_trusted():
     g = np.full((4, 8), 1e-3)
     assert judged(g, g, most=1.0) == "PASS"
@@ -364,6 +378,61 @@ def test_no_budget_vanishes_by_chance(token):
     relative = spread.most[there] / np.abs(spread.value[there])
     assert relative.min() > 2**-24
     assert (spread.most <= 6 * spread.sigma).all()
+
+
+PIECEWISE = {
+    "rms_norm": "rms_norm,T=17,H=96,x:fp16,0",
+    "rope": "rope,T=17,N=2,D=8,theta=10000.0,layout=half,start=0,width=8,x:bf16,batch=mixed,block_size=64,0",
+    "moe_route": "moe_route,T=17,E=16,k=8,scale=2.5,0",
+}
+
+
+@pytest.mark.parametrize("op", PIECEWISE)
+def test_the_pieces_of_a_reference_make_the_whole(op, monkeypatch):
+    """Bit for bit; moe_route's weights are those of a choice, which is cut with the rows."""
+    inputs = build(Case.from_token(PIECEWISE[op]))
+    golden = Golden(inputs)
+    choice = [golden.results()["ids"][:, ::-1].copy()] if op == "moe_route" else []
+    function = inputs.contract.finish if choice else None
+    same_in_pieces(golden, function, choice, monkeypatch)
+
+
+def test_a_reference_that_goes_row_by_row_is_taken_whole(monkeypatch):
+    """It is perturbed at as many points as it has rows, so that a piece has other ones."""
+
+    def by_rows(x, weight, gain, *, eps):
+        return np.stack([held(row * scale / total(np.square(row))) for row, scale in zip(x, gain)])
+
+    same_in_pieces(Golden(build(Case.from_token(PIECEWISE["rms_norm"]))), by_rows, [np.arange(1.0, 18.0)], monkeypatch)
+
+
+def same_in_pieces(golden, function, extra, monkeypatch):
+    found = []
+    for piece in (2**30, 1):
+        monkeypatch.setattr("porthal.conformance.judgement.golden.PIECE", piece)
+        assert (len(golden._pieces(tuple(extra))) > 2) is (piece == 1)
+        found.append(golden._perturbed(function, *extra))
+    whole, pieces = found
+    assert whole.keys() == pieces.keys() and whole
+    for key, spread in whole.items():
+        assert (spread.most > 0).any(axis=-1).all()
+        for part in ("value", "sigma", "most"):
+            assert np.array_equal(getattr(spread, part), getattr(pieces[key], part)), (key, part)
+
+
+def test_what_a_chip_may_flush_widens_sigma_as_well():
+    wider = Spread(np.zeros(2), np.array([3.0, 0.0]), np.array([5.0, 0.0])).wider(np.array([4.0, 2.0]))
+    assert wider.sigma.tolist() == [5, 2] and wider.most.tolist() == [9, 2]
+
+
+def test_a_choice_among_groups_may_be_that_of_flushed_scores():
+    """A chip that flushes denormals sees equal groups, and takes the first."""
+    inputs = build(Case.from_token("moe_route,T=17,E=16,k=1,scale=2.5,n_group=8,topk_group=1,0"))
+    logits = np.broadcast_to(np.linspace(-94, -90, 16, dtype=np.float32), (17, 16)) - np.arange(17)[:, None] / 16
+    operands = dict(inputs.operands, logits=logits.astype(np.float32), bias=np.zeros(16, np.float32))
+    golden = Golden(replace(inputs, operands=operands))
+    assert (golden.results()["ids"] == 15).all()
+    judge_top(golden, np.zeros((17, 1), np.int32), LEVELS["strict"], "lowest")
 
 
 def test_a_declared_order_of_ties_is_accepted_and_said():

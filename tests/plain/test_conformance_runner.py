@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from html import escape as html_escape
+from math import prod
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.inputs import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution import distant
 from porthal.conformance.execution.bindings import Bindings, parts
 from porthal.conformance.execution.call import ABREAST
 from porthal.conformance.execution.placing import MARGIN, poison, poisoned
@@ -25,7 +27,7 @@ from porthal.conformance.report.report import SCHEMA
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import check
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import Backend, UsageError, contracts, create, limits, one_of
+from porthal.hal import Backend, UsageError, Weight, contracts, create, limits, one_of
 from tests import inner
 
 
@@ -84,6 +86,39 @@ def test_composites_claim_their_parts_call_by_call():
     found = parts(build(case))
     assert sorted(found) == ["head_linear", "linear", "mla_output"]
     assert found["linear"][0].dims["N"] == dict(case.dims)["H"]
+
+
+def test_a_part_has_to_take_every_shape_of_a_composite():
+    inputs = build(Case.from_token("moe_layer,T=7,H=128,I=96,S=96,E=8,k=8,x:fp32,0"))
+    assert [spec.dims["N"] for spec in parts(inputs)["linear"]] == [192, 128]
+    for taken, foreign in (((192, 128), False), ((192,), True), ((128,), True)):
+        made = backend(linear=limits(N=one_of(*taken))(truth("linear")))
+        assert ("linear" in Bindings(made).bound(inputs).foreign) is foreign
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "mla_prolog,T=2,H=96,Q=32,N=1,D=32,C=64,R=8,theta=10000.0,eps=1e-05,h:fp32,batch=decode,block_size=4,view=beyond,0",
+        "index_prolog,T=2,Q=32,H=96,G=1,D=32,theta=10000.0,width=8,qr:fp32,batch=decode,block_size=4,view=beyond,0",
+        "grouped_gemm,M=16,K=40,N=24,E=3,x:fp32,view=beyond,0",
+    ],
+)
+def test_far_caches_and_experts_give_what_near_ones_do(token, monkeypatch):
+    """Only what has pages or experts lies far: other weights keep their shape."""
+    monkeypatch.setattr(distant, "ELEMENTS", 2**14)
+    case, shapes = Case.from_token(token), []
+
+    def kernel(self, *operands, **attrs):
+        shapes.append([o.spec.shape for o in operands if isinstance(o, Weight)])
+        return truth(case.op)(self, *operands, **attrs)
+
+    assert check(case, Bindings(backend(place="hardware", **{case.op: kernel}))).explain().startswith("PASS")
+    near = [o.spec.shape for o in build(case).operands.values() if isinstance(o, Weight)]
+    if case.op == "grouped_gemm":
+        assert all((far[0] - 3) * prod(far[1:]) >= 2**14 for (far,) in shapes)
+    else:
+        assert all(far == near for far in shapes)
 
 
 def test_progress_sees_every_case():

@@ -27,9 +27,9 @@ from porthal.conformance.judgement.saved import read
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.journal import Journal
 from porthal.conformance.report.results import Result
-from porthal.conformance.runner.workers import Bounds
+from porthal.conformance.runner.workers import Bounds, Group, Setup
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import UsageError, contracts, create
+from porthal.hal import Choice, UsageError, contracts, create
 from tests import inner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,6 +279,23 @@ def test_isolated_or_not_the_verdicts_are_the_same() -> None:
 def test_bounds_are_positive(name: str) -> None:
     with pytest.raises(UsageError, match=f"^{name} is 0: expected more than 0$"):
         Bounds(**{name: 0})
+
+
+def test_ranks_are_numbered_and_the_kernel_named_is_that_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answering:
+        """A worker without a process."""
+
+        def __init__(self, setup: Setup) -> None:
+            self.setup = setup
+
+        def received(self) -> list[Choice]:
+            return [Choice("add", "own", f"rank {self.setup.rank}", "", "")]
+
+    monkeypatch.setattr("porthal.conformance.runner.workers.Worker", Answering)
+    group = Group(Setup("reference", "bring-up", False, 3.0, ranks=3))
+    assert [worker.setup.rank for worker in group.workers] == [0, 1, 2]
+    assert group.answer() is None
+    assert group.choice == Choice("add", "own", "rank 0", "", "")
 
 
 # -- journals --------------------------------------------------------------------------------------------------------

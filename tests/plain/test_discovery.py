@@ -272,5 +272,8 @@ def test_best_takes_the_first_that_is_available(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(discovery, "probe", lambda name: Probe("available" if name in here else "not here"))
     assert best() == "torch"
     here.clear()
+    here.add("reference")  # the last of them has rank 0
+    assert best() == "reference"
+    here.clear()
     with pytest.raises(discovery.Unavailable, match=r"^no backend is available: reinstall porthal$"):
         best()

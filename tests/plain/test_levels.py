@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 
@@ -11,6 +12,7 @@ from porthal.cli import app as cli
 from porthal.conformance import run
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.plan import cases
+from porthal.conformance.level import LEVELS
 from porthal.conformance.report.reached import Reached, called, is_required, members, overall, reached, required
 from porthal.hal import UsageError, contracts, create, limits, multiple_of, one_of
 from porthal.model.config import Config
@@ -56,6 +58,27 @@ def test_every_op_has_required_cases_at_every_level(op):
         wanted = required(contracts()[op], level)
         assert wanted and {c.token for c in wanted} < {c.token for c in cases(contracts()[op], level)}
         assert not any(c.fault and is_required(c) and c.op not in ("index_prolog", "page_copy", "sample") for c in wanted)
+
+
+# -- the levels themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lower", "upper"), list(pairwise(LEVELS.values())))
+def test_each_level_is_at_least_as_strict_as_the_one_below(lower, upper):
+    for field in fields(lower):
+        below, above = getattr(lower, field.name), getattr(upper, field.name)
+        if isinstance(below, tuple):
+            assert set(below) <= set(above), field.name
+        elif field.name in ("pointwise", "whole", "row"):  # what is permitted
+            assert below > above, field.name
+        elif field.name != "name":
+            assert below <= above, field.name
+
+
+def test_what_levels_promise():
+    promised = {n: (v.runs, v.pointwise, v.whole, v.row) for n, v in LEVELS.items()}
+    assert promised == {"bring-up": (2, 4, 4, 8), "standard": (3, 2, 2, 4), "strict": (50, 1, 1.25, 2)}
+    assert LEVELS["strict"].production_batches == ("decode", "mixed", "chunked", "padded", "idle")
 
 
 # -- what is reached -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from porthal.hal.numerics import (
     ROUNDED,
     ROUNDED_TO_ZERO,
     U_ACC,
+    Known,
     _contract,
     _noise,
     choose,
@@ -29,6 +30,7 @@ from porthal.hal.numerics import (
     sigmoid,
     single,
     softmax,
+    softmax_slack,
     total,
 )
 
@@ -301,6 +303,44 @@ def test_every_reference_with_a_point_names_a_dtype_that_exists() -> None:
     assert found >= 20
 
 
+# -- products known from another run --------------------------------------------------------------------------------
+
+Pair = tuple[Any, Any]  # the operands of a product
+
+
+def last_row_changed(x: Any) -> Any:
+    return np.concatenate([x[:-1], 2 - x[-1:]])
+
+
+RUNS: dict[str, Any] = {
+    "alike": lambda x, y: [(x, y), (x.copy(), y.copy())],
+    "the first differs": lambda x, y: [(x, y), (x + 1, y)],
+    "the second differs": lambda x, y: [(x, y), (x, y + 1)],
+    "both differ": lambda x, y: [(x, y), (x + 1, y + 1)],
+    "the first differs in its last row": lambda x, y: [(x, y), (last_row_changed(x), y)],
+    "the second differs in its last row": lambda x, y: [(x, y), (x, last_row_changed(y))],
+    "the same address with other strides": lambda x, y: [(x, y), (x.T, y)],
+    "another address with the same strides": lambda x, y: [(x[:3], y), (x[3:], y)],
+    "whole numbers": lambda x, y: [(x.astype(np.int32), y), (last_row_changed(x.astype(np.int32)), y)],
+    "truth": lambda x, y: [(x > 0, y), (x > 0, y), (last_row_changed(x > 0) != 0, y)],
+    "the same bits of another type": lambda x, y: [(x, y), (x.view(np.int64), y)],
+}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_known_of_other_runs_changes_no_bit(name: str, given: bool, rng: np.random.Generator) -> None:
+    def run(seed: int, pair: Pair, known: Known | None) -> Any:
+        with noise(np.random.default_rng(seed), DTYPES, known=known):
+            return dot("tk,nk->tn", *pair)
+
+    x, y = rng.standard_normal((6, 6)), rng.standard_normal((5, 6))
+    pairs = RUNS[name](x, y)
+    known = Known([x, y] if given else [])
+    for seed, pair in enumerate([*pairs, *pairs]):
+        np.testing.assert_array_equal(run(seed, pair, known), run(seed, pair, None))
+
+
 # -- softmax, sigmoid, choice ----------------------------------------------------------------------------------------
 
 
@@ -327,6 +367,13 @@ def test_softmax_by_definition(rng: np.random.Generator) -> None:
     e, norm = softmax(x)
     np.testing.assert_allclose(e / norm, np.exp(x) / np.exp(x).sum(-1, keepdims=True), rtol=1e-13)
     assert (e.max(-1) == 1).all()
+
+
+@pytest.mark.parametrize(("rows", "V"), [(1, 100), (100, 1), (3, 400)])
+def test_the_slack_of_a_softmax_grows_with_the_root_of_the_vocabulary(rows: int, V: int) -> None:
+    cold, hot = np.zeros((rows, V)), np.full((rows, V), 3.0)
+    assert softmax_slack(cold, np.ones(rows)) == pytest.approx(U_ACC * (8 + 6 * V**0.5))
+    assert softmax_slack(hot, np.full(rows, 0.5)) == pytest.approx(U_ACC * (8 + 12 + 6 * V**0.5))
 
 
 def test_sigmoid_at_its_extremes() -> None:

@@ -1,4 +1,4 @@
-"""Batch: what it derives, against loops over plain lists, and what it refuses."""
+"""Batch: what it derives, against loops over plain lists, and what it refuses; how operands get to a backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, UsageError, Weight, WeightSpec
+from porthal.backends.reference.backend import Reference
+from porthal.hal import Backend, Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, UsageError, Weight, WeightSpec
+from porthal.hal.operands import kind_of
 
 
 class Request(NamedTuple):
@@ -208,3 +210,63 @@ def test_leaves_come_in_the_order_of_the_fields() -> None:
     assert Selection(SelectionSpec(1, 2), "opaque").leaves() == ("opaque",)
     assert Weight(WeightSpec("linear", "w", (2, 3), "float32"), "packed").leaves() == ("packed",)
     assert len({spec, PagesSpec((("c", 2), ("kp", 1)), "float32", 3, 4)}) == 1  # static and hashable
+
+
+# -- on a backend ----------------------------------------------------------------------------------------------------
+
+CACHE = PagesSpec((("c", 2), ("kp", 1)), "float32", n_blocks=1, block_size=2)
+
+
+def cache(value: float) -> dict[str, Any]:
+    return {name: np.full((CACHE.slots, width), value, np.float32) for name, width in CACHE.fields}
+
+
+def test_what_a_kernel_writes_to_its_operands_does_not_reach_the_logical_ones() -> None:
+    weight = Weight(WeightSpec("linear", "w", (2, 3), "float32"), np.ones((2, 3), np.float32))
+    pages = Pages(CACHE, cache(1))
+    weight.place(Backend()).native[...] = 7
+    pages.place(Backend())["c"][...] = 7
+    assert (weight.native == 1).all()
+    assert (pages["c"] == 1).all()
+
+
+@pytest.mark.parametrize("backend", [Backend(), Reference()])
+def test_an_operand_is_overwritten_in_place(backend: Backend) -> None:
+    pages = backend.from_logical(CACHE, cache(1))
+    before = dict(pages.native)
+    assert backend.from_logical(CACHE, cache(2), pages) is pages
+    for name in before:
+        assert pages.native[name] is before[name], name
+        assert (before[name] == 2).all()
+
+
+def test_a_selections_row_without_content_points_nowhere() -> None:
+    selection = Selection(SelectionSpec(2, 2), Rows(ints([4, 5], [6, -1]), ints(2, 1)))
+    moved = selection.with_rows(ints(-1, 1, 0))
+    assert moved.spec == SelectionSpec(3, 2)
+    assert moved.native.indices.tolist() == [[-1, -1], [6, -1], [4, 5]]
+    assert moved.native.length.tolist() == [0, 1, 2]
+
+
+def test_pages_are_changed_where_one_field_is() -> None:
+    pages = Pages(CACHE, cache(1))
+    changed = pages.mapped(lambda array: array + 1 if array is pages["kp"] else array)
+    assert (changed["kp"] == 2).all() and changed["c"] is pages["c"]
+    assert pages.mapped(lambda array: array) is pages
+
+
+def test_a_batch_carried_elsewhere_is_planned_there() -> None:
+    class Plans(Backend):
+        def plan(self, batch: Batch) -> Batch:
+            return batch.with_native(batch.native or "planned here")
+
+    foreign = Batch(**GOOD, native="planned elsewhere")
+    assert foreign.carry(Backend(), Plans()).native == "planned here"
+    assert foreign.carry(Plans(), Backend()).native is None
+
+
+def test_the_kind_of_a_spec() -> None:
+    assert kind_of(CACHE) is Pages
+    assert kind_of(SelectionSpec(1, 2)) is Selection
+    with pytest.raises(UsageError, match=r"^dict describes no kind of operand: expected one of WeightSpec, PagesSpec, "):
+        kind_of({"shape": (1,)})

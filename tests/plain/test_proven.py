@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.report import Report
 from porthal.conformance.report.results import Result
+from porthal.conformance.runner import proven
 from porthal.conformance.runner.check import check
-from porthal.conformance.runner.proven import SERVICES, Proven
-from porthal.hal import Backend, create
+from porthal.conformance.runner.proven import Proven, overridden, sources
+from porthal.hal import Backend, contracts, create
 
 ADD, LAYER = "add,T=7,H=96,a:fp32,0", "mla_output,T=3,N=2,C=512,V=64,H=96,o:fp32,0"
+MTP = "mtp_input,T=3,H=8,eps=1e-05,0"
 ROUTE = "moe_route,T=3,E=9,k=2,scale=1.0,0"
 
 
@@ -128,16 +131,142 @@ def test_a_torn_line_costs_its_case_alone(folder: Path) -> None:
     assert [ran(Far(), ADD)[1], ran(Far(), ROUTE)[1]] == [False, True]
 
 
-def test_every_service_is_one_of_the_protocol() -> None:
-    assert all(hasattr(Backend, service) for service in SERVICES)
-    protocol = {n for n in vars(Backend) if not n.startswith("_")} - {"name", "candidates"}
-    assert protocol <= set(SERVICES)
+def services() -> list[str]:
+    hidden = ("__init__", "_rounded", "place", "derive")
+    return [*sorted({n for n in dir(Reference) if not n.startswith("_")} - set(contracts()) - {"name", *hidden}), *hidden]
+
+
+@pytest.mark.parametrize("name", services())
+def test_whatever_a_plugin_defines_anew_of_its_base_but_kernels_makes_everything_run(name: str) -> None:
+    ran(Near(), ADD)
+    changed = vars(Reference).get(name, getattr(Reference, name))
+    plugin = type("Plugin", (Reference,), {"name": "plugin", name: changed})
+    assert overridden(plugin, Reference) == {name}
+    assert ran(plugin(), ADD)[1]
+
+
+def test_helpers_of_its_own_and_a_docstring_make_nothing_run() -> None:
+    ran(Near(), ADD)
+    plugin = type("Plugin", (Reference,), {"name": "plugin", "__doc__": "Mine.", "gemm": lambda self: None})
+    assert not ran(plugin(), ADD)[1]
+
+
+def test_a_kernel_that_calls_another_runs_where_that_is_overridden() -> None:
+    class Base(Reference):
+        name = "base"
+
+        def _sum(self, a: Any, b: Any) -> Any:
+            return (lambda: self.add(a, b))()
+
+        def add(self, a: Any, b: Any) -> Any:
+            return (a.astype(np.float64) + b).astype(a.dtype)
+
+        def silu_mul(self, x: Any) -> Any:
+            return self._sum(x, x)[..., : x.shape[-1] // 2]
+
+    Plugin = type("Plugin", (Base,), {"name": "plugin", "add": lambda self, a, b: a})
+    assert proven.called(Base, "silu_mul") >= {"_sum", "add"}
+    assert Proven(Plugin(), "bring-up")._kernels(["silu_mul"], "base") is None
+    assert Proven(Plugin(), "bring-up")._kernels(["rms_norm"], "base") == {"rms_norm": [["reference", ""]]}
+
+
+def test_what_a_base_has_fused_itself_proves_no_composition() -> None:
+    assert ran(create("reference"), LAYER)[0].status == "own"
+    first, was_run = ran(Near(), LAYER)
+    assert was_run and first.status == "composed" and first.foreign and not first.own
+    again, was_run = ran(Far(), LAYER)
+    assert not was_run and again.foreign == first.foreign and not again.own
+
+
+def test_parts_of_two_owners_prove_nothing() -> None:
+    class Linear(Reference):
+        name = "linears"
+
+        def linear(self, x: Any, w: Any, *, out: str = "x") -> Any:
+            return create("reference").derive(contracts()["linear"])(x, w, out=out)
+
+    heirs = [type("Heir", (Linear,), {"name": name})() for name in ("first", "second")]
+    found = [ran(heir, MTP) for heir in heirs]
+    assert {result.status for result, _ in found} == {"composed"} and all(was_run for _, was_run in found)
+
+
+def test_only_what_passed_is_kept() -> None:
+    wrong = type("Wrong", (Reference,), {"name": "wrong", "add": lambda self, a, b: a + a})
+    assert ran(wrong(), ADD)[0].verdict == "FAIL_VALUE"
+    heir = type("Heir", (wrong,), {"name": "heir"})
+    result, was_run = ran(heir(), ADD)
+    assert was_run and result.verdict == "FAIL_VALUE"
+
+
+def test_a_kernel_of_another_provider_runs() -> None:
+    def chip(provider: str) -> Any:
+        def add(self: Any, a: Any, b: Any) -> Any:
+            return (a.astype(np.float64) + b).astype(a.dtype)
+
+        add.provider = provider  # type: ignore[attr-defined]
+        base = type("Chip", (Reference,), {"name": "chip", "add": add, "__module__": __name__})
+        return type("Heir", (base,), {"name": "heir", "__module__": __name__})()
+
+    assert ran(chip("first"), ADD)[1] and not ran(chip("first"), ADD)[1]
+    assert ran(chip("second"), ADD)[1]
+
+
+@pytest.mark.parametrize("what", ["place", "version", "package", "processor", "source"])
+def test_another_circumstance_is_not_spared(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran(Near(), ADD)
+    assert not ran(Far(), ADD)[1]
+    if what == "place":
+        monkeypatch.setattr(Reference, "place", "emulated device")
+    elif what == "version":
+        monkeypatch.setattr(contracts()["rms_norm"], "version", 7)
+    elif what == "package":
+        monkeypatch.setattr(proven, "environment", lambda base: {"vendor": "2"})
+    elif what == "processor":
+        monkeypatch.setattr(proven, "_processor", lambda: "another")
+    else:
+        file = tmp_path / "add.py"
+        file.write_text("one")
+        monkeypatch.setattr(proven, "sources", lambda base: iter([file]))
+        ran(Near(), ADD)
+        assert not ran(Far(), ADD)[1]
+        file.write_text("two")
+    assert ran(Far(), ADD)[1]
+
+
+def test_sources_are_of_all_that_computes_and_judges() -> None:
+    from porthal.backends.cpu.backend import Cpu
+
+    found = {str(file).rpartition("porthal/")[2] for file in sources(Cpu)}
+    wanted = {"hal/numerics.py", "ops/add.py", "conformance/judgement/judge.py"}
+    assert found >= wanted and any(f.endswith("cpu/backend.py") for f in found)
+    assert any(f.endswith("reference/backend.py") for f in found), "a base of the base"
+    files = [contract.files() for contract in contracts().values()]
+    assert all(any(file.name == f"{op}.py" for file in own) for op, own in zip(contracts(), files, strict=True))
+
+
+def test_native_code_counts_wherever_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import ModuleType
+
+    loaded = ModuleType("porthal.backends.reference._native")
+    loaded.__file__ = str(tmp_path / "_native.so")
+    monkeypatch.setitem(sys.modules, loaded.__name__, loaded)
+    assert Path(loaded.__file__) in sources(Reference)
+
+
+def test_a_file_grows_with_what_is_new_alone_and_bad_bytes_cost_their_line(folder: Path) -> None:
+    for _ in range(3):
+        ran(Near(), ADD), ran(create("reference"), ADD)
+    (file,) = folder.glob("proven-*.jsonl")
+    assert len(file.read_text().splitlines()) == 1
+    file.write_bytes(b"\xff\xfe\n[1]\n{}\n" + file.read_bytes())
+    assert not ran(Far(), ADD)[1]
 
 
 def test_the_report_says_what_was_not_run() -> None:
     results = [ran(Near(), token)[0] for token in (ADD, ROUTE)] and [ran(Far(), token)[0] for token in (ADD, ROUTE)]
     report = Report.of(Far(), "bring-up", results)
     assert report.not_run == [
-        "2 cases were not run again: reference has passed them with the same kernels, services, sources and versions"
+        "2 cases were not run again: reference has passed them with the same kernels, services, sources and versions; "
+        "set PORTHAL_CACHE to an empty folder to run them"
     ]
     assert report.not_run[0] in report.html()

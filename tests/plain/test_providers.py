@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from porthal.hal import (
     limits,
     multiple_of,
     narrow,
+    one_of,
     widen,
 )
 
@@ -100,6 +102,40 @@ def test_a_call_runs_on_the_kernel_of_its_rows(profile: list[CallSpec]) -> None:
         ops.linear(np.ones((5000, 4), np.float32), weight, out="x")
 
 
+def test_a_call_runs_on_the_kernel_of_its_weight_dtype_and_attributes() -> None:
+    """Calls that differ in nothing but that, one after the other."""
+
+    def kernel(provider: str, **claims: Any) -> Any:
+        stated = {key: claims.pop(key) for key in ("dtypes", "tie") if key in claims}
+        mark = limits(provider=provider, **stated, **claims)
+        return type(provider, (), {"linear": mark(lambda self, x, w, *, out="x": product(provider, x, w, out))})
+
+    def called(chip: Any, *calls: tuple[int, str, str]) -> list[str]:
+        specs = [CallSpec({"T": 2, "K": 4, "N": n}, {"x": x, "w": x}, {"out": out}, {"w": "none"}) for n, x, out in calls]
+        ops = bind(backend=chip(), profile={"linear": specs}, overrides={})
+        CALLED.clear()
+        for n, x, out in calls:
+            one = narrow(np.ones((n, 4)), x)
+            ops.linear(one[:2], ops.prepare(WeightSpec("linear", "w", (n, 4), x), one.__getitem__), out=out)
+        return [provider for provider, _ in CALLED]
+
+    wide, slim = kernel("wide", N=multiple_of(128)), kernel("slim", N=at_most(100), tie="any")
+    short, long = kernel("short", dtypes={"x": one_of("bfloat16")}), kernel("long", dtypes={"x": one_of("float32")})
+    same, float_out = kernel("same", out=one_of("x")), kernel("float_out", out=one_of("float32"))
+    Sizes = type("Sizes", (wide, slim, Reference), {"name": "sizes"})
+    Dtypes = type("Dtypes", (short, long, Reference), {"name": "dtypes"})
+    Outs = type("Outs", (same, float_out, Reference), {"name": "outs"})
+    assert called(Sizes, (128, "float32", "x"), (7, "float32", "x")) == ["wide", "slim"]
+    assert called(Dtypes, (8, "bfloat16", "x"), (8, "float32", "x")) == ["short", "long"]
+    assert called(Outs, (8, "bfloat16", "x"), (8, "bfloat16", "float32")) == ["same", "float_out"]
+    profile = {"linear": [spec(2), replace(spec(2), dims={"T": 2, "K": 4, "N": 128})]}
+    ops = bind(backend=Sizes(), profile=profile, overrides={})
+    assert ops.choices["linear"].tie == "any"
+    one = np.ones((99, 4), np.float32)
+    with pytest.raises(NotClaimed, match=r"^linear on sizes is bound for other shapes: "):
+        ops.linear(one[:2], Weight(WeightSpec("linear", "w", (99, 4), "float32"), one), out="x")
+
+
 def test_kernels_that_pack_a_weight_differently_are_not_combined() -> None:
     class Mixed(FewRows, Packing, Reference):
         name = "mixed"
@@ -129,6 +165,12 @@ def test_a_provider_can_be_asked_for() -> None:
         bind(backend=Chip(), profile={"linear": [spec(1)]}, overrides={"linear": "via=many.gemm"}, fallback="error")
 
 
+class Third:
+    @limits(provider="third.gemm", T=at_least(2))
+    def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any:
+        return product("third", x, w, out)
+
+
 # -- in conformance ----------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +195,43 @@ def test_every_provider_that_claims_a_case_is_tested() -> None:
     assert replay(small.token, backend).message == small.message
 
 
+def test_three_providers_are_each_tested_once_where_they_take_a_case() -> None:
+    report = run(type("Three", (FewRows, ManyRows, Third, Reference), {"name": "three"})(), ["linear"])
+    for token in {r.token for r in report.results if ",via=" not in r.token and ",fault=" not in r.token}:
+        rows = Case.from_token(token).dims[0][1]
+        able = {p for p, takes in (("few.gemv", rows <= 8), ("many.gemm", rows >= 2), ("third.gemm", rows >= 2)) if takes}
+        ran = [r.provider for r in report.results if Case.from_token(r.token).stream == token]
+        assert sorted(ran) == sorted(able)
+    assert report.levels["linear"].level == "bring-up"
+
+
+def test_an_op_one_of_whose_providers_fails_has_no_level() -> None:
+    class Off:
+        @limits(provider="third.gemm", T=at_least(2))
+        def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any:
+            return product("third", x, w, out) + 1
+
+    reached = run(type("Wrong", (FewRows, ManyRows, Off, Reference), {"name": "wrong"})(), ["linear"]).levels["linear"]
+    assert (reached.level, reached.why) == ("none", "failed") and reached.passed == reached.required
+
+
+def test_rows_among_others_are_compared_on_one_kernel() -> None:
+    """Eight rows and one poisoned are another kernel's call, which may compute other bits."""
+    few = type("Few", (), {})
+    kernel = limits(provider="few.gemv", T=at_most(7))(lambda self, x, w, *, out="x": product("few", x, w, out))
+    kernel.batch_invariant = True
+    few.linear = kernel  # type: ignore[attr-defined]
+
+    class Sums:
+        @limits(provider="many.gemm", T=at_least(8))
+        def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any:
+            y = sum(widen(x)[:, i : i + 1] * widen(w.native).T[i] for i in range(x.shape[1]))
+            return narrow(y, dtype(x) if out == "x" else out)
+
+    report = run(type("Both", (few, Sums, Reference), {"name": "both"})(), ["linear"])
+    assert [r.message for r in report.results if r.failed] == []
+
+
 def test_a_token_of_a_provider_has_the_same_values() -> None:
     case = Case.from_token("linear,T=3,K=5,N=2,x:bf16,0")
     through = Case.from_token("linear,T=3,K=5,N=2,x:bf16,via=many.gemm,0")
@@ -165,5 +244,8 @@ def test_providers_of_one_op_have_names_of_their_own() -> None:
     nameless = type("Nameless", (Reference,), {"name": "nameless", "add": lambda self, a, b: a})
     twice = type("Twice", (type("Mixin", (), {"add": lambda self, a, b: a}), nameless), {})
     assert Bindings(Chip()).providers() == {"linear": ("few.gemv", "many.gemm")}
+    comma = type("Comma", (Reference,), {"name": "comma", "add": limits(provider="gemm<4, 2>")(lambda self, a, b: a)})
+    with pytest.raises(UsageError, match=r"^comma names a provider 'gemm<4, 2>' for add: write it without a comma$"):
+        Bindings(comma()).providers()
     with pytest.raises(UsageError, match=r"^nameless has 2 kernels for add: give each a provider of its own$"):
         Bindings(twice()).providers()

@@ -1,8 +1,9 @@
-"""The shape language."""
+"""The shape language, and what contracts make of it."""
 
+import numpy as np
 import pytest
 
-from porthal.hal import UsageError
+from porthal.hal import CallSpec, Contract, UsageError, contracts
 from porthal.hal.signature import evaluate, parse, unify
 
 
@@ -48,3 +49,26 @@ def test_dims_are_solved_for_their_one_unknown() -> None:
     assert evaluate("N*D+N*R", {"N": 4, "D": 32, "R": 64}) == 384
     with pytest.raises(KeyError):
         unify("A+B", 7, {})
+
+
+def test_results_are_named_only_where_all_are_there_and_no_more() -> None:
+    add, route = contracts()["add"], contracts()["moe_route"]
+    assert add.named(1) == {"y": 1}
+    assert list(route.named((1, 2)).values()) == [1, 2]
+    for contract, out, message in ((add, (1, 2), "add returned 2 results, expected 1"), (route, 1, "returned 1 results")):
+        with pytest.raises(UsageError, match=message):
+            contract.named(out)
+
+
+def test_a_range_may_end_at_an_attribute() -> None:
+    def pick(ids, *, most: int):
+        """Ids below `most`."""
+
+    dtypes = {"ids": "int32", "y": "ids"}
+    signature = parse("ids[T] -> y[T]")
+    contract = Contract(pick, signature, dtypes=dtypes, cost=lambda d, b: (0, 0), ranges={"ids": (0, "most")})
+    spec = CallSpec({"T": 2}, {"ids": "int32"}, {"most": 3}, {})
+    assert contract.bounds("ids", spec) == (0, 3)
+    contract.check_values({"ids": np.array([0, 2])}, spec, np.asarray)
+    with pytest.raises(UsageError, match=r"^pick: ids\[1\] is 3, expected 0 to 2$"):
+        contract.check_values({"ids": np.array([0, 3])}, spec, np.asarray)
