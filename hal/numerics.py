@@ -62,7 +62,7 @@ class Known:
 
     def _magnitude(self, n: int, x: Array, same: Sequence[bool]) -> Array:
         """|x|, kept where only the other operand varies."""
-        if n in self._magnitudes:
+        if same[n % 2] and n in self._magnitudes:
             return self._magnitudes[n]
         found = np.abs(x)
         if same[n % 2] and not same[1 - n % 2] and self._fits(found):

@@ -259,13 +259,14 @@ def _check(results: Sequence[Result]) -> None:
     if not results:
         raise ValueError("it has no results")
     kinds = {n: get_origin(kind) or kind for n, kind in get_type_hints(Result).items()}
+    words = {str: "text", float: "a number", tuple: "a list of text"}
     closed = {"verdict": get_args(Verdict), "status": STATUSES}
     for i, result in enumerate(results, 1):
         for name, kind in kinds.items():
             value = getattr(result, name)
             items = value if kind is tuple else ()
             if (type(value) is not kind and (kind, type(value)) != (float, int)) or any(type(v) is not str for v in items):
-                raise TypeError(f"{name} of result {i} is {value!r}, expected {kind.__name__}")
+                raise TypeError(f"{name} of result {i} is {value!r}, expected {words[kind]}")
             if value not in closed.get(name, (value,)):
                 raise ValueError(f"{name} of result {i} is {value!r}, expected one of {', '.join(closed[name])}")
 

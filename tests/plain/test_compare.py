@@ -147,10 +147,10 @@ def test_a_missing_or_damaged_file_gets_one_sentence(capsys, tmp_path, fine, tex
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"worst": "0.5"}, "TypeError: worst of result 2 is '0.5', expected float"),
-        ({"z": True}, "TypeError: z of result 2 is True, expected float"),
-        ({"token": 7}, "TypeError: token of result 2 is 7, expected str"),
-        ({"foreign": [7]}, "TypeError: foreign of result 2 is (7,), expected tuple"),
+        ({"worst": "0.5"}, "TypeError: worst of result 2 is '0.5', expected a number"),
+        ({"z": True}, "TypeError: z of result 2 is True, expected a number"),
+        ({"token": 7}, "TypeError: token of result 2 is 7, expected text"),
+        ({"foreign": [7]}, "TypeError: foreign of result 2 is (7,), expected a list of text"),
         ({"verdict": "OK"}, "ValueError: verdict of result 2 is 'OK', expected one of PASS, FAIL_VALUE, "),
         ({"status": "mine"}, "ValueError: status of result 2 is 'mine', expected one of own, inherited, "),
         ({"worst": 0}, ""),

@@ -94,7 +94,7 @@ def test_the_key_follows_attributes_and_sources(monkeypatch: pytest.MonkeyPatch)
     given = inputs("rms_norm")
     keys = [cache.key(given, "results"), cache.key(given, "scores")]
     keys.append(cache.key(replace(given, attrs={"eps": 1.0}), "results"))
-    monkeypatch.setattr(cache, "_sources", lambda reference: "an edited reference")
+    monkeypatch.setattr(cache, "_sources", lambda contract: "an edited reference")
     keys.append(cache.key(given, "results"))
     assert len(set(keys)) == 4
     monkeypatch.undo()
@@ -102,13 +102,13 @@ def test_the_key_follows_attributes_and_sources(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_edited_reference_has_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = contracts()["rms_norm"].reference
+    contract = contracts()["rms_norm"]
     cache._sources.cache_clear()
-    before = cache._sources(reference)
+    before = cache._sources(contract)
     cache._sources.cache_clear()
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + b"#" * (self.name == "rms_norm.py"))
-    after = cache._sources(reference)
+    after = cache._sources(contract)
     cache._sources.cache_clear()
     assert before != after
 

@@ -101,7 +101,7 @@ def test_a_part_given_twice_is_refused(part):
     parts = ["topk", "T=2", "k=7", "batch=decode", "block_size=64"]
     once = parts if part in parts else [*parts, part]
     assert part in Case.from_token(",".join([*once, "0"])).token.split(",")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"{part.partition('=')[0]} is given twice$"):
         Case.from_token(",".join([*once, part, "0"]))
 
 

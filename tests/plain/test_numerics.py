@@ -322,6 +322,7 @@ RUNS: dict[str, Any] = {
     "the same address with other strides": lambda x, y: [(x, y), (x.T, y)],
     "another address with the same strides": lambda x, y: [(x[:3], y), (x[3:], y)],
     "whole numbers": lambda x, y: [(x.astype(np.int32), y), (last_row_changed(x.astype(np.int32)), y)],
+    "one, then the other": lambda x, y: [(x, y), (x, y + 1), (last_row_changed(x), y + 1)],
     "truth": lambda x, y: [(x > 0, y), (x > 0, y), (last_row_changed(x > 0) != 0, y)],
     "the same bits of another type": lambda x, y: [(x, y), (x.view(np.int64), y)],
 }
