@@ -212,7 +212,7 @@ class Group:
         for rank, worker in enumerate(self.workers):
             for message in worker.received() if rank not in self.answers else ():
                 if isinstance(message, Choice):
-                    self.choice = self.choice or message
+                    self.choice = message if rank == 0 else self.choice or message
                 elif isinstance(message, dict):
                     if self.returned:
                         self.returned(message)
