@@ -19,9 +19,10 @@ Verdict = Literal[
     "NOT_JUDGED",  # the suite's own fault, which says nothing about the chip
     "WAIVED",  # not passed, and the plugin says why
     "UNCLAIMED",  # no kernel takes the call
+    "LEFT_OUT",  # the backend's arrays are such that the case would tell nothing
 ]
-NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED")  # none of these is a failure
-UNTESTED = ("UNCLAIMED", "WAIVED", "NOT_JUDGED")
+NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED", "LEFT_OUT")  # none of these is a failure
+UNTESTED = ("UNCLAIMED", "LEFT_OUT", "WAIVED", "NOT_JUDGED")
 
 
 @dataclass(frozen=True)

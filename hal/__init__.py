@@ -3,7 +3,7 @@
 if not __name__.startswith("porthal."):
     raise ImportError(f"import porthal.{__name__} instead of {__name__}: two names make two registries.")
 
-from porthal.hal.backend import Backend, Kernel, Place
+from porthal.hal.backend import Backend, Kernel, Place, Traits
 from porthal.hal.binding import Binding, Choice, bind, checked, selected, use
 from porthal.hal.contract import CallSpec, Contract, contract, contracts
 from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe
@@ -46,6 +46,7 @@ __all__ = [
     "Rows",
     "Selection",
     "SelectionSpec",
+    "Traits",
     "Unavailable",
     "UsageError",
     "Weight",

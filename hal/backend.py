@@ -10,12 +10,35 @@ import numpy as np
 
 from porthal.hal import dtypes as dt
 from porthal.hal.contract import CallSpec, Contract
+from porthal.hal.errors import UsageError
 from porthal.hal.limits import NO_LIMITS, Limits
 from porthal.hal.operands import Batch, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
 
 Array = Any
 Read = Callable[[Any], np.ndarray[Any, Any]]
 Place = Literal["hardware", "vendor package on a stub runtime", "emulated device"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a backend's arrays are like, stated once per class; the defaults are those of NumPy and PyTorch.
+
+    mutable            an array can be overwritten; where it cannot, kernels return new ones
+    views_alias        a slice shares memory with the array it was cut from
+    strides            a slice with gaps, and `swapaxes`, are views that kernels get as they are
+    flushes_denormals  what is smaller than the smallest normal float32 may be read as zero, in choices too
+    static_shapes      kernels are compiled per shape, so that a call of another shape is another kernel
+    """
+
+    mutable: bool = True
+    views_alias: bool = True
+    strides: bool = True
+    flushes_denormals: bool = False
+    static_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.views_alias and not self.mutable:
+            raise UsageError("traits have views_alias=True with mutable=False: state views_alias=False, as nobody can tell")
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,7 @@ class Backend:
     """
 
     name: ClassVar[str] = ""  # of its folder or entry point, set by discovery
+    traits: ClassVar[Traits] = Traits()
 
     def __init_subclass__(cls) -> None:
         folder, _, module = cls.__module__.rpartition(".")
@@ -83,6 +107,17 @@ class Backend:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.empty(shape, dt.numpy_dtype(dtype))
 
+    def write(self, into: Array, value: Array) -> Array:
+        """Overwrite an array with another of its shape and dtype; gives the one that holds the value now."""
+        if not self.traits.mutable:
+            return value
+        into[...] = value
+        return into
+
+    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """A view of `x` with its first row repeated: only asked of arrays with strides."""
+        return np.broadcast_to(x, shape)
+
     def refuses_array(self, x: Array) -> str | None:
         """Why `x` is not an array of this backend and device, or None."""
         return None if isinstance(x, np.ndarray) else f"{type(x).__name__}, expected a NumPy array"
@@ -99,15 +134,15 @@ class Backend:
         return self.from_logical(spec, zeros)
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
-        """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it; `into` updates in place."""
+        """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it.
+
+        `into` is a weight of this spec whose memory takes the new values; use what is returned from then on.
+        """
         array = self.from_numpy(np.ascontiguousarray(read(slice(None))))
-        if into is not None:
-            into.native[...] = array
-            return into
-        return Weight(spec, array)
+        return Weight(spec, array if into is None else self.write(into.native, array))
 
     def from_logical(self, spec: Any, arrays: dict[str, np.ndarray[Any, Any]], into: Any = None) -> Any:
-        """An operand from its logical NumPy arrays; `into` overwrites an existing one in place."""
+        """An operand from its logical NumPy arrays, in the memory of `into` if given; use what is returned from then on."""
         return kind_of(spec).from_logical(self, spec, arrays, into)
 
     def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:

@@ -27,7 +27,7 @@ Wrap = Callable[[str, Function], Function]
 Profile = Mapping[str, Sequence[CallSpec]]
 Status = Literal["own", "inherited", "composed", "fallback", "missing"]
 VIA = "via="  # before a provider's name, in an override and in a case's token
-SERVICES = ("from_numpy", "to_numpy", "plan", "alloc_pages", "from_logical", "to_logical")
+SERVICES = ("from_numpy", "to_numpy", "plan", "alloc_pages", "from_logical")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,17 @@ class Binding:
         if self.choices[spec.op].status == "composed":
             op, operand = contracts()[spec.op].weights[spec.operand]
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
-        return vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
+        return self._packing(spec)(spec, read, into)
+
+    def to_logical(self, operand: Operand) -> dict[str, np.ndarray[Any, Any]]:
+        """An operand's logical form as NumPy arrays; a weight is read by the backend whose kernel it was packed for."""
+        packing: Any = self._packing(operand.spec) if isinstance(operand, Weight) else None
+        owner: Backend = packing.__self__ if packing else self.backend
+        return owner.to_logical(operand)
+
+    def _packing(self, spec: WeightSpec) -> Callable[..., Weight]:
+        packing: Callable[..., Weight] = vars(self)["_kernels"].get(spec.op, self.backend).prepare
+        return packing
 
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""
@@ -167,6 +177,8 @@ def _choose(
     # A composite made of this binding's ops uses the chip's own kernels; one derived from the formula would not.
     if contract.decomposition and not via and (inherited is None or inherited.owner == "reference"):
         return _composed(binding, contract, why)
+    if inherited and not _same_library(chosen, inherited.owner):
+        return _elsewhere(chosen, contract, specs, inherited.owner, why, "inherited")
     if inherited:
         return inherited.function, Choice.of(op, "inherited", inherited, why), inherited
     if fallback not in ("error", chosen.name):
@@ -190,14 +202,28 @@ def _composed(binding: Binding, contract: Contract, why: str) -> tuple[Function,
     return call, Choice(contract.name, "composed", "", "", why), None
 
 
+def _same_library(chosen: Backend, owner: str) -> bool:
+    """Whether kernels of a base take the arrays of the backend that inherits them."""
+    base: Any = next(c for c in type(chosen).__mro__ if vars(c).get("name") == owner)
+    if type(chosen).from_numpy is base.from_numpy:
+        return True
+    mine, theirs = (type(backend.from_numpy(np.zeros(1, np.float32))) for backend in (chosen, _shared(owner)))
+    return issubclass(mine, theirs)
+
+
 def _elsewhere(
-    chosen: Backend, contract: Contract, specs: Sequence[CallSpec], name: str, why: str
+    chosen: Backend,
+    contract: Contract,
+    specs: Sequence[CallSpec],
+    name: str,
+    why: str,
+    status: Status = "fallback",
 ) -> tuple[Function, Choice, Kernel | None]:
     """A kernel of another backend, with the operands carried there and back through their logical forms."""
     other = _shared(name)
     for kernel in other.candidates(contract):
         if not any(other.refuses(contract.name, kernel, s) for s in specs):
-            return _bridge(chosen, other, contract, kernel), Choice.of(contract.name, "fallback", kernel, why), kernel
+            return _bridge(chosen, other, contract, kernel), Choice.of(contract.name, status, kernel, why), kernel
     raise NotClaimed(f"{name} was chosen for {contract.name} ({why}) but does not claim it: name another backend")
 
 

@@ -16,10 +16,7 @@ class Reference(Backend):
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         array = widen(np.asarray(read(slice(None))))
-        if into is not None:
-            into.native[...] = array
-            return into
-        return Weight(spec, array)
+        return Weight(spec, array if into is None else self.write(into.native, array))
 
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
         wide = {name: widen(np.asarray(value)) for name, value in arrays.items()}

@@ -25,7 +25,6 @@ from porthal.hal import (
     SelectionSpec,
     Unavailable,
     Weight,
-    WeightSpec,
     dtype,
     numpy_dtype,
 )
@@ -79,6 +78,13 @@ class Torch(Backend):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
+    def write(self, into: Tensor, value: Tensor) -> Tensor:
+        with torch.no_grad():
+            return into.copy_(value)
+
+    def broadcast(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.expand(shape)
+
     def refuses_array(self, x: Any) -> str | None:
         if not isinstance(x, Tensor):
             return f"{type(x).__name__}, expected a torch tensor"
@@ -109,24 +115,9 @@ class Torch(Backend):
         width = shape[1] * numpy_dtype(dtype).itemsize
         return torch.from_numpy(np.zeros((shape[0], width), np.uint8)).view(getattr(torch, dtype))
 
-    def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
-        array = self.from_numpy(read(slice(None)))
-        if into is None:
-            return Weight(spec, array)
-        with torch.no_grad():
-            into.native.copy_(array)
-        return into
-
     def from_logical(self, spec: Any, arrays: dict[str, np.ndarray[Any, Any]], into: Any = None) -> Any:
         if isinstance(spec, PagesSpec):
-            into = into or self.alloc_pages(spec)
-            for name, value in arrays.items():
-                into[name].copy_(self.from_numpy(value))
-            return into
-        if isinstance(spec, SelectionSpec) and into is not None:
-            for name, held in self.rows(into)._asdict().items():
-                held.copy_(self.from_numpy(arrays[name]))
-            return into
+            into = into or self.alloc_pages(spec)  # in the layout of a vendor's cache
         return super().from_logical(spec, arrays, into)
 
     # -- matrix products ---------------------------------------------------------------------------------------------

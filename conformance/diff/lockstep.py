@@ -182,9 +182,8 @@ class Lockstep(Backend):
         ours = self.ours.prepare(spec, read, into and into.native.each[REFERENCE])
         theirs = self.theirs.prepare(spec, read, into and into.native.each[LOCAL])
         prepared = Prepared(ours, theirs, theirs, theirs)
-        if self.theirs.choices[spec.op].status != "fallback":  # only the other backend can read that form
-            differs = _differs(self.ours.to_logical(ours)["w"], self.theirs.to_logical(theirs)["w"])
-            prepared.fault = differs and f"w{differs}"
+        differs = _differs(self.ours.to_logical(ours)["w"], self.theirs.to_logical(theirs)["w"])
+        prepared.fault = differs and f"w{differs}"
         return Weight(spec, prepared)
 
     # -- ops ---------------------------------------------------------------------------------------------------------
@@ -344,11 +343,11 @@ class Lockstep(Backend):
             found = self._rows(local, rows)
             if not any(_differs(part, found[name]) for name, part in wanted.items()):
                 continue
-            if not self._plain(local):
+            if not self._plain(local) or not self.theirs.backend.traits.views_alias:
                 each[LOCAL] = self.theirs.from_logical(spec, self.ours.to_logical(ours), local)
                 break
             for name, part in wanted.items():
-                local[name][rows] = self.theirs.from_numpy(part)
+                self.theirs.backend.write(local[name][rows], self.theirs.from_numpy(part))
         kept = Pages(spec, Cached(*each))
         kept.native.writer = call, inputs
         self._written = [*(p for p in self._written if p.native is not before.native), kept]
@@ -365,7 +364,8 @@ class Lockstep(Backend):
         call, inputs = cached.writer
         result = inputs.contract.signature.mutated[0].name
         call.blame(f"{result}.{name}{where} outside the slots it writes", inputs, {result: found})
-        self.theirs.from_logical(spec, wanted, cached.each[LOCAL])
+        repaired = self.theirs.from_logical(spec, wanted, cached.each[LOCAL])
+        cached.each = (cached.each[REFERENCE], repaired, *cached.each[FORCED:])
         return True
 
 

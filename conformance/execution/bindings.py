@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from porthal.conformance.cases.inputs import Inputs
+from porthal.conformance.execution.traits import verify
 from porthal.hal import Backend, Batch, Binding, CallSpec, Choice, Operand, UsageError, bind, contracts, recorded
 from porthal.hal.binding import VIA
 
@@ -34,6 +35,7 @@ class Bindings:
     """The bindings of one backend, one per distinct call."""
 
     def __init__(self, backend: Backend) -> None:
+        verify(backend)
         self.backend = backend
         self._known: dict[Any, Bound] = {}
 

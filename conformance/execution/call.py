@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases.inputs import Inputs
+from porthal.conformance.cases.inputs import Inputs, specified_rows
 from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
@@ -33,7 +33,8 @@ ROUNDS = 3  # how often
 
 def execute(bindings: Bindings, bound: Bound, inputs: Inputs, runs: int = 2) -> Outcome:
     """The kernel's results on a call, on the same call again, and on its rows among others."""
-    call = disturbed(inputs)  # made before a kernel that writes where it must not can spoil it
+    same_shape = bindings.backend.traits.static_shapes
+    call = disturbed(inputs, not same_shape)  # made before a kernel that writes where it must not can spoil it
     outcome = repeated(bound.binding, inputs, runs)
     return among_other_rows(bindings, bound, *call, outcome) if call else outcome
 
@@ -81,7 +82,7 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
         return Outcome(error=f"among other rows, one of them poisoned: {message_of(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
     trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
-    return replace(outcome, moved=restored(call.contract, moved.results, to), invariant=invariant, trespasses=trespasses)
+    return replace(outcome, moved=restored(call, moved.results, to), invariant=invariant, trespasses=trespasses)
 
 
 def _kernel(bound: Bound) -> tuple[str, str, str]:
@@ -126,10 +127,18 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
         _churn(binding, held)
     if distant:
         held = {name: distant.near(value) for name, value in held.items()}
-    results = {name: read(binding, value) for name, value in held.items()}
+    results = _read(binding, inputs, held)
     results = {name: value if name in mutated else _copied(value) for name, value in results.items()}
     trespasses = [t for w in (*watches, *blocks) if (t := w.trespass(binding))]
     return Run(results, trespasses, held, watches)
+
+
+def _read(binding: Binding, inputs: Inputs, held: Mapping[str, Any]) -> dict[str, Any]:
+    """Results in logical form, with zeros in the rows that the contract leaves unspecified."""
+    results = {name: read(binding, value) for name, value in held.items()}
+    if (rows := specified_rows(inputs)) is None:
+        return results
+    return {n: np.concatenate([y[:rows], np.zeros_like(y[rows:])]) if y.ndim else y for n, y in results.items()}
 
 
 def _copied(value: Any) -> Any:
@@ -139,12 +148,13 @@ def _copied(value: Any) -> Any:
 
 def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
     """Whether results keep their bits when the inputs are overwritten, and when the kernel is called again."""
-    for watch in first.watches:
-        watch.spoil(binding)
-    if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
-        yield f"a result shares memory with an input: {change} when the inputs are overwritten"
+    if binding.backend.traits.mutable:
+        for watch in first.watches:
+            watch.spoil(binding.backend)
+        if change := difference(first.results, _read(binding, inputs, first.held)):
+            yield f"a result shares memory with an input: {change} when the inputs are overwritten"
     yield from once(binding, replace(inputs, operands=_reversed(inputs.operands))).trespasses
-    if change := difference(first.results, {name: read(binding, value) for name, value in first.held.items()}):
+    if change := difference(first.results, _read(binding, inputs, first.held)):
         yield f"the next call changed a result of this one: {change}"
 
 
@@ -184,8 +194,8 @@ def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
     """Allocate memory of the results' size and overwrite it: a result whose memory was given back early does not survive."""
     for value in results.values():
         if hasattr(value, "shape") and prod(value.shape) <= SMALL:  # operands have none
-            scrap = binding.backend.empty(tuple(value.shape), dtype(value))
-            scrap[...] = binding.from_numpy(filled(tuple(value.shape), dtype(value)))
+            shape, kind = tuple(value.shape), dtype(value)
+            binding.backend.write(binding.backend.empty(shape, kind), binding.from_numpy(filled(shape, kind)))
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -44,10 +44,10 @@ class Watch:
                 return f"{self.what}{'.' * bool(name)}{name} changed at {at}"
         return ""
 
-    def spoil(self, binding: Binding) -> None:
+    def spoil(self, backend: Backend) -> None:
         """Overwrite an array on the device; operands of other kinds stay."""
         if not isinstance(self.value, Operand):
-            self.value[...] = binding.from_numpy(filled(self.before[""].shape, dtype(self.before[""])))
+            backend.write(self.value, backend.from_numpy(filled(self.before[""].shape, dtype(self.before[""]))))
 
 
 def read(binding: Binding, value: Any) -> Any:
@@ -78,12 +78,12 @@ def place(
     if view == FAR and spreads(value):
         placed = _far(binding, value)
         return placed, Watch(f"input {name}", placed, {"": value})
-    parent, cut = _parent(value, view)
+    parent, cut = _parent(binding.backend, value, view)
     device = binding.from_numpy(parent.copy())
     return cut(device), Watch(f"input {name}", device, {"": parent})
 
 
-def _parent(x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
+def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
     """A poisoned array that contains x, and how to cut x from it as a view."""
     if view == "columns" and x.ndim:
         width = x.shape[-1]
@@ -97,7 +97,7 @@ def _parent(x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
     if view == "transposed" and x.ndim > 1:
         return np.ascontiguousarray(x.swapaxes(-1, -2)), lambda a: a.swapaxes(-1, -2)
     if view == "broadcast" and len(x) and is_float(dtype(x)):
-        return x[:1], lambda a: np.broadcast_to(a, x.shape) if isinstance(a, np.ndarray) else a.expand(x.shape)
+        return x[:1], lambda a: backend.broadcast(a, x.shape)
     return x, lambda a: a
 
 
@@ -114,8 +114,7 @@ def _far(binding: Binding, x: Array) -> Any:
         view = binding.backend.empty((len(x), step), dtype(x))[:, :width].reshape(x.shape)
     except (MemoryError, RuntimeError) as error:
         raise NotClaimed(f"rows 2 GiB apart do not fit on {binding.backend}: {message_of(error)}") from None
-    view[...] = binding.from_numpy(x.copy())
-    return view
+    return binding.backend.write(view, binding.from_numpy(x.copy()))
 
 
 def poison(kind: str) -> Any:
@@ -132,11 +131,13 @@ def filled(shape: tuple[int, ...], kind: str) -> Array:
 
 @contextmanager
 def poisoned(backend: Backend) -> Iterator[list[Watch]]:
-    """While it lasts, `backend.empty` gives poisoned memory between poisoned margins."""
+    """While it lasts, `backend.empty` gives poisoned memory, between poisoned margins where slices share memory."""
     blocks: list[Watch] = []
 
     def empty(shape: tuple[int, ...], dtype: str) -> Any:
         n = prod(shape)
+        if not backend.traits.views_alias:
+            return backend.from_numpy(filled(shape, dtype))
         before = filled((n + 2 * MARGIN,), dtype)
         whole = backend.from_numpy(before.copy())
         blocks.append(Watch("memory beside an output", whole, {"": before}, slice(MARGIN, MARGIN + n)))

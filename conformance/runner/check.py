@@ -12,6 +12,7 @@ from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.call import execute
 from porthal.conformance.execution.faults import refusal_of
 from porthal.conformance.execution.outcome import message_of
+from porthal.conformance.execution.traits import left_out
 from porthal.conformance.judgement.judge import judge, judge_refusal
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.conformance.report.results import Result
@@ -40,6 +41,8 @@ def check(
         inputs = inputs or build(case)
         bound = bindings.bound(inputs, checked=bool(case.fault))
         chosen(bound.choice)
+        if why := left_out(case, bindings.backend):
+            raise Failed("LEFT_OUT", why)
         judged = _refused(bound, inputs) if case.fault else _judged(bindings, bound, inputs, level, returned)
     except NotClaimed as refusal:
         judged = Judgement("UNCLAIMED", str(refusal))

@@ -109,12 +109,11 @@ class Operand:
 
     @classmethod
     def from_logical(cls, backend: Backend, spec: Any, parts: Mapping[str, Array], into: Any = None) -> Any:
-        """What `Backend.from_logical` does unless the backend overrides it; `into` is overwritten in place."""
+        """What `Backend.from_logical` does unless the backend overrides it."""
         arrays = {name: backend.from_numpy(value) for name, value in parts.items()}
         if into is None:
             return cls(spec, arrays)  # type: ignore[call-arg]
-        for name, value in arrays.items():
-            into.native[name][...] = value
+        into.native.update({name: backend.write(into.native[name], value) for name, value in arrays.items()})
         return into
 
     def to_logical(self, backend: Backend) -> Parts:

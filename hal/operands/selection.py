@@ -73,7 +73,8 @@ class Selection(Operand):
 
     @classmethod
     def from_logical(cls, backend: Backend, spec: SelectionSpec, parts: Mapping[str, Array], into: Any = None) -> Any:
-        return Selection(spec, Rows(**{name: backend.from_numpy(parts[name]) for name in Rows._fields}))
+        made = Rows(**{name: backend.from_numpy(parts[name]) for name in Rows._fields})
+        return Selection(spec, made if into is None else Rows(*map(backend.write, backend.rows(into), made)))
 
     def to_logical(self, backend: Backend) -> Parts:
         return {name: backend.to_numpy(part) for name, part in backend.rows(self)._asdict().items()}

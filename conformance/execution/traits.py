@@ -1,0 +1,64 @@
+"""What a backend says of its arrays: whether it is so, and which cases it makes meaningless."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.legal import FAR, PAST_2G, VIEWS
+from porthal.conformance.execution.outcome import message_of
+from porthal.hal import Backend, UsageError
+
+
+def left_out(case: Case, backend: Backend) -> str:
+    """Why a case would tell nothing about a backend with arrays of this kind, or ""."""
+    if case.view in (*VIEWS, FAR) and not backend.traits.strides:
+        return f"view={case.view} is a dense copy on {backend}, whose arrays have no strides"
+    if case.view == PAST_2G and not backend.traits.views_alias:
+        return f"view={case.view} would have to be copied on {backend}, where slices are copies"
+    return ""
+
+
+def unchecked(backend: Backend) -> list[str]:
+    """What no case on this backend is asked, in words."""
+    found = []
+    if not backend.traits.views_alias:
+        found.append("whether a kernel writes beside its results, because slices are copies")
+    if not backend.traits.mutable:
+        found.append("whether a result shares memory with an input, because arrays cannot be changed")
+    if backend.traits.static_shapes:
+        found.append("whether a row depends on one that is added, because that is a call of another shape")
+    return found
+
+
+def verify(backend: Backend) -> None:
+    """UsageError where the arrays are not what the traits say: a wrong trait would make right kernels look wrong."""
+    traits, name = backend.traits, type(backend).__name__
+    ones = np.ones(4, np.float32)
+    if traits.mutable:
+        try:
+            whole = backend.from_numpy(np.zeros(8, np.float32))
+            part = backend.write(whole[2:6], backend.from_numpy(ones))
+            there, held = (np.array(backend.to_numpy(x)) for x in (part, whole))
+        except Exception as error:
+            raise UsageError(
+                f"{backend} cannot write into its own arrays ({message_of(error)}): state traits = Traits(mutable=False, "
+                f"views_alias=False, ...) in {name}, or override `write`"
+            ) from error
+        if not np.array_equal(there, ones):
+            raise UsageError(f"`write` of {backend} gave {there.tolist()} for {ones.tolist()}: it must return what it wrote")
+        if traits.views_alias != bool(held[2:6].all()):
+            raise UsageError(
+                f"slices of the arrays of {backend} {'are copies' if traits.views_alias else 'share memory'}: state "
+                f"traits = Traits(views_alias={not traits.views_alias}, ...) in {name}"
+            )
+    if traits.strides:
+        try:
+            shape = tuple(backend.broadcast(backend.from_numpy(ones[None])[:, ::2].swapaxes(0, 1)[:1], (3, 1)).shape)
+        except Exception as error:
+            raise UsageError(
+                f"the arrays of {backend} have no views with strides ({message_of(error)}): state "
+                f"traits = Traits(strides=False, ...) in {name}, or override `broadcast`"
+            ) from error
+        if shape != (3, 1):
+            raise UsageError(f"`broadcast` of {backend} gave the shape {list(shape)}, expected [3, 1]")
