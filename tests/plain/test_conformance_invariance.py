@@ -57,7 +57,7 @@ def test_references_follow_their_rows(op: str) -> None:
     inputs = build(home(op))
     call, to = disturbed(inputs) or pytest.fail("nothing to disturb")
     before = logical(Golden(inputs).results())
-    after = restored(call.contract, logical(Golden(call).results()), to)
+    after = restored(call, logical(Golden(call).results()), to)
     for a, b in zip(flat(before), flat(after), strict=True):
         assert a.shape == b.shape
         assert np.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
