@@ -278,7 +278,8 @@ class Lockstep(Backend):
                     after[name][rows] = part
             returned[result.name] = after
         tie = self.theirs.choices[inputs.contract.name].tie
-        return judge(inputs, Outcome(returned, returned, changed), self.level, tie), returned
+        flushes = self.theirs.backend.traits.flushes_denormals
+        return judge(inputs, Outcome(returned, returned, changed, flushes=flushes), self.level, tie), returned
 
     def _changed(self, inputs: Inputs, operands: Named) -> tuple[str, ...]:
         """The arrays that a kernel wrote though it may only read them."""

@@ -64,7 +64,8 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
         if _lacks_memory(error):
             raise Failed("CRASH", f"out of memory: {message_of(error)}") from error
         return Outcome(error=message_of(error))
-    return Outcome(first.results, again, tuple(trespasses))
+    flushes = binding.backend.traits.flushes_denormals
+    return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
 
 
 def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, outcome: Outcome) -> Outcome:

@@ -22,6 +22,7 @@ class Outcome:
     error       what the kernel raised
     moved       results of the same rows among others (see `invariance`), where there is such a call
     invariant   whether the kernel declares that these are the same bits
+    flushes     whether the backend says that it may read denormals as zero
     """
 
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class Outcome:
     error: str = ""
     moved: Mapping[str, Any] = field(default_factory=dict)
     invariant: bool = False
+    flushes: bool = False
 
 
 def message_of(error: BaseException) -> str:

@@ -78,6 +78,12 @@ class Golden:
             if name:
                 self.dtypes[result.name] = name
 
+    def flushed(self) -> Golden:
+        """The same call as read by a chip that flushes denormals to zero."""
+        read = Golden(self.inputs)
+        read.operands = {n: _flushed(v) for n, v in self.operands.items()}
+        return read
+
     def results(self) -> dict[str, Any]:
         """The results by name; where the call makes a choice, at the reference's own one."""
         return self._results
