@@ -178,7 +178,8 @@ def _choose(
     if contract.decomposition and not via and (inherited is None or inherited.owner == "reference"):
         return _composed(binding, contract, why)
     if inherited and not _same_library(chosen, inherited.owner):
-        return _elsewhere(chosen, contract, specs, inherited.owner, why, "inherited")
+        carried = f"operands are carried to arrays of {inherited.owner} and back"
+        return _elsewhere(chosen, contract, specs, inherited.owner, "; ".join(filter(None, (why, carried))), "inherited")
     if inherited:
         return inherited.function, Choice.of(op, "inherited", inherited, why), inherited
     if fallback not in ("error", chosen.name):

@@ -143,8 +143,11 @@ def poisoned(backend: Backend) -> Iterator[list[Watch]]:
         blocks.append(Watch("memory beside an output", whole, {"": before}, slice(MARGIN, MARGIN + n)))
         return whole[MARGIN : MARGIN + n].reshape(shape)
 
+    own = vars(backend).get("empty")
     backend.empty = empty  # type: ignore[method-assign]
     try:
         yield blocks
     finally:
         del backend.empty
+        if own:
+            backend.empty = own  # type: ignore[method-assign]

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
+from porthal.conformance.cases.inputs import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
+from porthal.conformance.diff.model import lockstep
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.execution.traits import left_out, unchecked, verify
 from porthal.conformance.report.results import Result
@@ -115,7 +117,7 @@ def test_immutable_arrays_of_another_library_pass(op: str) -> None:
     assert [r.explain() for r in results if r.failed] == []
     assert {r.verdict for r in results} <= {"PASS", "LEFT_OUT"} and len(results) > 10
     ran = {r.status for r in results if r.tested}
-    assert ran == ({"own"} if op in OWN else {"composed"} if op == "mla_prolog" else {"inherited"})
+    assert ran == ({"own"} if op in OWN else {"composed"} if op == "indexer_topk" else {"inherited"})
 
 
 def test_what_is_left_out_is_counted_and_says_why() -> None:
@@ -143,6 +145,48 @@ def test_a_model_runs_on_them(tmp_path: Any) -> None:
     binding = bind(backend=Functional(), fallback="error")
     assert binding.choices["silu_mul"].status == "inherited"
     assert load(binding=binding).generate(ids, 5) == load(binding=bind("reference")).generate(ids, 5)
+
+
+def test_the_model_in_lockstep_finds_nothing_and_repairs_what_a_wrong_kernel_wrote() -> None:
+    right = lockstep(bind(backend=Functional(), fallback="error"), list(b"def get(self"), decode=1)
+    assert right.at_fault is None, right.at_fault
+
+    class Wrong(Functional):
+        name = "wrong"
+
+        def kv_write(self, pages: Pages, batch: Any, first: Any, second: Any = None) -> Pages:
+            return Functional.kv_write(self, pages, batch, Value(first._x * 2), second)
+
+    wrong = lockstep(bind(backend=Wrong(), fallback="error"), list(b"def get(self"), decode=1)
+    assert wrong.at_fault is not None and wrong.at_fault.op == "kv_write"
+    assert {call.op for call in wrong.calls if call.fault} == {"kv_write"}  # what reads the repaired cache is right
+
+
+def test_an_inherited_kernel_says_that_arrays_are_carried_to_it() -> None:
+    choices = bind(backend=Functional(), fallback="error").choices
+    assert choices["silu_mul"].reason == "operands are carried to arrays of reference and back"
+    assert choices["linear"].reason == "" and bind("cpu").choices["silu_mul"].reason == ""
+
+
+def test_static_shapes_ask_for_no_other_shape() -> None:
+    (case,) = (c for c in cases(contracts()["add"]) if c.token == "add,T=7,H=96,a:fp32,0")
+    first = build(case).operands["a"][0]
+    shapes: set[tuple[int, ...]] = set()
+
+    class Static(Reference):
+        name = "static"
+        traits = Traits(static_shapes=True)
+        moved = 0  # what it adds where the first row is another
+
+        def add(self, a: Any, b: Any) -> Any:
+            shapes.add(a.shape)
+            y = self.empty(a.shape, str(a.dtype))
+            y[...] = a + b + (0 if np.array_equal(a[0], first) else self.moved)
+            return y
+
+    assert check(case, Bindings(Static())).verdict == "PASS" and shapes == {(7, 96)}
+    wrong = Bindings(type("Wrong", (Static,), {"name": "wrong", "moved": 1})())
+    assert check(case, wrong).message.startswith("among other rows")
 
 
 def test_weights_take_new_values() -> None:
