@@ -10,6 +10,7 @@ import numpy as np
 
 from porthal.hal import dtypes as dt
 from porthal.hal.contract import CallSpec, Contract
+from porthal.hal.errors import UsageError
 from porthal.hal.limits import NO_LIMITS, Limits
 from porthal.hal.operands import Batch, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
 
@@ -58,9 +59,14 @@ class Backend:
         if folder.startswith("porthal.backends.") and module == "backend":
             cls.name = folder.rpartition(".")[2]
 
+    device: str = ""
+    host_copies: int = 0
+
     def __init__(self, device: str = "") -> None:
+        """Takes no device: a chip that has several defines its own, which refuses those that are not there."""
+        if device and type(self).__init__ is Backend.__init__:
+            raise UsageError(f"{self.name} has no device {device!r}: expected {self.name!r} alone")
         self.device = device
-        self.host_copies = 0
 
     def __str__(self) -> str:
         return f"{self.name}:{self.device}" if self.device else self.name
