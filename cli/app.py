@@ -10,14 +10,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from porthal.cli import text
+from porthal.cli.text import print
 from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
 
 
-class Commands(TyperGroup):
+class Quick:
+    """Gives --help the default False: for None, typer imports pydantic, which takes longer than all the rest."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        option.default = False
+        return option
+
+
+class Command(Quick, TyperCommand):
+    """What runs once the arguments are read, maybe with other people's code: stdout stays ours."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with text.alone():
+            return super().invoke(ctx)
+
+
+class Commands(Quick, TyperGroup):
     """Exit codes: what a command returns, 2 for a PorthalError (its sentence on stderr), 130 for an interrupt."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -29,6 +47,11 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             code = 130
         raise typer.Exit(code or 0)
+
+
+class App(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=Command, **settings)
 
 
 class Dtype(str, Enum):
@@ -44,7 +67,7 @@ class Base(str, Enum):
 
 Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
@@ -88,9 +111,9 @@ def start(
 @app.command()
 def backends(json: JsonFlag = False) -> None:
     """Which backends can run here, and why the others cannot. No vendor's package is imported."""
-    from porthal.hal import Unavailable, backend_names, probe, selected
+    from porthal.hal import Unavailable, probe, probes, selected
 
-    found = {name: probe(name) for name in backend_names()}
+    found = probes()
     chosen, rule = selected()
     name = chosen.partition(":")[0]
     if json:

@@ -6,7 +6,6 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache
@@ -105,7 +104,7 @@ def bind(
 
     Raises UsageError for unknown names and NotClaimed when the profile needs an op that nobody claims.
     """
-    chosen = backend or discovery.create(name or selected()[0])
+    chosen = backend or discovery.create(name or discovery.selected()[0])
     rules = dict(overrides) if overrides is not None else _policy_ops()
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
@@ -318,27 +317,15 @@ def _classes(backend: Backend, op: str, kernels: Sequence[Kernel], spec: CallSpe
 
 # -- policy ----------------------------------------------------------------------------------------------------------
 
-_used: ContextVar[str | None] = ContextVar("porthal_backend", default=None)
-
-
 @contextmanager
 def use(name: str) -> Iterator[Binding]:
     """Let the fronts `porthal.ops.*` and a bare `bind()` use this backend; models already loaded keep theirs."""
     binding = bind(name)
-    token = _used.set(name)
+    token = discovery.used.set(name)
     try:
         yield binding
     finally:
-        _used.reset(token)
-
-
-def selected() -> tuple[str, str]:
-    """The backend that a bare bind() takes, and the rule that says so."""
-    if used := _used.get():
-        return used, "porthal.use"
-    if named := os.environ.get("PORTHAL_BACKEND"):
-        return named, "PORTHAL_BACKEND"
-    return discovery.best(), "the first available in this order"
+        discovery.used.reset(token)
 
 
 def _policy_ops() -> dict[str, str]:
@@ -372,7 +359,7 @@ def _bound_for(name: str, ops: str, fallback: str, op: str, spec: CallSpec) -> B
 
 def front(contract: Contract, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A checked call with plain arrays: NumPy becomes the backend's array, weights are prepared on the fly."""
-    name, _ = selected()
+    name, _ = discovery.selected()
     backend = _shared(name)
     operands, attrs = contract.arrange(args, kwargs)
     plain: dict[str, np.ndarray[Any, Any]] = {}

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from threading import Thread
@@ -78,6 +80,7 @@ def probes(names: Iterable[str] | None = None) -> dict[str, Probe]:
     return {name: found[name] for name in names}
 
 
+used: ContextVar[str | None] = ContextVar("porthal_backend", default=None)  # what porthal.use chooses
 _silent: dict[str, Probe] = {}  # those that hang: asked once is enough
 
 
@@ -135,6 +138,15 @@ def best() -> str:
         if _package(name).rank is not None and probe(name).state == "available":
             return name
     raise Unavailable("no backend is available: reinstall porthal")
+
+
+def selected() -> tuple[str, str]:
+    """The backend that a bare bind() takes, and the rule that says so."""
+    if name := used.get():
+        return name, "porthal.use"
+    if name := os.environ.get("PORTHAL_BACKEND"):
+        return name, "PORTHAL_BACKEND"
+    return best(), "the first available in this order"
 
 
 def emulatable() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-import porthal.backends  # noqa: F401  (imported later, the package would take the place of the function below)
+import porthal.backends  # first: imported later, the package would take the place of the function below
 from porthal.hal import NotClaimed, PorthalError, Unavailable, UsageError
 from porthal.hal import backend_names as backends
 
