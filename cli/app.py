@@ -135,17 +135,19 @@ def explain(
     json: JsonFlag = False,
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when the model needs an op that is missing."""
-    from porthal.hal import Binding, Choice, NotClaimed, bind
+    from porthal.hal import Binding, Choice, NotClaimed, bind, create, running, selected
     from porthal.model.load import profile
 
     needed = profile(_config(model), dtype.value) if model or _demo_is_here() else {}
-    bare = bind(backend)
-    choices = dict(bare.choices)
-    for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
-        try:
-            choices[op] = bind(profile={op: specs}, backend=bare.backend).choices[op]
-        except NotClaimed as error:
-            choices[op] = Choice(op, "missing", "", "", str(error))
+    made = create(backend or selected()[0])
+    with running(made):
+        bare = bind(backend=made)
+        choices = dict(bare.choices)
+        for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
+            try:
+                choices[op] = bind(profile={op: specs}, backend=made).choices[op]
+            except NotClaimed as error:
+                choices[op] = Choice(op, "missing", "", "", str(error))
     missing = [op for op in needed if choices[op].status == "missing"]
     counts = Binding(bare.backend, choices, {})
     if json:
@@ -175,7 +177,7 @@ def generate(
 ) -> None:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff."""
     from porthal.cli.stream import Printer
-    from porthal.hal import bind
+    from porthal.hal import bind, create, running, selected
     from porthal.model.generate import generate as run
     from porthal.model.load import DEMO, load, profile
     from porthal.model.tokens import tokenizer
@@ -183,20 +185,22 @@ def generate(
     directory = model or DEMO
     config = _config(directory)
     words = tokenizer(directory, config.vocab_size)
-    binding = bind(backend, profile=profile(config, dtype.value))
-    loaded = load(directory, binding, dtype=dtype.value)
-    printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
-    start = time.perf_counter()
-    made = run(
-        loaded,
-        [words.encode(prompt)],
-        max_new,
-        temperature=temperature,
-        speculative=speculative,
-        seed=seed,
-        on_tokens=lambda _, ids: printer.add(ids),
-    )
-    seconds = time.perf_counter() - start
+    chosen = create(backend or selected()[0])
+    with running(chosen):
+        binding = bind(backend=chosen, profile=profile(config, dtype.value))
+        loaded = load(directory, binding, dtype=dtype.value)
+        printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
+        start = time.perf_counter()
+        made = run(
+            loaded,
+            [words.encode(prompt)],
+            max_new,
+            temperature=temperature,
+            speculative=speculative,
+            seed=seed,
+            on_tokens=lambda _, ids: printer.add(ids),
+        )
+        seconds = time.perf_counter() - start
     printer.close()
     count = len(made.tokens[0])
     per_forward = count / made.forwards if made.forwards else 0.0
@@ -427,7 +431,7 @@ def diff(
 ) -> int:
     """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one."""
     from porthal.conformance.diff.model import TEXT, lockstep
-    from porthal.hal import bind, create
+    from porthal.hal import bind, create, running
     from porthal.model.load import DEMO, profile
     from porthal.model.tokens import check_count, tokenizer
 
@@ -435,8 +439,10 @@ def diff(
     directory, config = model or DEMO, _config(model)
     ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
     steps = check_count("--decode", decode, 0)
-    binding = bind(profile=profile(config, dtype.value), backend=create(_named(backend, emulated), emulated))
-    found = lockstep(binding, ids, directory, dtype.value, steps)
+    made = create(_named(backend, emulated), emulated)
+    with running(made):
+        binding = bind(profile=profile(config, dtype.value), backend=made)
+        found = lockstep(binding, ids, directory, dtype.value, steps)
     text.drawn(found.table())
     if json:
         json.write_text(found.json(), encoding="utf-8")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from porthal.hal.backend import Backend, Kernel, Place
     from porthal.hal.binding import Binding, Choice, bind, checked, use
     from porthal.hal.contract import CallSpec, Contract, contract, contracts
-    from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, selected
+    from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
     from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
     from porthal.hal.errors import NotClaimed, PorthalError, Unavailable, UsageError
     from porthal.hal.limits import any_of, at_least, at_most, limits, multiple_of, one_of
@@ -79,6 +79,7 @@ __all__ = [
     "probe",
     "probes",
     "recorded",
+    "running",
     "selected",
     "use",
     "widen",

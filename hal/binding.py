@@ -17,7 +17,7 @@ from porthal.hal import discovery
 from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
-from porthal.hal.errors import NotClaimed, UsageError
+from porthal.hal.errors import NotClaimed, Unavailable, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 
@@ -70,7 +70,10 @@ class Binding:
         if self.choices[spec.op].status == "composed":
             op, operand = contracts()[spec.op].weights[spec.operand]
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
-        return vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
+        weight = vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
+        if not isinstance(weight, Weight):
+            raise Unavailable(f"{self.backend}: prepare returned {weight!r} for {spec.op}.{spec.operand}, expected a Weight")
+        return weight
 
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""

@@ -119,7 +119,7 @@ def create(spec: str, emulated: bool = False) -> Backend:
     if emulated:
         _emulate(name)
     cls = backend_class(name)
-    with working(name):
+    with foreign(_broken(name)):
         backend = cls(device)
         if backend.place not in get_args(Place):
             raise TypeError(f"place is {backend.place!r}, expected one of {', '.join(get_args(Place))}")
@@ -127,9 +127,9 @@ def create(spec: str, emulated: bool = False) -> Backend:
     return backend
 
 
-def working(name: str) -> AbstractContextManager[None]:
-    """Around what a backend's own code does: whatever it raises is a sentence that names the backend and its package."""
-    return foreign(f"backend {name!r} is broken: {_package(name).name}")
+def running(backend: Backend) -> AbstractContextManager[None]:
+    """Around what runs on a backend: whatever it raises becomes Unavailable, a sentence that names backend and package."""
+    return foreign(f"running on {backend} of {type(backend).__module__.rpartition('.')[0]} failed")
 
 
 def best() -> str:
@@ -201,6 +201,10 @@ def _package(name: str) -> _Package:
         return _Package(package, broken=str(error))
 
 
+def _broken(name: str) -> str:
+    return f"backend {name!r} is broken: {_package(name).name}"
+
+
 def _known(name: str) -> None:
     if name not in _packages():
         from difflib import get_close_matches
@@ -215,7 +219,7 @@ def _known(name: str) -> None:
 def _loaded(name: str) -> type[Backend]:
     from porthal.hal.backend import Backend
 
-    with working(name):
+    with foreign(_broken(name)):
         module = importlib.import_module(f"{_package(name).name}.backend")
         own = list(defined(module))
     if len(own) != 1:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import current_thread, main_thread
 
 
@@ -35,9 +36,17 @@ def foreign(what: str, kind: type[PorthalError] = Unavailable) -> Iterator[None]
     """
     try:
         yield
-    except PorthalError:
+    except (PorthalError, BrokenPipeError):  # the latter where nobody reads our own output any more
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
             raise
-        raise kind(f"{what}: {message_of(error)}") from error
+        raise kind(f"{what}: {message_of(error)}{_raised_at(error)}") from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """The file and line that raised it, below the caller of `foreign`; "" for what C raises there."""
+    from traceback import extract_tb
+
+    frames = [frame for frame in extract_tb(error.__traceback__)[2:] if "importlib" not in frame.filename]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

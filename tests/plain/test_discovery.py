@@ -108,8 +108,8 @@ def test_one_kernel_of_a_plugin_counts_as_its_own(site: Site) -> None:
 
 
 BROKEN = {
-    "init": ({"init": "raise RuntimeError('no driver')"}, "bad_plugin: RuntimeError: no driver"),
-    "probe": ({"init": "def probe():\n    raise OSError('bus error')"}, "bad_plugin: OSError: bus error"),
+    "init": ({"init": "raise RuntimeError('no driver')"}, "bad_plugin: RuntimeError: no driver (__init__.py:1)"),
+    "probe": ({"init": "def probe():\n    raise OSError('bus error')"}, "bad_plugin: OSError: bus error (__init__.py:2)"),
     "requires": ({"init": "requires = (7,)"}, "bad_plugin: requires is (7,), expected a tuple of names of modules"),
 }
 
@@ -134,8 +134,8 @@ def test_a_plugin_that_fails_when_looked_at_is_broken_and_hides_nothing(site: Si
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("raise RuntimeError('library is too old')", "bad_plugin: RuntimeError: library is too old"),
-        ("import no_such_module", "bad_plugin: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise RuntimeError('library is too old')", "bad_plugin: RuntimeError: library is too old (backend.py:1)"),
+        ("import no_such_module", "bad_plugin: ModuleNotFoundError: No module named 'no_such_module' (backend.py:1)"),
         (None, "bad_plugin: ModuleNotFoundError: No module named 'bad_plugin.backend'"),
         ("", "bad_plugin.backend defines 0 backends, expected one"),
         (EMPTY + "\n    class Other(Reference): ...", "bad_plugin.backend defines 2 backends, expected one"),
@@ -170,7 +170,7 @@ def test_a_plugin_whose_base_is_not_here_names_the_base(site: Site) -> None:
     site.install("far", init="requires = ('torch_far',)", backend="import torch_far")
     site.install("near", backend="from far_plugin.backend import Chip\nclass Near(Chip): ...")
     assert site.run('answer = attempt(create, "near")') == (
-        "Unavailable: backend 'near' is broken: near_plugin: ModuleNotFoundError: No module named 'torch_far'"
+        "Unavailable: backend 'near' is broken: near_plugin: ModuleNotFoundError: No module named 'torch_far' (backend.py:1)"
     )
 
 
