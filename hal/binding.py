@@ -112,7 +112,7 @@ def bind(
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
         discovery.probe(fallback.partition(":")[0])  # an unknown name is a mistake even where nothing falls back
-    check = os.environ.get("PORTHAL_CHECK", "0") not in ("0", "") if check is None else check
+    check = _policy_check() if check is None else check
     known = contracts()
     _verify_names(rules, known)
 
@@ -145,7 +145,7 @@ def _choose(
     if rule == "composed":
         return _composed(binding, contract, "by policy")
     via = rule.removeprefix(VIA) if rule and rule.startswith(VIA) else ""
-    if rule is not None and not via and rule.partition(":")[0] != chosen.name:
+    if rule is not None and not via and rule not in (chosen.name, str(chosen)):
         return _elsewhere(chosen, contract, specs, rule, "by policy")
     kernels = list(chosen.candidates(contract))
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
@@ -333,13 +333,22 @@ def use(name: str) -> Iterator[Binding]:
 
 def _policy_ops() -> dict[str, str]:
     text = os.environ.get("PORTHAL_OPS", "")
-    rules = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        op, equals, backend = part.partition("=")
-        if not equals or not backend:
+    rules: dict[str, str] = {}
+    for part in text.split(",") if text.strip() else ():
+        op, _, backend = (word.strip() for word in part.partition("="))
+        if not op or not backend:
             raise UsageError(f"PORTHAL_OPS has {part!r}: write op=backend, separated by commas")
-        rules[op.strip()] = backend.strip()
+        if op in rules:
+            raise UsageError(f"PORTHAL_OPS has {op}={rules[op]} and {op}={backend}: expected one of them")
+        rules[op] = backend
     return rules
+
+
+def _policy_check() -> bool:
+    text = os.environ.get("PORTHAL_CHECK", "")
+    if text not in ("", "0", "1"):
+        raise UsageError(f"PORTHAL_CHECK is {text!r}: expected 1 to check every call, or 0")
+    return text == "1"
 
 
 def _verify_names(rules: Mapping[str, str], known: Mapping[str, Contract]) -> None:

@@ -30,6 +30,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.legal import FAR, PAST_2G
 from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.judgement.golden_cache import folder
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import Returned, check
@@ -86,6 +87,7 @@ def serve(descriptor: int) -> None:
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         setup: Setup = pipe.recv()
         try:
+            folder()  # refuses a wrong PORTHAL_CACHE before the first case
             backend = create(setup.backend, setup.emulated)
             with running(backend):
                 bindings = Bindings(backend)
