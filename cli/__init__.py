@@ -7,5 +7,7 @@ if not __name__.startswith("porthal."):
 def main() -> None:
     """The `porthal` command."""
     from porthal.cli.app import app
+    from porthal.cli.text import keep_stdout
 
+    keep_stdout()
     app(prog_name="porthal")

@@ -10,14 +10,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from porthal.cli import text
+from porthal.cli.text import print
 from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
 
 
-class Commands(TyperGroup):
+class Quick:
+    """Gives --help the default False: for None, typer imports pydantic, which takes longer than all the rest."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        option.default = False
+        return option
+
+
+class Command(Quick, TyperCommand):
+    """What runs once the arguments are read, maybe with other people's code: stdout stays ours."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with text.alone():
+            return super().invoke(ctx)
+
+
+class Commands(Quick, TyperGroup):
     """Exit codes: what a command returns, 2 for a PorthalError (its sentence on stderr), 130 for an interrupt."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -29,6 +47,11 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             code = 130
         raise typer.Exit(code or 0)
+
+
+class App(typer.Typer):
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=Command, **settings)
 
 
 class Dtype(str, Enum):
@@ -44,7 +67,7 @@ class Base(str, Enum):
 
 Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
@@ -88,9 +111,9 @@ def start(
 @app.command()
 def backends(json: JsonFlag = False) -> None:
     """Which backends can run here, and why the others cannot. No vendor's package is imported."""
-    from porthal.hal import Unavailable, backend_names, probe, selected
+    from porthal.hal import Unavailable, probe, probes, selected
 
-    found = {name: probe(name) for name in backend_names()}
+    found = probes()
     chosen, rule = selected()
     name = chosen.partition(":")[0]
     if json:
@@ -112,17 +135,19 @@ def explain(
     json: JsonFlag = False,
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when the model needs an op that is missing."""
-    from porthal.hal import Binding, Choice, NotClaimed, bind
+    from porthal.hal import Binding, Choice, NotClaimed, bind, create, running, selected
     from porthal.model.load import profile
 
     needed = profile(_config(model), dtype.value) if model or _demo_is_here() else {}
-    bare = bind(backend)
-    choices = dict(bare.choices)
-    for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
-        try:
-            choices[op] = bind(profile={op: specs}, backend=bare.backend).choices[op]
-        except NotClaimed as error:
-            choices[op] = Choice(op, "missing", "", "", str(error))
+    made = create(backend or selected()[0])
+    with running(made):
+        bare = bind(backend=made)
+        choices = dict(bare.choices)
+        for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
+            try:
+                choices[op] = bind(profile={op: specs}, backend=made).choices[op]
+            except NotClaimed as error:
+                choices[op] = Choice(op, "missing", "", "", str(error))
     missing = [op for op in needed if choices[op].status == "missing"]
     counts = Binding(bare.backend, choices, {})
     if json:
@@ -152,7 +177,7 @@ def generate(
 ) -> None:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff."""
     from porthal.cli.stream import Printer
-    from porthal.hal import bind
+    from porthal.hal import bind, create, running, selected
     from porthal.model.generate import generate as run
     from porthal.model.load import DEMO, load, profile
     from porthal.model.tokens import tokenizer
@@ -160,20 +185,22 @@ def generate(
     directory = model or DEMO
     config = _config(directory)
     words = tokenizer(directory, config.vocab_size)
-    binding = bind(backend, profile=profile(config, dtype.value))
-    loaded = load(directory, binding, dtype=dtype.value)
-    printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
-    start = time.perf_counter()
-    made = run(
-        loaded,
-        [words.encode(prompt)],
-        max_new,
-        temperature=temperature,
-        speculative=speculative,
-        seed=seed,
-        on_tokens=lambda _, ids: printer.add(ids),
-    )
-    seconds = time.perf_counter() - start
+    chosen = create(backend or selected()[0])
+    with running(chosen):
+        binding = bind(backend=chosen, profile=profile(config, dtype.value))
+        loaded = load(directory, binding, dtype=dtype.value)
+        printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
+        start = time.perf_counter()
+        made = run(
+            loaded,
+            [words.encode(prompt)],
+            max_new,
+            temperature=temperature,
+            speculative=speculative,
+            seed=seed,
+            on_tokens=lambda _, ids: printer.add(ids),
+        )
+        seconds = time.perf_counter() - start
     printer.close()
     count = len(made.tokens[0])
     per_forward = count / made.forwards if made.forwards else 0.0
@@ -404,7 +431,7 @@ def diff(
 ) -> int:
     """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one."""
     from porthal.conformance.diff.model import TEXT, lockstep
-    from porthal.hal import bind, create
+    from porthal.hal import bind, create, running
     from porthal.model.load import DEMO, profile
     from porthal.model.tokens import check_count, tokenizer
 
@@ -412,8 +439,10 @@ def diff(
     directory, config = model or DEMO, _config(model)
     ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
     steps = check_count("--decode", decode, 0)
-    binding = bind(profile=profile(config, dtype.value), backend=create(_named(backend, emulated), emulated))
-    found = lockstep(binding, ids, directory, dtype.value, steps)
+    made = create(_named(backend, emulated), emulated)
+    with running(made):
+        binding = bind(profile=profile(config, dtype.value), backend=made)
+        found = lockstep(binding, ids, directory, dtype.value, steps)
     text.drawn(found.table())
     if json:
         json.write_text(found.json(), encoding="utf-8")

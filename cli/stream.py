@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from porthal.cli.text import print, stdout
 from porthal.model.tokens import Bytes, Vocabulary
 
 UNFINISHED = "\ufffd"
@@ -29,7 +29,7 @@ class Printer:
 
     def close(self) -> None:
         self._show(self.words.decode(self.ids))
-        if not self.silent and sys.stdout.isatty():
+        if not self.silent and stdout().isatty():
             print()
 
     def _show(self, text: str) -> None:
@@ -38,5 +38,6 @@ class Printer:
             fresh, self.started = self.prompt + fresh, True
         self.text = text
         if not self.silent:
-            sys.stdout.buffer.write(fresh.encode("utf-8", "surrogateescape"))
-            sys.stdout.buffer.flush()
+            out = stdout().buffer
+            out.write(fresh.encode("utf-8", "surrogateescape"))
+            out.flush()

@@ -1,14 +1,19 @@
-"""Printing: tables, numbers, JSON, progress. Colour and width fitting only on a terminal; plain lines otherwise."""
+"""Printing: tables, numbers, JSON, progress. Colour and width fitting only on a terminal; plain lines otherwise.
+
+Stdout is porthal's alone, so that it is JSON, or compares with `diff`, whatever a vendor's package prints: that goes to
+stderr.
+"""
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from porthal.hal import UsageError
 
@@ -26,10 +31,40 @@ STYLES = {
     "missing": "red",
 }
 
+_ours: TextIO | None = None  # while sys.stdout is that of others
+
+
+def keep_stdout() -> None:
+    """Give this process a stdout of its own, and everything that writes to descriptor 1, as C does, stderr."""
+    with suppress(OSError, AttributeError):  # one of the two is closed
+        ours = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+        os.dup2(2, 1)
+        sys.stdout = ours
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, what others print from Python goes to stderr too."""
+    global _ours
+    _ours = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _ours = None
+
+
+def stdout() -> TextIO:
+    return _ours or sys.stdout
+
+
+def print(line: str = "") -> None:
+    builtins.print(line, file=stdout())
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns on stdout; a terminal gets them coloured and folded to its width."""
-    if not sys.stdout.isatty():
+    if not stdout().isatty():
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         for row in (head, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -43,7 +78,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         drawn.add_column(name, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in row))
-    Console().print(drawn)
+    Console(file=stdout()).print(drawn)
 
 
 def as_json(value: Any) -> None:
@@ -60,7 +95,7 @@ def si(value: float, unit: str) -> str:
 
 
 def note(line: str) -> None:
-    print(line, file=sys.stderr)
+    builtins.print(line, file=sys.stderr)
 
 
 def check_writable(file: Path | None) -> None:
@@ -83,13 +118,13 @@ def drawn(parts: Group) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    if sys.stdout.isatty():
-        Console().print(parts)
+    if stdout().isatty():
+        Console(file=stdout()).print(parts)
         return
     for part in parts.renderables:
         if isinstance(part, Table):
             part.box, part.pad_edge, part.title_justify = None, False, "left"
-    console = Console(width=1000)
+    console = Console(width=1000, file=stdout())
     with console.capture() as captured:
         console.print(parts)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))

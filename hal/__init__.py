@@ -1,28 +1,37 @@
-"""The abstraction: contracts, operands, backends, binding. Imports nothing above it."""
+"""The abstraction: contracts, operands, backends, binding. Imports nothing above it.
+
+A name comes from its file when it is first used: to list the backends takes no NumPy.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if not __name__.startswith("porthal."):
     raise ImportError(f"import porthal.{__name__} instead of {__name__}: two names make two registries.")
 
-from porthal.hal.backend import Backend, Kernel, Place, Traits
-from porthal.hal.binding import Binding, Choice, bind, checked, selected, use
-from porthal.hal.contract import CallSpec, Contract, contract, contracts
-from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe
-from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
-from porthal.hal.errors import NotClaimed, PorthalError, Unavailable, UsageError
-from porthal.hal.limits import any_of, at_least, at_most, limits, multiple_of, one_of
-from porthal.hal.operands import (
-    KINDS,
-    Batch,
-    Operand,
-    Pages,
-    PagesSpec,
-    Rows,
-    Selection,
-    SelectionSpec,
-    Weight,
-    WeightSpec,
-)
-from porthal.hal.recorder import Recorder, recorded
+if TYPE_CHECKING:
+    from porthal.hal.backend import Backend, Kernel, Place, Traits
+    from porthal.hal.binding import Binding, Choice, bind, checked, use
+    from porthal.hal.contract import CallSpec, Contract, contract, contracts
+    from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
+    from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
+    from porthal.hal.errors import NotClaimed, PorthalError, Unavailable, UsageError
+    from porthal.hal.limits import any_of, at_least, at_most, limits, multiple_of, one_of
+    from porthal.hal.operands import (
+        KINDS,
+        Batch,
+        Operand,
+        Pages,
+        PagesSpec,
+        Rows,
+        Selection,
+        SelectionSpec,
+        Weight,
+        WeightSpec,
+    )
+    from porthal.hal.recorder import Recorder, recorded
 
 __all__ = [
     "FLOATS",
@@ -69,8 +78,29 @@ __all__ = [
     "numpy_dtype",
     "one_of",
     "probe",
+    "probes",
     "recorded",
+    "running",
     "selected",
     "use",
     "widen",
 ]
+
+# Where the names are, the files first that need little.
+_FILES = ("errors", "discovery", "dtypes", "limits", "operands", "contract", "backend", "binding", "recorder")
+
+
+class _Hal(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        for file in _FILES if name in __all__ else ():
+            if name in (names := vars(import_module(f"{__name__}.{file}"))):
+                setattr(self, name, names[name])
+                return names[name]
+        raise AttributeError(f"{__name__} has no {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, ModuleType):  # the function `limits` keeps its place from the file
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Hal

@@ -82,9 +82,14 @@ class Backend:
         if folder.startswith("porthal.backends.") and module == "backend":
             cls.name = folder.rpartition(".")[2]
 
+    device: str = ""
+    host_copies: int = 0
+
     def __init__(self, device: str = "") -> None:
+        """Takes no device: a chip that has several defines its own, which refuses those that are not there."""
+        if device and type(self).__init__ is Backend.__init__:
+            raise UsageError(f"{self.name} has no device {device!r}: expected {self.name!r} alone")
         self.device = device
-        self.host_copies = 0
 
     def __str__(self) -> str:
         return f"{self.name}:{self.device}" if self.device else self.name

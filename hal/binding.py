@@ -6,7 +6,6 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache
@@ -18,7 +17,7 @@ from porthal.hal import discovery
 from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
-from porthal.hal.errors import NotClaimed, UsageError
+from porthal.hal.errors import NotClaimed, Unavailable, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 
@@ -71,7 +70,10 @@ class Binding:
         if self.choices[spec.op].status == "composed":
             op, operand = contracts()[spec.op].weights[spec.operand]
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
-        return self._packing(spec)(spec, read, into)
+        weight = self._packing(spec)(spec, read, into)
+        if not isinstance(weight, Weight):
+            raise Unavailable(f"{self.backend}: prepare returned {weight!r} for {spec.op}.{spec.operand}, expected a Weight")
+        return weight
 
     def to_logical(self, operand: Operand) -> dict[str, np.ndarray[Any, Any]]:
         """An operand's logical form as NumPy arrays; a weight is read by the backend whose kernel it was packed for."""
@@ -115,12 +117,12 @@ def bind(
 
     Raises UsageError for unknown names and NotClaimed when the profile needs an op that nobody claims.
     """
-    chosen = backend or discovery.create(name or selected()[0])
+    chosen = backend or discovery.create(name or discovery.selected()[0])
     rules = dict(overrides) if overrides is not None else _policy_ops()
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
         discovery.probe(fallback.partition(":")[0])  # an unknown name is a mistake even where nothing falls back
-    check = os.environ.get("PORTHAL_CHECK", "0") not in ("0", "") if check is None else check
+    check = _policy_check() if check is None else check
     known = contracts()
     _verify_names(rules, known)
 
@@ -153,7 +155,7 @@ def _choose(
     if rule == "composed":
         return _composed(binding, contract, "by policy")
     via = rule.removeprefix(VIA) if rule and rule.startswith(VIA) else ""
-    if rule is not None and not via and rule.partition(":")[0] != chosen.name:
+    if rule is not None and not via and rule not in (chosen.name, str(chosen)):
         return _elsewhere(chosen, contract, specs, rule, "by policy")
     kernels = list(chosen.candidates(contract))
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
@@ -345,38 +347,35 @@ def _classes(backend: Backend, op: str, kernels: Sequence[Kernel], spec: CallSpe
 
 # -- policy ----------------------------------------------------------------------------------------------------------
 
-_used: ContextVar[str | None] = ContextVar("porthal_backend", default=None)
-
-
 @contextmanager
 def use(name: str) -> Iterator[Binding]:
     """Let the fronts `porthal.ops.*` and a bare `bind()` use this backend; models already loaded keep theirs."""
     binding = bind(name)
-    token = _used.set(name)
+    token = discovery.used.set(name)
     try:
         yield binding
     finally:
-        _used.reset(token)
-
-
-def selected() -> tuple[str, str]:
-    """The backend that a bare bind() takes, and the rule that says so."""
-    if used := _used.get():
-        return used, "porthal.use"
-    if named := os.environ.get("PORTHAL_BACKEND"):
-        return named, "PORTHAL_BACKEND"
-    return discovery.best(), "the first available in this order"
+        discovery.used.reset(token)
 
 
 def _policy_ops() -> dict[str, str]:
     text = os.environ.get("PORTHAL_OPS", "")
-    rules = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        op, equals, backend = part.partition("=")
-        if not equals or not backend:
+    rules: dict[str, str] = {}
+    for part in text.split(",") if text.strip() else ():
+        op, _, backend = (word.strip() for word in part.partition("="))
+        if not op or not backend:
             raise UsageError(f"PORTHAL_OPS has {part!r}: write op=backend, separated by commas")
-        rules[op.strip()] = backend.strip()
+        if op in rules:
+            raise UsageError(f"PORTHAL_OPS has {op}={rules[op]} and {op}={backend}: expected one of them")
+        rules[op] = backend
     return rules
+
+
+def _policy_check() -> bool:
+    text = os.environ.get("PORTHAL_CHECK", "")
+    if text not in ("", "0", "1"):
+        raise UsageError(f"PORTHAL_CHECK is {text!r}: expected 1 to check every call, or 0")
+    return text == "1"
 
 
 def _verify_names(rules: Mapping[str, str], known: Mapping[str, Contract]) -> None:
@@ -399,7 +398,7 @@ def _bound_for(name: str, ops: str, fallback: str, op: str, spec: CallSpec) -> B
 
 def front(contract: Contract, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A checked call with plain arrays: NumPy becomes the backend's array, weights are prepared on the fly."""
-    name, _ = selected()
+    name, _ = discovery.selected()
     backend = _shared(name)
     operands, attrs = contract.arrange(args, kwargs)
     plain: dict[str, np.ndarray[Any, Any]] = {}

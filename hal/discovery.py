@@ -4,54 +4,103 @@ A backend is a package: a folder of porthal/backends, or what an entry point of 
 `__init__` is light: `requires` lists the modules it needs, `rank` decides which available backend is chosen when none
 is named, and an optional `probe()` looks for the chip. Its module `backend` holds the one subclass of `Backend`, and is
 imported only when the backend is used. A module `emulated` with `install()` imitates the chip's device on this CPU.
+
+A package may be somebody else's: whatever it raises or returns, it costs its own backend alone, and one sentence.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
-import inspect
+import os
 import pkgutil
-from collections.abc import Iterator
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
+from threading import Thread
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from porthal.hal.backend import Backend
-from porthal.hal.errors import Unavailable, UsageError
+from porthal.hal.errors import PorthalError, Unavailable, UsageError, foreign
+
+if TYPE_CHECKING:
+    from porthal.hal.backend import Backend
 
 INSTALLED = 1000  # the rank of a plugin that states none: somebody installed it, so it comes first
+PATIENCE = 3.0  # seconds in which a probe must answer
+State = Literal["available", "not here", "broken"]
 
 
 @dataclass(frozen=True)
 class Probe:
     """Whether a backend can be used on this machine, and why not."""
 
-    state: Literal["available", "not here", "broken"]
+    state: State
     why: str = ""
+
+
+@dataclass(frozen=True)
+class _Package:
+    """What the `__init__` of a backend's package states, or why it states nothing."""
+
+    name: str
+    requires: tuple[str, ...] = ()
+    rank: int | None = None  # None: chosen only by name
+    probe: Callable[[], Any] = lambda: Probe("available")
+    broken: str = ""
 
 
 def backend_names() -> tuple[str, ...]:
     """All known backends, the highest rank first; by name where ranks are equal."""
-    return tuple(sorted(_packages(), key=lambda name: (-(_rank(name) or 0), name)))
+    return tuple(sorted(_packages(), key=lambda name: (-(_package(name).rank or 0), name)))
 
 
 def probe(name: str) -> Probe:
     """Look, without importing any vendor's package."""
     _known(name)
+    return probes([name])[name]
+
+
+def probes(names: Iterable[str] | None = None) -> dict[str, Probe]:
+    """Look for all backends, or for these, side by side; one that does not answer within PATIENCE is broken."""
+    names = list(names or backend_names())
+    found = {name: _silent[name] for name in names if name in _silent}
+    looks = {name: Thread(target=_look, args=(name, found), daemon=True) for name in names if name not in found}
+    for look in looks.values():  # a daemon, so that one which hangs does not keep the process from ending
+        look.start()
+    end = time.monotonic() + PATIENCE
+    for name, look in looks.items():
+        look.join(max(end - time.monotonic(), 0.0))
+        if name not in found:
+            why = f"{_package(name).name}: its probe did not answer within {PATIENCE:g} s"
+            found[name] = _silent[name] = Probe("broken", why)
+    return {name: found[name] for name in names}
+
+
+used: ContextVar[str | None] = ContextVar("porthal_backend", default=None)  # what porthal.use chooses
+_silent: dict[str, Probe] = {}  # those that hang: asked once is enough
+
+
+def _look(name: str, found: dict[str, Probe]) -> None:
+    package = _package(name)
     try:
-        package = importlib.import_module(_packages()[name])
-        for module in getattr(package, "requires", ()):
-            if importlib.util.find_spec(module.partition(".")[0]) is None:  # a dotted name would import its parents
-                return Probe("not here", f"needs the Python package {module}")
-        check = getattr(package, "probe", None)
-        return check() if check else Probe("available")
-    except Exception as error:  # a plugin's own failure must not hide the other backends
-        return Probe("broken", f"{type(error).__name__}: {error}")
+        with foreign(package.name):
+            found[name] = Probe("broken", package.broken) if package.broken else _probed(package)
+    except PorthalError as error:  # must not hide the other backends
+        found[name] = Probe("broken", str(error))
+
+
+def _probed(package: _Package) -> Probe:
+    for module in package.requires:
+        if importlib.util.find_spec(module.partition(".")[0]) is None:  # a dotted name would import its parents
+            return Probe("not here", f"needs the Python package {module}")
+    answer = package.probe()
+    if not isinstance(answer, Probe) or answer.state not in get_args(State) or not isinstance(answer.why, str):
+        raise UsageError(f"{package.name}: its probe returned {answer!r}, expected a Probe of {', '.join(get_args(State))}")
+    return answer
 
 
 def backend_class(name: str) -> type[Backend]:
@@ -64,82 +113,115 @@ def backend_class(name: str) -> type[Backend]:
 
 def create(spec: str, emulated: bool = False) -> Backend:
     """A backend from "name" or "name:device", as in torch:cuda:1; on an emulated device if asked."""
+    from porthal.hal.backend import Place
+
     name, _, device = spec.partition(":")
     if emulated:
         _emulate(name)
-    return backend_class(name)(device)
+    cls = backend_class(name)
+    with foreign(_broken(name)):
+        backend = cls(device)
+        if backend.place not in get_args(Place):
+            raise TypeError(f"place is {backend.place!r}, expected one of {', '.join(get_args(Place))}")
+        str(backend)  # in every report
+    return backend
+
+
+def running(backend: Backend) -> AbstractContextManager[None]:
+    """Around what runs on a backend: whatever it raises becomes Unavailable, a sentence that names backend and package."""
+    return foreign(f"running on {backend} of {type(backend).__module__.rpartition('.')[0]} failed")
 
 
 def best() -> str:
     """The first available backend in the stated order, of those that have a rank."""
     for name in backend_names():
-        if _rank(name) is not None and probe(name).state == "available":
+        if _package(name).rank is not None and probe(name).state == "available":
             return name
     raise Unavailable("no backend is available: reinstall porthal")
 
 
+def selected() -> tuple[str, str]:
+    """The backend that a bare bind() takes, and the rule that says so."""
+    if name := used.get():
+        return name, "porthal.use"
+    if name := os.environ.get("PORTHAL_BACKEND"):
+        return name, "PORTHAL_BACKEND"
+    return best(), "the first available in this order"
+
+
 def emulatable() -> tuple[str, ...]:
     """The backends whose package can emulate their device on this CPU."""
-    return tuple(name for name in backend_names() if _has_stand_in(name))
+    return tuple(name for name in backend_names() if _has_stand_in(_package(name)))
 
 
-def _has_stand_in(name: str) -> bool:
-    with suppress(Exception):  # a package that does not import has none; probe says why
-        return importlib.util.find_spec(f"{_packages()[name]}.emulated") is not None
+def _has_stand_in(package: _Package) -> bool:
+    with suppress(ImportError):  # of a module, which is no package
+        return not package.broken and importlib.util.find_spec(f"{package.name}.emulated") is not None
     return False
 
 
 def _emulate(name: str) -> None:
     if name not in emulatable():
         raise UsageError(f"backend {name!r} cannot be emulated: expected one of {', '.join(emulatable())}")
-    try:
-        importlib.import_module(f"{_packages()[name]}.emulated").install()
-    except ImportError as error:
-        raise Unavailable(f"emulating {name} needs a package that is not installed: {error}") from None
-    except RuntimeError as error:  # the vendor's real package is loaded
-        raise Unavailable(str(error)) from None
+    module = f"{_package(name).name}.emulated"
+    with foreign(f"backend {name!r} cannot be emulated: {module}"):
+        importlib.import_module(module).install()
 
 
 @cache
-def _packages() -> dict[str, str]:
+def _packages() -> dict[str, set[str]]:
+    """The packages that have each name: one, unless a plugin takes the name of another backend."""
+    import importlib.metadata  # takes longer than the rest of this file
+
     folder = importlib.import_module("porthal.backends").__path__  # by name: hal imports nothing above it
-    found = {m.name: f"porthal.backends.{m.name}" for m in pkgutil.iter_modules(folder) if m.ispkg}
-    for entry in importlib.metadata.entry_points(group="porthal.backends"):
-        found[entry.name] = entry.value
+    found = {m.name: {f"porthal.backends.{m.name}"} for m in pkgutil.iter_modules(folder) if m.ispkg}
+    with foreign("the entry points of the installed packages cannot be read"):
+        for entry in importlib.metadata.entry_points(group="porthal.backends"):
+            found.setdefault(entry.name, set()).add(entry.value)
     return found
 
 
-def _known(name: str) -> None:
-    known = _packages()
-    if name not in known:
-        close = get_close_matches(name, known, 1)
-        hint = f", did you mean {close[0]!r}?" if close else ";"
-        states = ", ".join(f"{n} ({_brief(n)})" for n in backend_names())
-        raise UsageError(f"unknown backend {name!r}{hint} known are {states}")
-
-
-def _brief(name: str) -> str:
-    found = probe(name)
-    return found.state + (f": {found.why}" if found.why else "")
-
-
-def _rank(name: str) -> int | None:
-    """A backend's rank; None: chosen only by name."""
-    installed = not _packages()[name].startswith("porthal.backends.")
+@cache
+def _package(name: str) -> _Package:
+    package, *others = sorted(_packages()[name])
+    if others:
+        every = " and ".join([package, *others])
+        return _Package(every, broken=f"{every} both have the name {name}: uninstall one, or rename its entry point")
+    own = package.startswith("porthal.backends.")
     try:
-        package: ModuleType | None = importlib.import_module(_packages()[name])
-    except Exception:  # probe says why
-        package = None
-    return getattr(package, "rank", INSTALLED if installed else None)
+        with foreign(package):
+            module = importlib.import_module(package)
+            requires, rank = getattr(module, "requires", ()), getattr(module, "rank", None if own else INSTALLED)
+            if not isinstance(requires, (tuple, list)) or not all(isinstance(m, str) and m for m in requires):
+                raise UsageError(f"{package}: requires is {requires!r}, expected a tuple of names of modules")
+            if type(rank) is not int and (rank is not None or hasattr(module, "rank")):
+                raise UsageError(f"{package}: rank is {rank!r}, expected a whole number")
+            return _Package(package, tuple(requires), rank, getattr(module, "probe", _Package.probe))
+    except PorthalError as error:
+        return _Package(package, broken=str(error))
+
+
+def _broken(name: str) -> str:
+    return f"backend {name!r} is broken: {_package(name).name}"
+
+
+def _known(name: str) -> None:
+    if name not in _packages():
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, _packages(), 1)
+        hint = f", did you mean {close[0]!r}?" if close else ";"
+        states = ", ".join(f"{n} ({p.state + (p.why and f': {p.why}')})" for n, p in probes().items())
+        raise UsageError(f"unknown backend {name!r}{hint} known are {states}")
 
 
 @cache
 def _loaded(name: str) -> type[Backend]:
-    try:
-        module = importlib.import_module(f"{_packages()[name]}.backend")
-    except Exception as error:
-        raise Unavailable(f"backend {name!r} is broken: {type(error).__name__}: {error}") from error
-    own = list(defined(module))
+    from porthal.hal.backend import Backend
+
+    with foreign(_broken(name)):
+        module = importlib.import_module(f"{_package(name).name}.backend")
+        own = list(defined(module))
     if len(own) != 1:
         raise Unavailable(f"backend {name!r} is broken: {module.__name__} defines {len(own)} backends, expected one")
     if base := vars(own[0]).get("base"):
@@ -148,7 +230,7 @@ def _loaded(name: str) -> type[Backend]:
             f"class {own[0].__name__}({str(base).capitalize()}), after "
             f"from porthal.backends.{base}.backend import {str(base).capitalize()}"
         )
-    backends = {f"{package}.backend": other for other, package in _packages().items()}
+    backends = {f"{package}.backend": other for other, packages in _packages().items() for package in packages}
     for cls in own[0].__mro__:  # a plugin may derive from a plugin, whose kernels it then inherits
         if cls.__module__ in backends and issubclass(cls, Backend):
             cls.name = backends[cls.__module__]
@@ -157,6 +239,8 @@ def _loaded(name: str) -> type[Backend]:
 
 def defined(module: ModuleType) -> Iterator[type[Backend]]:
     """The backends that a module defines, none that it imports."""
+    from porthal.hal.backend import Backend
+
     for value in vars(module).values():
-        if inspect.isclass(value) and issubclass(value, Backend) and value.__module__ == module.__name__:
+        if isinstance(value, type) and issubclass(value, Backend) and value.__module__ == module.__name__:
             yield value

@@ -1,5 +1,10 @@
 """The errors porthal raises on purpose. The text of each is one sentence: what was wrong, its value, what was expected."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import current_thread, main_thread
+
 
 class PorthalError(Exception):
     """Base of every error that porthal raises on purpose."""
@@ -15,3 +20,33 @@ class NotClaimed(PorthalError, NotImplementedError):
 
 class Unavailable(PorthalError, ImportError):
     """A backend that is not here, or is here and broken."""
+
+
+def message_of(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of what it says."""
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else 'no message'}"
+
+
+@contextmanager
+def foreign(what: str, kind: type[PorthalError] = Unavailable) -> Iterator[None]:
+    """Around code that is not ours: all that it raises, SystemExit too, becomes one sentence that begins with `what`.
+
+    porthal's own errors pass as they are, and so does KeyboardInterrupt in the main thread: there it may be the user's.
+    """
+    try:
+        yield
+    except (PorthalError, BrokenPipeError):  # the latter where nobody reads our own output any more
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+            raise
+        raise kind(f"{what}: {message_of(error)}{_raised_at(error)}") from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """The file and line that raised it, below the caller of `foreign`; "" for what C raises there."""
+    from traceback import extract_tb
+
+    frames = [frame for frame in extract_tb(error.__traceback__)[2:] if "importlib" not in frame.filename]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from operator import index
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from porthal.hal import UsageError
+from porthal.hal.errors import foreign
 
 Array = np.ndarray[Any, Any]
 
@@ -30,22 +32,27 @@ class Vocabulary:
 
     def __init__(self, file: Path) -> None:
         try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise UsageError(f"{file} needs the Python package tokenizers: pip install tokenizers") from None
-        self._tokenizer = Tokenizer.from_file(str(file))
+            with foreign("the Python package tokenizers does not import", UsageError):
+                import tokenizers
+        except UsageError as error:
+            raise UsageError(f"{file} needs {error}; pip install tokenizers") from None
+        self._damaged = f"{file} is damaged, or not for tokenizers {tokenizers.__version__}"
+        with foreign(self._damaged, UsageError):
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with foreign(self._damaged, UsageError):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+        with foreign(self._damaged, UsageError):
+            return str(self._tokenizer.decode(list(ids)))
 
 
 def tokenizer(directory: str | Path, vocab_size: int) -> Bytes | Vocabulary:
     """The directory's tokenizer.json, or bytes where the vocabulary is 256."""
     file = Path(directory) / "tokenizer.json"
-    if file.is_file():
+    if os.path.lexists(file):  # a folder, or a link to nothing, is a mistake and not a model of bytes
         return Vocabulary(file)
     if vocab_size == 256:
         return Bytes()

@@ -56,8 +56,11 @@ class Torch(Backend):
     def __init__(self, device: str = "") -> None:
         super().__init__(device or "cpu")
         try:
-            torch.empty(1, device=self.device).cpu()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            found = torch.empty(1, device=self.device)
+            found.cpu()
+            if torch.device(self.device).index not in (None, found.device.index):  # PyTorch takes cpu:7 for the CPU
+                raise ValueError(f"it is {found.device} without a number")
+        except Exception as error:  # of many kinds, by the name of the device
             raise Unavailable(f"torch has no device {self.device!r} here: {str(error).splitlines()[0]}") from None
 
     # -- arrays ------------------------------------------------------------------------------------------------------

@@ -226,9 +226,9 @@ class Lockstep(Backend):
     def _attempt(self, call: Call, inputs: Inputs, operands: Named, lane: int) -> Named:
         try:
             return self._execute(inputs, operands, lane)
-        except NotClaimed:
+        except (NotClaimed, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             what = "" if lane == LOCAL else " when given the backend's own values"
             call.blame(f"it raised {type(error).__name__}{what}: {error}", inputs, {})
             raise Halt from error

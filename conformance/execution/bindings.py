@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class Bindings:
     """The bindings of one backend, one per distinct call."""
 
     def __init__(self, backend: Backend) -> None:
+        if rules := os.environ.get("PORTHAL_OPS"):
+            raise UsageError(f"PORTHAL_OPS is {rules!r}, but conformance tests every kernel of {backend} itself: unset it")
         verify(backend)
         self.backend = backend
         self._known: dict[Any, Bound] = {}

@@ -19,11 +19,12 @@ from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.invariance import disturbed, restored
-from porthal.conformance.execution.outcome import Array, Outcome, difference, message_of
+from porthal.conformance.execution.outcome import Array, Outcome, difference
 from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, NotClaimed, UsageError, Weight
 from porthal.hal.dtypes import dtype
+from porthal.hal.errors import message_of
 
 PATIENCE = 0.5  # seconds, after which two runs are enough
 SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
@@ -58,9 +59,9 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
             again = next((found for found in _abreast(binding, inputs) if difference(first.results, found)), again)
         if elements(inputs.case) <= SMALL:
             trespasses += _kept(binding, inputs, first)
-    except NotClaimed:
+    except (NotClaimed, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too must not end the run
         if _lacks_memory(error):
             raise Failed("CRASH", f"out of memory: {message_of(error)}") from error
         return Outcome(error=message_of(error))
@@ -79,7 +80,9 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
         moved = once(there.binding, call)
     except NotClaimed:
         return outcome
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return Outcome(error=f"among other rows, one of them poisoned: {message_of(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
     trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
@@ -199,7 +202,7 @@ def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
             binding.backend.write(binding.backend.empty(shape, kind), binding.from_numpy(filled(shape, kind)))
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _lacks_memory(error: BaseException) -> bool:
     """NumPy's and Python's error, and what PyTorch's allocators say."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

@@ -10,7 +10,7 @@ from porthal.hal import Binding
 from porthal.hal.signature import ARRAY
 
 
-def refusal_of(binding: Binding, inputs: Inputs) -> Exception | None:
+def refusal_of(binding: Binding, inputs: Inputs) -> BaseException | None:
     """Make the case's mistake: what the checked binding raises."""
     contract, fault = inputs.contract, inputs.case.fault
     operands, attrs = dict(inputs.operands), dict(inputs.attrs)
@@ -29,6 +29,8 @@ def refusal_of(binding: Binding, inputs: Inputs) -> Exception | None:
         placed[first] = operands[first].tolist()
     try:
         getattr(binding, contract.name)(*placed.values(), **attrs)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return error
     return None

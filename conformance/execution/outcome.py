@@ -34,12 +34,6 @@ class Outcome:
     flushes: bool = False
 
 
-def message_of(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of what it says."""
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else 'no message'}"
-
-
 def bits(x: Array) -> Array:
     """An array's bits, all NaN alike."""
     x = np.ascontiguousarray(x)

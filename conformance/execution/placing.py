@@ -12,9 +12,10 @@ import numpy as np
 
 from porthal.conformance.cases.legal import FAR
 from porthal.conformance.execution.distant import Distant
-from porthal.conformance.execution.outcome import Array, bits, message_of, same_bits
+from porthal.conformance.execution.outcome import Array, bits, same_bits
 from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Weight
 from porthal.hal.dtypes import dtype, is_float, numpy_dtype
+from porthal.hal.errors import message_of
 
 MARGIN = 64  # poisoned elements on both sides of what a backend allocates
 

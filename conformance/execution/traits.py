@@ -6,8 +6,8 @@ import numpy as np
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import FAR, PAST_2G, VIEWS
-from porthal.conformance.execution.outcome import message_of
 from porthal.hal import Backend, UsageError
+from porthal.hal.errors import message_of
 
 
 def left_out(case: Case, backend: Backend) -> str:

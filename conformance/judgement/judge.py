@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, difference, differing, message_of
+from porthal.conformance.execution.outcome import Outcome, difference, differing
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.measures import Measure, tiny
@@ -25,6 +25,7 @@ from porthal.conformance.level import BRING_UP, Level, level_of
 from porthal.conformance.verdicts import Failed, Judgement, Verdict
 from porthal.hal import Operand, Pages, UsageError
 from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
+from porthal.hal.errors import message_of
 from porthal.hal.operands import KINDS
 from porthal.hal.signature import ARRAY
 
@@ -291,7 +292,7 @@ def _first(mask: Array) -> list[int]:
 # -- deliberate mistakes ---------------------------------------------------------------------------------------------
 
 
-def judge_refusal(inputs: Inputs, error: Exception | None) -> Judgement:
+def judge_refusal(inputs: Inputs, error: BaseException | None) -> Judgement:
     """Whether a checked call answered the case's mistake with one sentence that names the op."""
     op, fault = inputs.contract.name, inputs.case.fault
     if error is None:

@@ -30,12 +30,13 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.legal import FAR, PAST_2G
 from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.judgement.golden_cache import folder
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import Returned, check
 from porthal.conformance.runner.proven import Proven
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import Choice, PorthalError, Unavailable, UsageError, create
+from porthal.hal import Choice, PorthalError, Unavailable, UsageError, create, running
 from porthal.hal.limits import NO_LIMITS
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -86,9 +87,12 @@ def serve(descriptor: int) -> None:
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         setup: Setup = pipe.recv()
         try:
-            bindings = Bindings(create(setup.backend, setup.emulated))
-            facts = Facts.of(bindings.backend, bindings.providers())
-            proven = Proven(bindings.backend, setup.level) if setup.reuse else None
+            folder()  # refuses a wrong PORTHAL_CACHE before the first case
+            backend = create(setup.backend, setup.emulated)
+            with running(backend):
+                bindings = Bindings(backend)
+                facts = Facts.of(backend, bindings.providers())
+                proven = Proven(backend, setup.level) if setup.reuse else None
         except PorthalError as error:
             return pipe.send(error)
         with open("/proc/self/statm") as file:

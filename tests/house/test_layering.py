@@ -191,6 +191,7 @@ class OnlyNumpy:
 
 sys.meta_path.insert(0, OnlyNumpy())
 import porthal, porthal.hal
+from porthal.hal import *
 print(sorted(m for m in ("torch", "ml_dtypes", "rich", "typer", "jinja2", "safetensors") if m in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

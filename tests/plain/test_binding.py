@@ -264,7 +264,7 @@ def test_fronts_choose_by_the_call_and_follow_use() -> None:
         y = porthal.ops.linear(x, np.eye(2, 4, dtype=np.float32))
         inside = porthal.bind().backend.name
         other: list[str | None] = []
-        thread = threading.Thread(target=lambda: other.append(porthal.hal.binding._used.get()))
+        thread = threading.Thread(target=lambda: other.append(porthal.hal.discovery.used.get()))
         thread.start()
         thread.join()
     assert (y == 1).all()

@@ -275,7 +275,7 @@ def test_an_interrupt_is_quiet(run, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(porthal.hal, "backend_names", interrupt)
+    monkeypatch.setattr(porthal.hal, "probes", interrupt)
     assert run("backends") == (130, "", "")
 
 

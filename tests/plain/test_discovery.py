@@ -79,7 +79,6 @@ def test_an_empty_plugin_is_a_backend_that_ranks_first(site: Site) -> None:
             "names": list(backend_names()), "best": best(), "probe": probe("alpha").state, "bound": str(bound.backend),
             "class": [cls.__name__, cls.name, cls.__module__], "counts": bound.counts(), "summary": bound.summary(),
             "owners": sorted({c.owner for c in bound.choices.values() if c.status == "inherited"}),
-            "device": str(create("alpha:3")),
         }
         """
     )
@@ -89,7 +88,6 @@ def test_an_empty_plugin_is_a_backend_that_ranks_first(site: Site) -> None:
     assert names[2:] == [n for n in BUILT_IN if n in names]
     assert (answer["best"], answer["probe"], answer["bound"]) == ("alpha", "available", "alpha")
     assert answer["class"] == ["Chip", "alpha", "alpha_plugin.backend"]
-    assert answer["device"] == "alpha:3"
     assert answer["summary"].startswith("0 own, ")
     assert answer["owners"] == ["reference"]
     assert answer["counts"]["fallback"] == answer["counts"]["missing"] == 0
@@ -110,9 +108,9 @@ def test_one_kernel_of_a_plugin_counts_as_its_own(site: Site) -> None:
 
 
 BROKEN = {
-    "init": ({"init": "raise RuntimeError('no driver')"}, "RuntimeError: no driver"),
-    "probe": ({"init": "def probe():\n    raise OSError('bus error')"}, "OSError: bus error"),
-    "requires": ({"init": "requires = (7,)"}, "AttributeError: 'int' object has no attribute 'partition'"),
+    "init": ({"init": "raise RuntimeError('no driver')"}, "bad_plugin: RuntimeError: no driver (__init__.py:1)"),
+    "probe": ({"init": "def probe():\n    raise OSError('bus error')"}, "bad_plugin: OSError: bus error (__init__.py:2)"),
+    "requires": ({"init": "requires = (7,)"}, "bad_plugin: requires is (7,), expected a tuple of names of modules"),
 }
 
 
@@ -136,9 +134,9 @@ def test_a_plugin_that_fails_when_looked_at_is_broken_and_hides_nothing(site: Si
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("raise RuntimeError('library is too old')", "RuntimeError: library is too old"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        (None, "ModuleNotFoundError: No module named 'bad_plugin.backend'"),
+        ("raise RuntimeError('library is too old')", "bad_plugin: RuntimeError: library is too old (backend.py:1)"),
+        ("import no_such_module", "bad_plugin: ModuleNotFoundError: No module named 'no_such_module' (backend.py:1)"),
+        (None, "bad_plugin: ModuleNotFoundError: No module named 'bad_plugin.backend'"),
         ("", "bad_plugin.backend defines 0 backends, expected one"),
         (EMPTY + "\n    class Other(Reference): ...", "bad_plugin.backend defines 2 backends, expected one"),
     ],
@@ -172,7 +170,7 @@ def test_a_plugin_whose_base_is_not_here_names_the_base(site: Site) -> None:
     site.install("far", init="requires = ('torch_far',)", backend="import torch_far")
     site.install("near", backend="from far_plugin.backend import Chip\nclass Near(Chip): ...")
     assert site.run('answer = attempt(create, "near")') == (
-        "Unavailable: backend 'near' is broken: ModuleNotFoundError: No module named 'torch_far'"
+        "Unavailable: backend 'near' is broken: near_plugin: ModuleNotFoundError: No module named 'torch_far' (backend.py:1)"
     )
 
 
@@ -216,17 +214,17 @@ def test_a_rank_decides_what_is_chosen_and_none_is_never_chosen_by_itself(site: 
     answer = site.run(
         """
         names = list(backend_names())
-        discovery._packages()["sketch"] = "porthal.backends.sketch"
+        discovery._packages()["sketch"] = {"porthal.backends.sketch"}
         sys.modules["porthal.backends.sketch"] = type(sys)("sketch")
-        sketched = list(backend_names())
+        sketched = list(backend_names()), probe("sketch").state
         for name in names:
             discovery._packages().pop(name)
         answer = [names, sketched, attempt(best)]
         """
     )
-    names, sketched, found = answer
+    names, (sketched, state), found = answer
     assert names == ["keen", "usual", "ascend", "cpu", "torch", "modest", "reference"]
-    assert "sketch" in sketched
+    assert "sketch" in sketched and state == "available"
     assert found == "Unavailable: no backend is available: reinstall porthal"
 
 
@@ -254,10 +252,35 @@ def test_known_backends_stand_in_order() -> None:
     assert probe(best()).state == "available"
 
 
-def test_a_device_belongs_to_the_instance() -> None:
-    assert (str(create("reference")), create("reference").device) == ("reference", "")
-    assert (str(create("reference:1:x")), create("reference:1:x").device) == ("reference:1:x", "1:x")
-    assert type(create("reference")) is type(create("reference:1"))
+@pytest.mark.parametrize("spec", ["reference:1", "reference:foo", "cpu:1", "cpu:3", "cpu:cuda"])
+def test_a_backend_without_devices_refuses_one(spec: str) -> None:
+    name, _, device = spec.partition(":")
+    with pytest.raises(UsageError, match=f"^{name} has no device '{device}': expected '{name}' alone$"):
+        create(spec)
+
+
+def test_a_class_with_a_constructor_of_its_own_says_what_its_devices_are(site: Site) -> None:
+    site.install("plain")
+    site.install(
+        "dual",
+        backend="""
+        from porthal.hal import Unavailable
+        from porthal.backends.reference.backend import Reference
+
+        class Chip(Reference):
+            def __init__(self, device=""):
+                if device not in ("", "0", "1"):
+                    raise Unavailable(f"dual has no device {device!r}: expected 0 or 1")
+                super().__init__(device or "0")
+        """,
+    )
+    answer = site.run('answer = [attempt(create, s) for s in ("plain:3", "dual", "dual:1", "dual:2")]')
+    assert answer == [
+        "UsageError: plain has no device '3': expected 'plain' alone",
+        "dual:0",
+        "dual:1",
+        "Unavailable: dual has no device '2': expected 0 or 1",
+    ]
 
 
 def test_unknown_names_get_a_hint() -> None:
