@@ -8,8 +8,19 @@ from porthal.hal.binding import Binding, Choice, bind, checked, selected, use
 from porthal.hal.contract import CallSpec, Contract, contract, contracts
 from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe
 from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
-from porthal.hal.errors import NotClaimed, PorthalError, Unavailable, UsageError
-from porthal.hal.limits import any_of, at_least, at_most, limits, multiple_of, one_of
+from porthal.hal.errors import DataNotTaken, NotClaimed, PorthalError, Unavailable, UsageError
+from porthal.hal.limits import (
+    Need,
+    any_of,
+    at_least,
+    at_most,
+    limits,
+    multiple_of,
+    multiple_of_bytes,
+    one_of,
+    per_dtype,
+    same_as,
+)
 from porthal.hal.operands import (
     KINDS,
     Batch,
@@ -34,7 +45,9 @@ __all__ = [
     "CallSpec",
     "Choice",
     "Contract",
+    "DataNotTaken",
     "Kernel",
+    "Need",
     "NotClaimed",
     "Operand",
     "Pages",
@@ -65,11 +78,14 @@ __all__ = [
     "emulatable",
     "limits",
     "multiple_of",
+    "multiple_of_bytes",
     "narrow",
     "numpy_dtype",
     "one_of",
+    "per_dtype",
     "probe",
     "recorded",
+    "same_as",
     "selected",
     "use",
     "widen",
