@@ -270,14 +270,14 @@ def verify(cls: type[Backend]) -> None:
         return
     known = contracts()
     chain = cls.__mro__[: cls.__mro__.index(Backend)]
-    services = [name for name in vars(Backend) if not name.startswith("_")]
+    services = [name for name in vars(Backend) if name != "name" and not name.startswith("_")]
     for defining in chain:
         for name, value in vars(defining).items():
             if name in known:
                 stated = getattr(value, "limits", NO_LIMITS)
                 if wrong := stated.unknown(known[name]):
                     raise UsageError(f"{defining.__name__}.{name} {wrong}")
-            elif not name.startswith("_") and name not in services:
+            elif not name.startswith("_") and name not in (*services, "name"):
                 near = next((n for n in (*known, *services) if _one_letter_off(name, n)), None)
                 if near:
                     raise UsageError(
@@ -299,8 +299,8 @@ def _verify_providers(op: str, cls: type[Backend], chain: Sequence[type]) -> Non
             break
         if op in vars(defining):
             providers.append(getattr(vars(defining)[op], "provider", ""))
-    if wrong := next((p for p in providers if "," in p), None):
-        raise UsageError(f"{cls.name} names a provider {wrong!r} for {op}: write it without a comma")
+    if wrong := next((p for p in providers if "," in p or not p.isprintable() or p != p.strip()), None):
+        raise UsageError(f"{cls.name} names a provider {wrong!r} for {op}: write it without commas, line ends and outer spaces")
     if len(providers) > 1 and (len(set(providers)) < len(providers) or "" in providers):
         raise UsageError(f"{cls.name} has {len(providers)} kernels for {op}: give each a provider of its own")
 

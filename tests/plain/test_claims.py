@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
-from porthal.conformance import run
+from porthal.conformance import replay, run
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.inputs import build
 from porthal.hal import (
@@ -19,6 +19,7 @@ from porthal.hal import (
     NotClaimed,
     PagesSpec,
     Selection,
+    SelectionSpec,
     UsageError,
     Weight,
     WeightSpec,
@@ -227,6 +228,13 @@ def test_data_that_a_kernel_does_not_take_goes_to_the_next_kernel() -> None:
     assert CALLED == ["permute"]
 
 
+def test_what_else_a_kernel_states_is_kept() -> None:
+    mark = limits(needs={"a": Need("numbers", np.isfinite)})(lambda self, a, b: a + b)
+    mark.batch_invariant = True
+    ops = bind(backend=type("Chip", (Reference,), {"name": "chip", "add": mark})(), overrides={})
+    assert ops.add.batch_invariant is True
+
+
 def test_a_condition_on_the_batch_costs_no_copy() -> None:
     ops = bind(backend=Chip(), overrides={})
     rows, before = np.ones((2, 4), np.float32), ops.backend.host_copies
@@ -236,6 +244,21 @@ def test_a_condition_on_the_batch_costs_no_copy() -> None:
         ops.kv_write(pages, ops.plan(Batch.build([2], kv_lens, tables, 16)), rows)
         assert pages["k"].sum() == (8 if kv_lens == [2] else 0)
     assert CALLED == ["write"] and ops.backend.host_copies == before
+
+
+def test_a_condition_on_a_selection_is_about_its_logical_form() -> None:
+    # npu_sparse_flash_attention leaves rows that select nothing undefined.
+    some = Need("a position in every row", lambda sel: sel["length"] > 0)
+    chip = type("Chip", (Reference,), {"name": "chip", "select_rows": limits(needs={"sel": some})(lambda self, sel, rows: sel)})
+    ops = bind(backend=chip(), overrides={"select_rows": "chip"}, divert=False)
+    for length, taken in (([1, 2], True), ([0, 2], False)):
+        parts = {"indices": np.zeros((2, 2), np.int32), "length": np.array(length, np.int32)}
+        sel = ops.from_logical(SelectionSpec(2, 2), parts)
+        if taken:
+            assert ops.select_rows(sel, np.array([0], np.int32)) is sel
+        else:
+            with pytest.raises(DataNotTaken, match=r"data: the kernel takes sel with a position in every row$"):
+                ops.select_rows(sel, np.array([0], np.int32))
 
 
 def test_where_nothing_can_take_over_the_call_is_refused() -> None:
@@ -321,6 +344,18 @@ def test_data_that_a_kernel_does_not_take_is_unclaimed_there() -> None:
         assert f"{len(unclaimed)} unclaimed for their data: {op} takes {what}" in report.untaken
     needless = {"name": "needless", "moe_permute": lambda self, *args, **attrs: Permutes.moe_permute(self, *args, **attrs)}
     assert any("ids~holes" in r.token for r in run(type("Needless", (Chip,), needless)(), ["moe_permute"]).failures)
+
+
+def test_further_calls_of_a_case_with_data_that_is_not_taken_are_left_out() -> None:
+    """Reversed rows, which another thread and the next call have, are not rising any more."""
+    rising = limits(needs={"a": Need("rising rows", lambda a: a[0, 0] <= a[-1, 0])})
+    chip = type("Chip", (Reference,), {"name": "chip", "add": rising(lambda self, a, b: a + b)})()
+    verdicts = set()
+    for seed in range(6):
+        case = Case.from_token(f"add,T=2,H=7,view=threads,{seed}")
+        a = build(case).operands["a"]
+        verdicts.add((bool(a[0, 0] <= a[1, 0]), replay(case.token, chip).verdict))
+    assert verdicts == {(True, "PASS"), (False, "UNCLAIMED")}
 
 
 def test_a_composition_is_unclaimed_for_the_data_of_its_parts() -> None:
