@@ -306,7 +306,7 @@ def conform(
         text.check_writable(file)
     if profile and op:
         raise UsageError(f"--profile {profile} with --op {op[0]}: give only one of the two")
-    name = _named(backend, emulated)
+    name = _tested(backend, emulated)
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     try:
         with text.progress() as advance:
@@ -403,7 +403,7 @@ def replay(
     from porthal.conformance import replay as replayed
     from porthal.conformance.judgement import saved
 
-    name = _named(backend, emulated)
+    name = _tested(backend, emulated)
     inputs = saved.call(call) if save or call.endswith(".npz") else None
     got: dict[str, Any] = {}
     heard = {"returned": got.update} if save else {}
@@ -480,6 +480,14 @@ def _named(backend: str | None, emulated: bool) -> str:
     if emulated and name not in emulatable():
         raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(emulatable())}")
     return backend or selected()[0]
+
+
+def _tested(backend: str | None, emulated: bool) -> str:
+    """The name of a backend whose kernels are tested as they are; says which settings are not used for that."""
+    given = [f"{n}={v}" for n in ("PORTHAL_OPS", "PORTHAL_FALLBACK") if (v := os.environ.get(n, "")) not in ("", "error")]
+    if given:
+        text.note(f"porthal: not used here: {', '.join(given)}; conform and replay test the kernels of the backend itself")
+    return _named(backend, emulated)
 
 
 def _config(model: Path | None) -> Any:

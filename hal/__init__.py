@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from porthal.hal.contract import CallSpec, Contract, contract, contracts
     from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
     from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
-    from porthal.hal.errors import NotClaimed, PorthalError, Unavailable, UsageError
-    from porthal.hal.limits import any_of, at_least, at_most, limits, multiple_of, one_of
+    from porthal.hal.errors import DataNotTaken, NotClaimed, PorthalError, Unavailable, UsageError
+    from porthal.hal.limits import (
+        Need,
+        any_of,
+        at_least,
+        at_most,
+        limits,
+        multiple_of,
+        multiple_of_bytes,
+        one_of,
+        per_dtype,
+        same_as,
+    )
     from porthal.hal.operands import (
         KINDS,
         Batch,
@@ -43,7 +54,9 @@ __all__ = [
     "CallSpec",
     "Choice",
     "Contract",
+    "DataNotTaken",
     "Kernel",
+    "Need",
     "NotClaimed",
     "Operand",
     "Pages",
@@ -74,13 +87,16 @@ __all__ = [
     "emulatable",
     "limits",
     "multiple_of",
+    "multiple_of_bytes",
     "narrow",
     "numpy_dtype",
     "one_of",
+    "per_dtype",
     "probe",
     "probes",
     "recorded",
     "running",
+    "same_as",
     "selected",
     "use",
     "widen",

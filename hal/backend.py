@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
+from types import CodeType
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 import numpy as np
 
 from porthal.hal import dtypes as dt
-from porthal.hal.contract import CallSpec, Contract
-from porthal.hal.errors import UsageError
-from porthal.hal.limits import NO_LIMITS, Limits
-from porthal.hal.operands import Batch, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
+from porthal.hal.contract import CallSpec, Contract, contracts
+from porthal.hal.errors import DataNotTaken, UsageError
+from porthal.hal.limits import NO_LIMITS, Limits, Need
+from porthal.hal.operands import Batch, Operand, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
 
 Array = Any
 Read = Callable[[Any], np.ndarray[Any, Any]]
+NOT_TAKEN = "does not take this data"
 Place = Literal["hardware", "vendor package on a stub runtime", "emulated device"]
 
 
@@ -43,19 +48,38 @@ class Traits:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend's function for one contract.
+    """A backend's function for one contract. With needs of data it raises DataNotTaken where they are broken.
 
+    backend  whose kernel it is, and
     owner    the registered backend whose class, or whose mixin, defines it
     prepare  how that class packs the contract's weights
     limits, provider, tie    what is stated about it by `@limits`
+    inner    the kernel that it calls through super(), whose limits hold for it too
     """
 
+    op: str
     function: Callable[..., Any]
+    backend: Backend
     owner: str
     prepare: Callable[..., Weight]
     limits: Limits = NO_LIMITS
     provider: str = ""
     tie: str = "lowest"
+    inner: Kernel | None = None
+
+    def refuses(self, spec: CallSpec) -> str | None:
+        """Why it does not take a call with these static facts, or None."""
+        return self.backend.refuses(self.op, self, spec) or (self.inner.refuses(spec) if self.inner else None)
+
+    @property
+    def needs(self) -> list[tuple[str, Need]]:
+        """Its conditions on data, each with its operand."""
+        return [*self.limits.needs.items(), *(self.inner.needs if self.inner else ())]
+
+    def packs_like(self, other: Kernel) -> bool:
+        """Whether both read a weight in the same packed form."""
+        mine, theirs = (getattr(k.prepare, "__func__", k.prepare) for k in (self, other))
+        return bool(mine == theirs)
 
 
 class Backend:
@@ -87,6 +111,7 @@ class Backend:
 
     def __init__(self, device: str = "") -> None:
         """Takes no device: a chip that has several defines its own, which refuses those that are not there."""
+        verify(type(self))
         if device and type(self).__init__ is Backend.__init__:
             raise UsageError(f"{self.name} has no device {device!r}: expected {self.name!r} alone")
         self.device = device
@@ -166,22 +191,30 @@ class Backend:
         """A kernel made from the contract itself, where no method is named after it."""
         return None
 
-    def candidates(self, contract: Contract) -> Iterator[Kernel]:
+    def candidates(self, contract: Contract) -> list[Kernel]:
         """The kernels for a contract in Python's order of bases: own ones first, mixins' among them, then inherited ones."""
-        chain = type(self).__mro__
-        owner = self.name
+        op, chain, owner = contract.name, type(self).__mro__, self.name
+        found: list[tuple[Any, Kernel]] = []
         for i, cls in enumerate(chain):
             owner = vars(cls).get("name") or owner
-            if contract.name in vars(cls):
-                function = vars(cls)[contract.name]
+            if op in vars(cls):
+                function = vars(cls)[op]
                 if function is None:
-                    return
+                    break
                 stated = {f: getattr(function, f) for f in ("limits", "provider", "tie") if hasattr(function, f)}
-                yield Kernel(function.__get__(self), owner, self._packing(chain[i:]), **stated)
+                bound = function.__get__(self)
+                found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **stated)))
             elif "derive" in vars(cls) and cls is not Backend:
                 derived = vars(cls)["derive"](self, contract)
                 if derived is not None:
-                    yield Kernel(derived, owner, self._packing(chain[i:]))
+                    found.append((None, Kernel(op, derived, self, owner, self._packing(chain[i:]))))
+        kernels: list[Kernel] = []
+        for function, kernel in reversed(found):
+            if kernels and _calls_super(function, op):
+                tie = getattr(function, "tie", kernels[0].tie)
+                kernel = replace(kernel, inner=kernels[0], tie=tie)
+            kernels.insert(0, _needing(contract, kernel))
+        return kernels
 
     def _packing(self, chain: Sequence[type]) -> Callable[..., Weight]:
         """`prepare` of the first of these classes that defines it."""
@@ -191,3 +224,96 @@ class Backend:
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         """Why a kernel does not take a call with these static facts, or None: a pure function; here, of its limits."""
         return kernel.limits.refuses(spec)
+
+
+def _calls_super(function: Any, op: str) -> bool:
+    """Whether a kernel's code calls `super().op`."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and {"super", op} <= set(names_in(code))
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """The names that a function's code uses, and those of the functions inside it."""
+    yield from code.co_names
+    for inside in code.co_consts:
+        if isinstance(inside, CodeType):
+            yield from names_in(inside)
+
+
+def _needing(contract: Contract, kernel: Kernel) -> Kernel:
+    """The kernel, which looks at the values of a call first if it has needs. Reading an array back is a host copy."""
+    if not kernel.needs:
+        return kernel
+    backend = kernel.backend
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Batch):  # lies on the host
+            return value
+        return backend.to_logical(value) if isinstance(value, Operand) else backend.to_numpy(value)
+
+    @wraps(kernel.function)
+    def call(*args: Any, **attrs: Any) -> Any:
+        operands, _ = contract.arrange(args, attrs)
+        for name, need in kernel.needs:
+            if operands[name] is not None and (breach := need.breach(name, read(operands[name]))):
+                raise DataNotTaken(f"{kernel.op} on {backend} {NOT_TAKEN}: {breach}")
+        return kernel.function(*args, **attrs)
+
+    return replace(kernel, function=call)
+
+
+# -- what a class says -----------------------------------------------------------------------------------------------
+
+
+_verified: WeakSet[type[Backend]] = WeakSet()
+
+
+def verify(cls: type[Backend]) -> None:
+    """UsageError where a class says something that binding would pass over: names that are almost those of ops or services,
+    limits on what an op does not have, and providers that cannot be told apart."""
+    if cls in _verified:
+        return
+    known = contracts()
+    chain = cls.__mro__[: cls.__mro__.index(Backend)]
+    services = [name for name in vars(Backend) if name != "name" and not name.startswith("_")]
+    for defining in chain:
+        for name, value in vars(defining).items():
+            if name in known:
+                stated = getattr(value, "limits", NO_LIMITS)
+                if wrong := stated.unknown(known[name]):
+                    raise UsageError(f"{defining.__name__}.{name} {wrong}")
+            elif not name.startswith("_") and name not in (*services, "name"):
+                near = next((n for n in (*known, *services) if _one_letter_off(name, n)), None)
+                if near:
+                    raise UsageError(
+                        f"{defining.__name__}.{name} is almost {near!r}: give it that name, or one that begins with _"
+                    )
+                if hasattr(value, "limits"):
+                    raise UsageError(f"{defining.__name__}.{name} has limits but is no op: known are {', '.join(known)}")
+    for op in known:
+        _verify_providers(op, cls, chain)
+    _verified.add(cls)
+
+
+def _verify_providers(op: str, cls: type[Backend], chain: Sequence[type]) -> None:
+    """Own kernels of one op need names by which a user and a token can tell them apart."""
+    providers, owner = [], cls.name
+    for defining in chain:
+        owner = vars(defining).get("name") or owner
+        if owner != cls.name or (op in vars(defining) and vars(defining)[op] is None):
+            break
+        if op in vars(defining):
+            providers.append(getattr(vars(defining)[op], "provider", ""))
+    if wrong := next((p for p in providers if "," in p or not p.isprintable() or p != p.strip()), None):
+        raise UsageError(f"{cls.name} names a provider {wrong!r} for {op}: write it without commas, line ends and outer spaces")
+    if len(providers) > 1 and (len(set(providers)) < len(providers) or "" in providers):
+        raise UsageError(f"{cls.name} has {len(providers)} kernels for {op}: give each a provider of its own")
+
+
+def _one_letter_off(a: str, b: str) -> bool:
+    """Whether two names differ in nothing but case and one letter: changed, missing, or swapped with the next."""
+    a, b = a.lower(), b.lower()
+    for _ in range(2):  # cut off what both begin with, then what both end with; both are in order again
+        same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        a, b = a[same:][::-1], b[same:][::-1]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])

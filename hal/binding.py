@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,7 @@ from porthal.hal import discovery
 from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
-from porthal.hal.errors import NotClaimed, Unavailable, UsageError
-from porthal.hal.limits import NO_LIMITS, Limits
+from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 
 Function = Callable[..., Any]
@@ -39,11 +38,10 @@ class Choice:
     provider: str
     reason: str
     tie: str = "lowest"
-    limits: Limits = NO_LIMITS
 
     @classmethod
     def of(cls, op: str, status: Status, kernel: Kernel, reason: str) -> Choice:
-        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie, kernel.limits)
+        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie)
 
 
 class Binding:
@@ -70,20 +68,16 @@ class Binding:
         if self.choices[spec.op].status == "composed":
             op, operand = contracts()[spec.op].weights[spec.operand]
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
-        weight = self._packing(spec)(spec, read, into)
+        weight = vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
         if not isinstance(weight, Weight):
             raise Unavailable(f"{self.backend}: prepare returned {weight!r} for {spec.op}.{spec.operand}, expected a Weight")
         return weight
 
     def to_logical(self, operand: Operand) -> dict[str, np.ndarray[Any, Any]]:
         """An operand's logical form as NumPy arrays; a weight is read by the backend whose kernel it was packed for."""
-        packing: Any = self._packing(operand.spec) if isinstance(operand, Weight) else None
-        owner: Backend = packing.__self__ if packing else self.backend
+        kernel = vars(self)["_kernels"].get(operand.spec.op) if isinstance(operand, Weight) else None
+        owner: Backend = kernel.backend if kernel else self.backend
         return owner.to_logical(operand)
-
-    def _packing(self, spec: WeightSpec) -> Callable[..., Weight]:
-        packing: Callable[..., Weight] = vars(self)["_kernels"].get(spec.op, self.backend).prepare
-        return packing
 
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""
@@ -103,6 +97,7 @@ def bind(
     check: bool | None = None,
     wrap: Sequence[Wrap] = (),
     backend: Backend | None = None,
+    divert: bool = True,
 ) -> Binding:
     """Choose a kernel per op.
 
@@ -114,11 +109,14 @@ def bind(
     check      check every call against its contract before making it; None reads PORTHAL_CHECK
     wrap       (op, function) -> function, outermost first: tracing, counting, timing, lockstep
     backend    an instance to use instead of making one
+    divert     a call with data that its kernel does not take goes to the next kernel; False: it raises DataNotTaken
 
     Raises UsageError for unknown names and NotClaimed when the profile needs an op that nobody claims.
     """
     chosen = backend or discovery.create(name or discovery.selected()[0])
     rules = dict(overrides) if overrides is not None else _policy_ops()
+    others = " or ".join(other for other in ("torch", "reference") if other != chosen.name)
+    advice = f"; set PORTHAL_FALLBACK={others} to run what is missing there" if fallback is None else ""
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
         discovery.probe(fallback.partition(":")[0])  # an unknown name is a mistake even where nothing falls back
@@ -129,11 +127,12 @@ def bind(
     kernels: dict[str, Kernel] = {}
     choices: dict[str, Choice] = {}
     binding = Binding(chosen, choices, kernels)
-    layers = ([_checker(chosen, choices)] if check else []) + list(wrap)
+    layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
     missing = []
     for op, contract in known.items():
         specs = (profile or {}).get(op, ())
-        function, choices[op], kernel = _choose(binding, contract, specs, rules.get(op), fallback)
+        policy = Policy(rules.get(op), fallback, advice, divert)
+        function, choices[op], kernel = _choose(binding, contract, specs, policy, None)
         if choices[op].status == "missing" and specs:
             missing.append(f"{op} ({choices[op].reason})")
         if kernel is not None:
@@ -142,35 +141,46 @@ def bind(
             function = layer(op, function)
         vars(binding)[op] = function
     if missing:
-        raise NotClaimed(
-            f"{chosen} does not claim {', '.join(missing)}; set PORTHAL_FALLBACK=torch or reference to run them there"
-        )
+        raise NotClaimed(f"{chosen} does not claim {', '.join(missing)}{advice}")
     return binding
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What the user wants of one op; `advice` ends the sentence that says that nobody claims it."""
+
+    rule: str | None
+    fallback: str
+    advice: str
+    divert: bool
+
+
 def _choose(
-    binding: Binding, contract: Contract, specs: Sequence[CallSpec], rule: str | None, fallback: str
+    binding: Binding, contract: Contract, specs: Sequence[CallSpec], policy: Policy, left: Sequence[Kernel] | None
 ) -> tuple[Function, Choice, Kernel | None]:
-    chosen, op = binding.backend, contract.name
+    """Function, choice and kernel for an op, of all that the backend has, or of those that are `left`."""
+    chosen, op, rule, fallback = binding.backend, contract.name, policy.rule, policy.fallback
     if rule == "composed":
         return _composed(binding, contract, "by policy")
     via = rule.removeprefix(VIA) if rule and rule.startswith(VIA) else ""
     if rule is not None and not via and rule not in (chosen.name, str(chosen)):
         return _elsewhere(chosen, contract, specs, rule, "by policy")
-    kernels = list(chosen.candidates(contract))
+    kernels = list(chosen.candidates(contract) if left is None else left)
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
         providers = ", ".join(k.provider for k in chosen.candidates(contract) if k.provider) or "none"
         raise NotClaimed(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
+    if policy.divert and not via:
+        kernels = [_diverting(binding, contract, specs, policy, kernels[i:]) for i in range(len(kernels))]
     own = [k for k in kernels if k.owner == chosen.name]
     if shared := by_shape(chosen, contract, own, specs):
         return shared
     refusals, inherited = [], None
     for kernel in kernels:
-        if reason := next((r for s in specs if (r := chosen.refuses(op, kernel, s))), None):
+        if reason := next((r for s in specs if (r := kernel.refuses(s))), None):
             named = via or (kernel in own and len(own) > 1)
             refusals.append(f"{kernel.provider or kernel.owner if named else kernel.owner}: {reason}")
             continue
-        why = "; ".join(refusals)
+        why = "; ".join([*refusals, *(f"only {name} with {need.text}, read at each call" for name, need in kernel.needs)])
         if kernel.owner == chosen.name:
             return kernel.function, Choice.of(op, "own", kernel, why), kernel
         inherited = kernel
@@ -189,9 +199,34 @@ def _choose(
     why = why or "no kernel"
 
     def refuse(*args: Any, **attrs: Any) -> Any:
-        raise NotClaimed(f"{chosen} does not claim {op} ({why}); set PORTHAL_FALLBACK=torch or reference to run it")
+        raise NotClaimed(f"{chosen} does not claim {op} ({why}){policy.advice}")
 
     return refuse, Choice(op, "missing", "", "", why), None
+
+
+def _diverting(
+    binding: Binding, contract: Contract, specs: Sequence[CallSpec], policy: Policy, kernels: Sequence[Kernel]
+) -> Kernel:
+    """The first of these kernels, where calls with data that it does not take go to what is chosen of the others.
+
+    A weight has one packed form: where the op has one, only a kernel of this backend that packs alike takes over.
+    """
+    first, *left = kernels
+    if not first.needs:
+        return first
+    function, choice, kernel = _choose(binding, contract, specs, replace(policy, rule=None), left)
+    alike = kernel is not None and kernel.backend is first.backend and first.packs_like(kernel)
+    if choice.status == "missing" or (contract.signature.of_kind("Weight") and not alike):
+        return first
+
+    @wraps(first.function)
+    def call(*args: Any, **attrs: Any) -> Any:
+        try:
+            return first.function(*args, **attrs)
+        except DataNotTaken:
+            return function(*args, **attrs)
+
+    return replace(first, function=call)
 
 
 def _composed(binding: Binding, contract: Contract, why: str) -> tuple[Function, Choice, None]:
@@ -225,7 +260,7 @@ def _elsewhere(
     """A kernel of another backend, with the operands carried there and back through their logical forms."""
     other = _shared(name)
     for kernel in other.candidates(contract):
-        if not any(other.refuses(contract.name, kernel, s) for s in specs):
+        if not any(kernel.refuses(s) for s in specs):
             return _bridge(chosen, other, contract, kernel), Choice.of(contract.name, status, kernel, why), kernel
     raise NotClaimed(f"{name} was chosen for {contract.name} ({why}) but does not claim it: name another backend")
 
@@ -253,14 +288,14 @@ def _bridge(chosen: Backend, other: Backend, contract: Contract, kernel: Kernel)
     return call
 
 
-def _checker(backend: Backend, choices: Mapping[str, Choice]) -> Wrap:
+def _checker(backend: Backend, kernels: Mapping[str, Kernel]) -> Wrap:
     def check(op: str, function: Function) -> Function:
-        contract, choice = contracts()[op], choices[op]
+        contract, kernel = contracts()[op], kernels.get(op)
+        limited = kernel is not None and kernel.function is function  # of several, the one for a call is found by the call
 
         def call(*args: Any, **kwargs: Any) -> Any:
             spec = checked(contract, backend, args, kwargs)
-            reason = choice.limits.refuses(spec)
-            if reason:
+            if limited and kernel and (reason := kernel.refuses(spec)):
                 raise NotClaimed(f"{op} on {backend} does not take this call: {reason}; bind with a profile that has it")
             return function(*args, **kwargs)
 
@@ -301,12 +336,12 @@ def by_shape(
     differently are not combined.
     """
     op = contract.name
-    found = [_classes(backend, op, kernels, spec) for spec in specs] if len(kernels) > 1 else []
+    found = [_classes(kernels, spec) for spec in specs] if len(kernels) > 1 else []
     classes = [pair for each in found for pair in each]
     used = [k for k in kernels if any(k is chosen for _, chosen in classes)]
     if len(used) < 2 or not all(found):
         return None
-    if contract.signature.of_kind("Weight") and len({getattr(k.prepare, "__func__", k.prepare) for k in used}) > 1:
+    if contract.signature.of_kind("Weight") and not all(k.packs_like(used[0]) for k in used):
         return None
 
     def call(*args: Any, **attrs: Any) -> Any:
@@ -321,25 +356,22 @@ def by_shape(
     return call, Choice(op, "own", used[0].owner, " or ".join(k.provider for k in used), reason, tie), used[0]
 
 
-def _classes(backend: Backend, op: str, kernels: Sequence[Kernel], spec: CallSpec) -> Classes:
+def _classes(kernels: Sequence[Kernel], spec: CallSpec) -> Classes:
     """The calls of a spec by the first kernel that takes them, cut where that changes with the rows T.
 
     [] where some have none, or where it changes more often than a table of kernels is worth.
     """
     low, high = rows if isinstance(rows := spec.dims.get("T"), tuple) else (0, 0)
 
-    def taken(kernel: Kernel, part: CallSpec) -> bool:
-        return not backend.refuses(op, kernel, part)
-
     def part(start: int, end: int) -> CallSpec:
         return replace(spec, dims={**spec.dims, "T": (start, end)}) if high else spec
 
     classes: Classes = []
     while low <= high and len(classes) < CUTS:
-        kernel = next((k for k in kernels if taken(k, part(low, low))), None)
+        kernel = next((k for k in kernels if not k.refuses(part(low, low))), None)
         if kernel is None:
             return []
-        end = low + bisect_left(range(low, high), True, key=lambda last: not taken(kernel, part(low, last + 1)))
+        end = low + bisect_left(range(low, high), True, key=lambda last: bool(kernel.refuses(part(low, last + 1))))
         classes.append((part(low, end), kernel))
         low = end + 1
     return classes if low > high else []

@@ -216,6 +216,12 @@ class Contract:
                 attrs[name] = attribute.default
         return {n: operands[n] for n in names}, attrs
 
+    def facts(self) -> tuple[str, ...]:
+        """The dims and attributes that the static facts of a call may have."""
+        kinds = {o.kind for o in self.signature.operands}
+        pages = [name for name, of in (("block_size", {"Batch", "Pages"}), ("P", {"Pages"})) if of & kinds]
+        return tuple(dict.fromkeys([*sorted(self.signature.symbols()), *pages, *self.attributes]))
+
     def spec(self, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> CallSpec:
         """The call's static facts; UsageError where shapes, dtypes or attributes contradict the contract."""
         env: dict[str, int] = {k: v for k, v in attrs.items() if isinstance(v, int) and not isinstance(v, bool)}

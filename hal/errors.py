@@ -18,6 +18,10 @@ class NotClaimed(PorthalError, NotImplementedError):
     """No kernel of the chosen backends claims this call, and the policy allows no fallback."""
 
 
+class DataNotTaken(NotClaimed):
+    """The kernel takes calls like this one, but not with these values; raised before it runs, so that another can."""
+
+
 class Unavailable(PorthalError, ImportError):
     """A backend that is not here, or is here and broken."""
 

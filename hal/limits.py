@@ -3,84 +3,183 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import gcd, inf
 from typing import Any, TypeVar
 
-from porthal.hal.contract import CallSpec
+import numpy as np
+
+from porthal.hal.contract import CallSpec, Contract
+from porthal.hal.dtypes import itemsize
+from porthal.hal.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
+Dtypes = Mapping[str, str]  # of a call's operands, by name
+TIES = ("lowest", "any")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A permitted set of values and its wording."""
+    """A permitted set of values and its wording.
+
+    holds   whether a value is among them, given the dtypes of the call's operands
+    until   of a whole number that is: the last up to which all are; at least the number itself
+    of      the operands whose dtypes it looks at
+    """
 
     text: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any, Dtypes], bool]
+    until: Callable[[int, Dtypes], float] = lambda v, dtypes: v
+    of: tuple[str, ...] = ()
+
+    def refused(self, value: Any, dtypes: Dtypes) -> Any:
+        """The value, or of a profile's range (low, high) the lowest, that is not among them; None where all are."""
+        if not isinstance(value, tuple):
+            return None if self.holds(value, dtypes) else value
+        v, high = value
+        while v <= high and self.holds(v, dtypes):
+            v = self.until(v, dtypes) + 1
+        return v if v <= high else None
 
 
 def one_of(*values: Any) -> Limit:
-    return Limit("one of " + ", ".join(map(str, values)), lambda v: v in values)
+    return Limit("one of " + ", ".join(map(str, values)), lambda v, _: v in values)
 
 
 def at_most(n: int) -> Limit:
-    return Limit(f"at most {n}", lambda v: bool(v <= n))
+    return Limit(f"at most {n}", lambda v, _: bool(v <= n), lambda v, _: n)
 
 
 def at_least(n: int) -> Limit:
-    return Limit(f"at least {n}", lambda v: bool(v >= n))
+    return Limit(f"at least {n}", lambda v, _: bool(v >= n), lambda v, _: inf)
 
 
 def multiple_of(m: int, at_most: int | None = None) -> Limit:
+    most = inf if at_most is None else at_most
     text = f"a multiple of {m}" + (f" up to {at_most}" if at_most else "")
-    return Limit(text, lambda v: v % m == 0 and v > 0 and (at_most is None or v <= at_most))
+    return Limit(text, lambda v, _: bool(v % m == 0 and 0 < v <= most), lambda v, _: most if m == 1 else v)
+
+
+def multiple_of_bytes(n: int, of: str) -> Limit:
+    """So many elements of the dtype of operand `of` that they fill whole blocks of n bytes: an aligned row."""
+
+    def elements(dtypes: Dtypes) -> Limit:
+        return multiple_of(n // gcd(n, itemsize(dtypes[of])))
+
+    return Limit(
+        f"a multiple of {n} bytes of {of}",
+        lambda v, dtypes: elements(dtypes).holds(v, dtypes),
+        lambda v, dtypes: elements(dtypes).until(v, dtypes),
+        (of,),
+    )
+
+
+def same_as(operand: str) -> Limit:
+    """The dtype of another operand: `dtypes={"weight": same_as("x")}`."""
+    return Limit(f"the dtype of {operand}", lambda v, dtypes: bool(v == dtypes[operand]), of=(operand,))
+
+
+def per_dtype(operand: str, **limits: Limit) -> Limit:
+    """A limit for each dtype of an operand: `k=per_dtype("scores", bfloat16=at_most(2048), float32=at_most(1024))`;
+    dtypes that are not named are not taken."""
+    text = ", ".join(f"{limit.text} where {operand} is {name}" for name, limit in limits.items())
+    return Limit(
+        text,
+        lambda v, dtypes: dtypes[operand] in limits and limits[dtypes[operand]].holds(v, dtypes),
+        lambda v, dtypes: limits[dtypes[operand]].until(v, dtypes),
+        (operand, *(name for limit in limits.values() for name in limit.of)),
+    )
 
 
 def any_of(*limits: Limit) -> Limit:
-    return Limit(", or ".join(x.text for x in limits), lambda v: any(x.holds(v) for x in limits))
+    return Limit(
+        ", or ".join(x.text for x in limits),
+        lambda v, dtypes: any(x.holds(v, dtypes) for x in limits),
+        lambda v, dtypes: max(x.until(v, dtypes) for x in limits if x.holds(v, dtypes)),
+        tuple(name for x in limits for name in x.of),
+    )
+
+
+@dataclass(frozen=True)
+class Need:
+    """A named condition on the values of one operand: `Need("no -1", lambda ids: ids >= 0)`.
+
+    `holds` gets an array as NumPy, a Batch as it is, a Selection as its logical form {"indices", "length"}, and gives a
+    bool, or an array of the operand's shape that is False where a value breaks it.
+    """
+
+    text: str
+    holds: Callable[[Any], Any]
+
+    def breach(self, name: str, value: Any) -> str | None:
+        """What is wrong with the values of the operand of this name, or None."""
+        good = np.asarray(self.holds(value))
+        if good.all():
+            return None
+        taken = f"the kernel takes {name} with {self.text}"
+        if good.ndim and good.shape == getattr(value, "shape", ()):
+            at = tuple(int(i[0]) for i in np.nonzero(~good))
+            return f"{name}[{', '.join(map(str, at))}] is {value[at]}, {taken}"
+        return taken
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on operand dtypes and on dims and attributes by name; `refuses` gives the first one broken."""
+    """Limits on operand dtypes and on dims and attributes by name, and needs of data; `refuses` gives the first broken."""
 
-    dtypes: Mapping[str, Limit]
-    facts: Mapping[str, Limit]
+    dtypes: Mapping[str, Limit] = field(default_factory=dict)
+    facts: Mapping[str, Limit] = field(default_factory=dict)
+    needs: Mapping[str, Need] = field(default_factory=dict)
 
     def refuses(self, spec: CallSpec) -> str | None:
         for name, limit in self.dtypes.items():
-            if name in spec.dtypes and not limit.holds(spec.dtypes[name]):
-                return f"{name} is {spec.dtypes[name]}, the kernel takes {limit.text}"
+            if name in spec.dtypes and not limit.holds(spec.dtypes[name], spec.dtypes):
+                return f"{name} is {spec.dtypes[name]}, the kernel takes {_worded(limit, spec)}"
         for scheme in spec.schemes.values():
             if scheme != "none":
                 return f"quantisation scheme is {scheme!r}, the kernel takes none"
         for name, limit in self.facts.items():
             value = spec.dims.get(name, spec.attrs.get(name))
-            if value is None:
-                continue
-            for v in _samples(value):
-                if not limit.holds(v):
-                    return f"{name} = {v}, the kernel takes {limit.text}"
+            if value is not None and (v := limit.refused(value, spec.dtypes)) is not None:
+                return f"{name} = {v}, the kernel takes {_worded(limit, spec)}"
+        return None
+
+    def unknown(self, contract: Contract) -> str | None:
+        """What is stated about something that no call of the op has, in words, or None."""
+        typed = {o.name: o for o in contract.signature.operands if o.typed}
+        readable = [o.name for o in contract.signature.operands if o.kind in ("array", "Batch", "Selection")]
+        always = [name for name, o in typed.items() if not o.optional]
+        stated = (*self.dtypes.values(), *self.facts.values())
+        for what, names, known in (
+            ("the dtype of {}", self.dtypes, typed),
+            ("{}", self.facts, contract.facts()),
+            ("the values of {}", self.needs, readable),
+            ("what depends on the dtype of {}", [name for limit in stated for name in limit.of], always),
+        ):
+            if wrong := next((name for name in names if name not in known), None):
+                return f"limits {what.format(repr(wrong))}, expected one of {', '.join(known)}"
         return None
 
 
-NO_LIMITS = Limits({}, {})  # of a kernel without @limits: every dtype and size, but nothing quantised
+NO_LIMITS = Limits()  # of a kernel without @limits: every dtype and size, but nothing quantised
 
 
 def limits(
     *,
     provider: str = "",
     tie: str = "lowest",
-    dtypes: Mapping[str, Limit] | None = None,
+    dtypes: Mapping[str, Limit | str] | None = None,
+    needs: Mapping[str, Need] | None = None,
     **facts: Limit | int | str | bool,
 ) -> Callable[[F], F]:
     """State what a kernel takes: `@limits(provider="torch_npu.npu_x", dtypes={"x": one_of("bfloat16")}, D=128)`.
 
     provider is the library call behind it; tie="any" declares that equal scores are chosen in an order of the chip's own.
+    needs are conditions on values, by operand, which are looked at before every call.
     """
-    stated = Limits(
-        dict(dtypes or {}), {k: v if isinstance(v, Limit) else one_of(v) for k, v in facts.items()}
-    )
+    if tie not in TIES:
+        raise UsageError(f"tie is {tie!r}, expected one of {', '.join(TIES)}")
+    stated = Limits(_limited(dtypes or {}), _limited(facts), dict(needs or {}))
 
     def attach(f: F) -> F:
         vars(f).update(limits=stated, provider=provider, tie=tie)
@@ -89,9 +188,11 @@ def limits(
     return attach
 
 
-def _samples(value: Any) -> tuple[Any, ...]:
-    """A profile's range is tested at both ends and one above the lower end, where every `multiple_of` fails."""
-    if isinstance(value, tuple) and len(value) == 2:
-        low, high = value
-        return (low,) if low == high else (low, min(low + 1, high), high)
-    return (value,)
+def _limited(stated: Mapping[str, Any]) -> dict[str, Limit]:
+    return {name: v if isinstance(v, Limit) else one_of(v) for name, v in stated.items()}
+
+
+def _worded(limit: Limit, spec: CallSpec) -> str:
+    """The limit's text, with the dtypes that it looks at."""
+    given = ", ".join(f"{name} is {spec.dtypes[name]}" for name in dict.fromkeys(limit.of))
+    return f"{limit.text} ({given})" if given else limit.text

@@ -26,6 +26,7 @@ from porthal.hal import (
     limits,
     multiple_of,
     one_of,
+    same_as,
 )
 
 HALF = one_of("bfloat16", "float16")
@@ -53,7 +54,7 @@ class Ascend(Torch):
 
     @limits(
         provider="torch_npu.npu_rms_norm",
-        dtypes={"x": one_of("float32", "bfloat16", "float16"), "weight": one_of("float32", "bfloat16", "float16")},
+        dtypes={"x": one_of("float32", "bfloat16", "float16"), "weight": any_of(same_as("x"), one_of("float32"))},
     )
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
         return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
@@ -61,7 +62,7 @@ class Ascend(Torch):
     @limits(
         provider="torch_npu.npu_lightning_indexer",
         tie="any",
-        dtypes={"iq": HALF, "w": one_of("bfloat16", "float16", "float32"), "keys": HALF},
+        dtypes={"iq": HALF, "w": any_of(same_as("iq"), one_of("float32")), "keys": same_as("iq")},
         G=at_most(64),
         D=128,
         block_size=PAGE,
@@ -89,7 +90,7 @@ class Ascend(Torch):
 
     @limits(
         provider="torch_npu.npu_sparse_flash_attention",
-        dtypes={"q_latent": HALF, "q_rope": HALF, "kv": HALF},
+        dtypes={"q_latent": HALF, "q_rope": same_as("q_latent"), "kv": same_as("q_latent")},
         N=one_of(1, 2, 4, 8, 16, 32, 64, 128),
         C=512,
         R=64,

@@ -59,18 +59,14 @@ class Bindings:
 
     def _bind(self, op: str, profile: Mapping[str, Sequence[CallSpec]], via: str, checked: bool) -> Binding:
         rules = {op: VIA + via} if via else {}
-        return bind(backend=self.backend, profile=profile, overrides=rules, fallback="error", check=checked)
+        return bind(backend=self.backend, profile=profile, overrides=rules, fallback="error", check=checked, divert=False)
 
     def providers(self) -> dict[str, tuple[str, ...]]:
         """The ops for which the backend has several kernels of its own: their providers, the first choice first."""
         found = {}
         for op, contract in contracts().items():
             own = [k.provider for k in self.backend.candidates(contract) if k.owner == self.backend.name]
-            if wrong := next((p for p in own if "," in p), None):
-                raise UsageError(f"{self.backend} names a provider {wrong!r} for {op}: write it without a comma")
             if len(own) > 1:
-                if len(set(own)) < len(own) or "" in own:
-                    raise UsageError(f"{self.backend} has {len(own)} kernels for {op}: give each a provider of its own")
                 found[op] = tuple(own)
         return found
 

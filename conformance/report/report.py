@@ -23,6 +23,7 @@ from porthal.conformance.report.results import NOT_RUN, STATUSES, Result, Row, r
 from porthal.conformance.report.waivers import Waiver, verify, waive
 from porthal.conformance.verdicts import Verdict
 from porthal.hal import Backend, UsageError, contracts
+from porthal.hal.backend import NOT_TAKEN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +100,13 @@ class Report:
         notes = Counter(r.note.partition(": ")[2] for r in self.results if r.note.startswith(NOT_RUN))
         how = "set PORTHAL_CACHE to an empty folder to run them"
         return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}; {how}" for why, n in notes.items()]
+
+    @property
+    def untaken(self) -> list[str]:
+        """Which data own kernels say that they do not take."""
+        messages = [r.message for r in self.results if r.verdict == "UNCLAIMED" and NOT_TAKEN in r.message]
+        said = Counter((m.partition(" on ")[0], m.partition("the kernel takes ")[2]) for m in messages)
+        return [f"{n} unclaimed for their data: {op} takes {what}" for (op, what), n in said.items()]
 
     @property
     def exit_code(self) -> int:
@@ -215,7 +223,7 @@ class Report:
         reasons = Counter(r.reason for r in self.waived)
         said = [Text(f"{n} waived: {reason}") for reason, n in reasons.items()]
         said += [Text(f"{op}: the kernel declares its own order of ties") for op in self.deviations]
-        said += [Text(line) for line in self.not_run]
+        said += [Text(line) for line in (*self.untaken, *self.not_run)]
         return Group(table, *failed, *said, Text(f"{self.profile}: {self.overall}"), Text(self.summary))
 
     def _failed(self) -> Iterator[str]:

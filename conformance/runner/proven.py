@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import CodeType
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +28,7 @@ from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import environment
 from porthal.conformance.report.results import Result, reused
 from porthal.hal import Backend, contracts
+from porthal.hal.backend import names_in
 
 Kernels = dict[str, list[list[str]]]  # op -> owner and provider of each kernel, the first choice first
 
@@ -104,17 +104,10 @@ def called(base: type[Any], method: str) -> frozenset[str]:
     left = [method]
     while left:
         function = inspect.unwrap(getattr(base, left.pop(), None))  # type: ignore[arg-type]
-        names = set(_names(code)) if (code := getattr(function, "__code__", None)) else set()
+        names = set(names_in(code)) if (code := getattr(function, "__code__", None)) else set()
         left += names - found
         found |= names
     return frozenset(found)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names(inner)
 
 
 def settings() -> list[Any]:

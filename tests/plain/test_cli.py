@@ -358,6 +358,28 @@ def test_conform_says_when_nothing_was_tested(run, monkeypatch):
     code, out, _ = run("conform", "--backend", "reference", "--op", "rms_norm")
     assert code == 2
     assert out.splitlines()[-1].startswith("nothing was tested on reference")
+    code, out, _ = run("replay", "rms_norm,T=1,H=7,0", "--backend", "reference")
+    assert code == 2 and "does not claim rms_norm (reference: not today)" in out and "PORTHAL_FALLBACK" not in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"PORTHAL_FALLBACK": "torch"}, "PORTHAL_FALLBACK=torch"),
+        ({"PORTHAL_OPS": "add=composed", "PORTHAL_FALLBACK": "error"}, "PORTHAL_OPS=add=composed"),
+        ({"PORTHAL_FALLBACK": "cpu", "PORTHAL_OPS": "add=cpu"}, "PORTHAL_OPS=add=cpu, PORTHAL_FALLBACK=cpu"),
+        ({"PORTHAL_FALLBACK": "error"}, ""),
+    ],
+)
+def test_a_policy_that_conformance_does_not_use_is_named_once(run, monkeypatch, given, said):
+    here(monkeypatch)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for command in (["conform", "--op", "add"], ["replay", "add,T=2,H=7,0"]):
+        code, _, err = run(*command, "--backend", "reference")
+        notes = [line for line in err.splitlines() if line.startswith("porthal: ")]
+        end = "; conform and replay test the kernels of the backend itself"
+        assert (code, notes) == (0, [f"porthal: not used here: {said}{end}"] if said else [])
 
 
 def test_a_pass_on_an_emulated_device_says_so():

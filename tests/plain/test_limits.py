@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from porthal.hal import CallSpec, any_of, at_least, at_most, limits, multiple_of, one_of
+from porthal.hal import (
+    CallSpec,
+    Need,
+    UsageError,
+    any_of,
+    at_least,
+    at_most,
+    limits,
+    multiple_of,
+    multiple_of_bytes,
+    one_of,
+    per_dtype,
+    same_as,
+)
 from porthal.hal.limits import Limit
 
 
@@ -39,8 +53,8 @@ def refusal(call: dict[str, Any], **stated: Any) -> str | None:
 )
 def test_what_a_limit_takes_and_how_it_reads(limit: Limit, text: str, taken: list[Any], refused: list[Any]) -> None:
     assert limit.text == text
-    assert [limit.holds(v) for v in taken] == [True] * len(taken)
-    assert [limit.holds(v) for v in refused] == [False] * len(refused)
+    assert [limit.holds(v, {}) for v in taken] == [True] * len(taken)
+    assert [limit.holds(v, {}) for v in refused] == [False] * len(refused)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +118,18 @@ def test_what_is_within_the_limits_is_taken(call: Any, stated: Any) -> None:
         (multiple_of(64), (64, 64), None),
         (multiple_of(64), (64, 128), 65),
         (multiple_of(1, at_most=8), (1, 8), None),
-        (multiple_of(1, at_most=8), (1, 512), 512),
+        (multiple_of(1, at_most=8), (1, 512), 9),
         (one_of(1), (1, 1), None),
         (one_of(1), (1, 2), 2),
         (one_of(1, 2), (1, 2), None),
         (any_of(one_of(1), multiple_of(8)), (1, 64), 2),
         (any_of(at_most(8), at_least(9)), (1, 64), None),
+        (any_of(at_most(8), at_least(10)), (1, 2**40), 9),
+        (one_of(1, 2, 4), (1, 4), 3),
+        (any_of(multiple_of(2), multiple_of(3)), (2, 4), None),
+        (any_of(multiple_of(2), multiple_of(3)), (2, 9), 5),
+        (any_of(at_most(2048), one_of(3072, *range(4096, 8193, 1024))), (1, 3072), 2049),
+        (at_least(1), (1, 2**40), None),
     ],
 )
 def test_a_range_is_taken_only_as_a_whole(limit: Limit, span: tuple[int, int], refused: int | None) -> None:
@@ -117,18 +137,101 @@ def test_a_range_is_taken_only_as_a_whole(limit: Limit, span: tuple[int, int], r
     assert refusal({"dims": {"T": span}}, T=limit) == expected
 
 
-LIMITS = (
+DTYPES = {"x": "bfloat16", "y": "float32"}
+SIMPLE = (
     st.integers(1, 40).map(at_most)
     | st.integers(1, 40).map(at_least)
     | st.builds(multiple_of, st.integers(1, 9), st.none() | st.integers(1, 40))
+    | st.lists(st.integers(1, 40), min_size=1, max_size=6).map(lambda values: one_of(*values))
+    | st.builds(multiple_of_bytes, st.integers(1, 40), st.sampled_from(["x", "y"]))
+)
+LIMITS = st.recursive(
+    SIMPLE,
+    lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda limits: any_of(*limits))
+    | st.builds(lambda operand, a, b: per_dtype(operand, bfloat16=a, float32=b), st.sampled_from(["x", "y"]), inner, inner)
+    | st.builds(lambda a: per_dtype("x", float16=a), inner),
+    max_leaves=4,
 )
 
 
 @given(LIMITS, st.integers(1, 40), st.integers(0, 40))
 def test_a_range_is_judged_as_by_trying_every_value(limit: Limit, low: int, width: int) -> None:
-    assert (refusal({"dims": {"T": (low, low + width)}}, T=limit) is None) == all(
-        limit.holds(v) for v in range(low, low + width + 1)
-    )
+    span = range(low, low + width + 1)
+    first = next((v for v in span if not limit.holds(v, DTYPES)), None)
+    assert limit.refused((low, low + width), DTYPES) == first
+    said = refusal({"dims": {"T": (low, low + width)}, "dtypes": DTYPES}, T=limit)
+    assert (said is None) if first is None else said is not None and said.startswith(f"T = {first}, the kernel takes ")
+
+
+@pytest.mark.parametrize(
+    ("call", "stated", "message"),
+    [
+        # LayerNorm of PyTorch: "expect parameter to have scalar type" of the input.
+        ({"dtypes": {"x": "bfloat16", "weight": "bfloat16"}}, {"dtypes": {"weight": same_as("x")}}, None),
+        (
+            {"dtypes": {"x": "bfloat16", "weight": "float32"}},
+            {"dtypes": {"weight": same_as("x")}},
+            "weight is float32, the kernel takes the dtype of x (x is bfloat16)",
+        ),
+        # npu_rms_norm: gamma in the input's dtype or float32.
+        (
+            {"dtypes": {"x": "bfloat16", "weight": "float16"}},
+            {"dtypes": {"weight": any_of(same_as("x"), one_of("float32"))}},
+            "weight is float16, the kernel takes the dtype of x, or one of float32 (x is bfloat16)",
+        ),
+        # torch._grouped_mm: "strides should be multiple of 16 bytes".
+        ({"dims": {"K": 96}, "dtypes": {"x": "bfloat16"}}, {"K": multiple_of_bytes(16, of="x")}, None),
+        ({"dims": {"K": 4}, "dtypes": {"x": "float32"}}, {"K": multiple_of_bytes(16, of="x")}, None),
+        (
+            {"dims": {"K": 4}, "dtypes": {"x": "bfloat16"}},
+            {"K": multiple_of_bytes(16, of="x")},
+            "K = 4, the kernel takes a multiple of 16 bytes of x (x is bfloat16)",
+        ),
+        (
+            {"dims": {"K": (8, 9)}, "dtypes": {"x": "bfloat16"}},
+            {"K": multiple_of_bytes(16, of="x")},
+            "K = 9, the kernel takes a multiple of 16 bytes of x (x is bfloat16)",
+        ),
+        # Cambricon's single_query_cached_kv_attn: 128 heads, 256 in bfloat16.
+        (
+            {"dims": {"N": 256}, "dtypes": {"q_latent": "bfloat16"}},
+            {"N": per_dtype("q_latent", bfloat16=at_most(256), float16=at_most(128))},
+            None,
+        ),
+        (
+            {"dims": {"N": 256}, "dtypes": {"q_latent": "float16"}},
+            {"N": per_dtype("q_latent", bfloat16=at_most(256), float16=at_most(128))},
+            "N = 256, the kernel takes at most 256 where q_latent is bfloat16, at most 128 where q_latent is float16 "
+            "(q_latent is float16)",
+        ),
+        (
+            {"dims": {"N": 1}, "dtypes": {"q_latent": "float32"}},
+            {"N": per_dtype("q_latent", bfloat16=at_most(256))},
+            "N = 1, the kernel takes at most 256 where q_latent is bfloat16 (q_latent is float32)",
+        ),
+    ],
+)
+def test_what_depends_on_the_dtype_of_an_operand(call: Any, stated: Any, message: str | None) -> None:
+    assert refusal(call, **stated) == message
+
+
+@pytest.mark.parametrize(
+    ("need", "values", "message"),
+    [
+        (Need("no -1", lambda ids: ids >= 0), [[0, 3], [1, 2]], None),
+        (Need("no -1", lambda ids: ids >= 0), [[0, 3], [1, -1]], "ids[1, 1] is -1, the kernel takes ids with no -1"),
+        (Need("no -1", lambda ids: ids >= 0), np.zeros((0, 2)), None),
+        (Need("two experts", lambda ids: len(np.unique(ids)) > 1), [[1], [1]], "the kernel takes ids with two experts"),
+        (Need("rising values", lambda ids: np.diff(ids) > 0), [[1, 1]], "the kernel takes ids with rising values"),
+    ],
+)
+def test_a_need_names_the_first_value_that_breaks_it(need: Need, values: Any, message: str | None) -> None:
+    assert need.breach("ids", np.asarray(values)) == message
+
+
+def test_ties_are_lowest_or_any() -> None:
+    with pytest.raises(UsageError, match=r"^tie is 'lowset', expected one of lowest, any$"):
+        limits(tie="lowset")
 
 
 def test_the_decorator_leaves_the_kernel_and_its_facts() -> None:
