@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Literal, NamedTuple
 
-from porthal.hal import Backend, Contract, UsageError, backend_names, bind, contracts
+from porthal.hal import Backend, Contract, UsageError, backend_names, contracts
 from porthal.hal.contract import Attribute
 from porthal.model.config import Config
 from porthal.model.load import DEMO, profile
@@ -97,14 +97,13 @@ def stub(contract: Contract) -> str:
     return "\n".join([*head, *("    " * bool(line) + line for line in body)])
 
 
-def first_step(backend: Backend) -> str:
-    """What to do first with a backend that owns nothing yet; "" for any other."""
-    if bind(backend=backend, overrides={}, fallback="error").counts()["own"]:
-        return ""
-    return (
-        f"{backend.name} owns 0 ops: write {FIRST} first, in {inspect.getfile(type(backend))}, "
-        f"then run porthal conform --backend {backend} --op {FIRST}"
-    )
+def next_step(backend: Backend, ops: Sequence[str]) -> str:
+    """What to do where none of these ops ran on a kernel of the backend's own: which to write first, where, and the next."""
+    called = dict.fromkeys([FIRST, *profile(Config.read(DEMO)), *contracts()])
+    first, *others = [op for op in called if op in ops]
+    following = f", the next: {', '.join(others[:3])}" if others else ""
+    where = inspect.getfile(type(backend))
+    return f"nothing of {backend.name} was tested yet; begin with `{first}` in {where}{following}"
 
 
 def _check_name(name: str) -> None:
