@@ -19,7 +19,6 @@ from porthal.cli import text
 from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
 
-
 Chosen = TypeVar("Chosen", bound=Enum)
 
 

@@ -21,7 +21,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 LOWEST, HIGHEST = 1e-3, 1e6  # of |e|/B on a plot; values beyond are drawn at its edge
 BINS = 4  # of a histogram, per decade
 SLOWEST = 10
-REPEATED = 3  # failures of one cause that are shown; further ones are only counted
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fixed": "fixed"}
 
 
@@ -57,7 +56,6 @@ def report_page(report: Report) -> str:
         limit=limit,
         scale=scale,
         errors=list(_errors(report)),
-        repeated=REPEATED,
         exact=[row.op for row in report.rows if row.passed and not any(r.worst for r in row.results)],
         histograms=[(d, *_histogram([r for r in measured if r.dtype == d], scale)) for d in dtypes],
         slowest=sorted(results, key=lambda r: -r.seconds)[:SLOWEST],

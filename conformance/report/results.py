@@ -131,7 +131,9 @@ def reused(passed: Result, owner: str) -> Result:
     """What a base has passed, as a result of the backend that inherits it unchanged."""
     note = f"{NOT_RUN}: {owner} has passed it with the same kernels, services, sources and versions"
     result = replace(passed, note=note, seconds=0.0)
-    return result if result.status in ("composed", REFUSAL) else replace(result, status="inherited", owner=owner, foreign=(result.op,))
+    if result.status in ("composed", REFUSAL):
+        return result
+    return replace(result, status="inherited", owner=owner, foreign=(result.op,))
 
 
 @dataclass(frozen=True)

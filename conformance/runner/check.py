@@ -11,7 +11,7 @@ from porthal.conformance.cases.inputs import Inputs, build
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.call import execute
 from porthal.conformance.execution.faults import refusal_of
-from porthal.conformance.execution.outcome import message_of
+from porthal.conformance.execution.outcome import raised
 from porthal.conformance.judgement.judge import judge, judge_refusal
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.conformance.report.results import Result
@@ -46,7 +46,7 @@ def check(
     except Failed as failed:
         judged = failed.judgement
     except Exception as error:  # the suite's own or the reference's fault: never a statement about the chip
-        judged = Judgement("NOT_JUDGED", message_of(error))
+        judged = Judgement("NOT_JUDGED", raised(error))
     choice, foreign = (bound.choice, bound.foreign) if bound else (None, ())
     result = Result.of(case, judged, choice, time.perf_counter() - started, foreign)
     if proven and bound:
