@@ -18,6 +18,7 @@ from porthal.model.load import DEMO, profile
 TEMPLATES = Path(__file__).parent / "templates"  # laid out as the package they make
 WIDTH = 114  # of a stub's lines; behind "    # " they end at column 120
 FIRST = "rms_norm"  # two arrays, no cache, no packed weight, and in every layer
+STUB = re.compile(r"def (\w+)")
 RESERVED = ("backend", "composed", "error")  # the protocol's class, and words of PORTHAL_OPS and PORTHAL_FALLBACK
 
 
@@ -99,8 +100,8 @@ def stub(contract: Contract) -> str:
 
 def next_step(backend: Backend, ops: Sequence[str]) -> str:
     """What to do where none of these ops ran on a kernel of the backend's own: which to write first, where, and the next."""
-    called = dict.fromkeys([FIRST, *profile(Config.read(DEMO)), *contracts()])
-    first, *others = [op for op in called if op in ops]
+    stubs = [STUB.findall(stub)[0] for group in groups() for stub in group.stubs]
+    first, *others = [op for op in stubs if op in ops]
     following = f", the next: {', '.join(others[:3])}" if others else ""
     where = inspect.getfile(type(backend))
     return f"nothing of {backend.name} was tested yet; begin with `{first}` in {where}{following}"
