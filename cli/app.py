@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -16,6 +19,8 @@ from porthal.cli import text
 from porthal.cli.text import print
 from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
+
+Chosen = TypeVar("Chosen", bound=Enum)
 
 
 class Quick:
@@ -36,7 +41,7 @@ class Command(Quick, TyperCommand):
 
 
 class Commands(Quick, TyperGroup):
-    """Exit codes: what a command returns, 2 for a PorthalError (its sentence on stderr), 130 for an interrupt."""
+    """Exit codes: what a command returns, 2 for a PorthalError (its sentence on stderr), for a signal 128 and its number."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -44,14 +49,43 @@ class Commands(Quick, TyperGroup):
         except PorthalError as error:
             text.note(f"porthal: {error}")
             code = 2
-        except KeyboardInterrupt:
-            code = 130
+        except KeyboardInterrupt as stop:
+            code = 128 + getattr(stop, "signal", signal.SIGINT)
         raise typer.Exit(code or 0)
 
 
 class App(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, cls=Command, **settings)
+
+
+class Stopped(KeyboardInterrupt):
+    """Another signal that asks for the end, which is answered as Ctrl-C is."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+@contextmanager
+def stoppable(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """While work is done in other processes: SIGTERM and SIGHUP end those too; `advice` says how to go on."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]  # not under nohup
+    for number in heard:
+        signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if said := advice():
+            text.note(f"porthal: stopped: {said}")
+        raise
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Dtype(str, Enum):
@@ -63,6 +97,19 @@ class Dtype(str, Enum):
 class Base(str, Enum):
     reference = "reference"
     torch = "torch"
+
+
+def _dtype(text: str) -> Dtype:
+    """A dtype by its name, or as tokens write it."""
+    return _one_of(Dtype, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text))
+
+
+def _one_of(kind: type[Chosen], text: str) -> Chosen:
+    try:
+        return kind(text)
+    except ValueError:
+        names = ", ".join(repr(each.value) for each in kind)
+        raise typer.BadParameter(f"{text!r} is not one of {names}.") from None
 
 
 Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
@@ -81,13 +128,24 @@ BackendOption = Annotated[
     typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the first available"),
 ]
 ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of activations, weights and caches")]
+DTYPES = "[float32|bfloat16|float16]"
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", parser=_dtype, metavar=DTYPES, help="of activations, weights and caches")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
 WORKERS = min(2, os.cpu_count() or 1)
 WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]
-LevelOption = Annotated[Level, typer.Option("--level", help="how many cases, and how strictly they are judged")]
+LevelOption = Annotated[
+    Level,
+    typer.Option(
+        "--level",
+        parser=lambda text: _one_of(Level, text),
+        metavar=f"[{'|'.join(LEVELS)}]",
+        help="how many cases, and how strictly they are judged",
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -267,7 +325,8 @@ def conform(
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
     level: LevelOption = Level.bring_up,
     dtype: Annotated[
-        list[Dtype] | None, typer.Option("--dtype", metavar="DTYPE", help="only this one; may be repeated")
+        list[Dtype] | None,
+        typer.Option("--dtype", parser=_dtype, metavar="DTYPE", help="only this one; may be repeated"),
     ] = None,
     emulated: EmulatedFlag = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
@@ -292,8 +351,8 @@ def conform(
     self_test: Annotated[bool, typer.Option("--self-test", hidden=True)] = False,
     compare: Annotated[tuple[str, str] | None, typer.Option("--compare", hidden=True)] = None,
 ) -> int:
-    """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none was tested."""
-    from porthal.cli.scaffold import first_step
+    """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none ran on an own kernel."""
+    from porthal.cli.scaffold import next_step
     from porthal.conformance import run
     from porthal.conformance.report.reached import members
     from porthal.conformance.runner.workers import Bounds
@@ -302,36 +361,32 @@ def conform(
     if self_test or compare:
         moved = f"compare {' '.join(compare)}" if compare else "self-test"
         raise UsageError(f"--{moved.partition(' ')[0]} is a command now: run porthal {moved}")
-    for file in (json, html, junit, resume):
-        text.check_writable(file)
+    journal = resume or (json and json.with_name(f"{json.name}.journal"))
+    text.check_writable(json=json, html=html, junit=junit, resume=journal)
     if profile and op:
         raise UsageError(f"--profile {profile} with --op {op[0]}: give only one of the two")
     name = _tested(backend, emulated)
-    journal = resume or (json and json.with_name(f"{json.name}.journal"))
-    try:
-        with text.progress() as advance:
-            report = run(
-                name,
-                ops=members(profile) if profile else op or None,
-                level=level.value,
-                dtypes=[d.value for d in dtype] if dtype else None,
-                progress=lambda done, of, result: advance(done, of, result.op),
-                emulated=emulated,
-                bounds=Bounds(workers, timeout, memory),
-                journal=journal,
-                resume=resume is not None,
-                properties=properties,
-                seed=seed,
-            )
-    except KeyboardInterrupt:
-        if journal and journal.exists():
-            text.note(f"porthal: stopped: run the same command with --resume {journal} to continue")
-        raise
+
+    def advice() -> str:
+        kept = journal and journal.exists()
+        return f"run the same command with --resume {journal} to continue" if kept else "nothing is kept without --resume FILE"
+
+    with stoppable(advice), text.progress() as advance:
+        report = run(
+            name,
+            ops=members(profile) if profile else op or None,
+            level=level.value,
+            dtypes=[d.value for d in dtype] if dtype else None,
+            progress=lambda done, of, result: advance(done, of, result.op),
+            emulated=emulated,
+            bounds=Bounds(workers, timeout, memory),
+            journal=journal,
+            resume=resume is not None,
+            properties=properties,
+            seed=seed,
+        )
     if profile:
         report = replace(report, profile=profile)
-    text.drawn(report.table())
-    if not any(r.status == "own" for r in report.results) and (advice := first_step(create(name, emulated))):
-        print(advice)
     if json:
         json.write_text(report.json(), encoding="utf-8")
     if html:
@@ -340,8 +395,11 @@ def conform(
         junit.write_text(report.junit(), encoding="utf-8")
     if journal and not resume:  # the report has all of it
         journal.unlink()
+    text.drawn(report.table())
+    if report.exit_code == 2:
+        print(next_step(create(name, emulated), [row.op for row in report.rows]))
     wrong = report.wrong_waivers() if verify_waivers else []
-    for sentence in wrong:
+    for sentence in wrong[len(report.expired_waivers()) :]:  # which the table says
         print(f"waivers.toml: {sentence}")
     return 1 if wrong else int(report.exit_code)
 
@@ -356,16 +414,16 @@ def self_test(
     """Test the suite itself: planted defects it must find, honest kernels it must accept. Needs PyTorch."""
     from porthal.hal import Unavailable, probe
 
-    text.check_writable(json)
+    text.check_writable(json=json)
     if probe("torch").state != "available":
         raise Unavailable("the self-test needs PyTorch, as it plants defects in the torch kernels: pip install torch")
     from porthal.conformance.selftest.run import self_test as score_of
 
-    with text.progress() as advance:
+    with stoppable(), text.progress() as advance:
         score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op), workers)
-    text.drawn(score.table())
     if json:
         json.write_text(score.json(), encoding="utf-8")
+    text.drawn(score.table())
     return score.exit_code
 
 
@@ -379,11 +437,11 @@ def compare(
     from porthal.conformance.report.compare import comparison
     from porthal.conformance.report.report import Report
 
-    text.check_writable(html)
+    text.check_writable(html=html)
     found = comparison(Report.read(a), Report.read(b))
-    text.drawn(found.table())
     if html:
         html.write_text(found.html(), encoding="utf-8")
+    text.drawn(found.table())
 
 
 @app.command()
@@ -407,7 +465,8 @@ def replay(
     inputs = saved.call(call) if save or call.endswith(".npz") else None
     got: dict[str, Any] = {}
     heard = {"returned": got.update} if save else {}
-    result = replayed(inputs or call, name, level.value, emulated=emulated, **heard)
+    with stoppable():
+        result = replayed(inputs or call, name, level.value, emulated=emulated, **heard)
     print(result.explain())
     if save and result.verdict == "NOT_JUDGED":
         text.note("nothing is saved, because the call cannot be judged")
@@ -435,7 +494,7 @@ def diff(
     from porthal.model.load import DEMO, profile
     from porthal.model.tokens import check_count, tokenizer
 
-    text.check_writable(json)
+    text.check_writable(json=json)
     directory, config = model or DEMO, _config(model)
     ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
     steps = check_count("--decode", decode, 0)
@@ -443,9 +502,9 @@ def diff(
     with running(made):
         binding = bind(profile=profile(config, dtype.value), backend=made)
         found = lockstep(binding, ids, directory, dtype.value, steps)
-    text.drawn(found.table())
     if json:
         json.write_text(found.json(), encoding="utf-8")
+    text.drawn(found.table())
     if save and found.at_fault and (file := found.save(save)):
         _note_saved(file, bool(found.at_fault.returned))
     return found.exit_code
@@ -483,10 +542,9 @@ def _named(backend: str | None, emulated: bool) -> str:
 
 
 def _tested(backend: str | None, emulated: bool) -> str:
-    """The name of a backend whose kernels are tested as they are; says which settings are not used for that."""
-    given = [f"{n}={v}" for n in ("PORTHAL_OPS", "PORTHAL_FALLBACK") if (v := os.environ.get(n, "")) not in ("", "error")]
-    if given:
-        text.note(f"porthal: not used here: {', '.join(given)}; conform and replay test the kernels of the backend itself")
+    """The name of a backend whose kernels are tested as they are; says that a fallback is not used for that."""
+    if (given := os.environ.get("PORTHAL_FALLBACK", "error")) != "error":
+        text.note(f"porthal: not used here: PORTHAL_FALLBACK={given}; conform and replay test the backend's own kernels")
     return _named(backend, emulated)
 
 

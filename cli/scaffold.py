@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Literal, NamedTuple
 
-from porthal.hal import Backend, Contract, UsageError, backend_names, bind, contracts
+from porthal.hal import Backend, Contract, UsageError, backend_names, contracts
 from porthal.hal.contract import Attribute
 from porthal.model.config import Config
 from porthal.model.load import DEMO, profile
@@ -18,6 +18,7 @@ from porthal.model.load import DEMO, profile
 TEMPLATES = Path(__file__).parent / "templates"  # laid out as the package they make
 WIDTH = 114  # of a stub's lines; behind "    # " they end at column 120
 FIRST = "rms_norm"  # two arrays, no cache, no packed weight, and in every layer
+STUB = re.compile(r"def (\w+)")
 RESERVED = ("backend", "composed", "error")  # the protocol's class, and words of PORTHAL_OPS and PORTHAL_FALLBACK
 
 
@@ -97,14 +98,13 @@ def stub(contract: Contract) -> str:
     return "\n".join([*head, *("    " * bool(line) + line for line in body)])
 
 
-def first_step(backend: Backend) -> str:
-    """What to do first with a backend that owns nothing yet; "" for any other."""
-    if bind(backend=backend, overrides={}, fallback="error").counts()["own"]:
-        return ""
-    return (
-        f"{backend.name} owns 0 ops: write {FIRST} first, in {inspect.getfile(type(backend))}, "
-        f"then run porthal conform --backend {backend} --op {FIRST}"
-    )
+def next_step(backend: Backend, ops: Sequence[str]) -> str:
+    """What to do where none of these ops ran on a kernel of the backend's own: which to write first, where, and the next."""
+    stubs = [STUB.findall(stub)[0] for group in groups() for stub in group.stubs]
+    first, *others = [op for op in stubs if op in ops]
+    following = f", the next: {', '.join(others[:3])}" if others else ""
+    where = inspect.getfile(type(backend))
+    return f"nothing of {backend.name} was tested yet; begin with `{first}` in {where}{following}"
 
 
 def _check_name(name: str) -> None:

@@ -95,46 +95,62 @@ def si(value: float, unit: str) -> str:
 
 
 def note(line: str) -> None:
-    builtins.print(line, file=sys.stderr)
+    with suppress(OSError):  # a terminal that has gone
+        builtins.print(line, file=sys.stderr, flush=True)
 
 
-def check_writable(file: Path | None) -> None:
-    """Raise UsageError before long work if the file cannot be written after it; leaves no file behind."""
-    if not file:
-        return
-    try:
-        new = not file.exists()
-        if not file.is_fifo():  # whose reader would take the check for the end
-            file.open("ab").close()
-        if new:
-            os.unlink(os.path.realpath(file))
-    except OSError as error:
-        expected = "expected a file name in a folder that exists and is writable"
-        raise UsageError(f"cannot write {file}: {error.strerror}, {expected}") from None
+def check_writable(**files: Path | None) -> None:
+    """Raise UsageError before long work if a file cannot be written after it, or if two of them are one; leaves none behind.
+
+    The keywords are the options that name the files.
+    """
+    seen: dict[str, str] = {}
+    for option, file in files.items():
+        if not file:
+            continue
+        if other := seen.get(real := os.path.realpath(file)):
+            raise UsageError(f"--{other} and --{option} are both {file}: give each a file of its own")
+        seen[real] = option
+        try:
+            new = not file.exists()
+            if not file.is_fifo():  # whose reader would take the check for the end
+                file.open("ab").close()
+            if new:
+                os.unlink(real)
+        except OSError as error:
+            expected = "expected a file name in a folder that exists and is writable"
+            raise UsageError(f"cannot write {file}: {error.strerror}, {expected}") from None
 
 
 def drawn(parts: Group) -> None:
-    """A rich group on stdout: fitted to a terminal, whole lines without frames otherwise."""
+    """A rich group on stdout: tables fitted to a terminal, all other lines whole, so that they can be copied."""
     from rich.console import Console
     from rich.table import Table
 
     if stdout().isatty():
-        Console(file=stdout()).print(parts)
+        console = Console(file=stdout())
+        for part in parts.renderables:
+            console.print(part, soft_wrap=not isinstance(part, Table))
         return
-    for part in parts.renderables:
-        if isinstance(part, Table):
-            part.box, part.pad_edge, part.title_justify = None, False, "left"
     console = Console(width=1000, file=stdout())
     with console.capture() as captured:
-        console.print(parts)
+        for part in parts.renderables:
+            console.print(part, soft_wrap=not isinstance(part, Table))
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr fed by (done, total, what); nothing where stderr is not a terminal."""
+    """A bar on stderr fed by (done, total, what); where stderr is not a terminal, a line as each op begins to answer."""
     if not sys.stderr.isatty():
-        yield lambda done, total, what: None
+        seen = set()
+
+        def line(done: int, total: int, what: str) -> None:
+            if what not in seen:
+                seen.add(what)
+                note(f"{done}/{total} {what}")
+
+        yield line
         return
     from rich.console import Console
     from rich.progress import (

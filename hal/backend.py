@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import CodeType
@@ -123,6 +125,14 @@ class Backend:
     def place(self) -> Place:
         """Where kernels run: one of three values, shown in every report."""
         return "hardware"
+
+    def describe(self) -> str:
+        """The device and its driver in one line, for reports; here this machine's processor."""
+        with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.machine()
 
     # -- arrays ------------------------------------------------------------------------------------------------------
 

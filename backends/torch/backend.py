@@ -6,7 +6,9 @@ the formula does. Nothing waits for the device except `to_numpy` and, in expert 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from porthal.hal import (
 
 # What a kernel over cached keys may hold at a time besides its results: gathered keys, logits, what is computed from them.
 CHUNK_BYTES = 32 << 20
+DRIVER = Path("/proc/driver/nvidia/version")
 KEY_BLOCK = 2048  # keys that the indexer multiplies at once
 
 
@@ -62,6 +65,16 @@ class Torch(Backend):
                 raise ValueError(f"it is {found.device} without a number")
         except Exception as error:  # of many kinds, by the name of the device
             raise Unavailable(f"torch has no device {self.device!r} here: {str(error).splitlines()[0]}") from None
+
+    def describe(self) -> str:
+        device = torch.device(self.device)
+        named = getattr(getattr(torch, device.type, None), "get_device_name", None)
+        if device.type == "cpu" or named is None:
+            return super().describe()
+        driver = ""
+        if device.type == "cuda" and DRIVER.exists():  # of other vendors, the device's name says enough
+            driver = "".join(re.findall(r"Module +(?:for \S+ +)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))[:1])
+        return f"{named(device)}, driver {driver}" if driver else str(named(device))
 
     # -- arrays ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, bits
+from porthal.conformance.execution.outcome import Outcome, bits, named, raised
 from porthal.conformance.execution.placing import read
 from porthal.conformance.judgement.golden import Golden
 from porthal.conformance.judgement.judge import judge
@@ -119,7 +119,7 @@ class Call:
 
 
 class Halt(Exception):
-    """A kernel raised: there is no value to continue with."""
+    """A kernel raised, or returned something of another form: there is no value to continue with."""
 
 
 class Lockstep(Backend):
@@ -159,7 +159,7 @@ class Lockstep(Backend):
         self.step += bool(self.calls)
         yield
         for pages in self._written:
-            self._repaired(pages)
+            self._check_writer(pages)
         self._written.clear()
 
     # -- services ----------------------------------------------------------------------------------------------------
@@ -200,6 +200,17 @@ class Lockstep(Backend):
         self.calls.append(call)
         inputs = self._inputs(contract, operands, attrs, REFERENCE)
         ours = self._execute(inputs, operands, REFERENCE)
+        try:
+            return self._compared(call, inputs, operands, ours)
+        except (Halt, NotClaimed):
+            raise
+        except Exception as error:  # what a kernel returned cannot be read or continued with
+            call.blame(f"it led to {raised(error)}", inputs, {})
+            raise Halt from error
+
+    def _compared(self, call: Call, inputs: Inputs, operands: Named, ours: Named) -> Named:
+        """What the op gives in every lane, beside what the reference gives."""
+        contract = inputs.contract
         local = self._judged(call, inputs, operands)
         outs = [ours, local, *(self._attempt(call, inputs, operands, lane) for lane in (FORCED, FREE))]
         call.accumulated = self._accumulated(inputs, ours, outs[FORCED])
@@ -221,7 +232,7 @@ class Lockstep(Backend):
         binding, contract = self.ours if lane == REFERENCE else self.theirs, inputs.contract
         with np.errstate(all="ignore"):
             out = getattr(binding, contract.name)(*(_of(v, lane) for v in operands.values()), **inputs.attrs)
-        return contract.named(out)
+        return named(binding, contract, out)
 
     def _attempt(self, call: Call, inputs: Inputs, operands: Named, lane: int) -> Named:
         try:
@@ -229,8 +240,8 @@ class Lockstep(Backend):
         except (NotClaimed, KeyboardInterrupt):
             raise
         except BaseException as error:
-            what = "" if lane == LOCAL else " when given the backend's own values"
-            call.blame(f"it raised {type(error).__name__}{what}: {error}", inputs, {})
+            what = "" if lane == LOCAL else "when given the backend's own values, "
+            call.blame(f"{what}it raised {raised(error)}", inputs, {})
             raise Halt from error
 
     def _inputs(self, contract: Contract, operands: Named, attrs: Named, lane: int) -> Inputs:
@@ -247,20 +258,19 @@ class Lockstep(Backend):
     # -- the local lane ----------------------------------------------------------------------------------------------
 
     def _judged(self, call: Call, inputs: Inputs, operands: Named) -> Named:
-        """Run the local lane and judge it; an op that read a corrupt cache runs again on the repaired one."""
+        """Run the local lane and judge it. A cache that its writer has corrupted is repaired before it is read."""
+        for pages in _read(inputs, operands).values():
+            self._check_writer(pages)
         local = self._attempt(call, inputs, operands, LOCAL)
         judgement, returned = self._judge(inputs, local, self._changed(inputs, operands))
-        mutated = {o.name for o in inputs.contract.signature.mutated}
-        caches = [v for n, v in operands.items() if isinstance(v, Pages) and n not in mutated]
-        if judgement.verdict != "PASS" and sum(self._repaired(pages) for pages in caches):
-            local = self._attempt(call, inputs, operands, LOCAL)
-            judgement, returned = self._judge(inputs, local, self._changed(inputs, operands))
         call.worst, call.at = float(judgement.worst), judgement.at
         for name, value in operands.items():
             if isinstance(value, Weight) and value.native.fault:
                 call.blame(f"its weight {name} was prepared wrongly: {value.native.fault}", inputs, returned)
         if judgement.verdict != "PASS":
             call.blame(judgement.message, inputs, returned)
+        if judgement.verdict == "FAIL_SHAPE":
+            raise Halt
         return local
 
     def _judge(self, inputs: Inputs, out: Named, changed: tuple[str, ...] = ()) -> tuple[Judgement, Named]:
@@ -282,9 +292,14 @@ class Lockstep(Backend):
         return judge(inputs, Outcome(returned, returned, changed, flushes=flushes), self.level, tie), returned
 
     def _changed(self, inputs: Inputs, operands: Named) -> tuple[str, ...]:
-        """The arrays that a kernel wrote though it may only read them."""
-        arrays = {name: value for name, value in operands.items() if isinstance(value, Lanes)}
-        found = {n: _differs(inputs.operands[n], self.theirs.to_numpy(v.each[LOCAL])) for n, v in arrays.items()}
+        """What a kernel wrote though it may only read it; a cache is repaired."""
+        found = {name: self._repaired(pages)[0] for name, pages in _read(inputs, operands).items()}
+        for name, value in operands.items():
+            if isinstance(value, Lanes):
+                found[name] = _differs(inputs.operands[name], self.theirs.to_numpy(value.each[LOCAL]))
+            elif isinstance(value, Selection):
+                before, after = inputs.operands[name].parts(), _logical(self.theirs, _of(value, LOCAL)).parts()
+                found[name] = next((f".{part}{d}" for part in before if (d := _differs(before[part], after[part]))), "")
         return tuple(f"its input {name}{differs}" for name, differs in found.items() if differs)
 
     # -- the other lanes ---------------------------------------------------------------------------------------------
@@ -354,20 +369,23 @@ class Lockstep(Backend):
         self._written = [*(p for p in self._written if p.native is not before.native), kept]
         return kept
 
-    def _repaired(self, pages: Pages) -> bool:
-        """Whether the local cache changed outside what was written; if so, repair it and blame its last writer."""
-        spec, cached = pages.spec, pages.native
+    def _repaired(self, pages: Pages) -> tuple[str, Named]:
+        """Where the local cache was not the reference's, in words, and what it was; it is now."""
+        cached = pages.native
         wanted, found = self.ours.to_logical(cached.each[REFERENCE]), self.theirs.to_logical(cached.each[LOCAL])
-        differs = {name: d for name in wanted if (d := _differs(wanted[name], found[name]))}
-        if not differs or cached.writer is None:
-            return False
-        name, where = next(iter(differs.items()))
-        call, inputs = cached.writer
-        result = inputs.contract.signature.mutated[0].name
-        call.blame(f"{result}.{name}{where} outside the slots it writes", inputs, {result: found})
-        repaired = self.theirs.from_logical(spec, wanted, cached.each[LOCAL])
-        cached.each = (cached.each[REFERENCE], repaired, *cached.each[FORCED:])
-        return True
+        differs = next((f".{name}{d}" for name in wanted if (d := _differs(wanted[name], found[name]))), "")
+        if differs:
+            repaired = self.theirs.from_logical(pages.spec, wanted, cached.each[LOCAL])
+            cached.each = (cached.each[REFERENCE], repaired, *cached.each[FORCED:])
+        return differs, found
+
+    def _check_writer(self, pages: Pages) -> None:
+        """Repair a cache that changed outside what was written since others looked, and blame its last writer."""
+        differs, found = self._repaired(pages)
+        if differs and pages.native.writer:
+            call, inputs = pages.native.writer
+            result = inputs.contract.signature.mutated[0].name
+            call.blame(f"{result}{differs} outside the slots it writes", inputs, {result: found})
 
 
 def binding(lockstep: Lockstep) -> Binding:
@@ -388,7 +406,15 @@ def _logical(binding: Binding, value: Any) -> Any:
     if value is None:
         return None
     found = read(binding, value)
-    return value.of(value.spec, found) if isinstance(value, Operand) else found.copy()
+    if isinstance(value, Operand):
+        return value.of(value.spec, {part: array.copy() for part, array in found.items()})
+    return found.copy()
+
+
+def _read(inputs: Inputs, operands: Named) -> dict[str, Pages]:
+    """The caches that a call reads and does not write."""
+    mutated = {o.name for o in inputs.contract.signature.mutated}
+    return {name: v for name, v in operands.items() if isinstance(v, Pages) and name not in mutated}
 
 
 def _differs(wanted: Array, found: Array) -> str:

@@ -22,7 +22,7 @@ from porthal.model.load import DEMO
 if TYPE_CHECKING:
     from rich.console import Group
 
-SCHEMA = 1  # of the JSON
+SCHEMA = 2  # of the JSON
 TEXT = """def longest(words):
     best = ""
     for word in words:
@@ -45,13 +45,14 @@ def lockstep(
     both = Lockstep(theirs)
     loaded = Glm5(config, Checkpoint(model, config.fp8_block), binding(both), dtype)
     _label(loaded, both)
+    halted = False
     try:
         generate(loaded, [tokens], decode + 1)
         if loaded.mtp:
             generate(loaded, [tokens[:DRAFTED]], 3, speculative=2)
     except Halt:
-        pass
-    return Difference(str(theirs.backend), theirs.backend.place, dtype, len(tokens), decode, both.calls)
+        halted = True
+    return Difference(str(theirs.backend), theirs.backend.place, dtype, len(tokens), decode, both.calls, halted)
 
 
 class Block:
@@ -116,7 +117,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run in lockstep: every call, and the verdict over them."""
+    """A run in lockstep: every call, and the verdict over them; whether it `halted` where nothing could be continued with."""
 
     backend: str
     place: str
@@ -124,6 +125,7 @@ class Difference:
     tokens: int
     decode: int
     calls: Sequence[Call]
+    halted: bool = False
 
     @cached_property
     def at_fault(self) -> Call | None:
@@ -154,7 +156,10 @@ class Difference:
 
     @property
     def flips(self) -> str:
-        """The free run's choices in words."""
+        """The free run's choices in words, as far as it went."""
+        if self.halted:
+            last = self.calls[-1]
+            return f"The run ended in {last.label}, step {last.step}: nothing was compared after it."
         if self.first_flip is None:
             return "Running freely, the backend makes every discrete choice as the reference does."
         first, honest, wrong = self.first_flip, sum(x.honest for x in self.layers), sum(x.wrong for x in self.layers)
@@ -170,9 +175,9 @@ class Difference:
         from rich.text import Text
 
         title = f"{self.backend} ({self.place}) in lockstep with the reference, {self.dtype}"
-        table = Table(title=f"{title}: {self.tokens} tokens, then {self.decode} steps", title_justify="left")
-        for name in ("layer", "worst op"):
-            table.add_column(name)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("layer", no_wrap=True)
+        table.add_column("worst op", overflow="fold")
         for name in ("local |e|/B", "accumulated", "honest flips", "wrong flips"):
             table.add_column(name, justify="right")
         table.add_column("verdict")
@@ -182,7 +187,8 @@ class Difference:
             figures = measured, f"{layer.accumulated:.2e}", str(layer.honest), str(layer.wrong)
             verdict = Text("at fault", "red") if worst.fault else Text("within budget", "green")
             table.add_row(layer.name, " / ".join(worst.place[1:]), *figures, verdict)
-        return Group(table, Text(self.sentence), Text(self.flips))
+        head = Text(f"{title}: {self.tokens} tokens, then {self.decode} steps")
+        return Group(head, table, Text(self.sentence), Text(self.flips))
 
     def json(self) -> str:
         """The report as JSON; an error that is not finite is null."""
@@ -193,6 +199,7 @@ class Difference:
             "dtype": self.dtype,
             "tokens": self.tokens,
             "decode": self.decode,
+            "halted": self.halted,
             "sentence": self.sentence,
             "at_fault": self.at_fault and _facts(self.at_fault),
             "first_flip": self.first_flip and _facts(self.first_flip),

@@ -19,12 +19,11 @@ from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.invariance import disturbed, restored
-from porthal.conformance.execution.outcome import Array, Outcome, difference
+from porthal.conformance.execution.outcome import Array, Outcome, difference, named, raised
 from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
-from porthal.hal import Binding, DataNotTaken, NotClaimed, UsageError, Weight
+from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
 from porthal.hal.dtypes import dtype
-from porthal.hal.errors import message_of
 
 PATIENCE = 0.5  # seconds, after which two runs are enough
 SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
@@ -63,8 +62,8 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
         raise
     except BaseException as error:  # SystemExit too must not end the run
         if _lacks_memory(error):
-            raise Failed("CRASH", f"out of memory: {message_of(error)}") from error
-        return Outcome(error=message_of(error))
+            raise Failed("CRASH", f"out of memory: {raised(error)}") from error
+        return Outcome(error=raised(error))
     flushes = binding.backend.traits.flushes_denormals
     return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
 
@@ -83,7 +82,7 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return Outcome(error=f"among other rows, one of them poisoned: {message_of(error)}")
+        return Outcome(error=f"among other rows, one of them poisoned: {raised(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
     trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
     return replace(outcome, moved=restored(call, moved.results, to), invariant=invariant, trespasses=trespasses)
@@ -124,9 +123,7 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
     memory: AbstractContextManager[list[Watch]] = nullcontext([]) if abreast else poisoned(binding.backend)
     with memory as blocks:
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
-    held = contract.named(out)
-    if lacking := [name for name, value in held.items() if value is None]:
-        raise UsageError(f"{contract.name} returned None for {lacking[0]}, expected an array or operand")
+    held = named(binding, contract, out)
     if not abreast:
         _churn(binding, held)
     if distant:

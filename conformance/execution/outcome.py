@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 
+from porthal.hal import Binding, UsageError, contracts
+from porthal.hal.contract import Contract
 from porthal.hal.dtypes import dtype, is_float
+from porthal.hal.errors import message_of
+from porthal.hal.operands import KINDS
+from porthal.hal.signature import ARRAY
 
 Array = np.ndarray[Any, Any]
 
@@ -19,7 +27,7 @@ class Outcome:
 
     again       another run's results: the first that differ, where any do
     trespasses  what changed that the call may not write
-    error       what the kernel raised
+    error       what was raised, and where
     moved       results of the same rows among others (see `invariance`), where there is such a call
     invariant   whether the kernel declares that these are the same bits
     flushes     whether the backend says that it may read denormals as zero
@@ -32,6 +40,42 @@ class Outcome:
     moved: Mapping[str, Any] = field(default_factory=dict)
     invariant: bool = False
     flushes: bool = False
+
+
+def raised(error: BaseException) -> str:
+    """An exception in one line with its place: the last line of the kernel's package that was at it, or of the suite."""
+    frames = [(f.f_globals.get("__name__", ""), f.f_code, line) for f, line in walk_tb(error.__traceback__)]
+    theirs = [(code, line) for module, code, line in frames if not _of_the_suite(module)]
+    if not theirs:
+        _, code, line = frames[-1]
+        return f"{message_of(error)}; raised in the suite at {code.co_filename}:{line}"
+    kernel, _ = theirs[0]
+    folder = os.path.dirname(kernel.co_filename)
+    code, line = next((c, n) for c, n in reversed(theirs) if os.path.dirname(c.co_filename) == folder)
+    what = f"the kernel {kernel.co_name}" if kernel.co_name in contracts() else kernel.co_name
+    return f"{message_of(error)}; raised in {what} at {code.co_filename}:{line}"
+
+
+def _of_the_suite(module: str) -> bool:
+    """Whether a frame is no kernel's and no service's: porthal's but for its backends, or what it uses itself."""
+    root = module.partition(".")[0]
+    return root in (*sys.stdlib_module_names, "numpy") or (root == "porthal" and not module.startswith("porthal.backends."))
+
+
+def named(binding: Binding, contract: Contract, out: Any) -> dict[str, Any]:
+    """What a kernel returned, by the names of the results; UsageError where one is not of the kind that the contract says."""
+    found = contract.named(out)
+    for result in contract.signature.results:
+        value = found[result.name]
+        if result.kind != ARRAY:
+            right, expected = isinstance(value, KINDS[result.kind]), f"a {result.kind}"
+        else:
+            right, expected = not (why := binding.backend.refuses_array(value)), (why or "").partition("expected ")[2]
+        if not right:
+            raise UsageError(
+                f"{contract.name} returned {type(value).__name__} for {result.name}, expected {expected or 'an array'}"
+            )
+    return found
 
 
 def bits(x: Array) -> Array:

@@ -15,6 +15,7 @@ from porthal.conformance.verdicts import Failed
 from porthal.hal import Operand
 from porthal.hal.dtypes import UNIT_ROUNDOFF
 
+LISTED = 8  # ids of a choice that a message shows
 U_SINGLE = UNIT_ROUNDOFF["float32"]
 
 
@@ -44,17 +45,30 @@ def judge_top(golden: Golden, chosen: Any, limit: Level, tie: str) -> str:
     same = (got.ids == best.ids).all(1) & (got.length == best.length)
     same |= _same_sets(got, best, ~same)
     for t in np.flatnonzero(~same):
-        row = _valid(f"{name} row {t}", got.ids[t], int(got.length[t]), int(best.length[t]), int(got.candidates[t]))
+        what = f"{name} row {t}{_attributes(inputs)}"
+        row = _valid(what, got.ids[t], int(got.length[t]), int(best.length[t]), int(got.candidates[t]))
         if not len(row):
             continue
         wanted = best.ids[t, : len(row)].astype(np.int64)
         last = wanted[np.argmin(value[t, wanted])]
-        _high(f"{name} row {t}", row, value[t], budget[t], int(last))
+        _high(what, row, value[t], budget[t], int(last), wanted)
         if by_construction and (odd := _misplaced(row, wanted, value[t], value[t, last])) is not None:
             if tie == "lowest":
-                raise Failed("FAIL_VALUE", f"{name} row {t} chose {odd}; a lower position with an equal score was left out")
+                left = f"a lower position with an equal score was left out, expected {_listed(wanted)}"
+                raise Failed("FAIL_VALUE", f"{what} chose {odd}; {left}")
             deviates = True
     return "the kernel declares its own order of ties" if deviates else ""
+
+
+def _attributes(inputs: Inputs) -> str:
+    """What decides how many are chosen and among which: the whole numbers among a call's attributes."""
+    found = ", ".join(f"{name} = {v}" for name, v in inputs.attrs.items() if type(v) is int)
+    return f" ({found})" if found else ""
+
+
+def _listed(ids: Array) -> str:
+    """The first ids of a choice."""
+    return f"[{', '.join(map(str, ids[:LISTED]))}{', ...' if len(ids) > LISTED else ''}]"
 
 
 def _ids(chosen: Any, inputs: Inputs, columns: int) -> Ids:
@@ -93,17 +107,19 @@ def _valid(what: str, ids: Array, length: int, expected: int, candidates: int) -
     return row
 
 
-def _high(what: str, row: Array, value: Array, budget: Array, last: int) -> None:
+def _high(what: str, row: Array, value: Array, budget: Array, last: int, wanted: Array) -> None:
     """Nothing chosen is clearly below the k-th score, nothing clearly above it is left out."""
     kth = value[last]
     slack = budget + budget[last]
     if not np.isneginf(kth) and (low := row[value[row] < kth - slack[row]]).size:
         bad = int(low[0])
-        raise Failed("FAIL_VALUE", f"{what} has {bad} with score {value[bad]:.9g}, below the k-th score {kth:.9g}")
+        lowest = f"score {value[bad]:.9g}, below the k-th score {kth:.9g}"
+        raise Failed("FAIL_VALUE", f"{what} has {bad} with {lowest}, expected {_listed(wanted)}")
     lost = np.setdiff1d(np.nonzero(value > kth + slack)[0], row)
     if lost.size:
         bad = int(lost[0])
-        raise Failed("FAIL_VALUE", f"{what} lacks {bad} with score {value[bad]:.9g}, above the k-th score {kth:.9g}")
+        highest = f"score {value[bad]:.9g}, above the k-th score {kth:.9g}"
+        raise Failed("FAIL_VALUE", f"{what} lacks {bad} with {highest}, expected {_listed(wanted)}")
 
 
 def _misplaced(row: Array, wanted: Array, value: Array, kth: float) -> int | None:
@@ -127,4 +143,4 @@ def judge_admitted(golden: Golden, chosen: Array, limit: Level) -> None:
         bad = contract.admits(*operands.values(), results=chosen, slack=slack, **inputs.attrs)
     if bad is not None:
         wanted = golden.results()[name][bad]
-        raise Failed("FAIL_VALUE", f"{name} row {bad} is {chosen[bad]}, the reference gives {wanted}")
+        raise Failed("FAIL_VALUE", f"{name} row {bad}{_attributes(inputs)} is {chosen[bad]}, the reference gives {wanted}")

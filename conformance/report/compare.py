@@ -1,4 +1,4 @@
-"""Two chips beside each other, op by op: whose own kernels cover more, with smaller errors."""
+"""Two chips beside each other, op by op: whose own kernels are right, cover more, with smaller errors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING
 
-from porthal.conformance.report.page import compare_page, figure
+from porthal.conformance.report.page import compare_page
 from porthal.conformance.report.reached import NONE
 from porthal.conformance.report.report import Report
-from porthal.conformance.report.results import Result
+from porthal.conformance.report.results import REFUSAL, Result, figure
 from porthal.hal import UsageError
 
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """One chip's part in a row: cases, how many own kernels passed and claimed, and these kernels' errors."""
+    """One chip's part in a row: cases that call a kernel, how many own kernels claimed and passed, the op's failures, and
+    the errors of own kernels."""
 
     level: str
     cases: int
     claimed: int
     passed: int
+    failed: int
     worst: float
     median: float
 
@@ -36,9 +38,10 @@ class Side:
         level = report.levels[op].level if op in report.levels else "not run"
         return cls(
             level,
-            len(results),
+            sum(r.status != REFUSAL for r in results),
             len(own),
             sum(r.verdict == "PASS" for r in own),
+            sum(r.failed for r in results),
             max(errors, default=0.0),
             median(errors) if errors else 0.0,
         )
@@ -47,6 +50,11 @@ class Side:
     def fraction(self) -> float:
         """Of all cases, those that own kernels passed."""
         return self.passed / self.cases if self.cases else 0.0
+
+    @property
+    def right(self) -> bool:
+        """Whether own kernels passed something and nothing of the op failed: no other side leads."""
+        return self.passed > 0 and not self.failed
 
     @property
     def rank(self) -> tuple[bool, float, float, float]:
@@ -64,9 +72,9 @@ class Line:
 
     @property
     def leader(self) -> str:
-        """ "a", "b", "even", or "" where neither passed anything with a kernel of its own."""
-        if not self.a.passed and not self.b.passed:
-            return ""
+        """ "a", "b", "even", or "" where neither has an own kernel without failures."""
+        if not self.a.right or not self.b.right:
+            return "a" if self.a.right else "b" if self.b.right else ""
         return "even" if self.a.rank == self.b.rank else "a" if self.a.rank > self.b.rank else "b"
 
 
@@ -93,27 +101,28 @@ class Comparison:
     def summary(self) -> str:
         lead = [row.leader for row in self.rows]
         parts = [f"{name} leads in {lead.count(side)}" for name, side in zip(self.names, "ab")]
-        return f"{', '.join(parts)}, {lead.count('even')} even, {lead.count('')} without an own kernel on either side"
+        return f"{', '.join(parts)}, {lead.count('even')} even, {lead.count('')} without a right own kernel on either side"
 
     def table(self) -> Group:
-        """Per op, both sides: level, cases passed by own kernels, worst and median |e|/B; who leads."""
+        """Per op, both sides: level, cases passed by own kernels and failures, worst and median |e|/B; who leads."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        places = " against ".join(f"{n} ({r.place})" for n, r in zip(self.names, (self.a, self.b)))
-        table = Table(title=f"{places}, level {self.a.level}")
-        table.add_column("op")
-        for name in self.names:
-            table.add_column(f"{name}: level", overflow="fold")
-            for what in ("own passed", "worst |e|/B", "median"):
+        sides = zip("AB", self.names, (self.a, self.b))
+        head = [f"{side}: {name} ({r.place}), level {r.level}; {r.circumstances}" for side, name, r in sides]
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("op", no_wrap=True)
+        for side in "AB":
+            table.add_column(f"{side} level")
+            for what in ("own passed", "|e|/B", "median"):
                 table.add_column(what, justify="right")
         table.add_column("leads")
         for row in self.rows:
             cells = [cell for side in (row.a, row.b) for cell in _cells(side)]
             leads = {"a": self.names[0], "b": self.names[1]}.get(row.leader, row.leader)
             table.add_row(row.op, *cells, Text(leads, style="green" if row.leader in ("a", "b") else "dim"))
-        return Group(table, Text(self.summary))
+        return Group(*map(Text, head), table, Text(self.summary))
 
     def html(self) -> str:
         """One page without external resources."""
@@ -135,4 +144,5 @@ def comparison(a: Report, b: Report) -> Comparison:
 
 
 def _cells(side: Side) -> list[str]:
-    return [side.level, f"{side.passed}/{side.cases}", *(figure(x) if x else "" for x in (side.worst, side.median))]
+    passed = f"{side.passed}/{side.cases}" + (f", {side.failed} failed" if side.failed else "")
+    return [side.level, passed, *(figure(x) if x else "" for x in (side.worst, side.median))]

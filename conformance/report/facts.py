@@ -2,32 +2,83 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from porthal.conformance.report.waivers import Waiver, waivers
 from porthal.hal import Backend
+from porthal.hal.errors import message_of
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A backend, where its kernels run, versions, waivers; and the ops for which it has kernels of several providers."""
+    """A backend, where its kernels run, versions, waivers; and the ops for which it has kernels of several providers.
+
+    device   the device and its driver, as the backend describes them
+    sources  a digest of the files of porthal and of each backend that takes part
+    """
 
     backend: str
     place: str
     environment: Mapping[str, str]
     waivers: tuple[Waiver, ...]
     providers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    device: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, backend: Backend, providers: Mapping[str, tuple[str, ...]] | None = None) -> Facts:
-        return cls(str(backend), backend.place, environment(type(backend)), waivers(backend), providers or {})
+        return cls(
+            str(backend),
+            backend.place,
+            environment(type(backend)) | _version(backend),
+            waivers(backend),
+            providers or {},
+            _described(backend),
+            sources(type(backend)),
+        )
+
+
+def _described(backend: Backend) -> str:
+    try:
+        return " ".join(str(backend.describe()).split())
+    except Exception as error:  # a hook of the plugin's: a report without it is better than none
+        return f"no description of the device: {message_of(error)}"
+
+
+def sources(backend: type[Backend]) -> dict[str, str]:
+    """A digest of the Python files of porthal, and one of the backend's own package with its native code."""
+    found = {"porthal": _digest("porthal")}
+    package = backend.__module__.rpartition(".")[0]
+    if getattr(sys.modules.get(package), "__file__", None):
+        native = {m.__file__ for n, m in sys.modules.items() if n.startswith(f"{package}.") and getattr(m, "__file__", None)}
+        found[backend.name] = _digest(package, tuple(sorted(f for f in native if f and not f.endswith(".py"))))
+    return found
+
+
+@cache
+def _digest(package: str, native: tuple[str, ...] = ()) -> str:
+    root = Path(str(sys.modules[package].__file__)).parent
+    files = {file for folder in (root, *root.glob("*/")) for file in folder.rglob("*.py")}  # porthal's folders may be links
+    digest = hashlib.blake2b(digest_size=6)
+    for file in (*sorted(files), *map(Path, native)):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(backend: Backend) -> dict[str, str]:
+    """The version of the distribution that brings a plugin."""
+    entries = importlib.metadata.entry_points(group="porthal.backends", name=backend.name)
+    return {e.name: e.dist.version for e in entries if e.dist}
 
 
 def environment(backend: type[Backend]) -> dict[str, str]:

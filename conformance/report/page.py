@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from porthal.conformance.level import level_of
+from porthal.conformance.report.results import REFUSAL, figure
 
 if TYPE_CHECKING:
     from porthal.conformance.report.compare import Comparison
@@ -20,7 +21,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 LOWEST, HIGHEST = 1e-3, 1e6  # of |e|/B on a plot; values beyond are drawn at its edge
 BINS = 4  # of a histogram, per decade
 SLOWEST = 10
-REPEATED = 3  # failures of one cause that are shown; further ones are only counted
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fixed": "fixed"}
 
 
@@ -56,7 +56,6 @@ def report_page(report: Report) -> str:
         limit=limit,
         scale=scale,
         errors=list(_errors(report)),
-        repeated=REPEATED,
         exact=[row.op for row in report.rows if row.passed and not any(r.worst for r in row.results)],
         histograms=[(d, *_histogram([r for r in measured if r.dtype == d], scale)) for d in dtypes],
         slowest=sorted(results, key=lambda r: -r.seconds)[:SLOWEST],
@@ -93,11 +92,6 @@ class Scale:
         return [10.0**n for n in range(self.low, self.high + 1) if n % every == 0]
 
 
-def figure(error: float) -> str:
-    """An |e|/B in two digits: 0.047, 0.99, 41, 3e+06."""
-    return f"{error:.2g}" if error < 99.5 else f"{error:.0f}" if error < 1e5 else f"{error:.0e}"
-
-
 def _render(template: str, **facts: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -115,14 +109,16 @@ def _render(template: str, **facts: Any) -> str:
 def _badges(report: Report, results: Sequence[Result]) -> list[Badge]:
     """A cell: failures first, then what passed by whose kernel, what is waived, what nobody claims."""
     passed = [r for r in results if r.verdict == "PASS"]
-    own = sum(r.own for r in passed)
+    own, refused = sum(r.own for r in passed), sum(r.status == REFUSAL for r in passed)
+    other = len(passed) - own - refused
     count = Counter(r.verdict for r in results)
     failed = sum(r.failed for r in results)
     state, mark = ("own", "✓") if report.on_hardware else ("elsewhere", "◐")
     found = (
         Badge("failed", "✗", failed, f"{failed} failed of {len(results)}"),
         Badge(state, mark, own, f"{own} passed by own kernels ({report.place})"),
-        Badge("other", "○", len(passed) - own, f"{len(passed) - own} passed by kernels that are not the chip's"),
+        Badge("other", "○", other, f"{other} passed by kernels that are not the chip's"),
+        Badge("other", "!", refused, f"{refused} wrong calls, refused before any kernel"),
         Badge("waived", "W", count["WAIVED"], f"{count['WAIVED']} waived"),
         Badge("unclaimed", "–", count["UNCLAIMED"], f"{count['UNCLAIMED']} not claimed"),
     )
@@ -137,10 +133,11 @@ def _proofs(report: Report) -> list[tuple[str, int, str]]:
         "composed": "composed of other ops",
         "inherited": "by kernels inherited from its base",
         "fallback": "on another backend",
+        REFUSAL: "wrong calls, refused before any kernel",
     }
     return [
         *((status, passed[status], text) for status, text in words.items()),
-        ("failed", len(report.failures), "claimed, and wrong"),
+        ("failed", len(report.failures), "not as the contract says"),
         ("waived", count["WAIVED"], "with the plugin's reason"),
         ("unclaimed", count["UNCLAIMED"], "no kernel takes the call"),
     ]

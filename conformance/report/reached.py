@@ -7,7 +7,6 @@ backend that claims less shows the fraction.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from porthal.hal.contract import Contract
 
 DTYPE = "bfloat16"
 NONE = "none"
-VIA = re.compile(r",via=[^,]*,")
 
 
 @dataclass(frozen=True)
 class Reached:
-    """An op's level, or "none" and why; how many of the required cases own kernels claimed and passed."""
+    """An op's level, or "none" and why; of the required cases, how many own kernels claimed and passed."""
 
     level: str
     why: str
@@ -43,7 +41,8 @@ class Reached:
 
     @property
     def fraction(self) -> str:
-        return f"{self.claimed}/{self.required}"
+        """Of the required cases, those that own kernels passed."""
+        return f"{self.passed}/{self.required}"
 
 
 def profiles() -> tuple[str, ...]:
@@ -60,11 +59,12 @@ def called(profile: str) -> tuple[str, ...]:
 
 def members(profile: str) -> list[str]:
     """The contracts of a profile: what it calls, each followed by what that is composed of."""
-    return list(dict.fromkeys(op for call in called(profile) for op in (call, *_parts(call))))
+    return list(dict.fromkeys(op for call in called(profile) for op in (call, *parts_of(call))))
 
 
 @cache
-def _parts(op: str) -> tuple[str, ...]:
+def parts_of(op: str) -> tuple[str, ...]:
+    """What a composite is composed of, itself first."""
     contract = contracts()[op]
     if not contract.decomposition:
         return ()
@@ -79,6 +79,8 @@ def required(contract: Contract, level: str) -> list[Case]:
 def is_required(case: Case) -> bool:
     """Whether a case lies in the domain that GLM-5 needs."""
     contract, rows = case.contract, case.contract.rows
+    if case.fault:
+        return False
     facts = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs) | dict(case.dims)
     if any(facts.get(name, values[0]) != values[0] for name, values in contract.cases.items() if name != rows):
         return False
@@ -90,29 +92,29 @@ def is_required(case: Case) -> bool:
 
 
 def reached(op: str, level: str, results: Sequence[Result]) -> Reached:
-    """The level of one op: reached when own kernels passed all required cases, or compositions of own kernels alone.
-
-    Where there are kernels of several providers, what each of them takes must pass.
+    """The level of one op: reached when own kernels passed all required cases, or compositions of own kernels alone, and
+    nothing of the op failed, in that domain or outside it, by whichever provider; a waiver does not change that.
     """
     wanted = {case.token for case in required(contracts()[op], level)}
-    within = [r for r in results if r.op == op and r.token in wanted]
+    mine = [r for r in results if r.op == op]
+    within = [r for r in mine if r.token in wanted]
     own = [r for r in within if r.own and r.verdict != "UNCLAIMED"]
     passed = sum(r.verdict == "PASS" for r in own)
     counted = len(own), passed, len(wanted)
-    if any(r.failed and VIA.sub(",", r.token) in wanted for r in results if r.op == op):
+    if any(r.failed for r in mine):
         return Reached(NONE, "failed", *counted)
+    if any(r.own and r.waived not in ("", "UNCLAIMED") for r in mine):
+        return Reached(NONE, "waived", *counted)
     if wanted and passed == len(wanted):
         return Reached(level, "", *counted)
-    return Reached(NONE, _why(own, within, len(wanted), [r for r in results if r.op == op]), *counted)
+    return Reached(NONE, _why(own, within, len(wanted), mine), *counted)
 
 
-def _why(own: Sequence[Result], within: Sequence[Result], wanted: int, all_results: Sequence[Result]) -> str:
+def _why(own: Sequence[Result], within: Sequence[Result], wanted: int, mine: Sequence[Result]) -> str:
     if not wanted:
         return "GLM-5's dims are too large for this level"
     if len(within) < wanted:
-        return "not all run" if all_results else "not run"
-    if verdicts := Counter(r.verdict for r in own if r.verdict != "PASS"):
-        return "waived" if set(verdicts) == {"WAIVED"} else "failed"
+        return "not all run" if mine else "not run"
     if own:
         return "narrow"
     status = Counter("not claimed" if r.status == "missing" else r.status for r in within).most_common(1)[0][0]

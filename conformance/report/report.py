@@ -7,30 +7,36 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree
 
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.legal import elements
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
-from porthal.conformance.report.page import REPEATED, report_page
-from porthal.conformance.report.reached import Reached, overall, reached
-from porthal.conformance.report.results import NOT_RUN, STATUSES, Result, Row, replay_command
-from porthal.conformance.report.waivers import Waiver, verify, waive
+from porthal.conformance.report.page import report_page
+from porthal.conformance.report.reached import Reached, overall, parts_of, reached
+from porthal.conformance.report.results import NOT_RUN, STATUSES, Result, Row, counted, figure, replay_command
+from porthal.conformance.report.waivers import Waiver, expired, verify, waive
 from porthal.conformance.verdicts import Verdict
 from porthal.hal import Backend, UsageError, contracts
 from porthal.hal.backend import NOT_TAKEN
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from rich.console import Group
 
-    from rich.console import RenderableType
-
-SCHEMA = 2  # of the JSON
+SCHEMA = 3  # of the JSON
+LEGEND = (
+    "GLM-5: own kernels passed / needed, in its dims and bfloat16; a level is all of these, and no failure of the op anywhere"
+)
 _NUMBERS = re.compile(r"-?\b(?:\d[\d.]*(?:e[+-]?\d+)?|nan|inf)\b", re.IGNORECASE)
 
 
@@ -47,6 +53,10 @@ class Report:
     levels: Mapping[str, Reached] = field(default_factory=dict)
     waivers: tuple[Waiver, ...] = ()
     profile: str = "inference"
+    device: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    command: str = ""
     schema: int = SCHEMA
     suite: int = SUITE
 
@@ -59,7 +69,19 @@ class Report:
         versions = {op: contracts()[op].version for op in ops}
         levels = {op: reached(op, level, results) for op in ops}
         return cls(
-            facts.backend, facts.place, level, results, facts.environment, versions, levels, facts.waivers, profile
+            backend=facts.backend,
+            place=facts.place,
+            level=level,
+            results=results,
+            environment=facts.environment,
+            contracts=versions,
+            levels=levels,
+            waivers=facts.waivers,
+            profile=profile,
+            device=facts.device,
+            sources=facts.sources,
+            date=datetime.now().astimezone().isoformat(timespec="seconds"),
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )
 
     @cached_property
@@ -73,17 +95,26 @@ class Report:
     def failures(self) -> list[Result]:
         return [r for r in self.results if r.failed]
 
-    @property
+    @cached_property
     def causes(self) -> list[list[Result]]:
-        """The failures, grouped by op and by message without its numbers."""
+        """The failures, grouped by op, verdict and message without its numbers; the smallest case of each group first."""
         found: dict[tuple[str, str, str], list[Result]] = {}
         for r in self.failures:
             found.setdefault((r.op, r.verdict, _NUMBERS.sub("#", r.message)), []).append(r)
-        return list(found.values())
+        return [sorted(alike, key=_size) for alike in found.values()]
+
+    def parts_at_fault(self, op: str) -> list[str]:
+        """The ops that a composite is made of and that have failures of their own."""
+        failed = {r.op for r in self.failures} - {op}
+        return [part for part in parts_of(op) if part in failed]
 
     @property
     def waived(self) -> list[Result]:
         return [r for r in self.results if r.verdict == "WAIVED"]
+
+    def expired_waivers(self) -> list[str]:
+        """The plugin's waivers that hold no more."""
+        return expired(self.waivers)
 
     def wrong_waivers(self) -> list[str]:
         """What is wrong with the plugin's waivers, as this run shows."""
@@ -110,10 +141,10 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 all good, 1 something failed, 2 nothing was tested."""
+        """0 all good, 1 something failed, 2 nothing of the chip's own was tested."""
         if self.failures:
             return 1
-        return 0 if any(r.tested for r in self.results) else 2
+        return 0 if any(r.tested and r.own for r in self.results) else 2
 
     @property
     def ok(self) -> bool:
@@ -123,12 +154,10 @@ class Report:
     def summary(self) -> str:
         """One line: counts by verdict, and of those that passed, by whose kernel."""
         verdicts = Counter(r.verdict for r in self.results)
-        passed = self.passed
-        whose = ", ".join(f"{passed[s]} {s}" for s in STATUSES if passed[s])
-        others = ", ".join(f"{n} {v}" for v, n in sorted(verdicts.items()) if v != "PASS")
-        if not any(r.tested for r in self.results):
-            return f"nothing was tested on {self.backend}" + (f": {others}" if others else "")
-        return f"{verdicts['PASS']} of {len(self.results)} cases passed ({whose})" + (f"; {others}" if others else "")
+        whose = counted(self.passed)
+        others = "".join(f"; {n} {v}" for v, n in sorted(verdicts.items()) if v != "PASS")
+        said = f"{verdicts['PASS']} of {len(self.results)} cases passed" + (f" ({whose})" if whose else "") + others
+        return f"nothing of {self.backend} was tested yet: {said}" if self.exit_code == 2 else said
 
     @property
     def passed(self) -> Counter[str]:
@@ -139,6 +168,12 @@ class Report:
     def overall(self) -> str:
         """The worst level over the profile, and the place unless that is hardware."""
         return overall(self.levels, self.level, self.profile) + ("" if self.on_hardware else f" ({self.place})")
+
+    @property
+    def circumstances(self) -> str:
+        """When, on which device, with which versions and sources, in one line."""
+        made = (f"{name} {self.environment.get(name, '')}".strip() + f" ({digest})" for name, digest in self.sources.items())
+        return "; ".join(part for part in (self.date, self.device, ", ".join(made)) if part)
 
     @property
     def on_hardware(self) -> bool:
@@ -189,48 +224,63 @@ class Report:
         except UsageError as error:
             raise UsageError(f"{file} is {error}") from None
 
-    def table(self) -> RenderableType:
-        """Per op: cases, verdicts, level, whose kernels, the worst error with its token; then the failures."""
+    def table(self) -> Group:
+        """Per op: cases, verdicts, level, whose kernels, the worst error; then the failures. Fits 80 columns, except for
+        lines that are to be copied."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"{self.backend} ({self.place}), level {self.level}")
-        counted: dict[str, Callable[[Row], int]] = {
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        counts: dict[str, Callable[[Row], int]] = {
             "cases": lambda row: len(row.results),
             "passed": lambda row: row.passed,
             "failed": lambda row: row.failed,
             "unclaimed": lambda row: row.unclaimed,
+            "waived": lambda row: row.waived,
         }
-        if self.waived:
-            counted["waived"] = lambda row: row.waived
-        table.add_column("op", overflow="fold")
-        for name in counted:
-            table.add_column(name, justify="right")
-        for name in ("level", "kernels", "worst |e|/B", "worst case"):
-            table.add_column(name, overflow="fold")
+        always = ("cases", "passed", "failed")
+        counts = {name: count for name, count in counts.items() if name in always or any(map(count, self.rows))}
+        table.add_column("op", no_wrap=True)
+        for name in counts:
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("level")
+        table.add_column("GLM-5", justify="right", no_wrap=True)
+        table.add_column("kernels")
+        table.add_column("|e|/B", justify="right", no_wrap=True)
         for row in self.rows:
-            worst, level = row.worst, self.levels[row.op]
+            worst, level = row.worst.worst, self.levels[row.op]
             table.add_row(
                 Text(row.op, style="red" if row.failed else ""),
-                *(str(count(row)) for count in counted.values()),
-                Text(f"{level} {level.fraction}", style="" if level.why else "green"),
+                *(str(count(row)) for count in counts.values()),
+                Text(str(level), style="" if level.why else "green"),
+                level.fraction,
                 row.whose,
-                f"{worst.worst:.2f}" if worst.worst else "",
-                worst.token if worst.worst else "",
+                figure(worst) if worst else "",
             )
-        failed = [Text(text) for text in self._failed()]
-        reasons = Counter(r.reason for r in self.waived)
-        said = [Text(f"{n} waived: {reason}") for reason, n in reasons.items()]
-        said += [Text(f"{op}: the kernel declares its own order of ties") for op in self.deviations]
-        said += [Text(line) for line in (*self.untaken, *self.not_run)]
-        return Group(table, *failed, *said, Text(f"{self.profile}: {self.overall}"), Text(self.summary))
+        head = f"{self.backend} ({self.place}), level {self.level}", self.circumstances
+        lines = [LEGEND, *self._failed(), *self._nearest()]
+        lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
+        lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
+        lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
+        lines += [*self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
+        return Group(*map(Text, head), table, *map(Text, lines))
 
     def _failed(self) -> Iterator[str]:
-        for alike in self.causes:
-            yield from (f"{r.verdict} {r.message}\n  {self.replay(r)}" for r in alike[:REPEATED])
-            if len(alike) > REPEATED:
-                yield f"  and {len(alike) - REPEATED} more of {alike[0].op} like these, all of them in --json and --html"
+        for first, *others in self.causes:
+            cases = f"{len(others) + 1} cases" if others else "1 case"
+            yield f"{first.verdict} in {cases} of {first.op}: {first.message}"
+            if first.status == "composed" and (parts := self.parts_at_fault(first.op)):
+                yield f"  {first.op} is composed of {', '.join(parts)}, which failed as well: begin there"
+            yield f"  {self.replay(first)}"
+
+    def _nearest(self) -> Iterator[str]:
+        """The case of an own kernel that passed with the largest error."""
+        passed = [r for r in self.results if r.own and r.verdict == "PASS" and r.worst]
+        if passed and not self.failures:
+            nearest = max(passed, key=lambda r: r.worst)
+            yield f"nearest to its error budget B, at {figure(nearest.worst)} of it:"
+            yield f"  {self.replay(nearest)}"
 
     def junit(self) -> str:
         """JUnit XML: a suite per op, a testcase per case; a failure carries the command that repeats it."""
@@ -260,6 +310,11 @@ class Report:
     def html(self) -> str:
         """One page without external resources."""
         return report_page(self)
+
+
+def _size(result: Result) -> tuple[int, int]:
+    """By which cases are ordered: their elements, and then the length of their tokens."""
+    return elements(Case.from_token(result.token)), len(result.token)
 
 
 def _check(results: Sequence[Result]) -> None:

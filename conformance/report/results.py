@@ -16,7 +16,10 @@ from porthal.conformance.verdicts import NEUTRAL, UNTESTED, Judgement
 from porthal.hal import Choice
 
 LARGEST = 1e300  # written for an infinite figure
-STATUSES = ("own", "inherited", "composed", "fallback", "missing")
+REFUSAL = "refusal"
+# Whose kernel ran; `refusal`: none, as the call is wrong on purpose and the check before the kernel answers it; `missing`:
+# none takes the call; `unknown`: the process ended before one was chosen.
+STATUSES = ("own", "inherited", "composed", "fallback", REFUSAL, "missing", "unknown")
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,15 @@ class Result:
     def of(
         cls, case: Case, judged: Judgement, choice: Choice | None, seconds: float, foreign: tuple[str, ...] = ()
     ) -> Result:
+        none = "missing" if judged.verdict == "UNCLAIMED" else "unknown"
+        choice, status = (None, REFUSAL) if choice and case.fault else (choice, choice.status if choice else none)
         return cls(
             token=case.token,
             op=case.op,
             dtype=next((d for _, d in case.dtypes), "fixed"),
             verdict=judged.verdict,
             message=judged.message,
-            status=choice.status if choice else "missing",
+            status=status,
             owner=choice.owner if choice else "",
             provider=choice.provider if choice else "",
             worst=_finite(judged.worst),
@@ -95,14 +100,16 @@ class Result:
             "own": f"{self.owner}'s own kernel",
             "inherited": f"the kernel inherited from {self.owner}",
             "composed": "the default composition of other ops",
+            REFUSAL: "the check before the kernel",
+            "unknown": "a kernel that was not chosen yet",
         }.get(self.status, "no kernel")
         lines = [f"{self.verdict}: {self.op} by {whose}" + (f" ({self.provider})" if self.provider else "")]
         if self.message:
             lines.append(self.message)
         if self.worst:
             known = self.ratio and self.verdict == "PASS"  # a failure says itself by how much
-            overall = f"; the overall error is {self.ratio:.3g} times that of an ideal chip" if known else ""
-            lines.append(f"The largest error is {self.worst:.3g} of its budget, at {self.at}{overall}.")
+            overall = f"; the overall error is {figure(self.ratio)} times that of an ideal chip" if known else ""
+            lines.append(f"The largest error is {figure(self.worst)} of its budget, at {self.at}{overall}.")
         if self.note:
             lines.append(self.note)
         lines += [f"Named for discrepancy {d.number}: {d.what} ({d.sources})" for d in named_for(self.token)]
@@ -114,11 +121,19 @@ class Result:
 NOT_RUN = "not run again"
 
 
+def counted(statuses: Counter[str]) -> str:
+    """Own first: "12 own, 8 inherited, 4 refusals"."""
+    words = {REFUSAL: f"{REFUSAL}s"}
+    return ", ".join(f"{statuses[s]} {words.get(s, s)}" for s in STATUSES if statuses[s])
+
+
 def reused(passed: Result, owner: str) -> Result:
     """What a base has passed, as a result of the backend that inherits it unchanged."""
     note = f"{NOT_RUN}: {owner} has passed it with the same kernels, services, sources and versions"
     result = replace(passed, note=note, seconds=0.0)
-    return result if result.status == "composed" else replace(result, status="inherited", owner=owner, foreign=(result.op,))
+    if result.status in ("composed", REFUSAL):
+        return result
+    return replace(result, status="inherited", owner=owner, foreign=(result.op,))
 
 
 @dataclass(frozen=True)
@@ -151,8 +166,7 @@ class Row:
     @property
     def whose(self) -> str:
         """Own first: "12 own, 8 inherited"."""
-        count = Counter(r.status for r in self.results if r.tested)
-        return ", ".join(f"{count[s]} {s}" for s in STATUSES if count[s])
+        return counted(Counter(r.status for r in self.results if r.tested))
 
     @property
     def worst(self) -> Result:
@@ -161,6 +175,13 @@ class Row:
     @property
     def seconds(self) -> float:
         return sum(r.seconds for r in self.results)
+
+
+def figure(error: float) -> str:
+    """An |e|/B in two digits: 0.047, 0.99, 41, 3e+06."""
+    if error >= LARGEST:
+        return "inf"
+    return f"{error:.2g}" if error < 99.5 else f"{error:.0f}" if error < 1e5 else f"{error:.0e}"
 
 
 def _finite(x: float) -> float:

@@ -118,14 +118,20 @@ def waive(result: Result, known: Sequence[Waiver], today: date | None = None) ->
     return result
 
 
+def expired(known: Sequence[Waiver], today: date | None = None) -> list[str]:
+    """The entries that hold no more, each in one sentence."""
+    past = [waiver for waiver in known if waiver.expired(today or date.today())]
+    return [f"{w} expired on {w.expires}: repair what it waives, or give it a later day" for w in past]
+
+
 def verify(known: Sequence[Waiver], results: Sequence[Result], today: date | None = None) -> list[str]:
     """What is wrong with the entries, each named in one sentence: expired, never matching, or matching what passes now."""
-    said = []
+    said = expired(known, today)
     for waiver in known:
         passing = [r.token for r in results if r.verdict == "PASS" and waiver.matches(r.token)]
         if waiver.expired(today or date.today()):
-            said.append(f"{waiver} expired on {waiver.expires}: repair what it waives, or give it a later day")
-        elif not any(waiver.matches(r.token) for r in results) and not _planned(waiver):
+            continue
+        if not any(waiver.matches(r.token) for r in results) and not _planned(waiver):
             said.append(f"{waiver} matches no case of any level: remove it, or copy the pattern from a report")
         elif passing:
             more = f" and {len(passing) - 1} more" if len(passing) > 1 else ""

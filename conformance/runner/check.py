@@ -11,6 +11,7 @@ from porthal.conformance.cases.inputs import Inputs, build
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.call import execute
 from porthal.conformance.execution.faults import refusal_of
+from porthal.conformance.execution.outcome import raised
 from porthal.conformance.execution.traits import left_out
 from porthal.conformance.judgement.judge import judge, judge_refusal
 from porthal.conformance.level import BRING_UP, level_of
@@ -18,7 +19,6 @@ from porthal.conformance.report.results import Result
 from porthal.conformance.runner.proven import Proven
 from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import Choice, NotClaimed
-from porthal.hal.errors import message_of
 
 Returned = Callable[[Mapping[str, Any]], None]  # results in logical form by name
 
@@ -51,7 +51,7 @@ def check(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the suite's own or the reference's fault: never a statement about the chip
-        judged = Judgement("NOT_JUDGED", message_of(error))
+        judged = Judgement("NOT_JUDGED", raised(error))
     choice, foreign = (bound.choice, bound.foreign) if bound else (None, ())
     result = Result.of(case, judged, choice, time.perf_counter() - started, foreign)
     if proven and bound:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -80,7 +79,7 @@ class Proven:
     def _circumstances(self, base: type[Backend]) -> str:
         versions = {name: contract.version for name, contract in contracts().items()}
         installed = sorted({**environment(base), **environment(self.plugin)}.items())
-        where = self.backend.device, self.backend.place, _processor()
+        where = self.backend.device, self.backend.place, Backend.describe(self.backend)
         digest = hashlib.blake2b(
             repr((SUITE, self.level, where, installed, versions, settings())).encode(), digest_size=16
         )
@@ -91,9 +90,9 @@ class Proven:
 
 @cache
 def overridden(plugin: type[Any], base: type[Any]) -> frozenset[str]:
-    """What the base has and the classes above it define anew, besides a name."""
+    """What the base has and the classes above it define anew, besides a name and a description."""
     above = plugin.__mro__[: plugin.__mro__.index(base)]
-    every_class_has = {"name", "__annotations__", *vars(type("Empty", (base,), {"__doc__": ""}))}
+    every_class_has = {"name", "describe", "__annotations__", *vars(type("Empty", (base,), {"__doc__": ""}))}
     return frozenset(n for c in above for n in vars(c) if hasattr(base, n) and n not in every_class_has)
 
 
@@ -138,12 +137,6 @@ def sources(base: type[Backend]) -> Iterator[Path]:
             package = c.__module__.rpartition(".")[0] + "."
             loaded = [getattr(m, "__file__", None) for n, m in sys.modules.items() if n.startswith(package)]
             yield from sorted(Path(file) for file in loaded if file and not file.endswith(".py"))
-
-
-def _processor() -> str:
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next((line for line in file if line.startswith(("model name", "CPU part"))), platform.machine())
-    return platform.machine()
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
@@ -18,6 +19,7 @@ from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import Returned, check
 from porthal.conformance.runner.workers import Bounds, Pool
 from porthal.hal import Backend, UsageError, contracts, create
+from porthal.hal.contract import Contract
 
 Progress = Callable[[int, int, Result], None]
 
@@ -38,6 +40,7 @@ def run(
     seed: int = 0,
 ) -> Report:
     """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result)` after each.
+    Raises UsageError for an unknown op, and for dtypes that choose nothing in one of the ops.
 
     A backend given by name runs in worker processes within `bounds`, unless `isolate` is False; an instance runs here.
     `journal` keeps each verdict as it comes, and with `resume` those already there are not run again.
@@ -47,6 +50,7 @@ def run(
     for op in ops or ():
         if op not in known:
             raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
+        _check_dtypes(known[op], dtypes or ())
     plan = [case for op in ops or known for case in cases(known[op], level, dtypes)]
     results: dict[str, Result] = {}
     one: Callable[[Case], Result]
@@ -78,6 +82,16 @@ def run(
         plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
         drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
     return Report.of(facts, level, [*(results[case.token] for case in plan), *drawn])
+
+
+def _check_dtypes(contract: Contract, dtypes: Sequence[str]) -> None:
+    """Raise UsageError where a dtype that is asked for chooses nothing in an op that is named."""
+    permitted = contract.dtypes.get(first_float(contract), ())
+    for wanted in dtypes:
+        if not permitted:
+            raise UsageError(f"dtype {wanted} does not apply to {contract.name}, whose dtypes are fixed: leave it out")
+        if wanted not in permitted:
+            raise UsageError(f"dtype {wanted} does not apply to {contract.name}, expected one of {', '.join(permitted)}")
 
 
 def _further(case: Case, ran: Result, facts: Facts) -> Iterable[Case]:

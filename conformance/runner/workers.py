@@ -77,10 +77,17 @@ class Setup:
 # -- in the worker -------------------------------------------------------------------------------------------------------
 
 
-def serve(descriptor: int) -> None:
+def ends_with(parent: int) -> None:
+    """Let this process be killed when its parent dies, whatever it is at then; at once where that has happened already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def serve(descriptor: int, parent: int) -> None:
     """Send Facts, then for every case received the chosen kernel, its results if they are wanted, and the Result."""
     os.set_inheritable(descriptor, False)  # a kernel's own processes must not keep the pipe open
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # one that hangs must not outlive the run
+    ends_with(parent)
     faulthandler.enable()
     pipe = Connection(descriptor)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
@@ -121,12 +128,12 @@ class Worker:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.pipe, theirs = Pipe()
         program = (
-            "import sys; sys.path[:] = sys.argv[2:]; "
-            "from porthal.conformance.runner.workers import serve; serve(int(sys.argv[1]))"
+            "import sys; sys.path[:] = sys.argv[3:]; "
+            "from porthal.conformance.runner.workers import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         )
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, str(theirs.fileno()), *sys.path],
+                [sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid()), *sys.path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,

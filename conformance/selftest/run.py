@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +18,13 @@ from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import STANDARD
 from porthal.conformance.runner.check import check
+from porthal.conformance.runner.workers import ends_with
 from porthal.conformance.selftest.planting import defects, plantable, planted, unplanted
 from porthal.conformance.selftest.variants import Variant, variants
 from porthal.hal import UsageError, contracts
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group
 
 LEVEL = STANDARD.name
 SEEDS = 20
@@ -138,27 +138,27 @@ class Score:
             f"level {LEVEL}, {self.seconds:.0f} s"
         ) + (f"; {self.unplanted}" if self.unplanted else "")
 
-    def table(self) -> RenderableType:
-        """Per op: defects caught of planted by dtype, equivalents, honest runs passed, and where each was caught."""
+    def table(self) -> Group:
+        """Per op: defects caught of planted by dtype, equivalents, honest runs passed."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"planted defects and honest variants, level {LEVEL}")
-        for name in ("op", "float32", "bfloat16", "fixed", "equivalent", "honest runs", "cases", "most caught by"):
-            table.add_column(name, justify="left" if name in ("op", "most caught by") else "right", overflow="fold")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("op", no_wrap=True)
+        for name in ("float32", "bfloat16", "fixed", "equivalent", "honest runs", "cases"):
+            table.add_column(name, justify="right")
         for op in dict.fromkeys(t.op for t in (*self.caught, *self.passed)):
             mine = [t for t in self.caught if t.op == op]
             honest = [t for t in self.passed if t.op == op]
             cells = [share([bool(t.token) for t in mine if t.dtype == d]) for d in ("float32", "bfloat16", "")]
             same = sum(k.startswith(f"{op}/") for k in self.equivalent)
-            first = Counter(t.token for t in mine if t.token).most_common(1)
-            figures = share([not t.token for t in honest]), str(sum(t.cases for t in honest)), first[0][0] if first else ""
+            figures = share([not t.token for t in honest]), str(sum(t.cases for t in honest))
             table.add_row(op, *cells, str(same or ""), *figures)
         said = [Text(f"ESCAPED {t.op}/{t.name} {t.dtype} after {t.cases} cases") for t in self.escaped]
         said += [Text(f"FALSE ALARM {t.op}/{t.name}: {t.verdict} {t.message}\n  {t.token}") for t in self.alarms]
         said += [Text(f"NOTHING TESTED {t.op}/{t.name} {t.dtype}") for t in self.idle]
-        return Group(table, *said, Text(self.summary))
+        return Group(Text(f"planted defects and honest variants, level {LEVEL}"), table, *said, Text(self.summary))
 
     @classmethod
     def from_json(cls, text: str) -> Score:
@@ -201,11 +201,17 @@ def self_test(
     started = time.perf_counter()
     todo = tasks(ops, quick)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpu_count(), context, initializer=_alone) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), context, _alone, (os.getpid(),)) as pool:
         running = {pool.submit(attempt, task): task for task in todo}
-        for count, future in enumerate(as_completed(running), 1):
-            if progress:
-                progress(count, len(todo), future.result())
+        try:
+            for count, future in enumerate(as_completed(running), 1):
+                if progress:
+                    progress(count, len(todo), future.result())
+        except BaseException:  # what a worker is at may take minutes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
     done = [(task[0], future.result()) for future, task in running.items()]
     return Score(
         tuple(trial for kind, trial in done if kind == "defect"),
@@ -216,7 +222,8 @@ def self_test(
     )
 
 
-def _alone() -> None:
+def _alone(parent: int) -> None:
+    ends_with(parent)
     import torch
 
     torch.set_num_threads(1)

@@ -58,10 +58,20 @@ def test_ops_are_ranked_by_level_then_coverage_then_errors(fine, rough):
     gate = rows["silu_mul"]
     assert gate.a.level == gate.b.level == "bring-up" and gate.a.fraction == 1 and 0 < gate.b.fraction < 1
     norm = rows["rms_norm"].b
-    assert norm.passed == norm.claimed - sum(r.op == "rms_norm" for r in rough.failures) < norm.cases
+    assert norm.failed == sum(r.op == "rms_norm" for r in rough.failures) > 0
+    assert norm.passed == norm.claimed - norm.failed < norm.cases
     assert rows["take_rows"].a.claimed == 0 == rows["take_rows"].a.worst
     swapped = {row.op: row.leader for row in comparison(rough, fine).rows}
     assert swapped == {"add": "even", "rms_norm": "b", "silu_mul": "b", "take_rows": ""}
+
+
+def test_a_wrong_kernel_never_leads(fine, rough):
+    """Not even where it covers more than a right one that is narrow, or than none."""
+    narrow = run(chip("narrow", rms_norm=limits(H=96)(truth("rms_norm"))), OPS)
+    for other in (narrow, fine, rough, run(chip("empty"), OPS)):
+        rows = {row.op: row for row in comparison(rough, other).rows}
+        assert rows["rms_norm"].leader == ("b" if other in (narrow, fine) else "")
+    assert rows["rms_norm"].a.fraction > 0.5 and rows["add"].leader == "a"
 
 
 def test_smaller_errors_lead_where_all_else_is_equal(fine):
@@ -79,7 +89,7 @@ def test_worst_and_median_are_those_of_own_kernels(rough):
 
 def test_the_summary_counts_who_leads(fine, rough):
     assert comparison(fine, rough).summary == (
-        "fine leads in 2, rough leads in 0, 1 even, 1 without an own kernel on either side"
+        "fine leads in 2, rough leads in 0, 1 even, 1 without a right own kernel on either side"
     )
 
 
@@ -259,6 +269,7 @@ def test_a_level_decides_what_replay_says():
 def test_the_page_shows_states_place_and_commands(rough):
     page = rough.html()
     assert page.count("porthal replay") == len(rough.failures)
+    assert rough.date[:10] in page and rough.device in page and rough.sources["porthal"] in page
     assert 'class="chip own"' in page and 'class="chip other"' in page and "failed of" in page
     assert "Nothing here ran on the chip" not in page and "none (inherited)" in page
     for section in ("Worst error against the budget", "Errors by dtype", "Slowest cases", "Environment"):

@@ -243,10 +243,28 @@ def test_workers_end_with_the_run(install: Any) -> None:
     assert workers_of(os.getpid()) == before
 
 
-def test_a_worker_that_hangs_ends_with_a_run_that_is_killed(install: Any, tmp_path: Path) -> None:
+STUCK = """
+    import ctypes, pathlib
+    from porthal.backends.reference.backend import Reference
+
+    def hang():
+        pathlib.Path({flag!r}).touch()
+        ctypes.PyDLL(None).sleep(1000)  # which keeps Python's lock, as a kernel in C may
+
+    class Chip(Reference):
+        def add(self, a, b):
+            hang()
+"""
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize("options", [["--workers", "1"], ["--properties", "2", "--workers", "1"]])
+def test_a_worker_that_hangs_ends_with_a_run_that_is_killed(
+    install: Any, tmp_path: Path, at_start: bool, options: list[str]
+) -> None:
     flag = tmp_path / "hangs"
-    install("stuck", f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\ntime.sleep(1000)\n")
-    run = subprocess.Popen([*PROGRAM, "conform", "--backend", "stuck", "--op", "add", "--workers", "1"], cwd=ROOT)
+    install("stuck", STUCK.format(flag=str(flag)) + "\n    hang()\n" * at_start)
+    run = subprocess.Popen([*PROGRAM, "conform", "--backend", "stuck", "--op", "add", *options], cwd=ROOT)
     until = time.monotonic() + 30
     while time.monotonic() < until and not flag.exists():
         time.sleep(0.05)
@@ -264,7 +282,23 @@ def test_a_script_without_a_main_guard_may_run(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
     count = len(cases(contracts()["select_rows"]))
-    assert done.stdout == f"{count} of {count} cases passed ({count} own)\n", done.stderr
+    assert re.fullmatch(rf"{count} of {count} cases passed \(\d+ own, \d+ refusals\)\n", done.stdout), done.stderr
+
+
+def test_a_worker_whose_parent_died_while_it_started_ends() -> None:
+    program = "from porthal.conformance.runner.workers import ends_with; ends_with(1); print('goes on')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+@pytest.mark.parametrize("deed", ["hangs", "leaves"])
+def test_what_ends_before_a_kernel_is_chosen_is_not_called_unclaimed(deed: str) -> None:
+    judged = Judgement("TIMEOUT" if deed == "hangs" else "CRASH", "no answer within 3 s")
+    result = Result.of(additions()[0], judged, None, 3.0)
+    assert result.status == "unknown" and "no kernel" not in result.explain()
+    report = Report.of(create("reference"), "bring-up", [result])
+    assert (str(report.levels["add"]), report.exit_code) == ("none (failed)", 1)
+    assert "not claimed" not in str(report.levels["add"]) and report.rows[0].unclaimed == 0
 
 
 def test_isolated_or_not_the_verdicts_are_the_same() -> None:
@@ -301,8 +335,9 @@ def test_ranks_are_numbered_and_the_kernel_named_is_that_of_rank_0(monkeypatch: 
 # -- journals --------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
-    """Ctrl-C while a kernel hangs: verdicts stay, workers do not, and the rest is asked for once."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped while a kernel hangs: verdicts stay, workers do not, and the rest is asked for once."""
     calls, flag = tmp_path / "calls", tmp_path / "hang"
     flag.touch()
     plan = cases(contracts()["add"])
@@ -326,16 +361,17 @@ def test_an_interrupted_run_is_continued(install: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     journal = file.with_name("report.json.journal")
     options = [*PROGRAM, "conform", "--backend", "slow", "--op", "add", "--workers", "1"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests themselves run in the background, it is not
+    heard = partial(signal.signal, number, signal.SIG_DFL)  # where the tests themselves run in the background, it is not
     stopped = subprocess.Popen([*options, "--json", file], cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     until = time.monotonic() + 30
     while time.monotonic() < until and not (calls.exists() and str(later) in calls.read_text()):
         time.sleep(0.05)
     children = workers_of(stopped.pid)
-    stopped.send_signal(signal.SIGINT)
+    stopped.send_signal(number)
     assert stopped.stderr is not None
-    assert stopped.stderr.read() == f"porthal: stopped: run the same command with --resume {journal} to continue\n"
-    assert stopped.wait(30) == 130
+    *_, said = stopped.stderr.read().splitlines()
+    assert said == f"porthal: stopped: run the same command with --resume {journal} to continue"
+    assert stopped.wait(30) == 128 + number
     assert len(children) == 1 and not Path(f"/proc/{children[0]}").exists()
     kept = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     assert [(r["token"], r["verdict"]) for r in kept] == [(c.token, "PASS") for c in before]

@@ -193,6 +193,24 @@ def scribbles(f, x, w, **attrs):
     return y
 
 
+def writes_what_it_reads(f, q_latent, q_rope, kv, *args, **attrs):
+    kv["c"][1, 0] = 7
+    return f(q_latent, q_rope, kv, *args, **attrs)
+
+
+def reorders_its_selection(f, q_latent, q_rope, kv, sel, *args, **attrs):
+    sel.native.indices[-1, :2] = sel.native.indices[-1, 1::-1]
+    return f(q_latent, q_rope, kv, sel, *args, **attrs)
+
+
+def as_wide_as_the_scores(f, scores, batch, *, k):
+    return f(scores, batch, k=scores.shape[1])
+
+
+def a_list(f, x):
+    return f(x).tolist()
+
+
 def raises(f, *args, **attrs):
     raise RuntimeError("out of scratch memory")
 
@@ -216,14 +234,18 @@ def raises(f, *args, **attrs):
         ("layer 1 / moe_route", bias_weighs, "weights"),
         ("layer 1 / moe_layer / moe_experts / moe_unpermute", no_weights, "times its error budget"),
         ("layer 1 / indexer_topk / indexer_scores", lowest_scores, "expected -inf"),
-        ("layer 1 / indexer_topk / topk", one_too_few, "sel row 0 has 0 entries, expected 1"),
+        ("layer 1 / indexer_topk / topk", one_too_few, "sel row 0 (k = 16) has 0 entries, expected 1"),
         ("layer 1 / indexer_topk / topk", higher_among_ties, "below the k-th score"),
         ("layer 0 / sparse_mla", ignores_the_last, "times its error budget"),
         ("layer 0 / silu_mul", swapped_halves, "times its error budget"),
         ("input / embedding", next_id, "expected exactly"),
         ("head / argmax", second_best, "below the k-th score"),
         ("layer 1 / moe_layer / linear", scribbles, "its input x[0, 0] is 0.0, expected"),
-        ("layer 0 / mla_output / linear", raises, "it raised RuntimeError: out of scratch memory"),
+        ("layer 0 / mla_output / linear", raises, "it raised RuntimeError: out of scratch memory; raised in call at "),
+        ("layer 1 / sparse_mla", writes_what_it_reads, "its input kv.c[1, 0] is 7.0, expected "),
+        ("layer 0 / sparse_mla", reorders_its_selection, "its input sel.indices["),
+        ("layer 1 / indexer_topk / topk", as_wide_as_the_scores, "sel.indices has shape [20, 20], expected [20, 16]"),
+        ("layer 0 / silu_mul", a_list, "silu_mul returned list for y, expected a NumPy array"),
     ],
 )
 def test_a_planted_defect_is_named(short, honest, label, defect, says):
@@ -231,6 +253,15 @@ def test_a_planted_defect_is_named(short, honest, label, defect, says):
     assert found.at_fault and found.at_fault.label == label
     assert says in found.at_fault.fault
     assert found.exit_code == 1
+
+
+@pytest.mark.parametrize(("defect", "op"), [(raises, "embedding"), (as_wide_as_the_scores, "topk")])
+def test_a_run_that_ends_early_praises_nothing(short, honest, defect, op):
+    label = next(c.label for c in honest.calls if c.op == op)
+    found = run(short, parts(wrap=[planted(honest, label, defect)]))
+    assert found.halted and found.exit_code == 1 and found.calls[-1].label == label
+    assert found.flips == f"The run ended in {label}, step 0: nothing was compared after it."
+    assert json.loads(found.json())["halted"] is True
 
 
 @pytest.mark.parametrize(

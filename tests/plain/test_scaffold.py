@@ -13,10 +13,10 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
-from porthal.cli.scaffold import first_step, groups, new_backend, stub
+from porthal.cli.scaffold import groups, new_backend, next_step, stub
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.report.waivers import parse
-from porthal.hal import Backend, UsageError, contracts, create
+from porthal.hal import Backend, UsageError, contracts
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +197,8 @@ class Chip(Backend):
     name = "chip"
 
 
-def test_the_first_step_is_for_those_who_own_nothing():
-    assert first_step(create("reference")) == ""
-    assert first_step(Chip("1")) == (
-        f"chip owns 0 ops: write rms_norm first, in {Path(__file__)}, "
-        "then run porthal conform --backend chip:1 --op rms_norm"
-    )
+def test_the_next_steps_are_those_ops_of_a_run_that_a_model_calls_first():
+    begin = f"nothing of chip was tested yet; begin with `{{}}` in {Path(__file__)}"
+    assert next_step(Chip("1"), list(contracts())) == begin.format("rms_norm") + ", the next: embedding, linear, rope"
+    assert next_step(Chip("1"), ["topk", "embedding"]) == begin.format("embedding") + ", the next: topk"
+    assert next_step(Chip("1"), ["page_copy"]) == begin.format("page_copy")

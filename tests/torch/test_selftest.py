@@ -1,5 +1,11 @@
 """The suite is tested: what is planted is found, what is honest is accepted."""
 
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +31,7 @@ from porthal.conformance.selftest.run import (
 from porthal.conformance.selftest.variants import variants
 from porthal.hal import UsageError, contracts, create
 
+ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_op_has_planted_defects_and_honest_variants():
     planted_in = {d.op for d in defects()}
@@ -226,3 +233,20 @@ def test_what_no_machine_can_tell_is_no_mistake(token):
     underflow where the chip may flush; groups of experts that differ by less than float32 resolves."""
     result = check(Case.from_token(token), Bindings(create("torch")), "standard")
     assert result.verdict == "PASS", result.explain()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_self_test_that_is_stopped(number):
+    program = [sys.executable, "-c", "from porthal.cli import main; main()", "self-test", "--op", "linear", "--workers", "2"]
+    heard = partial(signal.signal, number, signal.SIG_DFL) if number != signal.SIGKILL else None
+    with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as stopped:
+        first = stopped.stderr.readline()  # a trial is done, and the workers are at others
+        children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
+        stopped.send_signal(number)
+        rest = stopped.stderr.read()
+    assert re.fullmatch(r"1/\d+ linear\n", first) and "Traceback" not in rest, rest
+    assert stopped.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    until = time.monotonic() + 10
+    while time.monotonic() < until and any(Path(f"/proc/{child}").exists() for child in children):
+        time.sleep(0.05)
+    assert len(children) >= 2 and not [child for child in children if Path(f"/proc/{child}").exists()]
