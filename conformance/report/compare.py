@@ -104,7 +104,7 @@ class Comparison:
         return f"{', '.join(parts)}, {lead.count('even')} even, {lead.count('')} without a right own kernel on either side"
 
     def table(self) -> Group:
-        """Per op, both sides: level, cases passed by own kernels and failures, worst and median |e|/B; who leads."""
+        """Per op, both sides: level, cases passed by own kernels and failures, worst |e|/B; who leads. Fits 80 columns."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -114,14 +114,13 @@ class Comparison:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("op", no_wrap=True)
         for side in "AB":
-            table.add_column(f"{side} level")
-            for what in ("own passed", "|e|/B", "median"):
-                table.add_column(what, justify="right")
+            table.add_column(f"{side} level", no_wrap=True)
+            table.add_column("own passed", justify="right")
+            table.add_column("|e|/B", justify="right", no_wrap=True)
         table.add_column("leads")
         for row in self.rows:
             cells = [cell for side in (row.a, row.b) for cell in _cells(side)]
-            leads = {"a": self.names[0], "b": self.names[1]}.get(row.leader, row.leader)
-            table.add_row(row.op, *cells, Text(leads, style="green" if row.leader in ("a", "b") else "dim"))
+            table.add_row(row.op, *cells, Text({"a": "A", "b": "B"}.get(row.leader, row.leader), style="green" if row.leader in ("a", "b") else "dim"))
         return Group(*map(Text, head), table, Text(self.summary))
 
     def html(self) -> str:
@@ -145,4 +144,4 @@ def comparison(a: Report, b: Report) -> Comparison:
 
 def _cells(side: Side) -> list[str]:
     passed = f"{side.passed}/{side.cases}" + (f", {side.failed} failed" if side.failed else "")
-    return [side.level, passed, *(figure(x) if x else "" for x in (side.worst, side.median))]
+    return [side.level, passed, figure(side.worst) if side.worst else ""]

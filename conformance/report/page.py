@@ -81,6 +81,10 @@ class Scale:
         at = (math.log10(max(value, LOWEST)) - self.low) / (self.high - self.low)
         return round(100 * min(max(at, 0.0), 1.0), 2)
 
+    def anchor(self, value: float) -> str:
+        """Where a label stands at its tick, so that it does not leave the plot."""
+        return {0.0: "start", 100.0: "end"}.get(self(value), "middle")
+
     @property
     def ticks(self) -> list[float]:
         return [10.0**n for n in range(self.low, self.high + 1)]
@@ -88,7 +92,8 @@ class Scale:
     @property
     def labels(self) -> list[float]:
         """The ticks that are labelled: as many as fit the width of a phone."""
-        every = 1 if self.high - self.low < 5 else 2
+        span = self.high - self.low
+        every = 1 if span < 4 else 2 if span < 8 else 4
         return [10.0**n for n in range(self.low, self.high + 1) if n % every == 0]
 
 

@@ -156,17 +156,10 @@ class Row:
         return self.verdicts["PASS"]
 
     @property
-    def unclaimed(self) -> int:
-        return self.verdicts["UNCLAIMED"]
-
-    @property
-    def waived(self) -> int:
-        return self.verdicts["WAIVED"]
-
-    @property
     def whose(self) -> str:
-        """Own first: "12 own, 8 inherited"."""
-        return counted(Counter(r.status for r in self.results if r.tested))
+        """Whose kernels were tested, own first, and what was not: "12 own, 8 inherited, 2 unclaimed"."""
+        tested = counted(Counter(r.status for r in self.results if r.tested))
+        return ", ".join([*filter(None, [tested]), *(f"{n} {v.lower()}" for v in UNTESTED if (n := self.verdicts[v]))])
 
     @property
     def worst(self) -> Result:

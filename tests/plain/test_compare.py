@@ -125,7 +125,7 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
     b.write_text(rough.json())
     code, out, err = command(capsys, "compare", a, b, "--html", page)
     assert (code, err) == (0, "")
-    assert re.search(r"^rms_norm +bring-up .* fine$", out, re.M) and "fine leads in 2" in out
+    assert re.search(r"^rms_norm +bring-up .* A$", out, re.M) and "fine leads in 2" in out
     text = page.read_text()
     assert "fine <span" in text and "fine leads in 2" in text
     assert not re.search(r"(src|href)=|https?://|@import|url\(|<script", text)

@@ -298,7 +298,7 @@ def test_what_ends_before_a_kernel_is_chosen_is_not_called_unclaimed(deed: str) 
     assert result.status == "unknown" and "no kernel" not in result.explain()
     report = Report.of(create("reference"), "bring-up", [result])
     assert (str(report.levels["add"]), report.exit_code) == ("none (failed)", 1)
-    assert "not claimed" not in str(report.levels["add"]) and report.rows[0].unclaimed == 0
+    assert "not claimed" not in str(report.levels["add"]) and report.rows[0].whose == "1 unknown"
 
 
 def test_isolated_or_not_the_verdicts_are_the_same() -> None:
