@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -16,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from porthal.cli import text
+from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
@@ -57,35 +56,6 @@ class Commands(Quick, TyperGroup):
 class App(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, cls=Command, **settings)
-
-
-class Stopped(KeyboardInterrupt):
-    """Another signal that asks for the end, which is answered as Ctrl-C is."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
-
-
-@contextmanager
-def stoppable(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """While work is done in other processes: SIGTERM and SIGHUP end those too; `advice` says how to go on."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]  # not under nohup
-    for number in heard:
-        signal.signal(number, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if said := advice():
-            text.note(f"porthal: stopped: {said}")
-        raise
-    finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class Dtype(str, Enum):

@@ -104,7 +104,7 @@ def next_step(backend: Backend, ops: Sequence[str]) -> str:
     first, *others = [op for op in stubs if op in ops]
     following = f", the next: {', '.join(others[:3])}" if others else ""
     where = inspect.getfile(type(backend))
-    return f"nothing of {backend.name} was tested yet; begin with `{first}` in {where}{following}"
+    return f"begin with `{first}` in {where}{following}"
 
 
 def _check_name(name: str) -> None:

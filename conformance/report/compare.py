@@ -120,7 +120,8 @@ class Comparison:
         table.add_column("leads")
         for row in self.rows:
             cells = [cell for side in (row.a, row.b) for cell in _cells(side)]
-            table.add_row(row.op, *cells, Text({"a": "A", "b": "B"}.get(row.leader, row.leader), style="green" if row.leader in ("a", "b") else "dim"))
+            leader = {"a": Text("A", "green"), "b": Text("B", "green")}.get(row.leader, Text(row.leader, "dim"))
+            table.add_row(row.op, *cells, leader)
         return Group(*map(Text, head), table, Text(self.summary))
 
     def html(self) -> str:

@@ -35,10 +35,12 @@ onload = () => {
     const lines = [], walk = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
     while (walk.nextNode()) {
       const text = walk.currentNode, range = page.createRange(), card = text.parentElement.closest(".wide, .card");
-      if (!text.textContent.trim() || text.parentElement.closest("style, .plot .op, details:not([open]) > :not(summary)")) continue;
+      const hidden = text.parentElement.closest("style, .plot .op, details:not([open]) > :not(summary)");
+      if (!text.textContent.trim() || hidden) continue;
       range.selectNodeContents(text);
       for (const r of range.getClientRects())
-        if (r.width > 1) lines.push({ text: text.textContent.trim(), r, end: card ? card.getBoundingClientRect().right : root.clientWidth });
+        if (r.width > 1)
+          lines.push({text: text.textContent.trim(), r, end: card ? card.getBoundingClientRect().right : root.clientWidth});
     }
     const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
     return {

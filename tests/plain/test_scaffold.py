@@ -198,7 +198,7 @@ class Chip(Backend):
 
 
 def test_the_next_steps_are_those_ops_of_a_run_that_a_model_calls_first():
-    begin = f"nothing of chip was tested yet; begin with `{{}}` in {Path(__file__)}"
+    begin = f"begin with `{{}}` in {Path(__file__)}"
     assert next_step(Chip("1"), list(contracts())) == begin.format("rms_norm") + ", the next: embedding, linear, rope"
     assert next_step(Chip("1"), ["topk", "embedding"]) == begin.format("embedding") + ", the next: topk"
     assert next_step(Chip("1"), ["page_copy"]) == begin.format("page_copy")

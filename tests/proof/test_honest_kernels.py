@@ -22,4 +22,4 @@ def test_honest_kernels_pass_at_the_strict_level(name):
     results = strictly_judged(name)
     assert len(results) > 15
     assert [r.explain() for r in results if r.failed] == []
-    assert {r.status for r in results} == {"own"}
+    assert all(r.own or r.status == "refusal" for r in results)

@@ -47,7 +47,7 @@ def test_an_op_of_each_family_passes_on_the_reference(family):
     bindings = Bindings(create("reference"))
     results = [check(case, bindings) for case in sorted(cases(smallest(family)), key=elements)[:FEW]]
     assert [r.explain() for r in results if r.failed] == []
-    assert len(results) == FEW and {r.status for r in results} == {"own"}
+    assert len(results) == FEW and all(r.own or r.status == "refusal" for r in results)
 
 
 def test_the_demo_model_says_what_it_always_said():
