@@ -448,5 +448,6 @@ def test_a_declared_order_of_ties_is_accepted_and_said():
 def test_error_messages_lose_their_trace():
     report = run(backend(linear=raising), ["linear"])
     assert report.exit_code == 1
-    assert {r.message for r in report.failures} == {"RuntimeError: aicore exception 507015"}
+    place = f"raised in raising at {__file__}:{raising.__code__.co_firstlineno + 1}"
+    assert {r.message for r in report.failures} == {f"RuntimeError: aicore exception 507015; {place}"}
     assert len(report.failures) + report.rows[0].passed == len(report.results)  # the run went on

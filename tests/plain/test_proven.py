@@ -133,7 +133,7 @@ def test_a_torn_line_costs_its_case_alone(folder: Path) -> None:
 
 def services() -> list[str]:
     hidden = ("__init__", "_rounded", "place", "derive")
-    return [*sorted({n for n in dir(Reference) if not n.startswith("_")} - set(contracts()) - {"name", *hidden}), *hidden]
+    return [*sorted({n for n in dir(Reference) if not n.startswith("_")} - set(contracts()) - {"name", "describe", *hidden}), *hidden]
 
 
 @pytest.mark.parametrize("name", services())
@@ -145,9 +145,10 @@ def test_whatever_a_plugin_defines_anew_of_its_base_but_kernels_makes_everything
     assert ran(plugin(), ADD)[1]
 
 
-def test_helpers_of_its_own_and_a_docstring_make_nothing_run() -> None:
+def test_helpers_of_its_own_and_what_it_says_of_itself_make_nothing_run() -> None:
     ran(Near(), ADD)
-    plugin = type("Plugin", (Reference,), {"name": "plugin", "__doc__": "Mine.", "gemm": lambda self: None})
+    says = {"__doc__": "Mine.", "describe": lambda self: "mine, driver 1.0"}
+    plugin = type("Plugin", (Reference,), {"name": "plugin", "gemm": lambda self: None, **says})
     assert not ran(plugin(), ADD)[1]
 
 
@@ -222,7 +223,7 @@ def test_another_circumstance_is_not_spared(what: str, monkeypatch: pytest.Monke
     elif what == "package":
         monkeypatch.setattr(proven, "environment", lambda base: {"vendor": "2"})
     elif what == "processor":
-        monkeypatch.setattr(proven, "_processor", lambda: "another")
+        monkeypatch.setattr(Backend, "describe", lambda self: "another")
     else:
         file = tmp_path / "add.py"
         file.write_text("one")
