@@ -67,7 +67,7 @@ def test_a_kernel_that_always_raises_passes_nothing():
 
 
 def test_an_error_of_the_suite_is_told_from_one_of_the_kernel(monkeypatch):
-    monkeypatch.setattr("porthal.conformance.execution.call.disturbed", lambda inputs: [][0])
+    monkeypatch.setattr("porthal.conformance.execution.call.disturbed", lambda *_: [][0])
     (result, *_) = run(backend(add=truth("add")), ["add"]).results
     assert result.verdict == "NOT_JUDGED"
     assert re.fullmatch(r"IndexError: list index out of range; raised in <lambda> at .*:\d+", result.message)

@@ -116,7 +116,7 @@ def test_immutable_arrays_of_another_library_pass(op: str) -> None:
     results = small(Functional(), op)
     assert [r.explain() for r in results if r.failed] == []
     assert {r.verdict for r in results} <= {"PASS", "LEFT_OUT"} and len(results) > 10
-    ran = {r.status for r in results if r.tested}
+    ran = {r.status for r in results if r.tested and r.status != "refusal"}
     assert ran == ({"own"} if op in OWN else {"composed"} if op == "indexer_topk" else {"inherited"})
 
 
