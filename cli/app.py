@@ -6,20 +6,30 @@ import os
 import signal
 import time
 from dataclasses import asdict, replace
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from porthal.cli import text
+from porthal.cli.options import (
+    LOWEST,
+    WORKERS,
+    BackendOption,
+    Base,
+    Dtype,
+    DtypeOption,
+    EmulatedFlag,
+    JsonFlag,
+    LevelOption,
+    ModelOption,
+    WorkersOption,
+    dtype_of,
+)
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
-from porthal.conformance.level import LEVELS
 from porthal.hal import PorthalError, UsageError
-
-Chosen = TypeVar("Chosen", bound=Enum)
 
 
 class Quick:
@@ -58,32 +68,6 @@ class App(typer.Typer):
         return super().command(name, cls=Command, **settings)
 
 
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Base(str, Enum):
-    reference = "reference"
-    torch = "torch"
-
-
-def _dtype(text: str) -> Dtype:
-    """A dtype by its name, or as tokens write it."""
-    return _one_of(Dtype, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text))
-
-
-def _one_of(kind: type[Chosen], text: str) -> Chosen:
-    try:
-        return kind(text)
-    except ValueError:
-        names = ", ".join(repr(each.value) for each in kind)
-        raise typer.BadParameter(f"{text!r} is not one of {names}.") from None
-
-
-Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
-
 app = App(
     cls=Commands,
     add_completion=False,
@@ -92,31 +76,6 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Port GLM-5 to a chip: say how the chip computes each operator, prove that it computes what is specified, run it.",
 )
-
-BackendOption = Annotated[
-    str | None,
-    typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the first available"),
-]
-ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
-DTYPES = "[float32|bfloat16|float16]"
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", parser=_dtype, metavar=DTYPES, help="of activations, weights and caches")
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
-
-EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
-WORKERS = min(2, os.cpu_count() or 1)
-WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]
-LevelOption = Annotated[
-    Level,
-    typer.Option(
-        "--level",
-        parser=lambda text: _one_of(Level, text),
-        metavar=f"[{'|'.join(LEVELS)}]",
-        help="how many cases, and how strictly they are judged",
-    ),
-]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -293,10 +252,10 @@ def trace(
 def conform(
     backend: BackendOption = None,
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
-    level: LevelOption = Level.bring_up,
+    level: LevelOption = LOWEST,
     dtype: Annotated[
         list[Dtype] | None,
-        typer.Option("--dtype", parser=_dtype, metavar="DTYPE", help="only this one; may be repeated"),
+        typer.Option("--dtype", parser=dtype_of, metavar="DTYPE", help="only this one; may be repeated"),
     ] = None,
     emulated: EmulatedFlag = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
@@ -420,7 +379,7 @@ def replay(
         str, typer.Argument(show_default=False, metavar="CALL", help="a case's token, or the path of a saved .npz")
     ],
     backend: BackendOption = None,
-    level: LevelOption = Level.bring_up,
+    level: LevelOption = LOWEST,
     emulated: EmulatedFlag = False,
     save: Annotated[
         Path | None,

@@ -18,7 +18,7 @@ from porthal.hal import UsageError, contracts
 class Journal:
     """The file of one run: a line of facts about it, then a line per verdict. With `resume`, what is there is kept.
 
-    Raises UsageError for the journal of another backend, level, suite, or of other versions of anything that took part.
+    Raises UsageError for the journal of another backend, level or suite, or of other versions or sources of what took part.
     """
 
     def __init__(self, file: Path, facts: Facts, level: str, resume: bool) -> None:
@@ -28,6 +28,7 @@ class Journal:
             "level": level,
             "suite": SUITE,
             **facts.environment,
+            "sources": dict(facts.sources),
             "contracts": {name: c.version for name, c in contracts().items()},
         }
         text = file.read_text(encoding="utf-8") if resume and file.exists() else ""
@@ -71,5 +72,6 @@ def _check(file: Path, found: Mapping[str, Any], head: Mapping[str, Any]) -> Non
     for name in head:
         if found.get(name) != head[name]:
             was, now = (json.dumps(v.get(name)) for v in (found, head))
-            what = "other versions of contracts" if name == "contracts" else f"{name} {was}, this one has {now}"
+            others = {"contracts": "other versions of contracts", "sources": f"other sources ({was}, now {now})"}
+            what = others.get(name, f"{name} {was}, this one has {now}")
             raise UsageError(f"{file} is the journal of a run with {what}: give another file")

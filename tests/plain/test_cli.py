@@ -442,6 +442,15 @@ def test_the_check_before_the_work_leaves_files_as_they_are(tmp_path):
     assert sorted(tmp_path.iterdir()) == [kept, link] and link.is_symlink() and kept.read_text() == "old"
 
 
+def test_at_80_columns_tables_fit_and_commands_are_whole():
+    ops = ("--op", "speculative_verify", "--op", "rms_norm", "--op", "mla_output")
+    shown = on_a_terminal("conform", "--backend", "reference", "--workers", "1", *ops, COLUMNS="80")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.splitlines()]
+    first, last = (next(i for i, line in enumerate(lines) if line.startswith(word)) for word in ("op ", "GLM-5:"))
+    assert "\u2026" not in shown and last - first > 3 and max(map(len, lines[first:last])) <= 80
+    assert any(re.fullmatch(r"  porthal replay '\S+' --backend reference", line) for line in lines)
+
+
 # -- the plugin of the porting guide ---------------------------------------------------------------------------------
 
 

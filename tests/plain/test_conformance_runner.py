@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from datetime import datetime
 from html import escape as html_escape
 from math import prod
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from porthal.conformance.execution.bindings import Bindings, parts
 from porthal.conformance.execution.call import ABREAST
 from porthal.conformance.execution.placing import MARGIN, poison, poisoned
 from porthal.conformance.level import SUITE
+from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.report import SCHEMA
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import check
@@ -371,6 +374,34 @@ def test_page_stands_alone(failed):
     assert all(html_escape(failed.replay(r)).replace("&#x27;", "&#39;") in page for r in failed.failures)
     assert "porthal replay &#39;add,T=" in page
     assert "failed of" in page and "passed" in page
+
+
+def test_a_composites_failure_names_the_part_that_failed():
+    def linear(self, x, w, *, out="x"):
+        return -truth("linear")(self, x, w, out=out)
+
+    report = run(backend(linear=linear), ["mla_output", "linear"])
+    assert report.parts_at_fault("mla_output") == ["linear"] and report.parts_at_fault("linear") == []
+    lines = [str(part) for part in report.table().renderables]
+    assert "  mla_output is composed of linear, which failed as well: begin there" in lines
+    assert "mla_output is composed of linear, which failed as well: begin there" in report.html()
+
+
+def test_a_report_says_when_with_what_and_of_which_sources(failed):
+    date = datetime.fromisoformat(failed.date)
+    assert date.tzinfo and abs(time.time() - date.timestamp()) < 3600
+    assert failed.command and failed.device == create("reference").describe() != ""
+    assert set(failed.sources) == {"porthal"} and re.fullmatch("[0-9a-f]{12}", failed.sources["porthal"])
+    assert set(Facts.of(create("reference")).sources) == {"porthal", "reference"}
+    assert failed.date in failed.circumstances and failed.sources["porthal"] in failed.circumstances
+
+
+def test_a_device_is_described_by_its_backend_in_one_line():
+    def broken(self):
+        raise OSError("no driver")
+
+    assert Facts.of(backend(describe=lambda self: "chip 7,\n driver 1.2")).device == "chip 7, driver 1.2"
+    assert Facts.of(backend(describe=broken)).device == "no description of the device: OSError: no driver"
 
 
 # -- pytest ----------------------------------------------------------------------------------------------------------

@@ -400,6 +400,10 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
         other.write_text(json.dumps(json.loads(lines[0]) | {name: value}) + "\n")
         with pytest.raises(UsageError, match=f"is the journal of a run with {name} {json.dumps(value)}, this one has "):
             here(journal=other, resume=True)
+    other = tmp_path / "sources.journal"
+    other.write_text(json.dumps(json.loads(lines[0]) | {"sources": {"porthal": "0"}}) + "\n")
+    with pytest.raises(UsageError, match=r'a run with other sources \(\{"porthal": "0"\}, now \{"porthal": "'):
+        here(journal=other, resume=True)
     rubbish = tmp_path / "report.json"
     rubbish.write_text("[1]\n")
     with pytest.raises(UsageError, match=r"report\.json is not the journal of a conformance run"):

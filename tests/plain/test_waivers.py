@@ -193,6 +193,15 @@ def test_a_plugins_waivers_decide_the_exit_code(plugin, tmp_path):
     assert code == 1 and "waivers.toml: unsupported 'add,T=1,*' is stale" in out
 
 
+def test_an_expired_waiver_is_told_without_being_asked_for(plugin):
+    code, out, _ = plugin(IN_FORCE.replace("2999", "2026"))
+    assert code == 1 and "1 FAIL_VALUE" in out
+    sentence = "waivers.toml: known_failure 'add,T=17,*' expired on 2026-01-01: repair what it waives, or give it a later day"
+    assert out.count(sentence) == 1
+    code, out, _ = plugin(IN_FORCE.replace("2999", "2026"), "--verify-waivers")
+    assert code == 1 and out.count(sentence) == 1
+
+
 def test_a_malformed_file_stops_the_run_before_it_begins(plugin):
     code, out, err = plugin("[[known_failure]]\npattern = 'add,*'\nreason = 'x'\n")
     assert (code, out) == (2, "")

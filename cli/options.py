@@ -1,0 +1,66 @@
+"""The options that several commands share, and what their words mean."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from porthal.conformance.level import LEVELS
+
+Chosen = TypeVar("Chosen", bound=Enum)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Base(str, Enum):
+    reference = "reference"
+    torch = "torch"
+
+
+def dtype_of(text: str) -> Dtype:
+    """A dtype by its name, or as tokens write it."""
+    return _one_of(Dtype, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text))
+
+
+def _one_of(kind: type[Chosen], text: str) -> Chosen:
+    try:
+        return kind(text)
+    except ValueError:
+        names = ", ".join(repr(each.value) for each in kind)
+        raise typer.BadParameter(f"{text!r} is not one of {names}.") from None
+
+
+Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
+LOWEST = Level("bring-up")
+
+BackendOption = Annotated[
+    str | None,
+    typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the first available"),
+]
+ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
+DTYPES = "[float32|bfloat16|float16]"
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", parser=dtype_of, metavar=DTYPES, help="of activations, weights and caches")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
+WORKERS = min(2, os.cpu_count() or 1)
+WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]
+LevelOption = Annotated[
+    Level,
+    typer.Option(
+        "--level",
+        parser=lambda text: _one_of(Level, text),
+        metavar=f"[{'|'.join(LEVELS)}]",
+        help="how many cases, and how strictly they are judged",
+    ),
+]
