@@ -73,7 +73,13 @@ def test_a_name_that_is_almost_one_of_an_op_or_service_is_refused(name: str, mea
         type("Chip", (mixin, Reference), {"name": "chip"})()
 
 
-@pytest.mark.parametrize("name", ["_rms_nrom", "warm_up", "norm", "flash_topk", "rms_normalised", "rms_norm", "_topk"])
+def test_a_class_with_a_constructor_of_its_own_is_looked_at_too() -> None:
+    chip = type("Chip", (Reference,), {"name": "chip", "__init__": lambda self, device: None, "trait": None})
+    with pytest.raises(UsageError, match=r"^Chip\.trait is almost 'traits'"):
+        chip("")
+
+
+@pytest.mark.parametrize("name", ["_rms_nrom", "devices", "names", "warm_up", "norm", "flash_topk", "rms_norm", "_topk"])
 def test_helpers_and_private_names_are_allowed(name: str) -> None:
     assert type("Chip", (Reference,), {"name": "chip", name: kernel})().name == "chip"
 
