@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import CodeType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -21,6 +21,7 @@ from porthal.hal.limits import NO_LIMITS, Limits, Need
 from porthal.hal.operands import Batch, Operand, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
 
 Array = Any
+B = TypeVar("B", bound="Backend")
 Read = Callable[[Any], np.ndarray[Any, Any]]
 NOT_TAKEN = "does not take this data"
 Place = Literal["hardware", "vendor package on a stub runtime", "emulated device"]
@@ -102,18 +103,20 @@ class Backend:
 
     name: ClassVar[str] = ""  # of its folder or entry point, set by discovery
     traits: ClassVar[Traits] = Traits()
+    device: str = ""
+    host_copies: int = 0
 
     def __init_subclass__(cls) -> None:
         folder, _, module = cls.__module__.rpartition(".")
         if folder.startswith("porthal.backends.") and module == "backend":
             cls.name = folder.rpartition(".")[2]
 
-    device: str = ""
-    host_copies: int = 0
+    def __new__(cls: type[B], *args: Any, **kwargs: Any) -> B:
+        verify(cls)
+        return super().__new__(cls)
 
     def __init__(self, device: str = "") -> None:
         """Takes no device: a chip that has several defines its own, which refuses those that are not there."""
-        verify(type(self))
         if device and type(self).__init__ is Backend.__init__:
             raise UsageError(f"{self.name} has no device {device!r}: expected {self.name!r} alone")
         self.device = device
@@ -285,14 +288,14 @@ def verify(cls: type[Backend]) -> None:
         return
     known = contracts()
     chain = cls.__mro__[: cls.__mro__.index(Backend)]
-    services = [name for name in vars(Backend) if name != "name" and not name.startswith("_")]
+    services = [n for n, value in vars(Backend).items() if not n.startswith("_") and not isinstance(value, (str, int))]
     for defining in chain:
         for name, value in vars(defining).items():
             if name in known:
                 stated = getattr(value, "limits", NO_LIMITS)
                 if wrong := stated.unknown(known[name]):
                     raise UsageError(f"{defining.__name__}.{name} {wrong}")
-            elif not name.startswith("_") and name not in (*services, "name"):
+            elif not name.startswith("_") and not hasattr(Backend, name):
                 near = next((n for n in (*known, *services) if _one_letter_off(name, n)), None)
                 if near:
                     raise UsageError(
