@@ -30,7 +30,7 @@ SHOWN = {"num_hidden_layers": "layers", "vocab_size": "token", "max_position_emb
 TOKENS = tiny.PROMPT[:28]  # more than index_topk
 TOLERANCE = 1e-4  # logits have a standard deviation near 1
 VISIBLE = 1e-2
-STATED = {"num_experts": 8, "num_local_experts": 8, "mlp_bias": False, "partial_rotary_factor": 1.0}
+STATED = {"num_experts": 8, "mlp_bias": False, "partial_rotary_factor": 1.0}
 BASES: dict[str, dict[str, Any]] = {
     "glm5": {**published.GLM5, **tiny.CONFIG},
     "glm52": {**published.GLM52, **tiny.CONFIG, **tiny.GLM52, **STATED},
@@ -180,7 +180,7 @@ def check(raw: dict[str, Any], usual: np.ndarray, keys: Sequence[str], binding: 
 
 def values(key: str, raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {k: v for k, v in raw.items() if k != key}
-    for value in OTHERS.get(key, ()) if key in HARMLESS else (*OTHER, *OTHERS.get(key, ())):
+    for value in (*((False, True, 2, 4) if key in HARMLESS else OTHER), *OTHERS.get(key, ())):
         if key != "index_n_heads" or value not in (1, 2, 3):  # scores of few heads tie at zero, where both choose freely
             yield raw | {key: value}
 
