@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from porthal.hal.contract import CallSpec, Contract, contract, contracts
     from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
     from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
-    from porthal.hal.errors import DataNotTaken, NotClaimed, PorthalError, Unavailable, UsageError
+    from porthal.hal.errors import DataNotTaken, NotClaimed, PorthalError, Unavailable, UsageError, note
     from porthal.hal.limits import (
         Need,
         any_of,
@@ -89,6 +89,7 @@ __all__ = [
     "multiple_of",
     "multiple_of_bytes",
     "narrow",
+    "note",
     "numpy_dtype",
     "one_of",
     "per_dtype",

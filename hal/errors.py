@@ -1,7 +1,11 @@
-"""The errors porthal raises on purpose. The text of each is one sentence: what was wrong, its value, what was expected."""
+"""The errors porthal raises on purpose. The text of each is one sentence: what was wrong, its value, what was expected.
+
+And the way in which it says what is worth knowing and stops nothing.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import current_thread, main_thread
 
@@ -54,3 +58,11 @@ def _raised_at(error: BaseException) -> str:
 
     frames = [frame for frame in extract_tb(error.__traceback__)[2:] if "importlib" not in frame.filename]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+@cache
+def note(line: str) -> None:
+    """One line on stderr, once in a process, unless the program has given the logger "porthal" a handler of its own."""
+    import logging
+
+    logging.getLogger("porthal").warning(line)

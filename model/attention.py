@@ -71,12 +71,11 @@ class Attention:
         self.kv_norm = load.array(prefix + "kv_a_layernorm.weight", latent)
         # kv_b stacks, per head, W_UK [nope, latent] over W_UV [v, latent].
         per_head = nope + c.v_head_dim
+        stacked = load.rows(prefix + "kv_b_proj.weight", (heads * per_head, latent))
 
         def kv_b(rows: slice) -> Any:
             start, stop, _ = rows.indices(heads)
-            name, shape = prefix + "kv_b_proj.weight", (heads * per_head, latent)
-            taken = load.source.read(name, shape, slice(start * per_head, stop * per_head))
-            return taken.reshape(stop - start, per_head, latent)
+            return stacked(slice(start * per_head, stop * per_head)).reshape(stop - start, per_head, latent)
 
         self.w_uk = load.build("mla_prolog.w_uk", (heads, latent, nope), lambda r: kv_b(r)[:, :nope].swapaxes(1, 2))
         self.w_uv = load.build("mla_output.w_uv", (heads, c.v_head_dim, latent), lambda r: kv_b(r)[:, nope:])

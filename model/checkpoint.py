@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from porthal.hal import Binding, UsageError, Weight, WeightSpec, dtype, narrow, numpy_dtype, widen
+from porthal.hal import Binding, UsageError, Weight, WeightSpec, dtype, narrow, note, numpy_dtype, widen
 
 Array = np.ndarray[Any, Any]
-SCALE = "_scale_inv"  # multiplied, despite its name
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}
+Reader = Callable[[slice], Array]
+SCALES = ("_scale_inv", "_scale")  # either is multiplied
+FP8 = "float8_e4m3fn"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": FP8}
+SLICE = 4096  # rows that are compared at a time
 
 
 class Source(Protocol):
@@ -21,7 +25,8 @@ class Source(Protocol):
 
     def read(self, name: str, shape: Sequence[int], rows: slice) -> Array: ...
 
-    def has(self, name: str) -> bool: ...
+    def holds(self, prefix: str) -> bool:
+        """Is there a tensor whose name begins so?"""
 
 
 class TensorFile:
@@ -37,12 +42,13 @@ class TensorFile:
             start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
             self.header: dict[str, Any] = json.loads(self._bytes[8:start].tobytes())
             self.header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
+            ends = {entry["data_offsets"][1]: name for name, entry in self.header.items()}
+            end = max(ends, default=0)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not a safetensors file, or is truncated: {error}") from None
         self._data = self._bytes[start:]
         if end > len(self._data):
-            raise UsageError(f"{path} is truncated: its tensors need {end} bytes, it has {len(self._data)}")
+            raise UsageError(f"{path} is truncated: {ends[end]!r} ends at byte {end} of its data, which has {len(self._data)}")
 
     def tensor(self, name: str) -> Array:
         """A view: its bytes are read when used."""
@@ -57,13 +63,20 @@ class TensorFile:
 
 
 class Checkpoint:
-    """A directory's safetensors files. FP8 tensors (with a `_scale_inv` beside them) are dequantised as they are read."""
+    """A directory's safetensors files. FP8 tensors, which have a scale beside them, are dequantised as they are read.
+
+    Of a tensor that is in several files the one counts that the index names. A fault in a header, or a tensor that the
+    index does not name, is a UsageError here; what is wrong with one tensor's name, shape, dtype or scale is one when it
+    is read, be it for no rows at all.
+    """
 
     def __init__(self, directory: str | Path, fp8_block: tuple[int, int] | None = None) -> None:
         self.directory = Path(directory)
         self.block = fp8_block or (128, 128)
-        self._files: dict[Path, TensorFile] = {}
-        index = self.directory / "model.safetensors.index.json"
+        self._asked: set[str] = set()
+        index, file = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        if index.is_file() and file.is_file():
+            raise UsageError(f"{self.directory} has both {file.name} and {index.name}: remove the one that is out of date")
         if index.is_file():
             try:
                 entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -71,33 +84,81 @@ class Checkpoint:
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UsageError(f"{index} is not a safetensors index with a weight_map: {error}") from None
         else:
-            file = self.directory / "model.safetensors"
             if not file.is_file():
-                raise UsageError(f"{self.directory} has neither model.safetensors nor model.safetensors.index.json")
-            self._where = dict.fromkeys(self._open(file).header, file)
+                raise UsageError(f"{self.directory} has neither {file.name} nor {index.name}")
+            self._where = dict.fromkeys(TensorFile(file).header, file)
+        self._files = self._opened()
+        self._names = sorted(self._where)
 
-    def has(self, name: str) -> bool:
-        return name in self._where
+    def _opened(self) -> dict[Path, TensorFile]:
+        """All files, whose headers hold what the index says and nothing that it does not name."""
+        files: dict[Path, TensorFile] = {}
+        for name, file in self._where.items():
+            if file not in files:
+                if not file.is_file():
+                    raise UsageError(f"{file} does not exist, though the index of {self.directory} names it for {name!r}")
+                files[file] = TensorFile(file)
+            if name not in files[file].header:
+                raise UsageError(f"{file} does not hold {name!r}, though the index of {self.directory} says so")
+        for file in files.values():
+            for name in file.header:
+                if name not in self._where:
+                    raise UsageError(f"{file.path} holds {name!r}, which the index of {self.directory} does not name")
+                if self._where[name] != file.path:
+                    note(f"{file.path} holds {name!r} too: used is that of {self._where[name].name}, which the index names")
+        return files
+
+    def holds(self, prefix: str) -> bool:
+        at = bisect_left(self._names, prefix)
+        return at < len(self._names) and self._names[at].startswith(prefix)
+
+    def unasked(self) -> list[str]:
+        """The tensors of which no row, not even an empty slice, has been read."""
+        return [name for name in self._names if name not in self._asked]
+
+    def equal(self, one: str, other: str, shape: Sequence[int]) -> bool:
+        """Do two tensors hold the same numbers? They are read a few rows at a time."""
+        parts = (slice(start, start + SLICE) for start in range(0, shape[0], SLICE))
+        return all(
+            np.array_equal(widen(self.read(one, shape, part)), widen(self.read(other, shape, part))) for part in parts
+        )
 
     def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
-        """Rows of a tensor; UsageError when it is missing, truncated or not of the expected shape."""
-        values = np.array(self._tensor(name, shape)[rows])
-        if not self.has(name + SCALE):
-            return values
+        """Reader of a tensor; UsageError names one that is missing, has another shape or dtype, or lacks a usable scale."""
+        tensor = self._tensor(name, shape)
+        scales = [name + end for end in SCALES if name + end in self._where]
+        if dtype(tensor) == FP8 and len(scales) == 1 and len(shape) > 1:
+            return self._dequantised(name, tensor, scales[0], rows)
+        if dtype(tensor) == FP8:
+            raise UsageError(f"{self._where[name]}: {name!r} is FP8, expected a matrix with one of {_either(name)} beside it")
+        if scales:
+            raise UsageError(f"{self._where[name]}: {name!r} is {dtype(tensor)}, but has {scales[0]!r} beside it: expected FP8")
+        return np.array(tensor[rows])
+
+    def _dequantised(self, name: str, tensor: Array, scale_name: str, rows: slice) -> Array:
         height, width = self.block
-        grid = (-(-shape[0] // height), -(-shape[1] // width))
-        scale = self._tensor(name + SCALE, grid)
-        start, stop, _ = rows.indices(shape[0])
-        per_row = scale[np.arange(start, stop) // height]
-        dequantised: Array = widen(values) * np.repeat(widen(per_row), width, axis=1)[:, : shape[1]]
-        return dequantised
+        *stacked, high, wide = tensor.shape
+        scale = self._tensor(scale_name, (*stacked, -(-high // height), -(-wide // width)))
+        start, stop, _ = rows.indices(len(tensor))
+        if stacked:
+            scale = np.repeat(scale[start:stop], height, axis=1)[:, :high]
+        else:
+            scale = scale[np.arange(start, stop) // height]
+        factors = widen(scale)
+        if not (wrong := ~(np.isfinite(factors) & (factors > 0))).any():
+            values: Array = widen(np.array(tensor[rows])) * np.repeat(factors, width, axis=-1)[..., :wide]
+            if np.isfinite(values).all():
+                return values
+            raise UsageError(f"{self._where[name]}: {name!r} holds NaN, expected finite numbers")
+        raise UsageError(
+            f"{self._where[scale_name]}: {scale_name!r} holds {factors[wrong][0]}, expected finite numbers above 0"
+        )
 
     def _tensor(self, name: str, shape: Sequence[int]) -> Array:
+        self._asked.add(name)
         if name not in self._where:
             raise UsageError(f"{self.directory} lacks tensor {name!r} of shape {list(shape)}")
-        file = self._open(self._where[name])
-        if name not in file.header:
-            raise UsageError(f"{file.path} does not hold {name!r}, though the index of {self.directory} says so")
+        file = self._files[self._where[name]]
         tensor = file.tensor(name)
         if tensor.shape != tuple(shape):
             raise UsageError(
@@ -105,18 +166,15 @@ class Checkpoint:
             )
         return tensor
 
-    def _open(self, file: Path) -> TensorFile:
-        if file not in self._files:
-            if not file.is_file():
-                raise UsageError(f"{file} does not exist, though the index of {self.directory} names it")
-            self._files[file] = TensorFile(file)
-        return self._files[file]
+
+def _either(name: str) -> str:
+    return " or ".join(repr(name + end) for end in SCALES)
 
 
 class Blank:
     """Every tensor, as zeros that take no memory: for tracing a model without its weights."""
 
-    def has(self, name: str) -> bool:
+    def holds(self, prefix: str) -> bool:
         return True
 
     def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
@@ -134,49 +192,59 @@ class Loader:
 
     def array(self, name: str, *shape: int, dtype: str = "") -> Any:
         """A small tensor as a backend array: norm weights, biases."""
-        values = self.source.read(name, shape, slice(None))
-        return self.binding.from_numpy(narrow(widen(values), dtype or self.dtype))
+        return self.binding.from_numpy(self.rows(name, shape, dtype)(slice(None)))
+
+    def rows(self, name: str, shape: Sequence[int], to: str = "") -> Reader:
+        """What reads rows of a tensor, in the dtype of the activations; its header is judged at once.
+
+        A number that float16 cannot hold is a UsageError when it is read.
+        """
+        self.source.read(name, shape, slice(0, 0))
+        wanted = to or self.dtype
+
+        def read(rows: slice) -> Array:
+            stored = self.source.read(name, shape, rows)
+            if dtype(stored) == wanted:
+                return stored
+            wide = widen(stored)
+            values = narrow(wide, wanted)
+            if wanted == "float16" and (lost := np.isinf(values) & np.isfinite(wide)).any():
+                raise UsageError(f"{name!r} holds {wide[lost][0]}, too large for float16: load it in bfloat16 or float32")
+            return values
+
+        return read
 
     def weight(self, use: str, name: str, *shape: int) -> Weight:
         """A tensor prepared for `use` = "op.operand"."""
-        return self.build(use, shape, lambda rows: self.source.read(name, shape, rows))
+        return self.build(use, shape, self.rows(name, shape))
 
-    def build(self, use: str, shape: tuple[int, ...], read: Callable[[slice], Array]) -> Weight:
-        """A weight whose rows along the first axis `read` computes, one slice at a time."""
+    def build(self, use: str, shape: tuple[int, ...], read: Reader) -> Weight:
+        """A weight whose rows along the first axis `read` gives, one slice at a time."""
         op, operand = use.split(".")
 
         def rows(index: Any) -> Array:
             if isinstance(index, slice):
-                values = read(index)
-                return values if dtype(values) == self.dtype else narrow(widen(values), self.dtype)
-            single: Array = rows(slice(index, index + 1))[0]
+                return read(index)
+            single: Array = read(slice(index, index + 1))[0]
             return single
 
         return self.binding.prepare(WeightSpec(op, operand, tuple(shape), self.dtype), rows)
 
     def stacked(self, use: str, shape: tuple[int, ...], names: Sequence[Sequence[str]]) -> Weight:
         """[E, rows, columns]: per entry, the concatenation of the named tensors along their rows."""
+        parts = [[self.rows(n, (shape[1] // len(group), shape[2])) for n in group] for group in names]
 
         def read(rows: slice) -> Array:
-            return np.stack(
-                [
-                    np.concatenate([self.source.read(n, self._part(shape, group), slice(None)) for n in group])
-                    for group in names[rows]
-                ]
-            )
+            return np.stack([np.concatenate([part(slice(None)) for part in group]) for group in parts[rows]])
 
         return self.build(use, shape, read)
 
     def joined(self, use: str, shape: tuple[int, int], names: Sequence[str]) -> Weight:
         """[rows, columns]: the named tensors one below the other, with equally many rows."""
-        part = (shape[0] // len(names), shape[1])
+        parts = [self.rows(n, (shape[0] // len(names), shape[1])) for n in names]
 
         def read(rows: slice) -> Array:
-            whole: Array = np.concatenate([self.source.read(n, part, slice(None)) for n in names])
+            whole: Array = np.concatenate([part(slice(None)) for part in parts])
             return whole[rows]
 
         return self.build(use, shape, read)
-
-    @staticmethod
-    def _part(shape: tuple[int, ...], group: Sequence[str]) -> tuple[int, int]:
-        return shape[1] // len(group), shape[2]

@@ -3,20 +3,177 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shown
+from typing import Any, NamedTuple
 
-from porthal.hal import UsageError
+from porthal.hal import UsageError, note
 
 MODEL_TYPE = "glm_moe_dsa"
+REQUIRED = object()
+
+
+class Rule(NamedTuple):
+    """What a written key may hold, judged with the keys above it in its table, and what its absence means."""
+
+    expected: str
+    accepts: Callable[[Any, Mapping[str, Any]], bool]
+    default: Any = REQUIRED
+
+
+def _is_whole(value: Any, low: int = 1) -> bool:
+    return type(value) is int and value >= low
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
+def _whole(low: int, default: Any = REQUIRED) -> Rule:
+    return Rule(f"expected a whole number of at least {low}", lambda v, _: _is_whole(v, low), default)
+
+
+def _number(default: Any) -> Rule:
+    return Rule("expected a number above 0", lambda v, _: _is_number(v), default)
+
+
+def _flag(default: bool) -> Rule:
+    return Rule("expected true or false", lambda v, _: type(v) is bool, default)
+
+
+def _only(value: Any, *unstated: Any) -> Rule:
+    """A key that would change the formula: one value of it is implemented, which it has where it is not stated."""
+    same = [(type(v), v) for v in (value, *unstated)]
+    return Rule(f"porthal implements {value!r} only", lambda v, _: (type(v), v) in same, value)
+
+
+def _sum(*keys: str) -> Rule:
+    """A key that says again what others say."""
+    expected = "expected {" + "} + {".join(keys) + "}, " + " + ".join(keys)
+    return Rule(expected, lambda v, c: v is None or (_is_whole(v) and v == sum(c[k] for k in keys)), None)
+
+
+def _layers(*kinds: str, first: str = "") -> Rule:
+    """None, or a list of one of these kinds per layer."""
+    expected = "expected " + " or ".join(map(repr, kinds)) + " for each of {num_hidden_layers} layers"
+
+    def accepts(value: Any, config: Mapping[str, Any]) -> bool:
+        return value is None or (
+            isinstance(value, list)
+            and len(value) >= config["num_hidden_layers"]
+            and all(kind in kinds for kind in value)
+            and first in ("", value[0])
+        )
+
+    return Rule(expected + (f", the first {first}" if first else ""), accepts, None)
+
+
+INDEXERS = _layers("full", "shared", first="full")
+PATTERN = Rule(
+    INDEXERS.expected + ", or as many letters F and S",
+    lambda v, c: INDEXERS.accepts(_unfolded(v) if isinstance(v, str) else v, c),
+    None,
+)
+EOS = Rule(
+    "expected a token id or a list of them",
+    lambda v, _: v is None or all(_is_whole(i, 0) for i in (v if isinstance(v, list) else [v])),
+    None,
+)
+OBJECT = Rule("expected an object", lambda v, _: v is None or isinstance(v, dict), None)
+HARMLESS = Rule("", lambda v, _: True, None)
+
+# Every key that transformers' GlmMoeDsaConfig or a published config has. Defaults are those of transformers, but sizes have
+# none: one that does not fit the file would blame a tensor.
+KEYS: dict[str, Rule] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"), _whole(1)),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank"), _whole(1)),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim", "index_topk"), _whole(1)),
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts", "max_position_embeddings"), _whole(1)),
+    "qk_rope_head_dim": Rule(  # also the rope frequencies' dim
+        "expected an even number up to {index_head_dim}, index_head_dim",
+        lambda v, c: _is_whole(v) and v % 2 == 0 and v <= c["index_head_dim"],
+    ),
+    "n_group": Rule(
+        "expected 1, or to divide {n_routed_experts}, n_routed_experts, into groups of at least 2",
+        lambda v, c: _is_whole(v) and (v == 1 or (c["n_routed_experts"] % v == 0 and c["n_routed_experts"] >= 2 * v)),
+        1,
+    ),
+    "topk_group": Rule(
+        "expected a whole number from 1 to {n_group}, n_group", lambda v, c: _is_whole(v) and v <= c["n_group"], 1
+    ),
+    "num_experts_per_tok": Rule(
+        "expected a whole number of at most {n_routed_experts}, n_routed_experts, in {topk_group} of {n_group} groups",
+        lambda v, c: _is_whole(v) and v <= c["n_routed_experts"] // c["n_group"] * c["topk_group"],
+    ),
+    "rms_norm_eps": _number(1e-5),
+    "latent_norm_eps": _number(None),
+    "routed_scaling_factor": _number(2.5),
+    "rope_parameters": OBJECT,
+    "rope_scaling": OBJECT,
+    "rope_theta": _number(10000.0),
+    "indexer_types": INDEXERS,
+    "index_topk_pattern": PATTERN,
+    "index_topk_freq": _whole(1, 1),
+    "index_skip_topk_offset": _whole(0, 2),
+    "mlp_layer_types": _layers("dense", "sparse"),
+    "first_k_dense_replace": _whole(0, None),
+    "tie_word_embeddings": _flag(False),
+    "num_nextn_predict_layers": Rule("expected 0 or 1", lambda v, _: type(v) is int and v in (0, 1), 0),
+    "index_share_for_mtp_iteration": _flag(False),
+    "eos_token_id": EOS,
+    "quantization_config": OBJECT,
+    # Implemented for one value.
+    "hidden_act": _only("silu"),
+    "scoring_func": _only("sigmoid"),
+    "topk_method": _only("noaux_tc"),
+    "norm_topk_prob": _only(True),
+    "moe_layer_freq": _only(1),
+    "moe_router_dtype": _only("float32", None),
+    "attention_bias": _only(False),
+    "mlp_bias": _only(False),
+    "rope_interleave": _only(True),
+    "indexer_rope_interleave": _only(True),
+    "partial_rotary_factor": _only(1.0, 1, None),
+    "layer_types": _layers("deepseek_sparse_attention", "indexed_attention"),
+    "per_layer_config": _only(None, {}),
+    # Say again what others say.
+    "num_key_value_heads": _sum("num_attention_heads"),
+    "qk_head_dim": _sum("qk_nope_head_dim", "qk_rope_head_dim"),
+    "num_experts": _sum("n_routed_experts"),
+    "num_local_experts": _sum("n_routed_experts"),
+    # Change no logits.
+    **dict.fromkeys(("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"), HARMLESS),
+    **dict.fromkeys(("name_or_path", "dtype", "torch_dtype", "initializer_range", "attention_dropout"), HARMLESS),
+    **dict.fromkeys(("head_dim", "use_cache", "ep_size", "pretraining_tp", "pad_token_id", "bos_token_id"), HARMLESS),
+    **dict.fromkeys(("output_router_logits", "output_hidden_states", "output_attentions", "return_dict"), HARMLESS),
+    **dict.fromkeys(("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"), HARMLESS),
+}
+# Under rope_parameters, or rope_scaling in older files, where `type` is the older name of rope_type.
+ROPE: dict[str, Rule] = {"rope_type": _only("default"), "type": _only("default"), "rope_theta": _number(None)}
+QUANTIZATION: dict[str, Rule] = {
+    "quant_method": Rule("porthal reads block-scaled 'fp8' only", lambda v, _: v == "fp8"),
+    "fmt": _only("e4m3"),
+    "activation_scheme": _only("dynamic"),
+    "scale_fmt": _only("float", None),
+    "expert_dtype": _only("fp8", None),
+    "weight_block_size": Rule(
+        "expected two whole numbers above 0",
+        lambda v, _: isinstance(v, (list, tuple)) and len(v) == 2 and all(map(_is_whole, v)),
+        (128, 128),
+    ),
+    # What is quantised is told by the scales in the checkpoint: published lists name modules that do not exist.
+    **dict.fromkeys(("modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize"), HARMLESS),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Architecture of a checkpoint; field names are those of config.json.
 
-    rope_theta         from rope_parameters or the top level; 10000 without either, as in transformers
+    rope_theta         from rope_scaling, rope_parameters or the top level; 10000 without any, as in transformers
     latent_norm_eps    eps of q_a_layernorm and kv_a_layernorm: rms_norm_eps, unless the file says otherwise
     indexer_types      per layer "full" (selects for itself) or "shared" (uses the nearest full layer below)
     dense              per layer: dense MLP instead of experts
@@ -76,7 +233,7 @@ class Config:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UsageError(f"{path} is a {type(raw).__name__}: expected a JSON object")
@@ -84,116 +241,82 @@ class Config:
 
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str = "config") -> Config:
+        """From the values of config.json; a line on stderr names the keys that porthal does not know."""
         if raw.get("model_type") != MODEL_TYPE:
             raise UsageError(
                 f"{where} has model_type {raw.get('model_type')!r}: porthal runs {MODEL_TYPE!r} (GLM-5, 5.1, 5.2, 5.3)"
             )
-        _refuse_unsupported(raw, where)
-
-        def whole(key: str, default: int | None = None, low: int = 1) -> int:
-            value = raw.get(key, default)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UsageError(f"{where} has {key} = {value!r}: expected a whole number of at least {low}")
-            return value
-
-        def positive(key: str, value: Any) -> float:
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise UsageError(f"{where} has {key} = {value!r}: expected a number above 0")
-            return float(value)
-
-        layers = whole("num_hidden_layers")
-        eps = positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-5))
-        eos = raw.get("eos_token_id", ())
-        rope = raw.get("rope_parameters") or {}
-        block = (raw.get("quantization_config") or {}).get("weight_block_size")
-        config = cls(
-            vocab_size=whole("vocab_size"),
-            hidden_size=whole("hidden_size"),
-            intermediate_size=whole("intermediate_size"),
-            moe_intermediate_size=whole("moe_intermediate_size"),
-            num_hidden_layers=layers,
-            num_attention_heads=whole("num_attention_heads"),
-            q_lora_rank=whole("q_lora_rank"),
-            kv_lora_rank=whole("kv_lora_rank"),
-            qk_nope_head_dim=whole("qk_nope_head_dim"),
-            qk_rope_head_dim=whole("qk_rope_head_dim"),  # also the rope frequencies' dim; head_dim is misleading
-            v_head_dim=whole("v_head_dim"),
-            index_n_heads=whole("index_n_heads"),
-            index_head_dim=whole("index_head_dim"),
-            index_topk=whole("index_topk"),
-            n_routed_experts=whole("n_routed_experts"),
-            num_experts_per_tok=whole("num_experts_per_tok"),
-            n_shared_experts=whole("n_shared_experts", 1),
-            n_group=whole("n_group", 1),
-            topk_group=whole("topk_group", 1),
-            routed_scaling_factor=positive("routed_scaling_factor", raw.get("routed_scaling_factor", 1.0)),
-            rms_norm_eps=eps,
-            latent_norm_eps=positive("latent_norm_eps", raw.get("latent_norm_eps", eps)),
-            rope_theta=positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            max_position_embeddings=whole("max_position_embeddings"),
-            eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            num_nextn_predict_layers=whole("num_nextn_predict_layers", 0, low=0),
-            index_share_for_mtp_iteration=bool(raw.get("index_share_for_mtp_iteration", False)),
-            indexer_types=_indexer_types(raw, layers, where),
-            dense=_dense_layers(raw, layers, where),
-            fp8_block=(int(block[0]), int(block[1])) if block else None,
-        )
-        if config.num_experts_per_tok > config.n_routed_experts:
-            raise UsageError(
-                f"{where} has num_experts_per_tok = {config.num_experts_per_tok}: "
-                f"expected at most {config.n_routed_experts}, n_routed_experts"
+        c, unknown = _judged(raw, KEYS, where)
+        block = None
+        if c["quantization_config"]:
+            quantization, more = _judged(c["quantization_config"], QUANTIZATION, where, "quantization_config.")
+            block, unknown = tuple(quantization["weight_block_size"]), unknown + more
+        eos = c["eos_token_id"]
+        found = c | {
+            "rms_norm_eps": float(c["rms_norm_eps"]),
+            "latent_norm_eps": float(c["latent_norm_eps"] or c["rms_norm_eps"]),
+            "routed_scaling_factor": float(c["routed_scaling_factor"]),
+            "rope_theta": _rope_theta(c, where),
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            "indexer_types": _indexer_types(c, where),
+            "dense": _dense_layers(c, where),
+            "fp8_block": block,
+        }
+        if unknown:
+            note(
+                f"{where} has {', '.join(unknown)}, unknown to porthal and not used: "
+                "if that changes the formula, this is another model"
             )
-        return config
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
-def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
-    """Keys that would change the formula: refuse what is not implemented instead of ignoring it."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    supported: dict[str, tuple[Any, Any]] = {
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "scoring_func": (raw.get("scoring_func", "sigmoid"), "sigmoid"),
-        "norm_topk_prob": (raw.get("norm_topk_prob", True), True),
-        "attention_bias": (raw.get("attention_bias", False), False),
-        "rope_interleave": (raw.get("rope_interleave", True), True),
-        "indexer_rope_interleave": (raw.get("indexer_rope_interleave", True), True),
-        "rope_parameters.rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    for key, (value, wanted) in supported.items():
-        if value != wanted:
-            raise UsageError(f"{where} has {key} = {value!r}: porthal implements {wanted!r} only")
-    quantization = raw.get("quantization_config")
-    if not quantization:
-        return
-    if quantization.get("quant_method") != "fp8":
-        raise UsageError(
-            f"{where} has quant_method {quantization.get('quant_method')!r}: porthal reads block-scaled 'fp8'"
-        )
-    block = quantization.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
-        raise UsageError(f"{where} has weight_block_size {block!r}: expected two whole numbers above 0")
+def _judged(
+    raw: dict[str, Any], table: dict[str, Rule], where: str, prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of the table's keys, and the keys that are not in the table but hold something."""
+    found: dict[str, Any] = {}
+    for key, rule in table.items():
+        found[key] = raw.get(key, rule.default)
+        if found[key] is REQUIRED or (key in raw and not rule.accepts(raw[key], found)):
+            has = f"has {prefix}{key} = {shown(raw[key])}" if key in raw else f"has no {prefix}{key}"
+            raise UsageError(f"{where} {has}: {rule.expected.format_map(found)}")
+    return found, [prefix + key for key, value in raw.items() if key not in table and value]
 
 
-def _indexer_types(raw: dict[str, Any], layers: int, where: str) -> tuple[str, ...]:
-    """The list where the file has one, else the rule: layer i is full iff max(i - offset + 1, 0) mod freq == 0."""
-    given = raw.get("indexer_types")
+def _rope_theta(c: dict[str, Any], where: str) -> float:
+    """As transformers: rope_scaling, where it holds something, replaces rope_parameters."""
+    name = "rope_scaling" if c["rope_scaling"] else "rope_parameters"
+    rope, unknown = _judged(c[name] or {}, ROPE, where, name + ".")
+    if unknown:
+        raise UsageError(f"{where} has {unknown[0]}: porthal implements rotary embeddings with rope_theta alone")
+    return float(rope["rope_theta"] or c["rope_theta"])
+
+
+def _unfolded(pattern: str) -> list[str]:
+    return [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+
+
+def _indexer_types(c: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The list, else the pattern, else the rule: layer i is full iff max(i - offset + 1, 0) mod freq == 0."""
+    layers, given, pattern = c["num_hidden_layers"], c["indexer_types"], c["index_topk_pattern"]
+    if given is None and pattern is not None:
+        given = _unfolded(pattern) if isinstance(pattern, str) else pattern
     if given is None:
-        freq, offset = raw.get("index_topk_freq") or 1, raw.get("index_skip_topk_offset") or 0
+        freq, offset = c["index_topk_freq"], c["index_skip_topk_offset"]
+        if freq > 1 and offset < 1:
+            raise UsageError(
+                f"{where} has index_skip_topk_offset = {offset}: expected at least 1 with index_topk_freq = {freq}, "
+                "so that the first layer selects"
+            )
         given = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers)]
-    if len(given) < layers or given[0] != "full" or not set(given) <= {"full", "shared"}:
-        raise UsageError(
-            f"{where} has indexer_types {given!r}: expected 'full' or 'shared' for each of {layers} layers, the first full"
-        )
     return tuple(given[:layers])
 
 
-def _dense_layers(raw: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
+def _dense_layers(c: dict[str, Any], where: str) -> tuple[bool, ...]:
     """The list where the file has one, else the first first_k_dense_replace layers."""
-    kinds = raw.get("mlp_layer_types")
-    if kinds is None:
-        return tuple(i < raw.get("first_k_dense_replace", 0) for i in range(layers))
-    if len(kinds) < layers or not set(kinds) <= {"dense", "sparse"}:
-        raise UsageError(
-            f"{where} has mlp_layer_types {kinds!r}: expected 'dense' or 'sparse' for each of {layers} layers"
-        )
-    return tuple(kind == "dense" for kind in kinds[:layers])
+    kinds, first, layers = c["mlp_layer_types"], c["first_k_dense_replace"], c["num_hidden_layers"]
+    if kinds is not None:
+        return tuple(kind == "dense" for kind in kinds[:layers])
+    if first is None:
+        raise UsageError(f"{where} has neither first_k_dense_replace nor mlp_layer_types: say which layers are dense")
+    return tuple(i < first for i in range(layers))

@@ -33,10 +33,14 @@ class MoeMlp:
         self.ops, self.config = ops, config
         self.gate = load.weight("linear.w", prefix + "gate.weight", n, hidden)
         self.bias = load.array(prefix + "gate.e_score_correction_bias", n, dtype="float32")
-        each = [f"{prefix}experts.{e}." for e in range(n)]
-        names = [(e + "gate_proj.weight", e + "up_proj.weight") for e in each]
-        self.w13 = load.stacked("moe_layer.w13", (n, 2 * width, hidden), names)
-        self.w2 = load.stacked("moe_layer.w2", (n, hidden, width), [(e + "down_proj.weight",) for e in each])
+        if load.source.holds(prefix + "experts.gate_up_proj"):  # as transformers holds them, and may save them
+            self.w13 = load.weight("moe_layer.w13", prefix + "experts.gate_up_proj", n, 2 * width, hidden)
+            self.w2 = load.weight("moe_layer.w2", prefix + "experts.down_proj", n, hidden, width)
+        else:
+            each = [f"{prefix}experts.{e}." for e in range(n)]
+            names = [(e + "gate_proj.weight", e + "up_proj.weight") for e in each]
+            self.w13 = load.stacked("moe_layer.w13", (n, 2 * width, hidden), names)
+            self.w2 = load.stacked("moe_layer.w2", (n, hidden, width), [(e + "down_proj.weight",) for e in each])
         names13 = [prefix + "shared_experts.gate_proj.weight", prefix + "shared_experts.up_proj.weight"]
         self.shared13 = load.joined("moe_layer.shared13", (2 * shared, hidden), names13)
         self.shared2 = load.weight("moe_layer.shared2", prefix + "shared_experts.down_proj.weight", hidden, shared)

@@ -60,7 +60,7 @@ class Glm5:
         self.lm_head = load.weight("linear.w", head, config.vocab_size, hidden)
         mtp = f"model.layers.{config.num_hidden_layers}."
         self.mtp = None
-        if config.has_mtp and source.has(mtp + "eh_proj.weight"):
+        if config.has_mtp and source.holds(mtp):
             block = Block(binding, config, load, config.num_hidden_layers, dense=False, full=True)
             self.mtp = Mtp(binding, config, load, mtp, block)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts, recorded
+from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts, note, recorded
 from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config
 from porthal.model.generate import generate
@@ -27,9 +28,50 @@ def load(
         raise UsageError(f"dtype is {dtype!r}: expected one of {', '.join(FLOATS)}")
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
+    config, source = opened(path)
+    return Glm5(config, source, binding or bind(profile=profile(config, dtype, block_size)), dtype, block_size)
+
+
+def opened(path: str | Path) -> tuple[Config, Checkpoint]:
+    """A directory's config and tensors, each of which a model reads or is known to do without, which is said.
+
+    Judged by the headers, before anything large is read. UsageError names a tensor that is missing, not as expected, not
+    used, or other than the one that is used in its place.
+    """
     config = Config.read(path)
     source = Checkpoint(path, config.fp8_block)
-    return Glm5(config, source, binding or bind(profile=profile(config, dtype, block_size)), dtype, block_size)
+    recorded(lambda ops: Glm5(config, source, ops))  # asks for every tensor that a model reads
+    layers, embed, head = config.num_hidden_layers, "model.embed_tokens.weight", "lm_head.weight"
+    mtp, main = f"model.layers.{layers}.", embed if config.tie_word_embeddings else head
+    copies = {mtp + "embed_tokens.weight": embed, mtp + "shared_head.head.weight": main, head: main}
+    skipped = {
+        f"model.layers.{i}.self_attn.indexer.": "their layers share the selection of a layer below"
+        for i in range(layers)
+        if config.indexer_types[i] == "shared"
+    }
+    if not config.has_mtp:
+        skipped[mtp] = "num_nextn_predict_layers is 0"
+    without: Counter[str] = Counter()
+    unused = []
+    for name in source.unasked():
+        why = next((why for prefix, why in skipped.items() if name.startswith(prefix)), "")
+        if not why and name in copies:
+            if not source.equal(name, copies[name], (config.vocab_size, config.hidden_size)):
+                raise UsageError(f"{path}: {name!r} differs from {copies[name]!r}, which porthal uses in its place")
+            why = "they repeat the embedding or the head"
+        if why:
+            without[why] += 1
+        else:
+            unused.append(name)
+    if unused:
+        more = f" and {len(unused) - 1} more" if unused[1:] else ""
+        raise UsageError(
+            f"{path} has tensor {unused[0]!r}{more}, of which a model with this config.json makes no use: "
+            "correct config.json, or remove what is left over"
+        )
+    for why, count in without.items():
+        note(f"{path}: {count} tensors are not used, since {why}")
+    return config, source
 
 
 def trace(

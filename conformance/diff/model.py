@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 from porthal.conformance.diff.lockstep import Call, Halt, Lockstep, binding
 from porthal.conformance.judgement.saved import save
 from porthal.hal import Binding
-from porthal.model.checkpoint import Checkpoint
-from porthal.model.config import Config
 from porthal.model.generate import generate
 from porthal.model.glm5 import Glm5
-from porthal.model.load import DEMO
+from porthal.model.load import DEMO, opened
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -41,9 +39,10 @@ def lockstep(
     Both continue with the reference's tokens, whatever the backend would choose. Local results are judged at the level
     "bring-up". Raises UsageError for a directory without a model, and for tokens that are missing, too many or bad.
     """
-    config = replace(Config.read(model), eos_token_id=())  # an end of text does not end the comparison
+    config, source = opened(model)
+    config = replace(config, eos_token_id=())  # an end of text does not end the comparison
     both = Lockstep(theirs)
-    loaded = Glm5(config, Checkpoint(model, config.fp8_block), binding(both), dtype)
+    loaded = Glm5(config, source, binding(both), dtype)
     _label(loaded, both)
     halted = False
     try:

@@ -189,8 +189,8 @@ class Training(backend_class("torch")):  # type: ignore[misc]
 class Tensors(dict[str, Array]):
     """A source of tensors in memory; one that is missing is drawn from a seed of its own, whatever the order."""
 
-    def has(self, name: str) -> bool:
-        return not name.endswith("_scale_inv")
+    def holds(self, prefix: str) -> bool:
+        return not prefix.endswith("experts.gate_up_proj")  # drawn one by one, as published
 
     def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
         if name not in self:

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from porthal import Binding, UsageError
 from porthal.model import Config, Glm5, load
+from porthal.model.config import KEYS, QUANTIZATION, ROPE
 from porthal.model.generate import generate
 from tests.checkpoints import Tensors, variant
-from tests.oracles import tiny
+from tests.oracles import published, tiny
 from tests.oracles.tiny import PROMPT
 
 Q_A = "model.layers.1.self_attn.q_a_proj.weight"
@@ -71,7 +75,7 @@ def test_config_in_another_encoding(tmp_path: Path) -> None:
         ({"attention_bias": True}, ("attention_bias = True", "False only")),
         ({"indexer_rope_interleave": False}, ("indexer_rope_interleave = False", "True only")),
         ({"norm_topk_prob": False}, ("norm_topk_prob = False", "True only")),
-        ({"quantization_config": {"quant_method": "awq"}}, ("quant_method 'awq'", "block-scaled 'fp8'")),
+        ({"quantization_config": {"quant_method": "awq"}}, ("quantization_config.quant_method = 'awq'", "'fp8' only")),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, ("[0, 128]", "two")),
         ({"hidden_size": "96"}, ("hidden_size = '96'", "expected a whole number")),
         ({"hidden_size": None}, ("hidden_size = None", "expected a whole number")),
@@ -82,11 +86,11 @@ def test_config_in_another_encoding(tmp_path: Path) -> None:
         ({"rms_norm_eps": "small"}, ("rms_norm_eps = 'small'", "expected a number above 0")),
         ({"latent_norm_eps": 0}, ("latent_norm_eps = 0", "expected a number above 0")),
         ({"rope_parameters": {"rope_theta": None}}, ("rope_theta = None", "expected a number above 0")),
-        ({"indexer_types": ["full"]}, ("indexer_types ['full']", "4 layers")),
-        ({"indexer_types": ["shared", "full", "full", "full"]}, ("indexer_types ['shared',", "the first full")),
+        ({"indexer_types": ["full"]}, ("indexer_types = ['full']", "4 layers")),
+        ({"indexer_types": ["shared", "full", "full", "full"]}, ("indexer_types = ['shared',", "the first full")),
         ({"indexer_types": ["full", "half", "full", "full"]}, ("'half'", "'full' or 'shared'")),
-        ({"indexer_types": "full"}, ("indexer_types 'full'", "'full' or 'shared'")),
-        ({"mlp_layer_types": ["dense"]}, ("mlp_layer_types ['dense']", "4 layers")),
+        ({"indexer_types": "full"}, ("indexer_types = 'full'", "'full' or 'shared'")),
+        ({"mlp_layer_types": ["dense"]}, ("mlp_layer_types = ['dense']", "4 layers")),
         ({"mlp_layer_types": ["dense", "sparse", "moe", "sparse"]}, ("'moe'", "'dense' or 'sparse'")),
     ],
 )
@@ -97,11 +101,49 @@ def test_config_that_is_not_supported(changed: dict[str, Any], parts: tuple[str,
 @pytest.mark.parametrize("key", ["vocab_size", "q_lora_rank", "n_routed_experts", "max_position_embeddings"])
 def test_config_without_a_key(key: str) -> None:
     raw = {name: value for name, value in tiny.CONFIG.items() if name != key}
-    refusal(lambda: Config.parse(raw, "config.json"), f"config.json has {key} = None", "expected a whole number")
+    refusal(lambda: Config.parse(raw, "config.json"), f"config.json has no {key}", "expected a whole number")
 
 
-def test_every_unknown_key_is_ignored() -> None:
-    assert Config.parse({**tiny.CONFIG, "transformers_version": "5.0"}) == Config.parse(tiny.CONFIG)
+def test_config_that_does_not_say_which_layers_are_dense() -> None:
+    raw = {name: value for name, value in tiny.CONFIG.items() if name != "first_k_dense_replace"}
+    refusal(lambda: Config.parse(raw, "config.json"), "neither first_k_dense_replace nor mlp_layer_types")
+    refusal(lambda: Config.parse({**raw, "mlp_layer_types": None}, "config.json"), "neither first_k_dense_replace")
+
+
+@pytest.mark.parametrize("base", [published.GLM5, published.GLM52])
+@pytest.mark.parametrize("quantization", [None, published.FP8])
+def test_published_configs(base: dict[str, Any], quantization: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.parse({**base, "quantization_config": quantization})
+    full = [i for i, kind in enumerate(config.indexer_types) if kind == "full"]
+    assert full == (sorted(published.FULL) if base is published.GLM52 else list(range(78)))
+    assert [i for i, dense in enumerate(config.dense) if dense] == [0, 1, 2]
+    assert config.rope_theta == (8e6 if base is published.GLM52 else 1e6)
+    assert config.fp8_block == (quantization and (128, 128))
+    assert not caplog.records  # no key is unknown
+
+
+def test_unknown_keys_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    raw = {**tiny.CONFIG, "swiglu_limit": 10.0, "sliding_window": None, "quantization_config": {**published.FP8, "bits": 8}}
+    for _ in range(2):
+        assert Config.parse(raw, "here") == Config.parse({**tiny.CONFIG, "quantization_config": published.FP8})
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("here has swiglu_limit, quantization_config.bits, unknown to porthal and not used")
+
+
+WORDS = st.text(max_size=4) | st.sampled_from([*ROPE, *QUANTIZATION])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from([*KEYS]), value=JSON)
+def test_any_value_gives_a_config_or_a_sentence_that_names_its_key(key: str, value: Any) -> None:
+    try:
+        Config.parse({**tiny.CONFIG, **tiny.GLM52, key: value}, "config.json")
+    except UsageError as error:
+        assert (key in str(error) or key == "num_hidden_layers") and "\n" not in str(error)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -139,8 +181,8 @@ def test_wrong_kind_of_numbers(checkpoints: dict[str, Path], reference: Binding,
 
 
 def test_fp8_scale_of_wrong_shape(checkpoints: dict[str, Path], reference: Binding, tmp_path: Path) -> None:
-    scale = {Q_A + "_scale_inv": np.ones((56, 96), np.float32)}
-    broken = changed_tensors(checkpoints, tmp_path, reference, lambda tensors: tensors.update(scale))
+    fp8 = {Q_A: np.zeros((56, 96), ml_dtypes.float8_e4m3fn), Q_A + "_scale_inv": np.ones((56, 96), np.float32)}
+    broken = changed_tensors(checkpoints, tmp_path, reference, lambda tensors: tensors.update(fp8))
     refusal(broken, f"'{Q_A}_scale_inv' has shape [56, 96]", "expected [1, 1]")
 
 

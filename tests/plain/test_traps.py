@@ -137,7 +137,7 @@ def test_indexer_types_win_over_the_rule(
 
 def test_rule_where_indexer_types_are_absent() -> None:
     published = {**CONFIG, **GLM52, "num_hidden_layers": 78, "index_topk_freq": 4, "index_skip_topk_offset": 3}
-    del published["indexer_types"], published["mlp_layer_types"]
+    del published["indexer_types"], published["mlp_layer_types"], published["layer_types"]
     types = Config.parse(published).indexer_types
     assert [i for i, kind in enumerate(types) if kind == "full"] == [0, 1, 2, *range(6, 78, 4)]
     assert set(Config.parse({**CONFIG, "num_hidden_layers": 78}).indexer_types) == {"full"}
