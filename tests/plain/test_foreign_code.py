@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +18,7 @@ import pytest
 
 from porthal import conformance
 from porthal.cli.app import app
-from porthal.hal import discovery
+from porthal.model.load import profile
 from tests.oracles import tiny
 from tests.plugins import EMPTY, announce, install, installed
 
@@ -31,6 +31,7 @@ RAISES, EXITS, NOTHING, SEVEN, PRINTS = (
     "print('banner')",
 )
 FAULTS = {"raises": RAISES, "exits": EXITS, "nothing": NOTHING, "seven": SEVEN, "prints": PRINTS}
+PROFILE = cache(profile)
 Run = Callable[..., tuple[int, str, str]]
 TOKEN = "rms_norm,T=1,H=7,0"
 
@@ -42,6 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name, raising=False)
     for name in ("run", "replay"):
         monkeypatch.setattr(conformance, name, partial(getattr(conformance, name), isolate=False), raising=False)
+    monkeypatch.setattr("porthal.model.load.profile", PROFILE)
 
     def call(*args: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:
