@@ -93,10 +93,11 @@ def test_of_a_report(run, report: Path, tmp_path: Path, damage: str) -> None:
 def test_of_a_run_to_continue(run, tmp_path: Path, damage: str) -> None:
     DAMAGES[damage](tmp_path / "bad.jsonl")
     answer = run("conform", "--op", "add", "--dtype", "float32", "--resume", tmp_path / "bad.jsonl")
-    if damage in ("empty", "truncated"):  # a run that was stopped as it began: all of it is still to do
+    if damage == "empty":  # a run that was stopped as it began: all of it is still to do
         assert answer[0] == 0
     else:
         refused(answer, tmp_path / "bad.jsonl")
+        assert damage == "a folder" or damage == "unreadable" or (tmp_path / "bad.jsonl").stat().st_size > 1  # as it was
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_of_waivers(run, chip: Path, damage: str) -> None:
     DAMAGES[damage](chip / "waivers.toml")
     answer = run("conform", "--op", "add", "--dtype", "float32", "--backend", "chip")
     if damage == "empty":
-        assert answer[0] == 2 and answer[1]  # nothing of its own was tested
+        assert answer[1].startswith("chip (hardware)")
     else:
         refused(answer, chip / "waivers.toml")
 
