@@ -266,6 +266,16 @@ def test_an_interrupt_is_quiet(run, monkeypatch):
     assert run("backends") == (130, "", "")
 
 
+@pytest.mark.parametrize("command", [["conform", "--op", "add"], ["replay", "add,T=1,H=7,0"]])
+def test_conformance_tests_the_backend_itself(run, monkeypatch, command):
+    """What the policy takes from elsewhere would be neither tested nor said."""
+    here(monkeypatch)
+    monkeypatch.setenv("PORTHAL_OPS", "add=torch")
+    code, out, err = run(*command, "--backend", "reference")
+    assert (code, out) == (2, "")
+    assert err == "porthal: PORTHAL_OPS is 'add=torch', but conformance tests every kernel of reference itself: unset it\n"
+
+
 # -- terminals -------------------------------------------------------------------------------------------------------
 
 
