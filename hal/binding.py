@@ -51,7 +51,7 @@ class Binding:
     choices: Mapping[str, Choice]
 
     def __init__(self, backend: Backend, choices: Mapping[str, Choice], kernels: Mapping[str, Kernel]) -> None:
-        services = {name: getattr(backend, name) for name in SERVICES}
+        services = {name: _answering(backend, name) for name in SERVICES}
         vars(self).update(services, backend=backend, choices=choices, _kernels=kernels)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -86,6 +86,18 @@ class Binding:
 
     def summary(self) -> str:
         return ", ".join(f"{n} {word}" for word, n in self.counts().items() if n or word in ("own", "inherited"))
+
+
+def _answering(backend: Backend, name: str) -> Function:
+    """A service, refused where it gives nothing: what then failed would name anything but the backend."""
+    service = getattr(backend, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (made := service(*args, **kwargs)) is None:
+            raise Unavailable(f"{backend}: {name} returned None")
+        return made
+
+    return call
 
 
 def bind(

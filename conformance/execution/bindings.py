@@ -9,7 +9,19 @@ from typing import Any
 
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.execution.traits import verify
-from porthal.hal import Backend, Batch, Binding, CallSpec, Choice, Operand, UsageError, bind, contracts, recorded
+from porthal.hal import (
+    Backend,
+    Batch,
+    Binding,
+    CallSpec,
+    Choice,
+    Operand,
+    UsageError,
+    bind,
+    contracts,
+    recorded,
+    running,
+)
 from porthal.hal.binding import VIA
 
 
@@ -38,7 +50,8 @@ class Bindings:
     def __init__(self, backend: Backend) -> None:
         if rules := os.environ.get("PORTHAL_OPS"):
             raise UsageError(f"PORTHAL_OPS is {rules!r}, but conformance tests every kernel of {backend} itself: unset it")
-        verify(backend)
+        with running(backend):
+            verify(backend)
         self.backend = backend
         self._known: dict[Any, Bound] = {}
 

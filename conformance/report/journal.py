@@ -31,11 +31,13 @@ class Journal:
             "sources": dict(facts.sources),
             "contracts": {name: c.version for name, c in contracts().items()},
         }
-        text = file.read_text(encoding="utf-8") if resume and file.exists() else ""
+        text = _text(file) if resume and file.exists() else ""
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):  # the line that was being written when the run was stopped
             lines.pop()
         self.known: dict[str, Result] = {}
+        if not lines and not json.dumps(head).startswith(text):
+            raise _no_journal(file)
         if lines:
             _check(file, _parsed(file, lines[0]), head)
             found = [_parsed(file, line) for line in lines[1:]]
@@ -58,13 +60,24 @@ class Journal:
         self._file.close()
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise _no_journal(file) from None
+
+
+def _no_journal(file: Path) -> UsageError:
+    return UsageError(f"{file} is not the journal of a conformance run: give the file of a stopped run, or a new name")
+
+
 def _parsed(file: Path, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UsageError(f"{file} is not the journal of a conformance run: give the file of a stopped run, or a new name")
+        raise _no_journal(file)
     return value
 
 

@@ -63,8 +63,14 @@ def waivers(backend: Backend) -> tuple[Waiver, ...]:
     package = type(backend).__module__.rpartition(".")[0]
     if not package:
         return ()
-    file = resources.files(package) / FILE
-    return parse(file.read_text(encoding="utf-8"), f"{package}/{FILE}") if file.is_file() else ()
+    where = f"{package}/{FILE}"
+    try:
+        text = (resources.files(package) / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {where}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+    return parse(text, where)
 
 
 def parse(text: str, where: str = FILE) -> tuple[Waiver, ...]:

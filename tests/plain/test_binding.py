@@ -214,6 +214,11 @@ def test_composites_can_be_taken_apart_by_policy(monkeypatch: pytest.MonkeyPatch
         ("PORTHAL_OPS", "tokp=reference", "unknown op 'tokp' .*did you mean 'topk'"),
         ("PORTHAL_OPS", "topk", "PORTHAL_OPS has 'topk': write op=backend"),
         ("PORTHAL_OPS", "topk=nowhere", "unknown backend 'nowhere'"),
+        ("PORTHAL_OPS", "=cpu", "PORTHAL_OPS has '=cpu': write op=backend"),
+        ("PORTHAL_OPS", "topk=reference,", "PORTHAL_OPS has '': write op=backend"),
+        ("PORTHAL_OPS", "topk=torch, topk=reference", "PORTHAL_OPS has topk=torch and topk=reference: expected one of them"),
+        ("PORTHAL_OPS", "topk=reference:1", "reference has no device '1': expected 'reference' alone"),
+        ("PORTHAL_CHECK", "yes", "PORTHAL_CHECK is 'yes': expected 1 to check every call, or 0"),
         ("PORTHAL_FALLBACK", "elsewhere", "unknown backend 'elsewhere'"),
     ],
 )

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from porthal.conformance import replay
 from porthal.conformance.cases.inputs import Inputs, build
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.judgement import golden_cache as cache
 from porthal.conformance.judgement.golden import Golden
-from porthal.hal import Weight, contracts
+from porthal.hal import UsageError, Weight, contracts
 
 
 @pytest.fixture
@@ -144,9 +145,8 @@ def test_what_is_used_least_goes_first(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("PORTHAL_CACHE", str(tmp_path / "file" / "golden"))
+def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTHAL_CACHE", "/proc/porthal/golden")
     monkeypatch.setattr(cache, "WORTH", 0.0)
     assert Golden(inputs("rms_norm")).spread()["y"].value.shape == (7, 96)
 
@@ -157,6 +157,16 @@ def test_where_entries_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.folder() == Path("/a/porthal/golden")
     monkeypatch.setenv("PORTHAL_CACHE", "/b")
     assert cache.folder() == Path("/b")
+
+
+@pytest.mark.parametrize("name", ["file", "file/golden"])
+def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PORTHAL_CACHE", str(tmp_path / name))
+    with pytest.raises(UsageError, match=r"^PORTHAL_CACHE is '.*', which is or lies in a file: expected a folder, "):
+        cache.folder()
+    with pytest.raises(UsageError, match=r"^PORTHAL_CACHE is "):  # before the first case
+        replay("add,T=1,H=7,0", "reference")
 
 
 def test_what_is_small_stays_in_memory_and_the_oldest_goes(
