@@ -38,18 +38,18 @@ def verify(backend: Backend) -> None:
     if traits.mutable:
         try:
             whole = backend.from_numpy(np.zeros(8, np.float32))
-            part = backend.write(whole[2:6], backend.from_numpy(ones))
+            part = backend.write(whole[2:6].reshape(2, 2), backend.from_numpy(ones.reshape(2, 2)))
             there, held = (np.array(backend.to_numpy(x)) for x in (part, whole))
         except Exception as error:
             raise UsageError(
                 f"{backend} cannot write into its own arrays ({message_of(error)}): state traits = Traits(mutable=False, "
                 f"views_alias=False, ...) in {name}, or override `write`"
             ) from error
-        if not np.array_equal(there, ones):
-            raise UsageError(f"`write` of {backend} gave {there.tolist()} for {ones.tolist()}: it must return what it wrote")
+        if not np.array_equal(there, ones.reshape(2, 2)):
+            raise UsageError(f"`write` of {backend} gave {there.tolist()} for {ones.reshape(2, 2).tolist()}: it must return what it wrote")
         if traits.views_alias != bool(held[2:6].all()):
             raise UsageError(
-                f"slices of the arrays of {backend} {'are copies' if traits.views_alias else 'share memory'}: state "
+                f"slices of the arrays of {backend}, reshaped, {'are copies' if traits.views_alias else 'share memory'}: state "
                 f"traits = Traits(views_alias={not traits.views_alias}, ...) in {name}"
             )
     if traits.strides:
