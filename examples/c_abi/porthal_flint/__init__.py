@@ -10,5 +10,5 @@ LIBRARY = Path(__file__).with_name("libflint.so")
 
 def probe():
     if not LIBRARY.exists():
-        return Probe("not here", f"{LIBRARY} is not built: run sh build.sh in the folder of its device.c")
+        return Probe("not here", f"{LIBRARY} is not built: run sh build.sh beside device.c")
     return Probe("available")

@@ -62,7 +62,8 @@ class Array:
     def __getitem__(self, key):
         keys = key if isinstance(key, tuple) else (key,)
         address, shape, steps = self.address, [], []
-        for size, step, k in zip(self.shape, self.steps, (*keys, *[slice(None)] * (len(self.shape) - len(keys)))):
+        every = (*keys, *[slice(None)] * (len(self.shape) - len(keys)))
+        for size, step, k in zip(self.shape, self.steps, every, strict=True):
             at = range(size)[k]
             if isinstance(k, slice):
                 address += at.start * step
@@ -164,6 +165,13 @@ class Flint(Reference):
         y = self.empty((x.shape[0], w.native.shape[0]), x.dtype if out == "x" else out)
         device.flint_linear(x.dense(), w.native, y, *x.shape, y.shape[1], KIND[x.dtype], KIND[y.dtype])
         return y
+
+    @limits(provider="flint_copy")
+    def kv_write(self, pages, batch, first, second=None):
+        for (name, _), rows in zip(pages.spec.fields, (first, second)):
+            for t in np.flatnonzero(batch.slots >= 0):
+                copied(pages[name][batch.slots[t]], rows[t])
+        return pages
 
     @limits(provider="flint_argmax", dtypes={"logits": FLOAT})
     def argmax(self, logits):
