@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import replay
+from porthal.conformance.execution.placing import MARGIN
 from porthal.conformance.execution.traits import verify
-from porthal.hal import PagesSpec, UsageError, WeightSpec, bind, dtype, numpy_dtype
+from porthal.hal import PagesSpec, Traits, UsageError, WeightSpec, bind, dtype, numpy_dtype
 from porthal.model import load
 
 
@@ -24,20 +25,30 @@ class Box:
 
     def __getitem__(self, key: Any) -> Box:
         assert all(type(k) in (int, slice) for k in (key if isinstance(key, tuple) else (key,))), key
-        return Box(self._hidden[key])
+        return type(self)(self._hidden[key])
 
     def reshape(self, *shape: int) -> Box:
         assert all(type(size) is int and size >= 0 for size in shape), shape
-        return Box(self._hidden.reshape(shape))
+        return type(self)(self._hidden.reshape(shape))
 
     def swapaxes(self, a: int, b: int) -> Box:
         return Box(self._hidden.swapaxes(a, b))
+
+
+class Dense(Box):
+    """Slices are views where elements follow each other, and copies elsewhere; there is no swapaxes."""
+
+    swapaxes = None  # type: ignore[assignment]
+
+    def __init__(self, hidden: np.ndarray[Any, Any]) -> None:
+        super().__init__(np.ascontiguousarray(hidden).reshape(hidden.shape))
 
 
 class Boxed(Reference):
     """`from_numpy` allocates as kernels do, with `empty`."""
 
     name = "boxed"
+    box: ClassVar[type[Box]] = Box
 
     def from_numpy(self, x: Any) -> Any:
         y = self.empty(x.shape, dtype(x))
@@ -48,7 +59,7 @@ class Boxed(Reference):
         return x._hidden.copy()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Box:
-        return Box(np.empty(shape, numpy_dtype(dtype)))
+        return self.box(np.empty(shape, numpy_dtype(dtype)))
 
     def write(self, into: Box, value: Any) -> Any:
         into._hidden[...] = value._hidden
@@ -69,6 +80,12 @@ class Boxed(Reference):
         y = self.empty((x.shape[0], w.native.shape[0]), x.dtype if out == "x" else out)
         y._hidden[...] = x._hidden.astype(np.float64) @ w.native._hidden.astype(np.float64).T
         return y
+
+
+class BoxedDense(Boxed):
+    name = "boxed_dense"
+    traits = Traits(strides=False)
+    box = Dense
 
 
 TOKENS = [
@@ -94,6 +111,24 @@ def test_the_suite_asks_no_more_of_an_array(token: str) -> None:
     assert result.verdict == "PASS", result.message
 
 
+@pytest.mark.parametrize("token", TOKENS)
+def test_dense_arrays_whose_other_slices_are_copies_leave_out_views_alone(token: str) -> None:
+    result = replay(token, BoxedDense())
+    assert result.verdict == ("LEFT_OUT" if "view=" in token else "PASS"), result.message
+
+
+def test_a_kernel_on_dense_arrays_is_still_watched() -> None:
+    class Careless(BoxedDense):
+        name = "careless"
+
+        def add(self, a: Box, b: Box) -> Box:
+            y = super().add(a, b)
+            y._hidden.base[MARGIN - 1] = 1  # the element before the first
+            return y
+
+    assert replay("add,T=7,H=96,0", Careless()).verdict == "FAIL_WROTE_OUTSIDE"
+
+
 def test_a_cache_and_a_weight_lie_in_the_class_s_own_arrays_and_dtype() -> None:
     boxed = Boxed()
     pages = boxed.alloc_pages(PagesSpec((("c", 4),), "bfloat16", 2, 8))
@@ -115,15 +150,11 @@ def test_a_reshape_that_copies_is_refused() -> None:
     """Guards lie around what is cut from a longer array and reshaped: a copy would have none."""
 
     class Copying(Box):
-        def __getitem__(self, key: Any) -> Box:
-            return Copying(self._hidden[key])
-
         def reshape(self, *shape: int) -> Box:
             return Box(self._hidden.reshape(shape).copy())
 
     class Copies(Boxed):
-        def empty(self, shape: tuple[int, ...], dtype: str) -> Box:
-            return Copying(np.empty(shape, numpy_dtype(dtype)))
+        box = Copying
 
     with pytest.raises(UsageError, match=r"^slices of the arrays of boxed, reshaped, are copies: state"):
         verify(Copies())
