@@ -17,7 +17,7 @@
 
 enum { FLOAT32, BFLOAT16, KINDS };
 enum { ALIGNMENT = 64 };
-static const int64_t CAPACITY = (int64_t)8 << 30; /* reserved; only what is written takes memory of the host */
+static const int64_t CAPACITY = (int64_t)16 << 30; /* reserved; only what is written takes memory of the host */
 
 typedef struct block {
     int64_t start, bytes; /* an offset in the window */

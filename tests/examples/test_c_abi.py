@@ -246,6 +246,8 @@ def test_wrong_use_of_arrays_is_one_sentence(flint: Any) -> None:
     x = backend.from_numpy(np.zeros((2, 3), np.float32))
     with pytest.raises(UsageError, match=r"^cannot reshape \[2, 3\] to \[4\]: give sizes of the same product$"):
         x.reshape(4)
+    with pytest.raises(UsageError, match=r"^3 indices are too many for an array of shape \[2, 3\]$"):
+        x[0, 0, 0]
     with pytest.raises(UsageError, match=r"^cannot copy int32\[2, 3\] into float32\[2, 3\]$"):
         backend.write(x, backend.from_numpy(np.zeros((2, 3), np.int32)))
     with pytest.raises(UsageError, match=r"^flint has no device '1': expected 'flint' alone$"):

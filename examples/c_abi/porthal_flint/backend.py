@@ -62,8 +62,10 @@ class Array:
     def __getitem__(self, key):
         keys = key if isinstance(key, tuple) else (key,)
         address, shape, steps = self.address, [], []
+        if len(keys) > len(self.shape):
+            raise UsageError(f"{len(keys)} indices are too many for an array of shape {list(self.shape)}")
         every = (*keys, *[slice(None)] * (len(self.shape) - len(keys)))
-        for size, step, k in zip(self.shape, self.steps, every, strict=True):
+        for size, step, k in zip(self.shape, self.steps, every):
             at = range(size)[k]
             if isinstance(k, slice):
                 address += at.start * step
