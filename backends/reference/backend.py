@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,30 @@ from porthal.hal import Backend, Contract, Operand, Pages, PagesSpec, Weight, We
 
 
 class Reference(Backend):
-    """NumPy arrays in their own dtypes; weights and pages are kept widened, which is exact and saves the conversion."""
+    """NumPy arrays in their own dtypes; weights and pages are kept widened, which is exact and saves the conversion.
+
+    Not so in a class with arrays of its own: those keep their dtype, and the binding carries them to the kernels here.
+    """
+
+    @cached_property
+    def widens(self) -> bool:
+        """Whether the kernels here run on the arrays of this class."""
+        return isinstance(self.from_numpy(np.zeros(1, np.float32)), np.ndarray)
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
+        if not self.widens:
+            return super().prepare(spec, read, into)
         array = widen(np.asarray(read(slice(None))))
         return Weight(spec, array if into is None else self.write(into.native, array))
 
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
-        wide = {name: widen(np.asarray(value)) for name, value in arrays.items()}
-        return super().from_logical(spec, wide, into)
+        if self.widens:
+            arrays = {name: widen(np.asarray(value)) for name, value in arrays.items()}
+        return super().from_logical(spec, arrays, into)
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
+        if not self.widens:
+            return super().alloc_pages(spec)
         return Pages(spec, {name: np.zeros((spec.slots, width)) for name, width in spec.fields})
 
     def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:

@@ -89,8 +89,9 @@ def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any
     if view == "columns" and x.ndim:
         width = x.shape[-1]
         parent = filled((*x.shape[:-1], width + 5), dtype(x))
-        parent[..., 3 : 3 + width] = x
-        return parent, lambda a: a[..., 3 : 3 + width]
+        columns = (*[slice(None)] * (x.ndim - 1), slice(3, 3 + width))
+        parent[columns] = x
+        return parent, lambda a: a[columns]
     if view == "rows":
         parent = filled((2 * len(x) + 1, *x.shape[1:]), dtype(x))
         parent[1::2] = x
@@ -109,10 +110,9 @@ def spreads(value: Any) -> bool:
 
 def _far(binding: Binding, x: Array) -> Any:
     """x with its last row 2 GiB behind the first: only the rows themselves are touched."""
-    width = prod(x.shape[1:])
-    step = max(width, -(-(2**31) // (x.dtype.itemsize * (len(x) - 1))))
+    rows = -(-(2**31) // (max(x[0].nbytes, 1) * (len(x) - 1)))  # from one to the next
     try:
-        view = binding.backend.empty((len(x), step), dtype(x))[:, :width].reshape(x.shape)
+        view = binding.backend.empty((len(x), rows, *x.shape[1:]), dtype(x))[:, 0]
     except (MemoryError, RuntimeError) as error:
         raise NotClaimed(f"rows 2 GiB apart do not fit on {binding.backend}: {message_of(error)}") from None
     return binding.backend.write(view, binding.from_numpy(x.copy()))
@@ -138,17 +138,28 @@ def poisoned(backend: Backend) -> Iterator[list[Watch]]:
     def empty(shape: tuple[int, ...], dtype: str) -> Any:
         n = prod(shape)
         if not backend.traits.views_alias:
-            return backend.from_numpy(filled(shape, dtype))
+            return placed(filled(shape, dtype))
         before = filled((n + 2 * MARGIN,), dtype)
-        whole = backend.from_numpy(before.copy())
+        whole = placed(before.copy())
         blocks.append(Watch("memory beside an output", whole, {"": before}, slice(MARGIN, MARGIN + n)))
-        return whole[MARGIN : MARGIN + n].reshape(shape)
+        return whole[MARGIN : MARGIN + n].reshape(*shape)
 
-    own = vars(backend).get("empty")
-    backend.empty = empty  # type: ignore[method-assign]
+    def placed(x: Array) -> Any:
+        """On the backend, whose `from_numpy` may call its `empty`."""
+        use(before_us)
+        try:
+            return backend.from_numpy(x)
+        finally:
+            use(empty)
+
+    def use(allocate: Callable[..., Any] | None) -> None:
+        vars(backend).pop("empty", None)
+        if allocate:
+            backend.empty = allocate  # type: ignore[method-assign]
+
+    before_us = vars(backend).get("empty")
+    use(empty)
     try:
         yield blocks
     finally:
-        del backend.empty
-        if own:
-            backend.empty = own  # type: ignore[method-assign]
+        use(before_us)

@@ -34,11 +34,11 @@ def unchecked(backend: Backend) -> list[str]:
 def verify(backend: Backend) -> None:
     """UsageError where the arrays are not what the traits say: a wrong trait would make right kernels look wrong."""
     traits, name = backend.traits, type(backend).__name__
-    ones = np.ones(4, np.float32)
+    ones = np.ones((2, 2), np.float32)
     if traits.mutable:
         try:
             whole = backend.from_numpy(np.zeros(8, np.float32))
-            part = backend.write(whole[2:6], backend.from_numpy(ones))
+            part = backend.write(whole[2:6].reshape(2, 2), backend.from_numpy(ones))
             there, held = (np.array(backend.to_numpy(x)) for x in (part, whole))
         except Exception as error:
             raise UsageError(
@@ -49,12 +49,12 @@ def verify(backend: Backend) -> None:
             raise UsageError(f"`write` of {backend} gave {there.tolist()} for {ones.tolist()}: it must return what it wrote")
         if traits.views_alias != bool(held[2:6].all()):
             raise UsageError(
-                f"slices of the arrays of {backend} {'are copies' if traits.views_alias else 'share memory'}: state "
+                f"slices of the arrays of {backend}, reshaped, {'are copies' if traits.views_alias else 'share memory'}: state "
                 f"traits = Traits(views_alias={not traits.views_alias}, ...) in {name}"
             )
     if traits.strides:
         try:
-            shape = tuple(backend.broadcast(backend.from_numpy(ones[None])[:, ::2].swapaxes(0, 1)[:1], (3, 1)).shape)
+            shape = tuple(backend.broadcast(backend.from_numpy(ones.reshape(1, 4))[:, ::2].swapaxes(0, 1)[:1], (3, 1)).shape)
         except Exception as error:
             raise UsageError(
                 f"the arrays of {backend} have no views with strides ({message_of(error)}): state "

@@ -13,7 +13,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.discrepancies import named_for
 from porthal.conformance.level import BRING_UP
 from porthal.conformance.verdicts import NEUTRAL, UNTESTED, Judgement
-from porthal.hal import Choice
+from porthal.hal import Choice, emulatable
 
 LARGEST = 1e300  # written for an infinite figure
 REFUSAL = "refusal"
@@ -185,5 +185,6 @@ def _finite(x: float) -> float:
 def replay_command(token: str, backend: str, level: str = BRING_UP.name, place: str = "hardware") -> str:
     """The command that repeats a case: same backend, same strictness, same device."""
     options = "" if level == BRING_UP.name else f" --level {level}"
-    options += " --emulated" if place == "emulated device" else ""
+    if place == "emulated device" and backend.partition(":")[0] in emulatable():  # else its own library imitates it
+        options += " --emulated"
     return f"porthal replay '{token}' --backend {backend}{options}"

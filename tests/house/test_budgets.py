@@ -10,7 +10,7 @@ def test_every_folder_of_tests_has_a_budget():
 
 
 def test_budgets_leave_room_for_what_is_planned():
-    assert sum(BUDGETS.values()) <= 0.4 * FORMERLY
+    assert sum(BUDGETS.values()) <= 0.45 * FORMERLY
     assert set(PLANNED) == {"collectives", "benchmarks", "low precision", "CUDA", "ONNX"}
     assert sum(BUDGETS.values()) + sum(PLANNED.values()) <= 0.6 * FORMERLY
 

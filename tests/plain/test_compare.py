@@ -248,6 +248,8 @@ def test_replay_commands_name_level_and_emulation():
     assert replay_command(token, "ascend:0", "standard", "emulated device") == (
         f"porthal replay '{token}' --backend ascend:0 --level standard --emulated"
     )
+    simulated = replay_command(token, "mychip", place="emulated device")  # by its vendor's library, not by a module of ours
+    assert simulated == f"porthal replay '{token}' --backend mychip"
 
 
 def test_a_level_decides_what_replay_says():

@@ -70,11 +70,6 @@ class Functional(Reference):
     def refuses_array(self, x: Any) -> str | None:
         return None if isinstance(x, Value) else f"{type(x).__name__}, expected a Value"
 
-    def prepare(self, spec: Any, read: Any, into: Any = None) -> Weight:
-        return Backend.prepare(self, spec, read, into)
-
-    from_logical, to_logical, alloc_pages = Backend.from_logical, Backend.to_logical, Backend.alloc_pages
-
     def rms_norm(self, x: Any, weight: Any, *, eps: float) -> Any:
         wide = x._x.astype(np.float64)
         y = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + eps) * weight._x.astype(np.float64)
