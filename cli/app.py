@@ -23,7 +23,9 @@ from porthal.cli.options import (
     EmulatedFlag,
     JsonFlag,
     LevelOption,
+    MemoryOption,
     ModelOption,
+    TimeoutOption,
     WorkersOption,
     dtype_of,
 )
@@ -271,8 +273,8 @@ def conform(
         Path | None, typer.Option("--resume", metavar="FILE", help="keep each verdict there, and continue from those kept")
     ] = None,
     workers: WorkersOption = WORKERS,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="for one case")] = 300,
-    memory: Annotated[float, typer.Option(metavar="GIB", help="for one case, in a worker")] = 3,
+    timeout: TimeoutOption = 300,
+    memory: MemoryOption = 3,
     properties: Annotated[
         int, typer.Option("--properties", metavar="N", min=0, help="also draw N cases per op; needs hypothesis")
     ] = 0,
@@ -385,24 +387,27 @@ def replay(
         Path | None,
         typer.Option("--save", metavar="DIR", help="also write its arrays as case.npz, with a script that needs no porthal"),
     ] = None,
+    timeout: TimeoutOption = 300,
+    memory: MemoryOption = 3,
 ) -> int:
     """Run exactly one call again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
     from porthal.conformance import replay as replayed
     from porthal.conformance.judgement import saved
+    from porthal.conformance.runner.workers import Bounds
 
     name = _tested(backend, emulated)
     inputs = saved.call(call) if save or call.endswith(".npz") else None
     got: dict[str, Any] = {}
     heard = {"returned": got.update} if save else {}
     with stoppable():
-        result = replayed(inputs or call, name, level.value, emulated=emulated, **heard)
+        result = replayed(inputs or call, name, level.value, emulated=emulated, bounds=Bounds(1, timeout, memory), **heard)
     print(result.explain())
     if save and result.verdict == "NOT_JUDGED":
         text.note("nothing is saved, because the call cannot be judged")
     elif save and inputs:
         where = name + " (emulated device)" * emulated
         _note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
-    return 1 if result.failed else 0 if result.tested else 2
+    return 1 if result.failed else 0 if result.tested or result.verdict == "WAIVED" else 2
 
 
 @app.command()

@@ -55,6 +55,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
 EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
 WORKERS = min(2, os.cpu_count() or 1)
 WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="for one case")]
+MemoryOption = Annotated[float, typer.Option("--memory", metavar="GIB", help="for one case, in a worker")]
 LevelOption = Annotated[
     Level,
     typer.Option(

@@ -61,9 +61,7 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
     except (NotClaimed, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too must not end the run
-        if _lacks_memory(error):
-            raise Failed("CRASH", f"out of memory: {raised(error)}") from error
-        return Outcome(error=raised(error))
+        return Outcome(error=_told(error))
     flushes = binding.backend.traits.flushes_denormals
     return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
 
@@ -82,7 +80,7 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return Outcome(error=f"among other rows, one of them poisoned: {raised(error)}")
+        return Outcome(error=f"among other rows, one of them poisoned: {_told(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
     trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
     return replace(outcome, moved=restored(call, moved.results, to), invariant=invariant, trespasses=trespasses)
@@ -202,7 +200,9 @@ def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
             binding.backend.write(binding.backend.empty(shape, kind), binding.from_numpy(filled(shape, kind)))
 
 
-def _lacks_memory(error: BaseException) -> bool:
-    """NumPy's and Python's error, and what PyTorch's allocators say."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+def _told(error: BaseException) -> str:
+    """What was raised, and where; Failed with CRASH where memory was lacking, in the words of NumPy and PyTorch."""
+    said, told = str(error).lower(), raised(error)
+    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        raise Failed("CRASH", f"out of memory: {told}") from error
+    return told

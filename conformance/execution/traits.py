@@ -19,7 +19,7 @@ def left_out(case: Case, backend: Backend) -> str:
     return ""
 
 
-def unchecked(backend: Backend) -> list[str]:
+def unasked(backend: Backend) -> tuple[str, ...]:
     """What no case on this backend is asked, in words."""
     found = []
     if not backend.traits.views_alias:
@@ -28,7 +28,7 @@ def unchecked(backend: Backend) -> list[str]:
         found.append("whether a result shares memory with an input, because arrays cannot be changed")
     if backend.traits.static_shapes:
         found.append("whether a row depends on one that is added, because that is a call of another shape")
-    return found
+    return tuple(found)
 
 
 def verify(backend: Backend) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from porthal.conformance.execution.traits import unasked
 from porthal.conformance.report.waivers import Waiver, waivers
 from porthal.hal import Backend
 from porthal.hal.errors import message_of
@@ -25,6 +26,7 @@ class Facts:
 
     device   the device and its driver, as the backend describes them
     sources  a digest of the files of porthal and of each backend that takes part
+    unasked  what no case is asked there, because of what the backend's arrays are like
     """
 
     backend: str
@@ -34,6 +36,7 @@ class Facts:
     providers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
+    unasked: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, backend: Backend, providers: Mapping[str, tuple[str, ...]] | None = None) -> Facts:
@@ -45,6 +48,7 @@ class Facts:
             providers or {},
             _described(backend),
             sources(type(backend)),
+            unasked(backend),
         )
 
 

@@ -126,6 +126,7 @@ def _badges(report: Report, results: Sequence[Result]) -> list[Badge]:
         Badge("other", "!", refused, f"{refused} wrong calls, refused before any kernel"),
         Badge("waived", "W", count["WAIVED"], f"{count['WAIVED']} waived"),
         Badge("unclaimed", "–", count["UNCLAIMED"], f"{count['UNCLAIMED']} not claimed"),
+        Badge("unclaimed", "·", count["LEFT_OUT"], f"{count['LEFT_OUT']} left out"),
     )
     return [badge for badge in found if badge.cases]
 
@@ -145,6 +146,7 @@ def _proofs(report: Report) -> list[tuple[str, int, str]]:
         ("failed", len(report.failures), "not as the contract says"),
         ("waived", count["WAIVED"], "with the plugin's reason"),
         ("unclaimed", count["UNCLAIMED"], "no kernel takes the call"),
+        ("left out", count["LEFT_OUT"], "say nothing of such arrays"),
     ]
 
 

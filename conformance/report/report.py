@@ -55,13 +55,22 @@ class Report:
     profile: str = "inference"
     device: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
+    unasked: tuple[str, ...] = ()
     date: str = ""
     command: str = ""
+    bounds: str = ""
     schema: int = SCHEMA
     suite: int = SUITE
 
     @classmethod
-    def of(cls, backend: Backend | Facts, level: str, results: Sequence[Result], profile: str = "inference") -> Report:
+    def of(
+        cls,
+        backend: Backend | Facts,
+        level: str,
+        results: Sequence[Result],
+        profile: str = "inference",
+        bounds: str = "",
+    ) -> Report:
         """The report of a run, with the waivers of the backend's own package applied."""
         facts = backend if isinstance(backend, Facts) else Facts.of(backend)
         results = tuple(waive(result, facts.waivers) for result in results)
@@ -80,6 +89,8 @@ class Report:
             profile=profile,
             device=facts.device,
             sources=facts.sources,
+            unasked=facts.unasked,
+            bounds=bounds,
             date=datetime.now().astimezone().isoformat(timespec="seconds"),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )
@@ -133,6 +144,12 @@ class Report:
         return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}; {how}" for why, n in notes.items()]
 
     @property
+    def left_out(self) -> list[str]:
+        """What the backend's arrays make meaningless: cases, and what no case is asked."""
+        reasons = Counter(r.message for r in self.results if r.verdict == "LEFT_OUT")
+        return [*(f"{n} left out: {why}" for why, n in reasons.items()), *(f"not asked: {what}" for what in self.unasked)]
+
+    @property
     def untaken(self) -> list[str]:
         """Which data own kernels say that they do not take."""
         messages = [r.message for r in self.results if r.verdict == "UNCLAIMED" and NOT_TAKEN in r.message]
@@ -182,7 +199,7 @@ class Report:
 
     def replay(self, result: Result) -> str:
         """The command that repeats exactly this case."""
-        return replay_command(result.token, self.backend, self.level, self.place)
+        return replay_command(result.token, self.backend, self.level, self.place, self.bounds)
 
     # -- forms -------------------------------------------------------------------------------------------------------
 
@@ -210,7 +227,7 @@ class Report:
             known = tuple(
                 Waiver(**w | {"expires": w["expires"] and date.fromisoformat(w["expires"])}) for w in data["waivers"]
             )
-            read = {"results": results, "levels": levels, "waivers": known}
+            read = {"results": results, "levels": levels, "waivers": known, "unasked": tuple(data["unasked"])}
             return cls(**{f.name: data[f.name] for f in fields(cls)} | read)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"a damaged report ({type(error).__name__}: {error}): write it again") from None
@@ -255,7 +272,7 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
+        lines += [*self.left_out, *self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 
     def _failed(self) -> Iterator[str]:

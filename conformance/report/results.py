@@ -159,7 +159,8 @@ class Row:
     def whose(self) -> str:
         """Whose kernels were tested, own first, and what was not: "12 own, 8 inherited, 2 unclaimed"."""
         tested = counted(Counter(r.status for r in self.results if r.tested))
-        return ", ".join([*filter(None, [tested]), *(f"{n} {v.lower()}" for v in UNTESTED if (n := self.verdicts[v]))])
+        others = (f"{n} {verdict.lower().replace('_', ' ')}" for verdict in UNTESTED if (n := self.verdicts[verdict]))
+        return ", ".join([*filter(None, [tested]), *others])
 
     @property
     def worst(self) -> Result:
@@ -182,9 +183,11 @@ def _finite(x: float) -> float:
     return float(np.nan_to_num(x, nan=0.0, posinf=LARGEST, neginf=-LARGEST))
 
 
-def replay_command(token: str, backend: str, level: str = BRING_UP.name, place: str = "hardware") -> str:
-    """The command that repeats a case: same backend, same strictness, same device."""
+def replay_command(
+    token: str, backend: str, level: str = BRING_UP.name, place: str = "hardware", bounds: str = ""
+) -> str:
+    """The command that repeats a case: same backend, same strictness, same device, same bounds."""
     options = "" if level == BRING_UP.name else f" --level {level}"
     if place == "emulated device" and backend.partition(":")[0] in emulatable():  # else its own library imitates it
         options += " --emulated"
-    return f"porthal replay '{token}' --backend {backend}{options}"
+    return f"porthal replay '{token}' --backend {backend}{options}{bounds}"

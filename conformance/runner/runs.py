@@ -16,6 +16,7 @@ from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.journal import Journal
 from porthal.conformance.report.report import Report
 from porthal.conformance.report.results import Result
+from porthal.conformance.report.waivers import waive, waivers
 from porthal.conformance.runner.check import Returned, check
 from porthal.conformance.runner.workers import Bounds, Pool
 from porthal.hal import Backend, UsageError, contracts, create
@@ -81,7 +82,8 @@ def run(
         settle(plan)
         plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
         drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
-    return Report.of(facts, level, [*(results[case.token] for case in plan), *drawn])
+    ran = [*(results[case.token] for case in plan), *drawn]
+    return Report.of(facts, level, ran, bounds=bounds.options if bounds else "")
 
 
 def _check_dtypes(contract: Contract, dtypes: Sequence[str]) -> None:
@@ -126,15 +128,17 @@ def replay(
     *,
     isolate: bool = True,
     emulated: bool = False,
+    bounds: Bounds | None = None,
     returned: Returned = lambda results: None,
 ) -> Result:
     """One case again, bit for bit, by its token or with given inputs; `Result.explain()` says in words what came out.
 
-    Isolated as in `run`. `returned` gets the results, where there are any.
+    Isolated and waived as in `run`, which gives the same verdict within the same `bounds`. `returned` gets the results,
+    where there are any.
     """
     case, inputs = (call.case, call) if isinstance(call, Inputs) else (Case.from_token(call), None)
     if isinstance(backend, str) and isolate:
-        with Pool(backend, level, emulated, Bounds(), 1) as pool:
-            return pool.one(case, inputs, returned)
+        with Pool(backend, level, emulated, bounds or Bounds(), 1) as pool:
+            return waive(pool.one(case, inputs, returned), pool.facts.waivers)
     bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
-    return check(case, bindings, level, inputs, returned=returned)
+    return waive(check(case, bindings, level, inputs, returned=returned), waivers(bindings.backend))

@@ -46,7 +46,10 @@ ADDRESSES = 16  # further GiB for views whose addresses are far apart and hardly
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a case may take: seconds, and GiB of memory above what its worker has after its start."""
+    """What a case may take: seconds, and GiB of memory above what its worker has when it begins.
+
+    Cases before it may have left behind as much again, which is not counted against it: a replay has the same verdict.
+    """
 
     workers: int = min(2, os.cpu_count() or 1)
     timeout: float = 300.0
@@ -56,6 +59,12 @@ class Bounds:
         for name, value in vars(self).items():
             if not value > 0:
                 raise UsageError(f"{name} is {value}: expected more than 0")
+
+    @property
+    def options(self) -> str:
+        """The options that give a replay the same bounds; "" where they are the defaults."""
+        usual, mine = vars(Bounds()), vars(self)
+        return "".join(f" --{name} {mine[name]:g}" for name in ("timeout", "memory") if mine[name] != usual[name])
 
 
 @dataclass(frozen=True)
@@ -101,14 +110,20 @@ def serve(descriptor: int, parent: int) -> None:
                 proven = Proven(backend, setup.level) if setup.reuse else None
         except PorthalError as error:
             return pipe.send(error)
-        with open("/proc/self/statm") as file:
-            held = int(file.read().split()[5]) * resource.getpagesize() / GIB
+        began = _held()
         pipe.send(facts)
         while True:
             case, inputs, wanted = pipe.recv()
+            held = min(_held(), began + setup.memory)
             _limit_memory(held + setup.memory + ADDRESSES * (case.view in (PAST_2G, FAR)))
             returned = pipe.send if wanted else lambda results: None
             pipe.send(check(case, bindings, setup.level, inputs, pipe.send, returned, proven))
+
+
+def _held() -> float:
+    """The private memory of this process, in GiB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * resource.getpagesize() / GIB
 
 
 def _limit_memory(gib: float) -> None:

@@ -421,3 +421,27 @@ def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
     again = Journal(tmp_path / "a", facts, "bring-up", resume=True)
     again.close()
     assert again.known == {case.token: result}
+
+
+KEEPS = """
+    import numpy as np
+    from porthal.backends.reference.backend import Reference
+
+    KEPT = []
+
+    class Chip(Reference):
+        def add(self, a, b):
+            KEPT.append(np.empty({n}))  # addresses count, though they are not touched
+            return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+"""
+
+
+def test_what_earlier_cases_left_behind_is_not_counted_against_a_case(install: Any) -> None:
+    """Each case keeps more than half of what the next may take; what is kept beyond that ends a worker all the same."""
+    install("keeps", KEEPS.format(n=2**25))  # 256 MiB per call
+    bounds = Bounds(1, 300, 2.0)
+    results = run("keeps", ["add"], bounds=bounds).results
+    own = [r.verdict for r in results if r.status == "own"]
+    first, crashed = next(r for r in results if r.status == "own"), own.index("CRASH")
+    assert own[:crashed] == ["PASS"] * crashed and crashed >= 2
+    assert replay(first.token, "keeps", bounds=bounds).verdict == first.verdict == "PASS"

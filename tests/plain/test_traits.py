@@ -13,10 +13,13 @@ from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.diff.model import lockstep
 from porthal.conformance.execution.bindings import Bindings
-from porthal.conformance.execution.traits import left_out, unchecked, verify
+from porthal.conformance.execution.traits import left_out, unasked, verify
+from porthal.conformance.report.report import Report
 from porthal.conformance.report.results import Result
+from porthal.conformance.report.waivers import Waiver
 from porthal.conformance.runner.check import check
-from porthal.conformance.runner.runs import replay
+from porthal.conformance.runner.runs import replay, run
+from porthal.conformance.runner.workers import Bounds
 from porthal.hal import (
     Backend,
     Pages,
@@ -124,7 +127,7 @@ def test_what_is_left_out_is_counted_and_says_why() -> None:
 
 
 def test_what_a_case_is_not_asked_is_said() -> None:
-    assert len(unchecked(Functional())) == 2 and unchecked(Reference()) == []
+    assert len(unasked(Functional())) == 2 and unasked(Reference()) == ()
 
 
 def test_a_replay_gives_the_verdict_of_the_run() -> None:
@@ -298,3 +301,27 @@ def test_a_wrong_choice_fails_on_a_chip_that_flushes() -> None:
     bindings = Bindings(type("Wrong", (right,), {"name": "wrong", "argmax": last})())
     results = [check(case, bindings) for case in cases(contracts()["argmax"]) if not case.fault]
     assert sum(r.verdict == "FAIL_VALUE" for r in results) > 5
+
+
+# -- a replay gives the verdict of the run -----------------------------------------------------------------------------
+
+
+def test_the_replay_command_has_the_bounds_of_the_run() -> None:
+    report = run("reference", ["add"], bounds=Bounds(1, 60, 1.5))
+    assert report.replay(report.results[0]).endswith(" --backend reference --timeout 60 --memory 1.5")
+    usual = run("reference", ["add"], bounds=Bounds(1))
+    assert usual.replay(usual.results[0]).endswith(" --backend reference")
+    assert Report.from_json(report.json()) == report
+
+
+def test_a_replay_is_waived_as_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = type("Wrong", (Reference,), {"name": "wrong", "add": lambda self, a, b: a + a})()
+    known = (Waiver("unsupported", "add,T=7,*", "for a reason"),)
+    monkeypatch.setattr("porthal.conformance.runner.runs.waivers", lambda backend: known)
+    monkeypatch.setattr("porthal.conformance.report.facts.waivers", lambda backend: known)
+    ran = run(backend, ["add"]).results
+    assert {r.verdict for r in ran if r.token.startswith("add,T=7,")} >= {"WAIVED"}
+    assert {r.verdict for r in ran} >= {"WAIVED", "FAIL_VALUE"}
+    for result in ran[:12]:
+        again = replay(result.token, backend)
+        assert (again.verdict, again.reason) == (result.verdict, result.reason)
