@@ -7,7 +7,7 @@
 # Whom it hurts: folders into which one shard was written again (a layer that was quantised, merged or repaired, with
 #   the index pointed at it): transformers keeps the stale layer, a port by the index takes the new one, and the port
 #   looks wrong.
-# How to live with it: at load list the names of all shards (headers only) and refuse a name that stands in two.
+# How to live with it: at load list the names of all shards (headers only), follow the index, and say which copy is left.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

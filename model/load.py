@@ -70,7 +70,7 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
             "correct config.json, or remove what is left over"
         )
     for why, count in without.items():
-        note(f"{path}: {count} tensors are not used, since {why}")
+        note(f"{path}: tensors not used: {count}, since {why}")
     return config, source
 
 

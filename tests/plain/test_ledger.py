@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from porthal import Binding, UsageError
-from porthal.model import Glm5, load
+from porthal.hal import bind, recorded
+from porthal.model import Config, Glm5, load
+from porthal.model.checkpoint import Blank
 from tests.checkpoints import Tensors, variant
-from tests.oracles import tiny
+from tests.oracles import published, tiny
 from tests.oracles.tiny import PROMPT
 
 TOKENS = PROMPT[:24]  # more than index_topk
@@ -266,7 +268,7 @@ def test_the_mtp_layers_own_embedding_and_head(
     right: Check, refused: Check, caplog: pytest.LogCaptureFixture, copy: str, main: str
 ) -> None:
     right(lambda tensors: tensors.update({copy: tensors[main]}))
-    assert "1 tensors are not used, since they repeat the embedding or the head" in caplog.text
+    assert "tensors not used: 1, since they repeat the embedding or the head" in caplog.text
     refused(lambda tensors: tensors.update({copy: tensors[main] * 2}), f"{copy!r} differs from {main!r}")
     refused(lambda tensors: tensors.update({copy: tensors[main][1:]}), f"{copy!r} has shape")
 
@@ -284,8 +286,8 @@ def test_what_is_skipped_is_said(exact: Path, tmp_path: Path, reference: Binding
     said = [record.getMessage().removeprefix(f"{tmp_path}: ") for record in caplog.records]
     mtp = len([n for n in load_file(tmp_path / "model.safetensors") if n.startswith(MTP)])
     assert sorted(said, key=len) == [
-        f"{mtp} tensors are not used, since num_nextn_predict_layers is 0",
-        "5 tensors are not used, since their layers share the selection of a layer below",
+        f"tensors not used: {mtp}, since num_nextn_predict_layers is 0",
+        "tensors not used: 5, since their layers share the selection of a layer below",
     ]
     assert model.mtp is None
 
@@ -295,6 +297,24 @@ def test_a_checkpoint_without_leftovers_is_loaded_without_a_word(
 ) -> None:
     load(exact, reference)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("raw", "count"), [(published.GLM5, 59_870), (published.GLM52, 59_585)], ids=["5", "5.2"])
+def test_a_published_model_asks_for_as_many_tensors_as_were_published(raw: dict[str, Any], count: int) -> None:
+    class Asked(Blank):
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def holds(self, prefix: str) -> bool:
+            return not prefix.endswith("experts.gate_up_proj")
+
+        def read(self, name: str, shape: Sequence[int], rows: slice) -> np.ndarray:
+            self.names.add(name)
+            return super().read(name, shape, rows)
+
+    source = Asked()
+    recorded(lambda ops: Glm5(Config.parse(raw), source, ops))
+    assert len(source.names) == count
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -362,8 +382,6 @@ def test_a_file_cut_short_names_its_last_tensor(exact: Path, tmp_path: Path, ref
 
 def test_faults_are_found_before_weights_are_read(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last tensor that a model asks for is missing, and no weight has been prepared."""
-    from porthal.hal import bind
-
     binding, prepared = bind("reference", overrides={}, fallback="error"), []
     monkeypatch.setattr(binding.backend, "prepare", lambda spec, read, into=None: prepared.append(spec))
     broken = variant(exact, tmp_path, lambda tensors: tensors.pop(MTP + "shared_head.norm.weight"))
