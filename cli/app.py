@@ -25,7 +25,11 @@ from porthal.cli.options import (
     LevelOption,
     MemoryOption,
     ModelOption,
+    SampleFlag,
+    TemperatureOption,
     TimeoutOption,
+    TopKOption,
+    TopPOption,
     WorkersOption,
     dtype_of,
 )
@@ -123,11 +127,13 @@ def explain(
     dtype: DtypeOption = Dtype.float32,
     json: JsonFlag = False,
 ) -> int:
-    """Per op: whose kernel a model runs on, and why. Exit code 1 when the model needs an op that is missing."""
-    from porthal.hal import Binding, Choice, NotClaimed, bind, create, running, selected
+    """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
+    from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running, selected
+    from porthal.model.load import needed as called_by
     from porthal.model.load import profile
 
-    needed = profile(_config(model), dtype.value) if model or _demo_is_here() else {}
+    config = _config(model) if model or _demo_is_here() else None
+    needed = profile(config, dtype.value) if config else {}
     made = create(backend or selected()[0])
     with running(made):
         bare = bind(backend=made)
@@ -137,7 +143,7 @@ def explain(
                 choices[op] = bind(profile={op: specs}, backend=made).choices[op]
             except NotClaimed as error:
                 choices[op] = Choice(op, "missing", "", "", str(error))
-    missing = [op for op in needed if choices[op].status == "missing"]
+    missing = [op for op in called(choices, called_by(config)) if choices[op].status == "missing"] if config else []
     counts = Binding(bare.backend, choices, {})
     if json:
         facts = ("op", "status", "owner", "provider", "reason", "tie")
@@ -157,61 +163,63 @@ def generate(
     prompt: Annotated[str, typer.Argument(show_default=False, help="the text to continue")],
     model: ModelOption = None,
     max_new: Annotated[int, typer.Option("--max-new", metavar="N", help="tokens at most")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    sample: SampleFlag = False,
     speculative: Annotated[int, typer.Option(metavar="N", help="MTP drafts per step; greedy text stays the same")] = 0,
     dtype: DtypeOption = Dtype.float32,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     backend: BackendOption = None,
     json: JsonFlag = False,
-) -> None:
-    """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff."""
-    from porthal.cli.stream import Printer
-    from porthal.hal import bind, create, running, selected
+) -> int:
+    """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
+
+    Exit code 1 where logits are NaN or infinite: the text ends before them.
+    """
+    from porthal.cli.stream import Printer, result, summary
+    from porthal.hal import NotFinite, bind, create, running, selected
     from porthal.model.generate import generate as run
-    from porthal.model.load import DEMO, load, profile
+    from porthal.model.load import DEMO, load
     from porthal.model.tokens import tokenizer
 
     directory = model or DEMO
     config = _config(directory)
     words = tokenizer(directory, config.vocab_size)
+    heat = temperature if sample or temperature is not None else 0.0
+    if heat is None and not config.sampling.temperature:
+        raise UsageError(f"--sample: {directory} has no generation_config.json with do_sample: give --temperature instead")
+    sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
+    ids, failed = words.encode(prompt), ""
     chosen = create(backend or selected()[0])
     with running(chosen):
-        binding = bind(backend=chosen, profile=profile(config, dtype.value))
-        loaded = load(directory, binding, dtype=dtype.value)
+        loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
         start = time.perf_counter()
-        made = run(
-            loaded,
-            [words.encode(prompt)],
-            max_new,
-            temperature=temperature,
-            speculative=speculative,
-            seed=seed,
-            on_tokens=lambda _, ids: printer.add(ids),
-        )
+        try:
+            made = run(
+                loaded,
+                [ids],
+                max_new,
+                temperature=heat,
+                top_p=top_p,
+                top_k=top_k,
+                speculative=speculative,
+                seed=seed,
+                on_tokens=lambda _, ids: printer.add(ids),
+            )
+        except NotFinite as error:
+            made, failed = error.done, str(error)
         seconds = time.perf_counter() - start
     printer.close()
-    count = len(made.tokens[0])
-    per_forward = count / made.forwards if made.forwards else 0.0
-    if json:
-        text.as_json(
-            {
-                "backend": str(binding.backend),
-                "place": binding.backend.place,
-                "dtype": dtype.value,
-                "prompt": prompt,
-                "text": printer.text,
-                "tokens": made.tokens[0],
-                "seconds": seconds,
-                "forwards": made.forwards,
-                "tokens_per_forward": per_forward,
-            }
-        )
-    else:
-        text.note(
-            f"{binding.backend} ({binding.backend.place}), {dtype.value}: {count} tokens in {seconds:.2f} s "
-            f"({count / seconds:.1f} per second), {per_forward:.2f} per forward of the main model"
-        )
+    found = result(loaded, made, sampling, prompt, printer.text, seconds)
+    text.as_json(found) if json else text.note(summary(found))
+    count = len(found["tokens"])
+    if failed:
+        text.note(f"porthal: {failed}")
+    elif count < max_new and len(ids) + count == config.max_position_embeddings:
+        text.note(f"the context of {config.max_position_embeddings} tokens is full: {count} of {max_new} new tokens were made")
+    return int(bool(failed))
 
 
 @app.command()
@@ -425,7 +433,7 @@ def diff(
     """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one."""
     from porthal.conformance.diff.model import TEXT, lockstep
     from porthal.hal import bind, create, running
-    from porthal.model.load import DEMO, profile
+    from porthal.model.load import DEMO
     from porthal.model.tokens import check_count, tokenizer
 
     text.check_writable(json=json)
@@ -434,8 +442,7 @@ def diff(
     steps = check_count("--decode", decode, 0)
     made = create(_named(backend, emulated), emulated)
     with running(made):
-        binding = bind(profile=profile(config, dtype.value), backend=made)
-        found = lockstep(binding, ids, directory, dtype.value, steps)
+        found = lockstep(bind(backend=made), ids, directory, dtype.value, steps)
     if json:
         json.write_text(found.json(), encoding="utf-8")
     text.drawn(found.table())

@@ -66,3 +66,19 @@ LevelOption = Annotated[
         help="how many cases, and how strictly they are judged",
     ),
 ]
+
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="above 0 draws tokens; default: 0, greedy, whatever generation_config.json says"),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="draw from the likeliest that reach P together; default: generation_config.json's, else 1"),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(metavar="K", help="draw from the K likeliest, 0: all; default: generation_config.json's, else 0"),
+]
+SampleFlag = Annotated[
+    bool, typer.Option("--sample", help="draw at generation_config.json's own temperature; it must have do_sample")
+]

@@ -1,11 +1,18 @@
-"""Text as its tokens come: a character is printed when all of its bytes are there."""
+"""Text as its tokens come: a character is printed when all of its bytes are there. And what is said of it behind."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from porthal.cli.text import print, stdout
+from porthal.model.sampling import Sampling
 from porthal.model.tokens import Bytes, Vocabulary
+
+if TYPE_CHECKING:
+    from porthal.model.generate import Generated
+    from porthal.model.glm5 import Glm5
 
 UNFINISHED = "\ufffd"
 
@@ -41,3 +48,30 @@ class Printer:
             out = stdout().buffer
             out.write(fresh.encode("utf-8", "surrogateescape"))
             out.flush()
+
+
+def result(model: Glm5, made: Generated, sampling: Sampling, prompt: str, text: str, seconds: float) -> dict[str, Any]:
+    """What `generate --json` prints."""
+    chip, [tokens] = model.ops.backend, made.tokens
+    return {
+        "backend": str(chip),
+        "place": chip.place,
+        "dtype": model.dtype,
+        "sampling": asdict(sampling),
+        "prompt": prompt,
+        "text": text,
+        "tokens": tokens,
+        "seconds": seconds,
+        "forwards": made.forwards,
+        "tokens_per_forward": len(tokens) / made.forwards if made.forwards else 0.0,
+    }
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The same in one line."""
+    count, sampling = len(found["tokens"]), Sampling(**found["sampling"])
+    drawn = f", {sampling}" if sampling.temperature else ""
+    return (
+        f"{found['backend']} ({found['place']}), {found['dtype']}{drawn}: {count} tokens in {found['seconds']:.2f} s "
+        f"({count / found['seconds']:.1f} per second), {found['tokens_per_forward']:.2f} per forward of the main model"
+    )

@@ -13,11 +13,11 @@ if not __name__.startswith("porthal."):
 
 if TYPE_CHECKING:
     from porthal.hal.backend import Backend, Kernel, Place, Traits
-    from porthal.hal.binding import Binding, Choice, bind, checked, use
+    from porthal.hal.binding import Binding, Callers, Choice, bind, called, checked, use
     from porthal.hal.contract import CallSpec, Contract, contract, contracts
     from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
     from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
-    from porthal.hal.errors import DataNotTaken, NotClaimed, PorthalError, Unavailable, UsageError, note
+    from porthal.hal.errors import DataNotTaken, NotClaimed, NotFinite, PorthalError, Unavailable, UsageError, note
     from porthal.hal.limits import (
         Need,
         any_of,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         Weight,
         WeightSpec,
     )
-    from porthal.hal.recorder import Recorder, recorded
+    from porthal.hal.recorder import Recorder, callers, recorded
 
 __all__ = [
     "FLOATS",
@@ -52,12 +52,14 @@ __all__ = [
     "Batch",
     "Binding",
     "CallSpec",
+    "Callers",
     "Choice",
     "Contract",
     "DataNotTaken",
     "Kernel",
     "Need",
     "NotClaimed",
+    "NotFinite",
     "Operand",
     "Pages",
     "PagesSpec",
@@ -79,6 +81,8 @@ __all__ = [
     "backend_names",
     "best",
     "bind",
+    "called",
+    "callers",
     "checked",
     "contract",
     "contracts",

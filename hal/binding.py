@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache, partial, wraps
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
 Profile = Mapping[str, Sequence[CallSpec]]
+Callers = Mapping[str, Collection[str]]
 Status = Literal["own", "inherited", "composed", "fallback", "missing"]
 VIA = "via="  # before a provider's name, in an override and in a case's token
 SERVICES = ("from_numpy", "to_numpy", "plan", "alloc_pages", "from_logical")
@@ -49,6 +50,7 @@ class Binding:
 
     backend: Backend
     choices: Mapping[str, Choice]
+    profile: Profile | None = None
 
     def __init__(self, backend: Backend, choices: Mapping[str, Choice], kernels: Mapping[str, Kernel]) -> None:
         services = {name: _answering(backend, name) for name in SERVICES}
@@ -79,6 +81,31 @@ class Binding:
         owner: Backend = kernel.backend if kernel else self.backend
         return owner.to_logical(operand)
 
+    def require(self, *ops: str) -> None:
+        """Raise NotClaimed where one of these ops has no kernel."""
+        missing = [f"{op} ({self.choices[op].reason})" for op in dict.fromkeys(ops) if self.choices[op].status == "missing"]
+        if missing:
+            raise NotClaimed(f"{self.backend} does not claim {', '.join(missing)}{vars(self)['_advice']}")
+
+    def fitted(self, profile: Profile, needed: Callers) -> Binding:
+        """A binding for these calls: where this one was made without a profile, another by the same policy; else itself.
+
+        NotClaimed where an op that is needed is missing, or the profile of this binding lacks a call's dtypes or attributes.
+        """
+        if self.profile is None:
+            again: Binding = vars(self)["_again"](profile=profile, needed=needed)
+            return again
+        for op, specs in profile.items():
+            known = [replace(spec, dims={}) for spec in self.profile.get(op, ())]
+            for spec in specs:
+                if replace(spec, dims={}) not in known:
+                    facts = ", ".join(f"{name} {value}" for name, value in {**spec.dtypes, **spec.attrs}.items())
+                    raise NotClaimed(
+                        f"{self.backend} is bound for other calls than {op} with {facts}: bind it without a profile, or with "
+                        "that of this model in this dtype"
+                    )
+        return self
+
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""
         words: tuple[Status, ...] = ("own", "inherited", "composed", "fallback", "missing")
@@ -104,6 +131,7 @@ def bind(
     name: str | None = None,
     *,
     profile: Profile | None = None,
+    needed: Callers | None = None,
     overrides: Mapping[str, str] | None = None,
     fallback: str | None = None,
     check: bool | None = None,
@@ -114,7 +142,10 @@ def bind(
     """Choose a kernel per op.
 
     name       "backend" or "backend:device"; None reads PORTHAL_BACKEND, else takes the best available
-    profile    the calls a model will make (`model.Config.profile()`): claims are judged over all of them
+    profile    the calls a model will make (`porthal.model.profile`): claims are judged over all of them
+    needed     the ops without which binding fails, each with those that call it (`porthal.hal.callers`), "" for the model:
+               inside a composite that has a kernel of its own nothing is needed; None is all of the profile. Others fail
+               when they are called
     overrides  op -> backend, "composed", or "via=PROVIDER" where the backend has several kernels for it; None reads
                PORTHAL_OPS ("topk=reference,moe_layer=composed")
     fallback   "error" or the backend for ops nobody claims; None reads PORTHAL_FALLBACK
@@ -123,11 +154,12 @@ def bind(
     backend    an instance to use instead of making one
     divert     a call with data that its kernel does not take goes to the next kernel; False: it raises DataNotTaken
 
-    Raises UsageError for unknown names and NotClaimed when the profile needs an op that nobody claims.
+    Raises UsageError for unknown names and NotClaimed when an op that is needed is claimed by nobody.
     """
     chosen = backend or discovery.create(name or discovery.selected()[0])
     rules = dict(overrides) if overrides is not None else _policy_ops()
     others = " or ".join(other for other in ("torch", "reference") if other != chosen.name)
+    again = partial(bind, backend=chosen, overrides=rules, fallback=fallback, wrap=wrap, divert=divert)
     advice = f"; set PORTHAL_FALLBACK={others} to run what is missing there" if fallback is None else ""
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
@@ -139,22 +171,31 @@ def bind(
     kernels: dict[str, Kernel] = {}
     choices: dict[str, Choice] = {}
     binding = Binding(chosen, choices, kernels)
+    vars(binding).update(profile=profile, _advice=advice, _again=partial(again, check=check))
     layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
-    missing = []
     for op, contract in known.items():
         specs = (profile or {}).get(op, ())
         policy = Policy(rules.get(op), fallback, advice, divert)
         function, choices[op], kernel = _choose(binding, contract, specs, policy, None)
-        if choices[op].status == "missing" and specs:
-            missing.append(f"{op} ({choices[op].reason})")
         if kernel is not None:
             kernels[op] = kernel
         for layer in reversed(layers):
             function = layer(op, function)
         vars(binding)[op] = function
-    if missing:
-        raise NotClaimed(f"{chosen} does not claim {', '.join(missing)}{advice}")
+    binding.require(*(profile or () if needed is None else called(choices, needed)))
     return binding
+
+
+def called(choices: Mapping[str, Choice], callers: Callers) -> list[str]:
+    """The ops that are called where composites are composed as chosen."""
+    found: dict[str, None] = {}
+    active = [""]
+    for caller in active:
+        for op, by in callers.items():
+            if caller in by and op not in found:
+                found[op] = None
+                active += [op] * (choices[op].status == "composed")
+    return list(found)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any
 
 
 class PorthalError(Exception):
@@ -24,6 +25,14 @@ class NotClaimed(PorthalError, NotImplementedError):
 
 class DataNotTaken(NotClaimed):
     """The kernel takes calls like this one, but not with these values; raised before it runs, so that another can."""
+
+
+class NotFinite(PorthalError, ArithmeticError):
+    """What a model computed is NaN or infinite. `done` is what it had made before that: of texts, a `Generated`."""
+
+    def __init__(self, sentence: str, done: Any = None) -> None:
+        super().__init__(sentence)
+        self.done = done
 
 
 class Unavailable(PorthalError, ImportError):

@@ -38,6 +38,22 @@ def recorded(run: Callable[[Binding], Any], expand: bool = True) -> list[tuple[s
     def heard(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))
 
-    composed = {op: "composed" for op, contract in known.items() if contract.decomposition} if expand else {}
-    run(bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=[Recorder(heard)]))
+    _run(run, Recorder(heard), expand)
     return calls
+
+
+def callers(run: Callable[[Binding], Any]) -> dict[str, set[str]]:
+    """The ops that `run` calls, and those inside composites, each with the ops that call it: "" is `run` itself."""
+    found: dict[str, set[str]] = {}
+
+    def heard(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        found.setdefault(op, set()).add(recorder.path[-2] if recorder.path[1:] else "")
+
+    recorder = Recorder(heard)
+    _run(run, recorder, expand=True)
+    return found
+
+
+def _run(run: Callable[[Binding], Any], recorder: Recorder, expand: bool) -> None:
+    composed = {op: "composed" for op, contract in contracts().items() if contract.decomposition} if expand else {}
+    run(bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=[recorder]))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from porthal.hal import UsageError, note
+from porthal.model.sampling import GREEDY, Sampling
 
 MODEL_TYPE = "glm_moe_dsa"
 REQUIRED = object()
@@ -78,12 +80,22 @@ PATTERN = Rule(
     None,
 )
 EOS = Rule(
-    "expected a token id or a list of them",
-    lambda v, _: v is None or all(_is_whole(i, 0) for i in (v if isinstance(v, list) else [v])),
+    "expected token ids below {vocab_size}, vocab_size: one, or a list of them",
+    lambda v, c: all(_is_whole(i, 0) and i < c["vocab_size"] for i in _listed(v)),
     None,
 )
 OBJECT = Rule("expected an object", lambda v, _: v is None or isinstance(v, dict), None)
 HARMLESS = Rule("", lambda v, _: True, None)
+
+
+def _up_to(high: float, expected: str) -> Rule:
+    """None, or a number from 0 on."""
+    return Rule(expected, lambda v, _: v is None or (type(v) in (int, float) and 0 <= v <= high), None)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
 
 # Every key that transformers' GlmMoeDsaConfig or a published config has. Defaults are those of transformers, but sizes have
 # none: one that does not fit the file would blame a tensor.
@@ -167,6 +179,15 @@ QUANTIZATION: dict[str, Rule] = {
     # What is quantised is told by the scales in the checkpoint: published lists name modules that do not exist.
     **dict.fromkeys(("modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize"), HARMLESS),
 }
+# Of generation_config.json; its other keys are not used.
+GENERATION: dict[str, Rule] = {
+    "vocab_size": HARMLESS,  # config.json's
+    "eos_token_id": EOS,
+    "do_sample": Rule("expected true or false", lambda v, _: v is None or type(v) is bool, None),
+    "temperature": _up_to(sys.float_info.max, "expected a number of at least 0"),
+    "top_p": _up_to(1, "expected a number from 0 to 1"),
+    "top_k": Rule("expected a whole number of at least 0", lambda v, _: v is None or _is_whole(v, 0), None),
+}
 
 
 @dataclass(frozen=True)
@@ -177,6 +198,9 @@ class Config:
     latent_norm_eps    eps of q_a_layernorm and kv_a_layernorm: rms_norm_eps, unless the file says otherwise
     indexer_types      per layer "full" (selects for itself) or "shared" (uses the nearest full layer below)
     dense              per layer: dense MLP instead of experts
+    eos_token_id       generation_config.json's, where there is one: then it alone says what ends a text, as in transformers
+    sampling           how generation_config.json draws: greedy without do_sample, but top_p and top_k are kept. What it
+                       leaves out is neutral, while transformers would keep 50 candidates without a top_k
     """
 
     vocab_size: int
@@ -210,6 +234,7 @@ class Config:
     indexer_types: tuple[str, ...]
     dense: tuple[bool, ...]
     fp8_block: tuple[int, int] | None
+    sampling: Sampling = GREEDY
 
     @property
     def softmax_scale(self) -> float:
@@ -225,19 +250,16 @@ class Config:
 
     @classmethod
     def read(cls, directory: str | Path) -> Config:
-        """From a directory's config.json; UsageError names the key that is missing or not supported."""
+        """From a directory's config.json, and generation_config.json where there is one; UsageError names the key that is
+        missing or not supported."""
         path = Path(directory) / "config.json"
         if not path.is_file():
             raise UsageError(
                 f"{path} does not exist: expected a model directory with config.json and safetensors files"
             )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise UsageError(f"{path} is a {type(raw).__name__}: expected a JSON object")
-        return cls.parse(raw, str(path))
+        config = cls.parse(_object(path), str(path))
+        beside = path.with_name("generation_config.json")
+        return _generating(config, _object(beside), str(beside)) if os.path.lexists(beside) else config
 
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str = "config") -> Config:
@@ -251,13 +273,13 @@ class Config:
         if c["quantization_config"]:
             quantization, more = _judged(c["quantization_config"], QUANTIZATION, where, "quantization_config.")
             block, unknown = tuple(quantization["weight_block_size"]), unknown + more
-        eos = c["eos_token_id"]
         found = c | {
             "rms_norm_eps": float(c["rms_norm_eps"]),
             "latent_norm_eps": float(c["latent_norm_eps"] or c["rms_norm_eps"]),
             "routed_scaling_factor": float(c["routed_scaling_factor"]),
             "rope_theta": _rope_theta(c, where),
-            "eos_token_id": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            "eos_token_id": tuple(_listed(c["eos_token_id"])),
+            "sampling": GREEDY,
             "indexer_types": _indexer_types(c, where),
             "dense": _dense_layers(c, where),
             "fp8_block": block,
@@ -268,6 +290,25 @@ class Config:
                 "if that changes the formula, this is another model"
             )
         return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} is a {type(raw).__name__}: expected a JSON object")
+    return raw
+
+
+def _generating(config: Config, raw: dict[str, Any], where: str) -> Config:
+    c, _ = _judged(raw | {"vocab_size": config.vocab_size}, GENERATION, where)
+    heat, top_p = (1.0 if c[key] is None else float(c[key]) for key in ("temperature", "top_p"))
+    sampling = Sampling(heat if c["do_sample"] else 0.0, top_p, c["top_k"] or 0)
+    return replace(config, eos_token_id=tuple(_listed(c["eos_token_id"])), sampling=sampling)
 
 
 def _judged(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from porthal.hal import UsageError
+from porthal.hal import NotFinite, UsageError
 from porthal.model.tokens import check_ids, ids_array, log2_sum
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> flo
     """Mean -log2 p of tokens[1:], in windows that overlap by half: all but the first score only their second half.
 
     For a byte-level vocabulary these are bits per byte. UsageError for fewer than 2 tokens or a window that does not fit
-    the context.
+    the context; NotFinite where a log probability is NaN or infinite, -inf included: no mean has a value then.
     """
     context = model.config.max_position_embeddings
     if not 2 <= window <= context:
@@ -29,7 +30,14 @@ def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> flo
         start = max(0, scored - window // 2) if scored > 1 else 0
         piece = ids[start : start + window]
         targets = ids[scored : start + window + 1]
-        total -= log2_sum(_logprobs(model, piece, [*ids[start + 1 : start + window + 1]], scored - start - 1))
+        found = _logprobs(model, piece, [*ids[start + 1 : start + window + 1]], scored - start - 1)
+        for i, logprob in enumerate(found, scored):
+            if not math.isfinite(logprob):
+                raise NotFinite(
+                    f"the log probability of token {i} is {logprob}: look for NaN and infinity in the checkpoint, or let "
+                    "`porthal diff` name the op that makes them"
+                )
+        total -= log2_sum(found)
         scored += len(targets)
     return total / (len(ids) - 1)
 

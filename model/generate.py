@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from porthal.hal import Batch, UsageError
+from porthal.hal import Batch, NotFinite, UsageError
 from porthal.model.cache import Request
-from porthal.model.tokens import check_count, check_ids, check_temperature, float_array, ids_array, uniforms
+from porthal.model.sampling import Sampling
+from porthal.model.tokens import check_count, check_ids, float_array, ids_array, uniforms
+from porthal.ops.check_finite import NOT_FINITE
 
 if TYPE_CHECKING:
     from porthal.model.glm5 import Glm5
@@ -46,7 +48,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
+    temperature: float | None = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
     speculative: int = 0,
     seed: int = 0,
     prefill_chunk: int | None = None,
@@ -54,12 +58,19 @@ def generate(
 ) -> Generated:
     """Continue every prompt by up to max_new_tokens, stopping at an end-of-text token or where the context is full.
 
-    `speculative` is the number of MTP drafts per step; greedy text does not depend on it. `on_tokens(request, ids)` is
-    called as tokens come. UsageError for an empty or too long prompt, a bad id, or a negative number.
+    Greedy at temperature 0, whatever generation_config.json says; a temperature above 0 draws, as `ops.sample` does, with
+    the file's top_p and top_k where they are not given; temperature None takes the file's do_sample and temperature too.
+    `speculative` is the number of MTP drafts per step: greedy text does not depend on it, and drawn text has the same
+    distribution with it. `on_tokens(request, ids)` is called as tokens come.
+
+    UsageError for an empty or too long prompt, a bad id, or a number out of range; NotClaimed where the binding lacks an op
+    that is called; NotFinite, whose `done` is what this would have returned, where logits are NaN or infinite: that ends
+    the text of this request alone.
     """
     if prefill_chunk is not None:
         check_count("prefill_chunk", prefill_chunk, 1)
-    return _Run(model, prompts, max_new_tokens, temperature, speculative, seed, on_tokens).run(prefill_chunk)
+    sampling = model.config.sampling.but(temperature, top_p, top_k)
+    return _Run(model, prompts, max_new_tokens, sampling, speculative, seed, on_tokens).run(prefill_chunk)
 
 
 @dataclass
@@ -77,7 +88,7 @@ class _Run:
         model: Glm5,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         speculative: int,
         seed: int,
         on_tokens: Callable[[int, list[int]], None] | None,
@@ -86,9 +97,11 @@ class _Run:
         self.limit = check_count("max_new_tokens", max_new_tokens, 0)
         self.drafts = check_count("speculative", speculative, 0)
         self.seed = check_count("seed", seed, 0)
-        self.temperature = check_temperature(temperature)
+        self.sampling = sampling
         if speculative and not model.mtp:
             raise UsageError(f"speculative is {speculative}, but this checkpoint has no MTP layer: use 0")
+        first = "sample" if sampling.temperature else "argmax"
+        self.ops.require("check_finite", first, *(("argmax", "speculative_verify") if self.drafts else ()))
         if not prompts:
             raise UsageError("there is no prompt: give at least one")
         self.context = self.config.max_position_embeddings
@@ -102,6 +115,7 @@ class _Run:
         ]
         self.forwards = 0
         self.tail = Tail([], None, None)
+        self.not_finite = ""  # the first request whose logits are not, in words
 
     def run(self, prefill_chunk: int | None) -> Generated:
         if self._active():
@@ -113,7 +127,10 @@ class _Run:
                 self._verify(drafting)
             if len(drafting) < len(active):
                 self._decode([s for s in active if s not in drafting])
-        return Generated([s.out for s in self.streams], self.forwards)
+        done = Generated([s.out for s in self.streams], self.forwards)
+        if self.not_finite:
+            raise NotFinite(self.not_finite, done)
+        return done
 
     # -- steps of the main model -------------------------------------------------------------------------------------
 
@@ -135,7 +152,8 @@ class _Run:
                 self._emit_next([waiting[r] for r in ending], last)
                 ends.update({waiting[r].index: last[i : i + 1] for i, r in enumerate(ending)})
             if self.drafts:
-                following = [(s.prompt + s.out)[start + 1 : start + 1 + len(p)] for s, p in zip(waiting, pieces)]
+                # Any id does behind a prompt that ends here without a token.
+                following = [[*s.prompt, *s.out, 0][start + 1 : start + 1 + len(p)] for s, p in zip(waiting, pieces)]
                 self._mtp(_joined(following), hidden, batch, None)
         if self.drafts and (active := self._active()):
             self._catch_up(active, [1] * len(active), self._stack([ends[s.index] for s in active]))
@@ -155,17 +173,19 @@ class _Run:
         for draft in self._draft(active, before):
             rows = self.ops.concat(rows, draft.reshape(R, 1))
         hidden, _ = self._hidden(rows.reshape(R * (n + 1)), batch)
+        logits = self.model.logits(hidden)
         tokens = self.ops.speculative_verify(
-            self.model.logits(hidden).reshape(R, n + 1, self.config.vocab_size),
+            logits.reshape(R, n + 1, self.config.vocab_size),
             rows[:, 1:],
-            self._floats([self.temperature] * R),
             self._uniforms(active, n + 1),
+            *self._settings(R),
         )
-        new = [[int(t) for t in row if t >= 0] for row in self.ops.to_numpy(tokens)]
-        for s, length, emitted in zip(active, before, new):
-            self.cache.truncate(s.pages, length + len(emitted))
-            self._emit(s, emitted)
-        self._keep(active, hidden, [len(emitted) for emitted in new])
+        counts = []
+        for s, length, row in zip(active, before, self._checked(logits, tokens.reshape(R * (n + 1)), R)):
+            counts.append(sum(token >= 0 for token in row))
+            self.cache.truncate(s.pages, length + counts[-1])
+            self._emit(s, row)
+        self._keep(active, hidden, counts)
 
     def _hidden(self, ids: Any, batch: Batch) -> tuple[Any, Batch]:
         self.forwards += 1
@@ -213,19 +233,33 @@ class _Run:
 
     def _emit_next(self, streams: list[Stream], hidden: Any) -> None:
         """Choose the next token of each stream from its last hidden state [R, H]: one copy to the host."""
-        logits = self.model.logits(hidden)
-        if self.temperature == 0:
+        logits, R = self.model.logits(hidden), len(streams)
+        if self.sampling.temperature == 0:
             ids = self.ops.argmax(logits)
         else:
-            R = len(streams)
-            every = self._floats([self.temperature] * R), self._ints([0] * R), self._floats([1.0] * R)
-            ids = self.ops.sample(logits, self._uniforms(streams, 1).reshape(R), *every)
-        for s, token in zip(streams, self.ops.to_numpy(ids)):
-            self._emit(s, [int(token)])
+            ids = self.ops.sample(logits, self._uniforms(streams, 1).reshape(R), *self._settings(R))
+        for s, row in zip(streams, self._checked(logits, ids, R)):
+            self._emit(s, row)
 
-    def _emit(self, stream: Stream, tokens: list[int]) -> None:
-        fresh = []
-        for token in tokens:
+    def _checked(self, logits: Any, ids: Any, R: int) -> list[list[int]]:
+        """The ids on the host, a row per stream, with NOT_FINITE where the logits behind one are not."""
+        tokens: list[list[int]] = self.ops.to_numpy(self.ops.check_finite(logits, ids)).reshape(R, -1).astype(int).tolist()
+        return tokens
+
+    def _emit(self, stream: Stream, row: list[int]) -> None:
+        """Take the tokens of a row, up to its first negative one."""
+        fresh: list[int] = []
+        for token in row:
+            if token == NOT_FINITE:
+                self.not_finite = self.not_finite or (
+                    f"the logits for position {stream.position + 1} of request {stream.index} are NaN or infinite, after "
+                    f"{len(stream.out)} new tokens: look for such numbers in the checkpoint, or let `porthal diff` name the "
+                    "op that makes them"
+                )
+                stream.done = True
+                self.cache.release(stream.pages)
+            if token < 0:
+                break
             fresh.append(token)
             stream.out.append(token)
             full = len(stream.out) == self.limit or stream.position == self.context - 1
@@ -245,6 +279,11 @@ class _Run:
 
     def _floats(self, values: list[float]) -> Any:
         return self.ops.from_numpy(float_array(values))
+
+    def _settings(self, R: int) -> tuple[Any, Any, Any]:
+        """temperature, top_k and top_p of R rows."""
+        heat, p, k = self.sampling.temperature, self.sampling.top_p, min(self.sampling.top_k, self.config.vocab_size)
+        return self._floats([heat] * R), self._ints([k] * R), self._floats([p] * R)
 
     def _uniforms(self, streams: list[Stream], count: int) -> Any:
         positions = [s.position for s in streams]

@@ -110,13 +110,17 @@ class Glm5:
         tokens: Sequence[int],
         max_new_tokens: int,
         *,
-        temperature: float = 0.0,
+        temperature: float | None = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         speculative: int = 0,
         seed: int = 0,
     ) -> list[int]:
-        """New tokens after `tokens`, greedy at temperature 0, up to an end-of-text token or max_new_tokens."""
+        """New tokens after `tokens`, greedy at temperature 0, up to an end-of-text token or max_new_tokens.
+
+        For the other settings, and errors, see `porthal.model.generate.generate`.
+        """
         from porthal.model.generate import generate
 
-        return generate(
-            self, [tokens], max_new_tokens, temperature=temperature, speculative=speculative, seed=seed
-        ).tokens[0]
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return generate(self, [tokens], max_new_tokens, **settings, speculative=speculative, seed=seed).tokens[0]

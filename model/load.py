@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-from porthal.hal import FLOATS, Binding, CallSpec, UsageError, bind, contracts, note, recorded
+from porthal.hal import FLOATS, Binding, Callers, CallSpec, UsageError, bind, callers, contracts, note, recorded
 from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config
 from porthal.model.generate import generate
@@ -19,17 +21,20 @@ DEMO = Path(__file__).parent / "demo"
 def load(
     path: str | Path = DEMO, binding: Binding | None = None, *, dtype: str = "float32", block_size: int = 64
 ) -> Glm5:
-    """The model in a directory, on a binding (default: what the current policy selects for this model's profile).
+    """The model in a directory, on a binding (default: what the current policy selects for this model's calls).
 
+    A binding that was made without a profile is made again, by its own policy, for the calls of this model in this dtype.
     dtype is that of activations, weights and caches; block_size is the tokens in a cache page. UsageError for a directory
-    that does not hold such a model.
+    that does not hold such a model; NotClaimed where an op is missing that greedy text needs: others fail when they are used.
     """
     if dtype not in FLOATS:
         raise UsageError(f"dtype is {dtype!r}: expected one of {', '.join(FLOATS)}")
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
     config, source = opened(path)
-    return Glm5(config, source, binding or bind(profile=profile(config, dtype, block_size)), dtype, block_size)
+    calls, least = profile(config, dtype, block_size), needed(config)
+    fitted = binding.fitted(calls, least) if binding else bind(profile=calls, needed=least)
+    return Glm5(config, source, fitted, dtype, block_size)
 
 
 def opened(path: str | Path) -> tuple[Config, Checkpoint]:
@@ -91,19 +96,18 @@ def trace(
     return [(op, spec) for op, spec in calls if op not in composites]
 
 
-def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> dict[str, list[CallSpec]]:
+@lru_cache(maxsize=64)
+def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> Mapping[str, Sequence[CallSpec]]:
     """The calls a model makes, from one row to the whole context, by op: what a backend must claim to run it.
 
     It has both composites and what they are made of, since the binding decides which of them are called.
     """
-    config = replace(config, eos_token_id=())  # a model without values emits token 0, which must not end the text
     longest = config.max_position_embeddings
 
     def generated(ops: Binding) -> None:
-        model = _blank(config, ops, dtype, block_size)
         for temperature in (0.0, 1.0):
-            for drafts in (0, 2) if model.mtp else (0,):
-                generate(model, [[0]], 4, temperature=temperature, speculative=drafts)
+            for drafts in (0, 2) if config.has_mtp else (0,):
+                _text(_blank(config, ops, dtype, block_size), temperature, drafts)
 
     small = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), 1, 1))
     large = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), min(longest, 4096), longest))
@@ -116,6 +120,17 @@ def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> dic
         if op not in forward:
             merged.setdefault(op, {})[spec] = None
     return {op: list(specs) for op, specs in merged.items()}
+
+
+@lru_cache(maxsize=64)
+def needed(config: Config, drafts: int = 0) -> Callers:
+    """What a model calls for greedy text, and who calls it: what a backend cannot do without."""
+    return callers(lambda ops: _text(_blank(config, ops, "float32", 64), 0.0, drafts))
+
+
+def _text(model: Glm5, temperature: float, drafts: int) -> None:
+    model.config = replace(model.config, eos_token_id=())  # without values it emits token 0, which must not end the text
+    generate(model, [[0]], 4, temperature=temperature, speculative=drafts)
 
 
 def _span(low: int | tuple[int, int], high: int | tuple[int, int]) -> int | tuple[int, int]:

@@ -74,7 +74,7 @@ def check_ids(tokens: Sequence[int], vocab_size: int, longest: int) -> list[int]
 def check_count(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as an int; UsageError unless it is a whole number from `low` to `high`."""
     try:
-        count = index(value)
+        count = low - 1 if isinstance(value, bool) else index(value)
     except TypeError:
         count = low - 1
     if count < low or (high is not None and count > high):
@@ -83,15 +83,15 @@ def check_count(name: str, value: Any, low: int, high: int | None = None) -> int
     return count
 
 
-def check_temperature(value: Any) -> float:
-    """The value as a float; UsageError unless it is a finite number of at least 0."""
+def check_number(name: str, value: Any, high: float | None = None) -> float:
+    """The value as a float; UsageError unless it is a finite number from 0 to `high`."""
     try:
-        temperature = float(value)
-    except (TypeError, ValueError):
-        temperature = math.nan
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"temperature is {value!r}: expected a number of at least 0, where 0 is greedy")
-    return temperature
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number < math.inf or (high is not None and number > high):
+        raise UsageError(f"{name} is {value!r}: expected a number {'of at least 0' if high is None else f'from 0 to {high:g}'}")
+    return number
 
 
 def ids_array(ids: Sequence[int]) -> Array:

@@ -19,10 +19,10 @@ from porthal.hal.numerics import Array, choose, softmax, softmax_slack
     ranges={"top_k": (0, "V+1"), "ids": (0, "V")},
     choice="ids",
     values={
-        "logits": ("normal", "ties", "masked"),
+        "logits": ("normal", "ties", "masked", "special"),
         "u": ("uniform",),
         "temperature": ("temperature",),
-        "top_p": ("probability",),
+        "top_p": ("probability", "nucleus"),
         "top_k": ("top_k",),
     },
     profiles=("inference",),
@@ -32,29 +32,32 @@ def sample(logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Arr
 
     Candidates are sorted by falling logit, ties by id. The first top_k[t] are kept (0: all), and of those the shortest
     prefix whose probability reaches top_p[t], at least one; ids[t] is the first kept candidate at which the cumulated
-    probability exceeds u[t] times the probability kept. Temperature 0 is argmax. A logit of -inf is never drawn.
+    probability exceeds u[t] times the probability kept. Temperature 0 is argmax. A logit of -inf is never drawn, and NaN
+    counts as -inf; where the highest logit is not finite, the row is drawn as at temperature 0.
     Randomness is the input u: the result does not depend on the batch or the chip.
     """
     ids = np.zeros(len(logits), np.int32)
     for t in range(len(logits)):
-        order, cumulated = _candidates(logits[t], temperature[t])
-        kept = _kept(cumulated, temperature[t], int(top_k[t]), top_p[t])
+        order, cumulated = candidates(logits[t], temperature[t])
+        kept = kept_of(cumulated, int(top_k[t]), top_p[t])
         ids[t] = order[min(np.searchsorted(cumulated, u[t] * cumulated[kept - 1], side="right"), kept - 1)]
     return ids
 
 
-def _candidates(row: Array, temperature: float) -> tuple[Array, Array]:
-    """Ids in order, and their cumulated probabilities."""
+def candidates(row: Array, temperature: float) -> tuple[Array, Array]:
+    """The ids that may be drawn, in order, and their cumulated probabilities."""
     order = choose(row[None], len(row))[0]
-    weights, norm = softmax(row[None, order] / (temperature or 1.0))
-    return order, np.cumsum(weights[0] / norm[0])
+    if temperature == 0 or not np.isfinite(row[order[0]]):
+        return order[:1], np.ones(1)
+    order = order[np.isfinite(row[order])]
+    weights, norm = softmax(row[order] / temperature)
+    return order, np.cumsum(weights / norm)
 
 
-def _kept(cumulated: Array, temperature: float, top_k: int, top_p: float) -> int:
+def kept_of(cumulated: Array, top_k: int, top_p: float) -> int:
     """How many candidates are kept."""
-    limit = 1 if temperature == 0 else top_k or len(cumulated)
-    within = cumulated[:limit] / cumulated[limit - 1]
-    return int(min(np.searchsorted(within, top_p) + 1, limit))
+    limit = min(top_k or len(cumulated), len(cumulated))
+    return int(min(np.searchsorted(cumulated[:limit] / cumulated[limit - 1], top_p) + 1, limit))
 
 
 @sample.admitted(softmax_slack)
@@ -63,11 +66,13 @@ def _(
 ) -> int | None:
     """The first row whose id cannot be drawn with probabilities off by at most `slack`, or None."""
     for t, drawn in enumerate(results):
-        order, cumulated = _candidates(logits[t], temperature[t])
-        fewest, most = (_kept(cumulated, temperature[t], int(top_k[t]), top_p[t] + off) for off in (-slack, slack))
-        at = int(np.nonzero(order == drawn)[0][0])
-        before = cumulated[at - 1] if at else 0.0
+        order, cumulated = candidates(logits[t], temperature[t])
+        fewest, most = (kept_of(cumulated, int(top_k[t]), top_p[t] + off) for off in (-slack, slack))
+        place = np.flatnonzero(order[:most] == drawn)
+        if not place.size:
+            return t
+        before = cumulated[place[0] - 1] if place[0] else 0.0
         low, high = u[t] * cumulated[fewest - 1] - slack, u[t] * cumulated[most - 1] + slack
-        if np.isneginf(logits[t, drawn]) or at >= most or before > high or low > cumulated[at]:
+        if before > high or low > cumulated[place[0]]:
             return t
     return None

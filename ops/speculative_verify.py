@@ -1,76 +1,79 @@
 import numpy as np
 
 from porthal.hal import contract
-from porthal.hal.numerics import Array, choose, softmax, softmax_slack
+from porthal.hal.numerics import Array, softmax_slack
+from porthal.ops.sample import candidates, kept_of
 
 
 @contract(
-    "logits[R, n+1, V], draft[R, n], temperature[R], u[R, n+1], draft_probs[R, n, V]? -> tokens[R, n+1]",
+    "logits[R, n+1, V], draft[R, n], u[R, n+1], temperature[R], top_k[R], top_p[R], draft_probs[R, n, V]? "
+    "-> tokens[R, n+1]",
     dtypes={
-        "logits": "float32",
-        "draft": "int32",
-        "temperature": "float32",
-        "u": "float32",
-        "draft_probs": "float32",
-        "tokens": "int32",
+        **dict.fromkeys(("logits", "u", "temperature", "top_p", "draft_probs"), "float32"),
+        **dict.fromkeys(("draft", "top_k", "tokens"), "int32"),
     },
-    cost=lambda d, b: (6 * d.R * (d.n + 1) * d.V, 4 * d.R * (2 * d.n + 1) * d.V),
+    cost=lambda d, b: (8 * d.R * (d.n + 1) * d.V, 4 * d.R * (2 * d.n + 1) * d.V),
+    version=2,
     rows="R",
     cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
-    ranges={"draft": (0, "V"), "tokens": (-1, "V")},
+    ranges={"draft": (0, "V"), "top_k": (0, "V+1"), "tokens": (-1, "V")},
     choice="tokens",
     values={
-        "logits": ("normal", "masked"),
+        "logits": ("normal", "masked", "special"),
         "u": ("uniform",),
         "temperature": ("temperature",),
+        "top_k": ("top_k",),
+        "top_p": ("probability", "nucleus"),
         "draft_probs": ("distribution",),
     },
     profiles=("inference",),
 )
 def speculative_verify(
-    logits: Array, draft: Array, temperature: Array, u: Array, draft_probs: Array | None = None
+    logits: Array, draft: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, draft_probs: Array | None = None
 ) -> Array:
     """Keep the longest accepted prefix of the drafts and emit one more token: tokens[r] = drafts kept, token, then -1.
 
-    Row i of a request judges draft i. Temperature 0: a draft is accepted when it is the row's argmax (lowest id among
-    equals), and the token is the argmax at the first rejected row, or of the last row. Otherwise with p = softmax(logits /
-    temperature) and q the draft's distribution (absent: all mass on the draft), draft i is accepted when
-    u[i] * q(draft) < p(draft); the token is drawn at u[n] from max(p - q, 0) normalised after a rejection, from p after
-    the last draft, in the order of ids. No token of probability 0 is emitted. The text is then distributed as without
-    drafts. Source: Leviathan et al. 2023.
+    Row i of a request judges draft i. Let p be what `sample` draws from: softmax(logits / temperature) of the candidates
+    that top_k and top_p keep, divided by their sum, 0 for all others; at temperature 0, or where the highest logit is not
+    finite, all of it on the argmax; NaN counts as -inf. Let q be the draft's distribution (absent: all of it on the draft).
+    Draft i is accepted when u[i] * q(draft) < p(draft); the token is drawn at u[n] from max(p - q, 0) normalised after a
+    rejection, from p after the last draft, in the order of ids. No token of probability 0 is emitted. The text is then
+    distributed as without drafts. Source: Leviathan et al. 2023.
     """
     R, n = draft.shape
     tokens = np.full((R, n + 1), -1, np.int32)
     for r in range(R):
-        greedy = temperature[r] == 0
-        best = choose(logits[r], 1)[:, 0]
-        p = _probabilities(logits[r], temperature[r])
-        q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
-        at = np.arange(n), draft[r]
-        accepted = draft[r] == best[:n] if greedy else u[r, :n] * q[at] < p[at]
-        kept = int(np.argmin([*accepted, False]))
-        tokens[r, :kept] = draft[r, :kept]
-        tokens[r, kept] = best[kept] if greedy else _draw(_residual(p, q, kept), u[r, n])
+        for i in range(n + 1):
+            p, _ = _target(logits[r, i], temperature[r], int(top_k[r]), top_p[r])
+            q = _proposed(draft, draft_probs, r, i, len(p))
+            if i < n and u[r, i] * q[draft[r, i]] < p[draft[r, i]]:
+                tokens[r, i] = draft[r, i]
+                continue
+            cumulated = np.cumsum(_residual(p, q))
+            tokens[r, i] = np.searchsorted(cumulated, u[r, n] * cumulated[-1], side="right")
+            break
     return tokens
 
 
-def _probabilities(logits: Array, temperature: float) -> Array:
-    weights, norm = softmax(logits / (temperature or 1.0))
-    return np.asarray(weights / norm)
+def _target(row: Array, temperature: float, top_k: int, top_p: float) -> tuple[Array, float]:
+    """p [V], and the probability of the candidates that are kept; of one alone it is certain."""
+    order, cumulated = candidates(row, temperature)
+    kept = kept_of(cumulated, top_k, top_p)
+    p = np.zeros(len(row))
+    p[order[:kept]] = np.diff(cumulated[:kept], prepend=0.0) / cumulated[kept - 1]
+    return p, float(cumulated[kept - 1]) if kept > 1 else np.inf
 
 
-def _draft_distribution(draft: Array, V: int, given: Array | None) -> Array:
-    return np.eye(V)[draft] if given is None else given
+def _proposed(draft: Array, draft_probs: Array | None, r: int, i: int, V: int) -> Array:
+    """q [V] of draft i; nothing behind the last one."""
+    if i == draft.shape[1]:
+        return np.zeros(V)
+    return np.eye(1, V, draft[r, i])[0] if draft_probs is None else draft_probs[r, i]
 
 
-def _residual(p: Array, q: Array, i: int) -> Array:
-    rest = np.maximum(p[i] - q[i], 0.0) if i < len(q) else p[i]
-    return rest if rest.sum() > 0 else p[i]  # p equals q: a rejection came from rounding
-
-
-def _draw(p: Array, u: float) -> int:
-    cumulated = np.cumsum(p)
-    return int(min(np.searchsorted(cumulated, u * cumulated[-1], side="right"), len(p) - 1))
+def _residual(p: Array, q: Array) -> Array:
+    rest = np.maximum(p - q, 0.0)
+    return rest if rest.any() else p  # p equals q: a rejection came from rounding
 
 
 @speculative_verify.adjusted
@@ -83,38 +86,27 @@ def _(logits: Array, draft: Array, **_: object) -> None:
 
 @speculative_verify.admitted(softmax_slack)
 def _(
-    logits: Array,
-    draft: Array,
-    temperature: Array,
-    u: Array,
-    draft_probs: Array | None = None,
-    *,
-    results: Array,
-    slack: float,
+    logits: Array, draft: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, draft_probs: Array | None = None,
+    *, results: Array, slack: float,
 ) -> int | None:
     """The first request whose result is impossible with probabilities off by at most `slack`, or None."""
     R, n = draft.shape
+
+    def possible(r: int, i: int, last: bool, cut: float) -> bool:
+        """Whether row i gives what it gave, as a draft or as the last token, where top_p is off by `cut`."""
+        p, mass = _target(logits[r, i], temperature[r], int(top_k[r]), top_p[r] + cut)
+        q, token, off = _proposed(draft, draft_probs, r, i, len(p)), results[r, i], 3 * slack / mass
+        passed = p[draft[r, i]] - u[r, i] * q[draft[r, i]] if i < n else 0.0
+        if not last:
+            return bool(p[token] > 0 and passed > -off)
+        cumulated = np.cumsum(_residual(p, q))
+        target, before = u[r, n] * cumulated[-1], cumulated[token - 1] if token else 0.0
+        return bool(p[token] > 0 and passed <= off and before - off <= target <= cumulated[token] + off)
+
     for r in range(R):
-        i = int((results[r] >= 0).sum()) - 1
-        token = int(results[r, i])
-        best = choose(logits[r], 1)[:, 0]
-        if i < 0 or (results[r, i + 1 :] != -1).any() or (results[r, :i] != draft[r, :i]).any():
+        last = int((results[r] >= 0).sum()) - 1
+        if last < 0 or (results[r, last + 1 :] != -1).any() or (results[r, :last] != draft[r, :last]).any():
             return r
-        if temperature[r] == 0:
-            prefix = [bool(draft[r, j] == best[j]) for j in range(n)]
-            if not all(prefix[:i]) or (i < n and prefix[i]) or token != best[i]:
-                return r
-            continue
-        p = _probabilities(logits[r], temperature[r])
-        q = _draft_distribution(draft[r], logits.shape[-1], None if draft_probs is None else draft_probs[r])
-        margin = [p[j, draft[r, j]] - u[r, j] * q[j, draft[r, j]] for j in range(n)]
-        if any(m < -slack for m in margin[:i]) or (i < n and margin[i] > slack):
-            return r
-        if any(p[j, results[r, j]] == 0 for j in range(i + 1)):
-            return r
-        cumulated = np.cumsum(_residual(p, q, i))
-        target = u[r, n] * cumulated[-1]
-        before = cumulated[token - 1] if token else 0.0
-        if not before - slack <= target <= cumulated[token] + slack:
+        if not all(any(possible(r, i, i == last, cut) for cut in (-slack, slack)) for i in range(last + 1)):
             return r
     return None

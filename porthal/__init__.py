@@ -3,14 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 import porthal.backends  # first: imported later, the package would take the place of the function below
-from porthal.hal import NotClaimed, PorthalError, Unavailable, UsageError
+from porthal.hal import NotClaimed, NotFinite, PorthalError, Unavailable, UsageError
 from porthal.hal import backend_names as backends
 
 if TYPE_CHECKING:
     from porthal.hal import Batch, Binding, bind, use
 
 __version__ = "0.1.0"
-__all__ = ["Batch", "Binding", "NotClaimed", "PorthalError", "Unavailable", "UsageError", "backends", "bind", "use"]
+__all__ = ["Batch", "Binding", "NotClaimed", "NotFinite", "PorthalError", "Unavailable", "UsageError"]
+__all__ += ["backends", "bind", "use"]
 
 
 def __getattr__(name: str) -> Any:

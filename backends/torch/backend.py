@@ -318,35 +318,35 @@ class Torch(Backend):
     def argmax(self, logits: Tensor) -> Tensor:
         return first_highest(logits)
 
+    def check_finite(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return torch.where((ids >= 0) & ~torch.isfinite(logits.amax(-1)), -2, ids)
+
     def sample(self, logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        n = logits.shape[-1]
-        order = ranked(logits)
-        falling = logits.float().gather(1, order)
-        falling = falling - falling[:, :1]
-        cumulated = torch.softmax(falling / _divisor(temperature)[:, None], dim=-1).cumsum(-1)
-        limit = torch.where(top_k > 0, top_k, n).long()[:, None]
-        within = torch.arange(n, device=logits.device) < limit
-        reached = cumulated / cumulated.gather(1, limit - 1) < top_p[:, None]
-        kept = torch.minimum((reached & within).sum(1, keepdim=True) + 1, limit)
-        kept = torch.where(temperature[:, None] == 0, 1, kept)
+        order, _, cumulated, kept = _candidates(logits, temperature, top_k, top_p)
         target = u[:, None] * cumulated.gather(1, kept - 1)
         drawn = torch.minimum((cumulated <= target).sum(1, keepdim=True), kept - 1)
         return order.gather(1, drawn)[:, 0].to(torch.int32)
 
     def speculative_verify(
-        self, logits: Tensor, draft: Tensor, temperature: Tensor, u: Tensor, draft_probs: Tensor | None = None
+        self,
+        logits: Tensor,
+        draft: Tensor,
+        u: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        draft_probs: Tensor | None = None,
     ) -> Tensor:
         n = draft.shape[1]
-        drafts = F.pad(draft.long(), (0, 1))
-        greedy = (temperature == 0)[:, None]
-        best = first_highest(logits)
-        falling = logits - logits.amax(-1, keepdim=True)
-        p = torch.softmax(falling / _divisor(temperature)[:, None, None], dim=-1)
+        per_row = (x.repeat_interleave(n + 1) for x in (temperature, top_k, top_p))
+        order, shares, cumulated, count = _candidates(logits.flatten(0, 1), *per_row)
+        shares = torch.where(torch.arange(shares.shape[1], device=u.device) < count, shares, 0.0)
+        p = torch.empty_like(shares).scatter_(1, order, shares / cumulated.gather(1, count - 1)).view(logits.shape)
         q = None if draft_probs is None else F.pad(draft_probs, (0, 0, 0, 1))  # 0 in the row behind the last draft
+        drafts = F.pad(draft.long(), (0, 1))
         at = drafts[..., None]
         passed = u * (1.0 if q is None else q.gather(2, at)[..., 0]) < p.gather(2, at)[..., 0]
-        passed = torch.where(greedy, drafts == best, passed)[:, :n]
-        kept = passed.long().cumprod(1).sum(1, keepdim=True)
+        kept = passed[:, :n].long().cumprod(1).sum(1, keepdim=True)
 
         row = kept[..., None].expand(-1, -1, logits.shape[-1])
         here = p.gather(1, row)[:, 0]
@@ -357,8 +357,7 @@ class Torch(Backend):
         rest = (here - left_out).clamp(min=0)
         rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, here)  # p equal to q: any rejection was rounding
         cumulated = rest.cumsum(1)
-        drawn = (cumulated <= u[:, n:] * cumulated[:, -1:]).sum(1, keepdim=True).clamp(max=rest.shape[1] - 1)
-        token = torch.where(greedy, best.gather(1, kept), drawn)
+        token = (cumulated <= u[:, n:] * cumulated[:, -1:]).sum(1, keepdim=True).clamp(max=rest.shape[1] - 1)
         place = torch.arange(n + 1, device=draft.device)
         return torch.where(place < kept, drafts, torch.where(place == kept, token, -1)).to(torch.int32)
 
@@ -419,8 +418,17 @@ def _blocks(pages: Pages, name: str) -> Tensor:
     return pages[name].unflatten(0, (pages.spec.n_blocks, pages.spec.block_size))
 
 
-def _divisor(temperature: Tensor) -> Tensor:
-    return torch.where(temperature == 0, 1.0, temperature)
+def _candidates(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int64 [T, V] ids by falling logit, their probabilities and the sums of these, and int64 [T, 1] how many are kept."""
+    order, place = ranked(logits), torch.arange(logits.shape[-1], device=logits.device)
+    falling = comparable(logits).float().gather(1, order)
+    certain = (temperature == 0)[:, None] | ~torch.isfinite(falling[:, :1])
+    falling = torch.where(certain, torch.where(place > 0, -torch.inf, 0.0), falling - falling[:, :1])
+    shares = torch.softmax(falling / torch.where(temperature == 0, 1.0, temperature)[:, None], dim=-1)
+    cumulated = shares.cumsum(-1)
+    limit = torch.where(top_k > 0, top_k, len(place)).long()[:, None]
+    reached = cumulated / cumulated.gather(1, limit - 1) < top_p[:, None]
+    return order, shares, cumulated, torch.minimum((reached & (place < limit)).sum(1, keepdim=True) + 1, limit)
 
 
 def _chunks(start: int, stop: int, per_row: int) -> Iterator[slice]:

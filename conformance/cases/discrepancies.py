@@ -337,10 +337,10 @@ DISCREPANCIES = (
         "An optional input left out silently switched off something else, too.",
         "vllm-project/vllm-ascend#9600",
         cases=(
-            "speculative_verify,R=9,V=256,n=3,-draft_probs,0",
+            "speculative_verify@2,R=9,V=256,n=3,-draft_probs,0",
             "kv_write,T=9,A=128,pages:bf16,-second,-b,batch=mixed,block_size=64,0",
         ),
-        family=("speculative_verify,*-draft_probs*",),
+        family=("speculative_verify@2,*-draft_probs*",),
     ),
     Discrepancy(
         37,
@@ -563,8 +563,8 @@ DISCREPANCIES = (
         67,
         "A draft of probability 0 was accepted where the random number was exactly 0.",
         "sgl-project/sglang#35771",
-        cases=("speculative_verify,R=9,V=256,n=3,logits~masked,u~edges,0",),
-        family=("speculative_verify,*logits~masked*",),  # as well where the draft's own probability is 0
+        cases=("speculative_verify@2,R=9,V=256,n=3,logits~masked,u~edges,0",),
+        family=("speculative_verify@2,*logits~masked*",),  # as well where the draft's own probability is 0
     ),
     Discrepancy(
         68,
@@ -572,7 +572,7 @@ DISCREPANCIES = (
         "flashinfer-ai/flashinfer#5088, vllm-project/vllm#890, microsoft/aici#19",
         cases=(
             "sample,T=17,V=4096,logits:fp16,temperature~cold,0",
-            "speculative_verify,R=9,V=256,n=3,temperature~cold,0",
+            "speculative_verify@2,R=9,V=256,n=3,temperature~cold,0",
         ),
         family=("sample,*logits:fp16,temperature~cold*",),
     ),

@@ -285,6 +285,12 @@ def probability(draw: Draw) -> Array:
 
 
 @recipe
+def nucleus(draw: Draw) -> Array:
+    """What GLM-5's generation_config.json has for top_p."""
+    return np.full(draw.shape, 0.95)
+
+
+@recipe
 def distribution(draw: Draw) -> Array:
     """Rows that sum to 1."""
     x = draw.integers(0, 256).astype(np.float64)

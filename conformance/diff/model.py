@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from porthal.conformance.diff.lockstep import Call, Halt, Lockstep, binding
 from porthal.conformance.judgement.saved import save
-from porthal.hal import Binding
+from porthal.hal import Binding, NotFinite
 from porthal.model.generate import generate
 from porthal.model.glm5 import Glm5
-from porthal.model.load import DEMO, opened
+from porthal.model.load import DEMO, needed, opened, profile
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -41,17 +41,19 @@ def lockstep(
     """
     config, source = opened(model)
     config = replace(config, eos_token_id=())  # an end of text does not end the comparison
-    both = Lockstep(theirs)
+    both = Lockstep(theirs.fitted(profile(config, dtype), needed(config, drafts=2 if config.has_mtp else 0)))
     loaded = Glm5(config, source, binding(both), dtype)
     _label(loaded, both)
-    halted = False
+    halted, stopped = False, ""
     try:
         generate(loaded, [tokens], decode + 1)
         if loaded.mtp:
             generate(loaded, [tokens[:DRAFTED]], 3, speculative=2)
     except Halt:
         halted = True
-    return Difference(str(theirs.backend), theirs.backend.place, dtype, len(tokens), decode, both.calls, halted)
+    except NotFinite as error:
+        stopped = f"The reference itself stopped: {error}."
+    return Difference(str(theirs.backend), theirs.backend.place, dtype, len(tokens), decode, both.calls, halted, stopped)
 
 
 class Block:
@@ -125,6 +127,7 @@ class Difference:
     decode: int
     calls: Sequence[Call]
     halted: bool = False
+    stopped: str = ""
 
     @cached_property
     def at_fault(self) -> Call | None:
@@ -144,13 +147,14 @@ class Difference:
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.at_fault else 0
+        return 1 if self.at_fault or self.stopped else 0
 
     @property
     def sentence(self) -> str:
         """The verdict in words."""
         if self.at_fault is None:
-            return f"No op exceeds its error budget: {len(self.calls)} calls on {self.backend} in {self.dtype}."
+            within = f"No op exceeds its error budget: {len(self.calls)} calls on {self.backend} in {self.dtype}."
+            return f"{within} {self.stopped}".rstrip()
         return f"{self.at_fault.label} is the first at fault, in step {self.at_fault.step}: {self.at_fault.fault}."
 
     @property

@@ -51,7 +51,7 @@ def judge_top(golden: Golden, chosen: Any, limit: Level, tie: str) -> str:
             continue
         wanted = best.ids[t, : len(row)].astype(np.int64)
         last = wanted[np.argmin(value[t, wanted])]
-        _high(what, row, value[t], budget[t], int(last), wanted)
+        _high(what, row, scores[t], budget[t], int(last), wanted)
         if by_construction and (odd := _misplaced(row, wanted, value[t], value[t, last])) is not None:
             if tie == "lowest":
                 left = f"a lower position with an equal score was left out, expected {_listed(wanted)}"
@@ -107,19 +107,24 @@ def _valid(what: str, ids: Array, length: int, expected: int, candidates: int) -
     return row
 
 
-def _high(what: str, row: Array, value: Array, budget: Array, last: int, wanted: Array) -> None:
+def _high(what: str, row: Array, scores: Array, budget: Array, last: int, wanted: Array) -> None:
     """Nothing chosen is clearly below the k-th score, nothing clearly above it is left out."""
+    value = np.where(np.isnan(scores), -np.inf, scores)
     kth = value[last]
     slack = budget + budget[last]
     if not np.isneginf(kth) and (low := row[value[row] < kth - slack[row]]).size:
         bad = int(low[0])
-        lowest = f"score {value[bad]:.9g}, below the k-th score {kth:.9g}"
+        lowest = f"score {_shown(scores[bad])}, below the k-th score {kth:.9g}"
         raise Failed("FAIL_VALUE", f"{what} has {bad} with {lowest}, expected {_listed(wanted)}")
     lost = np.setdiff1d(np.nonzero(value > kth + slack)[0], row)
     if lost.size:
         bad = int(lost[0])
-        highest = f"score {value[bad]:.9g}, above the k-th score {kth:.9g}"
+        highest = f"score {value[bad]:.9g}, above the k-th score {_shown(scores[last])}"
         raise Failed("FAIL_VALUE", f"{what} lacks {bad} with {highest}, expected {_listed(wanted)}")
+
+
+def _shown(score: float) -> str:
+    return f"{score:.9g}" + ", which counts as -inf" * bool(np.isnan(score))
 
 
 def _misplaced(row: Array, wanted: Array, value: Array, kth: float) -> int | None:

@@ -225,13 +225,13 @@ EDITED = (
     _edit("sparse_mla", "keys from the end", (attention.sums, """logits, keys = logits.masked_fill(beyond, -torch.inf).flip(2), keys.flip(1)
             o = torch.bmm(torch.softmax(logits, dim=-1), keys)\n""")),
     _edit("argmax", "by flipping", (tokens.best.keywords["old"], tokens.ARGMAX + "return torch.sort(comparable(logits), dim=-1, descending=True, stable=True).indices[:, 0].to(torch.int32)\n")),
-    _edit("sample", "in float64", ("falling = logits.float().gather(1, order)\n", "falling = logits.double().gather(1, order)\n")),
-    _edit("sample", "mass not normalised before", ("dim=-1).cumsum(-1)\n        limit", "dim=-1).mul(3).cumsum(-1)\n        limit")),
-    _edit("sample", "sums in blocks of 64", ("dim=-1).cumsum(-1)\n        limit", """dim=-1)
-        blocks = F.pad(cumulated, (0, -n % 64)).unflatten(1, (-1, 64)).cumsum(-1)
-        cumulated = (blocks + F.pad(blocks[..., -1].cumsum(-1), (1, -1))[..., None]).flatten(1)[:, :n]
-        limit""")),
-    _edit("speculative_verify", "in float64", ("falling = logits - logits.amax(-1, keepdim=True)\n", "falling = logits.double() - logits.double().amax(-1, keepdim=True)\n")),
+    _edit("check_finite", "every logit looked at", ("~torch.isfinite(logits.amax(-1))", "(((logits != logits) | (logits == torch.inf)).any(-1) | (logits == -torch.inf).all(-1))")),
+    _edit("sample", "in float64", (tokens.widened, tokens.widened.replace(".float()", ".double()"))),
+    _edit("sample", "mass not normalised before", (tokens.summed, "cumulated = shares.mul(3).cumsum(-1)\n")),
+    _edit("sample", "sums in blocks of 64", (tokens.summed, """n = len(place)
+    blocks = F.pad(shares, (0, -n % 64)).unflatten(1, (-1, 64)).cumsum(-1)
+    cumulated = (blocks + F.pad(blocks[..., -1].cumsum(-1), (1, -1))[..., None]).flatten(1)[:, :n]\n""")),
+    _edit("speculative_verify", "in float64", (tokens.widened, tokens.widened.replace(".float()", ".double()"))),
     _edit("speculative_verify", "divided", (tokens.passed, "passed = u < p.gather(2, at)[..., 0] / (1.0 if q is None else q.gather(2, at)[..., 0])\n")),
     _edit("mla_prolog", "fused, everything rounded", (PRODUCT, "return F.linear(x.float(), w.native.float()).to(w.native.dtype).float()\n"), source="fused"),
     _edit("mla_prolog", "fused, in float64", (PRODUCT, "return F.linear(x.double(), w.native.double()).float()\n"), source="fused"),

@@ -58,7 +58,8 @@ CALLS = {
     "sparse_mla": ([x(T, 3, 8), x(T, 3, 4), pages(c=8, kp=4), SELECTION, BATCH], {"scale": 0.5}),
     "argmax": ([x(T, 9)], {}),
     "sample": ([x(T, 9), u, cold, IDS[:, 0], u], {}),
-    "speculative_verify": ([x(T, 3, 9), drafts, cold, x(T, 3)], {}),
+    "speculative_verify": ([x(T, 3, 9), drafts, x(T, 3), cold, IDS[:, 0], u], {}),
+    "check_finite": ([x(T, 9), IDS[:, 0]], {}),
     "grouped_gemm": ([x(9, 7), w("grouped_gemm", "w", 3, 5, 7), np.array([4, 0, 2], np.int32)], {}),
     "moe_experts": (
         [x(T, 8), w("moe_experts", "w13", 4, 12, 8), w("moe_experts", "w2", 4, 8, 6), IDS, x(T, 3)],

@@ -173,7 +173,7 @@ def test_narrow_rounds_like_exact_integers():
 def test_operands_are_adjusted_as_their_contract_says(monkeypatch):
     """Two of three drafts are made likely, by 8 above what was drawn."""
     contract = contracts()["speculative_verify"]
-    case = Case.from_token("speculative_verify,R=7,V=256,n=3,0")
+    case = Case.from_token("speculative_verify@2,R=7,V=256,n=3,0")
     found = build(case).operands
     monkeypatch.setattr(contract, "adjust", None)
     drawn = build(case).operands

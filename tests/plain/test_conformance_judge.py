@@ -1,5 +1,6 @@
 """The judge accepts honest kernels at the strict level and rejects planted defects on the bring-up cases."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -254,13 +255,17 @@ def truncating_cast(self, x, *, to):
     return (wide.view(np.uint32) >> 16).astype(np.uint16).view(narrow(np.zeros(0), "bfloat16").dtype)
 
 
+def masks_refused(self, logits, ids):
+    return np.where((ids < 0) | np.isfinite(single(logits)).all(-1), ids, np.int32(-2))
+
+
 def any_token(self, logits, u, temperature, top_k, top_p):
     every = np.zeros_like(top_k)
     return Reference.derive(backend(), contracts()["sample"])(logits, u, temperature, every, top_p)
 
 
-def short_prefix(self, logits, draft, temperature, u, draft_probs=None):
-    tokens = Reference.derive(backend(), contracts()["speculative_verify"])(logits, draft, temperature, u, draft_probs)
+def short_prefix(self, *operands):
+    tokens = Reference.derive(backend(), contracts()["speculative_verify"])(*operands)
     tokens[:, -1] = -1
     return tokens
 
@@ -299,6 +304,7 @@ DEFECTS = [
     ("rope", wrong_layout, "FAIL_VALUE"),
     ("rope", narrow_angles, "FAIL_VALUE"),
     ("cast", truncating_cast, "FAIL_VALUE"),
+    ("check_finite", masks_refused, "FAIL_VALUE"),
     ("sample", any_token, "FAIL_VALUE"),
     ("speculative_verify", short_prefix, "FAIL_VALUE"),
 ]
@@ -315,6 +321,16 @@ def test_planted_defects_are_found(op, kernel, verdict):
             return
         others.append(result.explain())
     pytest.fail("\n".join(others))
+
+
+def nan_first(self, scores, batch, *, k):
+    return Reference.derive(backend(), contracts()["topk"])(np.where(np.isnan(scores), np.inf, scores), batch, k=k)
+
+
+def test_a_nan_that_was_chosen_is_called_so():
+    case = Case.from_token("topk,T=7,k=7,scores~special,batch=1/30+1/31+1/32+4/40,block_size=64,0")
+    result = check(case, Bindings(backend(topk=nan_first)))
+    assert re.search(r"sel row \d has \d+ with score nan, which counts as -inf, below the k-th score", result.message)
 
 
 def judged(y, g, most=0.0, kind="float32", level="bring-up"):

@@ -11,6 +11,7 @@ import pytest
 
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, bind, contracts
 from porthal.hal.operands import WeightSpec
+from tests.oracles.draws import settings, share_of_each, threshold
 
 CHECKS: dict[str, list[Callable[..., None]]] = {}
 ops = {name: contract.reference for name, contract in contracts().items()}
@@ -441,45 +442,53 @@ def test_logits_by_loops(rng: np.random.Generator) -> None:
         assert ops["gather_logprob"](clean, ids)[t] == logp[t, ids[t]]
 
 
+@checks("check_finite")
+def test_ids_are_kept_where_the_highest_logit_is_finite() -> None:
+    nan, inf = math.nan, math.inf
+    rows = [[1.0, -inf], [-inf, -inf], [nan, 2.0], [-inf, nan], [inf, 0.0], [-0.0, -1e38], [nan, nan]]
+    for at in (0, 1):
+        assert ops["check_finite"](np.array(rows), np.full(7, at)).tolist() == [at, -2, -2, -2, -2, at, -2]
+    assert ops["check_finite"](np.array(rows), np.full(7, -1)).tolist() == [-1] * 7  # the tail behind a last token
+
+
 @checks("sample")
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 3, 1.0), (2.0, 0, 0.7), (1.0, 4, 0.6)])
 def test_sample_gives_each_id_its_share_of_u(temperature: float, top_k: int, top_p: float, rng: np.random.Generator) -> None:
     row = rng.standard_normal(6)
     grid = (np.arange(4000) + 0.5) / 4000
-    p = {v: math.exp(row[v] / temperature) for v in range(6)}
-    kept = sorted(p, key=lambda v: (-row[v], v))[: top_k or 6]
-    mass, total, shortlist = 0.0, sum(p[v] for v in kept), []
-    for v in kept:
-        shortlist.append(v)
-        mass += p[v]
-        if mass / total >= top_p:
-            break
-    full = [np.full(4000, x) for x in (temperature, top_k, top_p)]
-    ids = ops["sample"](np.tile(row, (4000, 1)), grid, *full)
-    for v in range(6):
-        share = p[v] / mass if v in shortlist else 0.0
-        assert (ids == v).mean() == pytest.approx(share, abs=1 / 2000)
-    assert (ops["sample"](np.tile(row, (2, 1)), grid[:2], np.zeros(2), np.zeros(2, int), np.ones(2)) == row.argmax()).all()
+    ids = ops["sample"](np.tile(row, (4000, 1)), grid, *settings(4000, temperature, top_k, top_p))
+    counted = np.bincount(ids, minlength=6) / 4000
+    assert counted == pytest.approx(share_of_each(row, temperature, top_k, top_p), abs=1 / 2000)
+    assert (ops["sample"](np.tile(row, (2, 1)), grid[:2], *settings(2, temperature=0)) == row.argmax()).all()
 
 
 @checks("speculative_verify")
-def test_verified_text_is_distributed_as_without_drafts(rng: np.random.Generator) -> None:
-    """For one draft drawn from q, integrated over u: the first token of the result is distributed as p."""
-    V, steps = 4, 150
-    logits, q = rng.standard_normal((1, 2, V)), np.array([0.5, 0.1, 0.3, 0.1])
-    p = np.exp(logits[0, 0]) / np.exp(logits[0, 0]).sum()
-    grid = (np.arange(steps) + 0.5) / steps
-    u = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
+@pytest.mark.parametrize("with_probabilities", [False, True])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1, 0, 0.95), (0.5, 3, 1), (2, 0, 0.7), (1, 4, 0.6), (1.5, 1, 1), (0.7, 0, 0.01)]
+)
+def test_drafts_leave_the_truncated_distribution_exactly_as_it_is(
+    with_probabilities: bool, temperature: float, top_k: int, top_p: float, rng: np.random.Generator
+) -> None:
+    """The measure of all u that give a first token, over the drafts that are made, is that token's share."""
+    V = 5
+    row, q = rng.standard_normal(V), np.array([0.45, 0.1, 0.3, 0.1, 0.05])
     first = np.zeros(V)
-    for d in range(V):
-        tokens = ops["speculative_verify"](
-            np.repeat(logits, len(u), 0), np.full((len(u), 1), d), np.ones(len(u)), u, np.tile(q, (len(u), 1, 1))
-        )
-        first += q[d] * np.bincount(tokens[:, 0], minlength=V) / len(u)
-        assert ((tokens[:, 1] == -1) == (tokens[:, 0] != d)).mean() > 0.99
-    assert first == pytest.approx(p, abs=2 / steps)
 
-    greedy = np.array([[[0.0, 2, 1], [3, 3, 0], [0, 0, 9]]] * 3)
-    drafts = np.array([[1, 0], [1, 1], [2, 0]])
-    got = ops["speculative_verify"](greedy, drafts, np.zeros(3), np.zeros((3, 3)))
-    assert got.tolist() == [[1, 0, 2], [1, 0, -1], [1, -1, -1]]  # equal logits: the lowest id
+    def tokens(d: int, accepting: np.ndarray, drawing: np.ndarray) -> np.ndarray:
+        R = len(accepting)
+        given = [np.tile(q, (R, 1, 1))] if with_probabilities else []
+        u = np.stack([accepting, drawing], 1)
+        given = [*settings(R, temperature, top_k, top_p), *given]
+        return ops["speculative_verify"](np.tile(row, (R, 2, 1)), np.full((R, 1), d), u, *given)
+
+    for d in range(V):
+        accepted = threshold(lambda u, d=d: tokens(d, u, np.zeros(1))[:, 1] >= 0, 1)[0]
+        drawn = np.zeros(V)
+        if accepted < 1 - 1e-9:
+            rejecting = np.full(V, (1 + accepted) / 2)
+            drawn = np.diff(threshold(lambda u, d=d, r=rejecting: tokens(d, r, u)[:, 0] <= np.arange(V), V), prepend=0)
+        first += q[d] * (accepted * np.eye(V)[d] + (1 - accepted) * drawn)
+        if not with_probabilities:  # every draft alone gives it
+            assert first / q[: d + 1].sum() == pytest.approx(share_of_each(row, temperature, top_k, top_p), abs=1e-9)
+    assert first == pytest.approx(share_of_each(row, temperature, top_k, top_p), abs=1e-9)

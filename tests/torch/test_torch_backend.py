@@ -236,8 +236,10 @@ def test_speculative_verification(with_probabilities: bool, n: int, seed: int) -
     operands = [
         2 * normal(seed, R, n + 1, V),
         rng.integers(0, V, (R, n)).astype(np.int32),
-        np.where(np.arange(R) % 2, 0.7, 0.0).astype(np.float32),
         rng.random((R, n + 1), np.float32),
+        np.where(np.arange(R) % 2, 0.7, 0.0).astype(np.float32),
+        rng.integers(0, V + 1, R).astype(np.int32),
+        rng.choice([0.3, 0.95, 1.0], R).astype(np.float32),
     ]
     operands[1][0] = operands[0][0, :n].argmax(1)  # all of request 0 is accepted
     agree("speculative_verify", *operands, *([q] if with_probabilities else []))
@@ -247,8 +249,9 @@ def test_a_draw_at_a_boundary_goes_to_the_next_candidate() -> None:
     one, all_, half = np.ones(1, np.float32), np.zeros(1, np.int32), np.full(1, 0.5, np.float32)
     agree("sample", np.zeros((1, 2), np.float32), half, one, all_, one)
     u = np.array([[0.9, 0.5]], np.float32)
-    agree("speculative_verify", np.zeros((1, 2, 4), np.float32), np.array([[3]], np.int32), one, u)
-    agree("speculative_verify", np.zeros((1, 2, 4), np.float32), np.array([[3]], np.int32), one, u * np.float32(0.2))
+    agree("speculative_verify", np.zeros((1, 2, 4), np.float32), np.array([[3]], np.int32), u, one, all_, one)
+    early = u * np.float32(0.2)
+    agree("speculative_verify", np.zeros((1, 2, 4), np.float32), np.array([[3]], np.int32), early, one, all_, one)
 
 
 def test_sharp_temperatures_do_not_overflow() -> None:
