@@ -197,7 +197,7 @@ def test_pytest_survives_as_well(install: Any, tmp_path: Path) -> None:
     [
         ("os.abort()", "killed by SIGABRT in <module> (backend.py:2), called by _call_with_frames_removed"),
         ("os._exit(7)", "exited with code 7"),
-        ("raise OSError('no driver')", "backend 'dead' is broken: OSError: no driver"),
+        ("raise OSError('no driver')", "backend 'dead' is broken: dead_plugin: OSError: no driver (backend.py:2)"),
     ],
 )
 def test_a_backend_that_dies_at_its_start_is_one_sentence(install: Any, body: str, said: str) -> None:
