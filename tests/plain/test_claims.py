@@ -369,4 +369,5 @@ def test_a_composition_is_unclaimed_for_the_data_of_its_parts() -> None:
     broken = {r.token: bool((build(Case.from_token(r.token)).operands["ids"] < 0).any()) for r in report.results}
     verdicts = {(broken[r.token] and ",fault=" not in r.token, r.verdict) for r in report.results}
     assert verdicts == {(True, "UNCLAIMED"), (False, "PASS")}
-    assert report.untaken == [f"{report.rows[0].unclaimed} unclaimed for their data: moe_permute takes ids with no -1"]
+    count = report.rows[0].verdicts["UNCLAIMED"]
+    assert report.untaken == [f"{count} unclaimed for their data: moe_permute takes ids with no -1"]
