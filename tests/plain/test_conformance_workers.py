@@ -151,6 +151,27 @@ def test_a_case_that_takes_its_process_down_costs_that_case_alone(deadly: dict[s
     assert not file.with_name("report.json.journal").exists()
 
 
+def test_a_library_that_keeps_its_compiled_programs_costs_no_case(install: Any) -> None:
+    """50 MiB more with every call, as a compiler per shape does: in all far more than a case may take."""
+    install(
+        "keeping",
+        """
+        import numpy as np
+        from porthal.backends.reference.backend import Reference
+
+        class Chip(Reference):
+            programs = []
+
+            def add(self, a, b):
+                self.programs.append(np.empty(50 * 2**17))
+                return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+        """,
+    )
+    report = run("keeping", ops=["add"], bounds=Bounds(workers=1, memory=1))
+    assert [r.explain() for r in report.results if r.failed] == []
+    assert len(report.results) > 20
+
+
 def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
     token = next(t for t, deed in deadly.items() if deed == "killed")
     done = command("replay", token, "--backend", "deadly")

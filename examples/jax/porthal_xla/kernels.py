@@ -77,8 +77,7 @@ def rope(x, positions, *, theta, layout, start, width):
     frequency = jnp.array([theta ** (-2.0 * i / width) for i in range(width // 2)], F32)  # of float64, rounded once
     angle = positions[:, None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    pairs = (-1, 2) if layout == "interleaved" else (2, -1)
-    axis = -1 if layout == "interleaved" else -2
+    pairs, axis = ((width // 2, 2), -1) if layout == "interleaved" else ((2, width // 2), -2)
     turned = x[..., start : start + width].reshape(*x.shape[:-1], *pairs).astype(F32)
     a, b = jnp.moveaxis(turned, axis, 0)
     turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(*x.shape[:-1], width).astype(x.dtype)
@@ -108,7 +107,7 @@ def moe_route(logits, bias, *, k, scale, n_group=1, topk_group=1):
     s = jax.nn.sigmoid(logits)
     scores = ranked(s + bias)
     if n_group > 1:
-        groups = scores.reshape(len(scores), n_group, -1)
+        groups = scores.reshape(len(scores), n_group, scores.shape[1] // n_group)
         best = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1)
         kept = jax.lax.top_k(ranked(best), topk_group)[1]
         chosen = (kept[:, None] == jnp.arange(n_group)[None, :, None]).any(-1, keepdims=True)
