@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from porthal.hal.abstract import Abstract
@@ -31,13 +31,17 @@ class Recorder:
         return call
 
 
-def recorded(run: Callable[[Binding], Any], expand: bool = True) -> list[tuple[str, CallSpec]]:
-    """Every call that `run` makes on a binding without values, in order; with `expand` those inside composites too."""
+def recorded(
+    run: Callable[[Binding], Any], expand: Collection[str] | None = None
+) -> list[tuple[str, CallSpec]]:
+    """Every call that `run` makes on a binding without values, in order, and those inside the composites of `expand`
+    (None: inside all)."""
     known, calls = contracts(), []
 
     def heard(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))
 
-    composed = {op: "composed" for op, contract in known.items() if contract.decomposition} if expand else {}
+    inside = known if expand is None else expand
+    composed = {op: "composed" for op, contract in known.items() if contract.decomposition and op in inside}
     run(bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=[Recorder(heard)]))
     return calls

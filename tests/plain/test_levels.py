@@ -116,6 +116,13 @@ def test_what_the_backends_arrays_leave_out_is_not_required():
     assert found == Reached("bring-up", "", n, n, n)
 
 
+def test_a_composition_is_not_asked_for_the_parts_of_an_own_kernel():
+    own = {op: truth(op) for op in ("moe_experts", "linear", "silu_mul", "add")}
+    machine = made(**own, **dict.fromkeys(("moe_permute", "grouped_gemm", "moe_unpermute")))  # it has none of these
+    n = len(required(contracts()["moe_layer"], "bring-up"))
+    assert level_of(machine, "moe_layer") == Reached("bring-up", "", n, n, n)
+
+
 def test_a_narrow_claim_shows_as_a_fraction():
     one_row = limits(T=1)(truth("rms_norm"))
     found = level_of(made(rms_norm=one_row), "rms_norm")
