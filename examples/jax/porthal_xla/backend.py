@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Backend, Rows, Selection, SelectionSpec, Traits, Unavailable, limits
-
+from porthal.hal import Backend, Rows, Selection, SelectionSpec, Traits, Unavailable, UsageError, limits
 from porthal_xla import kernels
 
 own = limits(provider="jax")  # every dtype and size
@@ -35,7 +34,10 @@ class Xla(Reference):
     # -- arrays
 
     def from_numpy(self, x):
-        return jnp.array(x, device=self._chip)  # a copy, as NumPy's memory can change
+        array = jnp.array(x, device=self._chip)  # a copy, as NumPy's memory can change
+        if array.dtype != x.dtype:
+            raise UsageError(f"JAX makes {array.dtype} of {x.dtype} unless jax_enable_x64 is set: give at most 32 bits")
+        return array
 
     def to_numpy(self, x):
         self.host_copies += 1
@@ -110,7 +112,7 @@ class Xla(Reference):
 
     @own
     def indexer_scores(self, iq, w, keys, batch, *, scale):
-        return self._scores(iq, w, keys, batch, scale)[:, : batch.max_kv]
+        return self._scores(iq, w, keys, batch, scale, batch.max_kv)
 
     @own
     def topk(self, scores, batch, *, k):
@@ -119,10 +121,11 @@ class Xla(Reference):
 
     @own
     def indexer_topk(self, iq, w, keys, batch, *, k, scale):
-        return self.topk(self._scores(iq, w, keys, batch, scale), batch, k=k)
+        room = batch.native["table"].shape[1] * batch.block_size  # for these positions, however many are visible
+        return self.topk(self._scores(iq, w, keys, batch, scale, room), batch, k=k)
 
-    def _scores(self, iq, w, keys, batch, scale):
-        return kernels.indexer_scores(iq, w, keys["k"], batch.native, scale=scale, block_size=batch.block_size)
+    def _scores(self, iq, w, keys, batch, scale, S):
+        return kernels.indexer_scores(iq, w, keys["k"], batch.native, S=S, scale=scale, block_size=batch.block_size)
 
     @own
     def sparse_mla(self, q_latent, q_rope, kv, sel, batch, *, scale):

@@ -148,10 +148,10 @@ def _slots(table, positions, block_size):
     return table[positions // block_size] * block_size + positions % block_size
 
 
-@compiled("scale", "block_size")
-def indexer_scores(iq, w, keys, plan, *, scale, block_size):
-    """[T, S] for the S positions that the block tables have room for."""
-    positions = jnp.arange(plan["table"].shape[1] * block_size)
+@compiled("S", "scale", "block_size")
+def indexer_scores(iq, w, keys, plan, *, S, scale, block_size):
+    """[T, S], one row after another: keys that are gathered for all rows at once do not fit."""
+    positions = jnp.arange(S)
 
     def row(given):
         iq, w, request, visible = given
@@ -229,8 +229,7 @@ def sample(logits, u, temperature, top_k, top_p):
 @compiled()
 def speculative_verify(logits, draft, temperature, u, draft_probs=None):
     """All requests at once: what each row would keep and draw, then the first rejected row of each."""
-    R, n = draft.shape
-    V = logits.shape[-1]
+    n, V = draft.shape[1], logits.shape[-1]
     greedy = temperature[:, None] == 0
     best = argmax(logits)
     weights = _weights(logits, temperature[:, None, None])
