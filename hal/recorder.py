@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from porthal.hal.abstract import Abstract
@@ -31,14 +31,17 @@ class Recorder:
         return call
 
 
-def recorded(run: Callable[[Binding], Any], expand: bool = True) -> list[tuple[str, CallSpec]]:
-    """Every call that `run` makes on a binding without values, in order; with `expand` those inside composites too."""
+def recorded(
+    run: Callable[[Binding], Any], expand: Collection[str] | None = None
+) -> list[tuple[str, CallSpec]]:
+    """Every call that `run` makes on a binding without values, in order, and those inside the composites of `expand`
+    (None: inside all)."""
     known, calls = contracts(), []
 
     def heard(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))
 
-    _run(run, Recorder(heard), expand)
+    _run(run, Recorder(heard), known if expand is None else expand)
     return calls
 
 
@@ -50,10 +53,10 @@ def callers(run: Callable[[Binding], Any]) -> dict[str, set[str]]:
         found.setdefault(op, set()).add(recorder.path[-2] if recorder.path[1:] else "")
 
     recorder = Recorder(heard)
-    _run(run, recorder, expand=True)
+    _run(run, recorder, contracts())
     return found
 
 
-def _run(run: Callable[[Binding], Any], recorder: Recorder, expand: bool) -> None:
-    composed = {op: "composed" for op, contract in contracts().items() if contract.decomposition} if expand else {}
+def _run(run: Callable[[Binding], Any], recorder: Recorder, expand: Collection[str]) -> None:
+    composed = {op: "composed" for op, contract in contracts().items() if contract.decomposition and op in expand}
     run(bind(backend=Abstract(), overrides=composed, fallback="error", check=False, wrap=[recorder]))

@@ -91,7 +91,7 @@ def trace(
 
     Composites appear as such, or as the calls they are made of with expand=True.
     """
-    calls = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), rows, context or rows), expand)
+    calls = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), rows, context or rows), None if expand else ())
     composites = {op for op, contract in contracts().items() if contract.decomposition} if expand else set()
     return [(op, spec) for op, spec in calls if op not in composites]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,10 @@ class Bindings:
             if len(self._known) > 32:
                 self._known.clear()
             binding, made_of = self._bind(op, {op: [inputs.spec]}, via, checked), [op]
-            if binding.choices[op].status == "composed":  # its parts are claimed call by call as well
-                inner = parts(inputs)
+            expanded: list[str] = []  # the parts of a composition are claimed call by call, not those of an own kernel
+            while more := [o for o in made_of if binding.choices[o].status == "composed" and o not in expanded]:
+                expanded += more
+                inner = parts(inputs, expanded)
                 binding, made_of = self._bind(op, inner, via, checked), list(inner)
             choices = binding.choices
             self._known[key] = Bound(binding, choices[op], tuple(choices[made] for made in made_of))
@@ -84,15 +86,16 @@ class Bindings:
         return found
 
 
-def parts(inputs: Inputs) -> dict[str, list[CallSpec]]:
-    """The calls a composite consists of, itself first, found by running its decomposition on shapes alone."""
+def parts(inputs: Inputs, expand: Collection[str] | None = None) -> dict[str, list[CallSpec]]:
+    """The calls a composite consists of, itself first, found by running its decomposition on shapes alone; `expand` names
+    the composites that are taken apart (None: all)."""
     found: dict[str, list[CallSpec]] = {}
 
     def run(shapes: Binding) -> None:
         operands = (on_shapes(shapes, value) for value in inputs.operands.values())
         getattr(shapes, inputs.contract.name)(*operands, **inputs.attrs)
 
-    for op, spec in recorded(run):
+    for op, spec in recorded(run, expand):
         found.setdefault(op, []).append(spec)
     return found
 

@@ -46,10 +46,8 @@ ADDRESSES = 16  # further GiB for views whose addresses are far apart and hardly
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a case may take: seconds, and GiB of memory above what its worker has when it begins.
-
-    Cases before it may have left behind as much again, which is not counted against it: a replay has the same verdict.
-    """
+    """What a case may take: seconds, and GiB of memory above what its worker holds; one that has grown by as much since
+    its start is replaced."""
 
     workers: int = min(2, os.cpu_count() or 1)
     timeout: float = 300.0
@@ -110,20 +108,19 @@ def serve(descriptor: int, parent: int) -> None:
                 proven = Proven(backend, setup.level) if setup.reuse else None
         except PorthalError as error:
             return pipe.send(error)
-        began = _held()
         pipe.send(facts)
         while True:
             case, inputs, wanted = pipe.recv()
-            held = min(_held(), began + setup.memory)
-            _limit_memory(held + setup.memory + ADDRESSES * (case.view in (PAST_2G, FAR)))
+            _limit_memory(held("self") + setup.memory + ADDRESSES * (case.view in (PAST_2G, FAR)))
             returned = pipe.send if wanted else lambda results: None
             pipe.send(check(case, bindings, setup.level, inputs, pipe.send, returned, proven))
 
 
-def _held() -> float:
-    """The private memory of this process, in GiB."""
-    with open("/proc/self/statm") as file:
+def held(process: int | str) -> float:
+    """GiB of private memory; 0 of a process that has ended."""
+    with suppress(OSError), open(f"/proc/{process}/statm") as file:
         return int(file.read().split()[5]) * resource.getpagesize() / GIB
+    return 0.0
 
 
 def _limit_memory(gib: float) -> None:
@@ -141,6 +138,7 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.first = 0.0
         self.pipe, theirs = Pipe()
         program = (
             "import sys; sys.path[:] = sys.argv[3:]; "
@@ -157,6 +155,12 @@ class Worker:
                 start_new_session=True,  # the parent handles interrupts, and a kill ends its children too
             )
         self.send(setup)
+
+    def grown(self) -> float:
+        """GiB that it holds more than when this was asked first."""
+        now = held(self.process.pid)
+        self.first = self.first or now
+        return now - self.first
 
     def send(self, message: Any) -> None:
         self.log.seek(0)
@@ -307,7 +311,7 @@ class Pool:
                 if group.case:
                     result = message if isinstance(message, Result) else group.result(message)
                     yield result
-                    if result.verdict in ("CRASH", "TIMEOUT"):
+                    if self._spent(group, result):
                         self._drop(group)
                         self.groups += [Group(self.setup)] if waiting else []
                         continue
@@ -333,9 +337,14 @@ class Pool:
         message = group.awaited()
         result = message if isinstance(message, Result) else group.result(message)
         group.case = None
-        if result.verdict in ("CRASH", "TIMEOUT"):
+        if self._spent(group, result):
             self._drop(group)
         return result
+
+    def _spent(self, group: Group, result: Result) -> bool:
+        """Whether the next case needs fresh workers."""
+        grown = max(worker.grown() for worker in group.workers)
+        return result.verdict in ("CRASH", "TIMEOUT") or grown > self.setup.memory
 
     def _does_not_start(self, message: Any) -> str:
         return f"backend {self.setup.backend!r} does not start: {getattr(message, 'message', message)}"

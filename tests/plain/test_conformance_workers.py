@@ -151,6 +151,27 @@ def test_a_case_that_takes_its_process_down_costs_that_case_alone(deadly: dict[s
     assert not file.with_name("report.json.journal").exists()
 
 
+def test_a_library_that_keeps_its_compiled_programs_costs_no_case(install: Any) -> None:
+    """50 MiB more with every call, as a compiler per shape does: in all far more than a case may take."""
+    install(
+        "keeping",
+        """
+        import numpy as np
+        from porthal.backends.reference.backend import Reference
+
+        class Chip(Reference):
+            programs = []
+
+            def add(self, a, b):
+                self.programs.append(np.empty(50 * 2**17))
+                return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+        """,
+    )
+    report = run("keeping", ops=["add"], bounds=Bounds(workers=1, memory=1))
+    assert [r.explain() for r in report.results if r.failed] == []
+    assert len(report.results) > 20
+
+
 def test_replay_survives_as_well(deadly: dict[str, str]) -> None:
     token = next(t for t, deed in deadly.items() if deed == "killed")
     done = command("replay", token, "--backend", "deadly")
@@ -437,11 +458,9 @@ KEEPS = """
 
 
 def test_what_earlier_cases_left_behind_is_not_counted_against_a_case(install: Any) -> None:
-    """Each case keeps more than half of what the next may take; what is kept beyond that ends a worker all the same."""
+    """Each case keeps more than half of what it may take."""
     install("keeps", KEEPS.format(n=2**25))  # 256 MiB per call
     bounds = Bounds(1, 300, 2.0)
-    results = run("keeps", ["add"], bounds=bounds).results
-    own = [r.verdict for r in results if r.status == "own"]
-    first, crashed = next(r for r in results if r.status == "own"), own.index("CRASH")
-    assert own[:crashed] == ["PASS"] * crashed and crashed >= 2
-    assert replay(first.token, "keeps", bounds=bounds).verdict == first.verdict == "PASS"
+    own = [r for r in run("keeps", ["add"], bounds=bounds).results if r.status == "own"]
+    assert {r.verdict for r in own} == {"PASS"} and len(own) > 10
+    assert replay(own[0].token, "keeps", bounds=bounds).verdict == "PASS"

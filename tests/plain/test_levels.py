@@ -15,7 +15,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.level import LEVELS
 from porthal.conformance.report.reached import Reached, called, is_required, members, overall, reached, required
-from porthal.hal import UsageError, contracts, create, limits, multiple_of, one_of
+from porthal.hal import Traits, UsageError, contracts, create, limits, multiple_of, one_of
 from porthal.model.config import Config
 from porthal.model.load import DEMO, profile, trace
 
@@ -106,6 +106,21 @@ def test_what_glm5_does_not_need_may_be_left_to_others():
     report = run(made(rms_norm=narrow), ["rms_norm"])
     assert sum(r.own for r in report.results) < len(report.results) / 2
     assert report.levels["rms_norm"].level == "bring-up"
+
+
+def test_what_the_backends_arrays_leave_out_is_not_required():
+    wanted = required(contracts()["sample"], "bring-up")
+    n = sum(not case.view for case in wanted)
+    assert n < len(wanted)
+    found = level_of(made(sample=truth("sample"), traits=Traits(strides=False)), "sample")
+    assert found == Reached("bring-up", "", n, n, n)
+
+
+def test_a_composition_is_not_asked_for_the_parts_of_an_own_kernel():
+    own = {op: truth(op) for op in ("moe_experts", "linear", "silu_mul", "add")}
+    machine = made(**own, **dict.fromkeys(("moe_permute", "grouped_gemm", "moe_unpermute")))  # it has none of these
+    n = len(required(contracts()["moe_layer"], "bring-up"))
+    assert level_of(machine, "moe_layer") == Reached("bring-up", "", n, n, n)
 
 
 def test_a_narrow_claim_shows_as_a_fraction():
