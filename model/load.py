@@ -115,10 +115,10 @@ def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> Map
     for (op, low), (_, high) in zip(small, large):
         dims = {k: _span(v, high.dims[k]) for k, v in low.dims.items()}
         merged.setdefault(op, {})[CallSpec(dims, low.dtypes, low.attrs, low.schemes)] = None
-    forward = set(merged)  # the step covers these over their whole range
     for op, spec in recorded(generated):
-        if op not in forward:
-            merged.setdefault(op, {})[spec] = None
+        known = merged.setdefault(op, {})
+        if not any(other.covers(spec) for other in known):  # as those of the step over their whole range
+            known[spec] = None
     return {op: list(specs) for op, specs in merged.items()}
 
 

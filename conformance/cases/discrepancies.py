@@ -36,6 +36,16 @@ class Discrepancy:
     family: tuple[str, ...] = ()
     by: str = ""
 
+    @property
+    def op(self) -> str:
+        """The op of the first case."""
+        return _op(self.cases[0])
+
+    @property
+    def own(self) -> list[str]:
+        """The cases of that op."""
+        return [token for token in self.cases if _op(token) == self.op]
+
     def belongs(self, token: str) -> bool:
         """Whether a case contains this mistake's trigger."""
         return token in self.cases or any(fnmatchcase(token, pattern) for pattern in self.family)
@@ -564,7 +574,8 @@ DISCREPANCIES = (
         "A draft of probability 0 was accepted where the random number was exactly 0.",
         "sgl-project/sglang#35771",
         cases=("speculative_verify@2,R=9,V=256,n=3,logits~masked,u~edges,0",),
-        family=("speculative_verify@2,*logits~masked*",),  # as well where the draft's own probability is 0
+        # As well where the draft's own probability is 0, which it is outside top_k, top_p and the argmax of a greedy row.
+        family=("speculative_verify@2,*logits~masked*", "speculative_verify@2,*u~edges*"),
     ),
     Discrepancy(
         68,
@@ -581,7 +592,7 @@ DISCREPANCIES = (
         "Greedy rows were marked by the temperature -1, and masked logits divided by it: +inf, and NaN for the whole row.",
         "vllm-project/vllm#22180",
         cases=("sample,T=17,V=4096,logits:bf16,logits~masked,0",),
-        family=("sample,*logits~masked*",),
+        family=("sample,*logits~masked*", "sample,*logits~special*"),
     ),
     Discrepancy(
         70,
@@ -596,10 +607,14 @@ DISCREPANCIES = (
 # -- in the plan -----------------------------------------------------------------------------------------------------
 
 
+def _op(token: str) -> str:
+    return token.partition(",")[0].partition("@")[0]
+
+
 @cache
 def of_op(op: str) -> tuple[Case, ...]:
     """The named cases of an op, each once."""
-    tokens = dict.fromkeys(t for d in DISCREPANCIES for t in d.cases if t.partition(",")[0] == op)
+    tokens = dict.fromkeys(t for d in DISCREPANCIES for t in d.cases if _op(t) == op)
     return tuple(Case.from_token(t) for t in tokens)
 
 

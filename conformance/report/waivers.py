@@ -147,6 +147,6 @@ def verify(known: Sequence[Waiver], results: Sequence[Result], today: date | Non
 
 def _planned(waiver: Waiver) -> bool:
     """Whether a case of any op and level matches, also one that this run did not ask for."""
-    op = waiver.pattern.partition(",")[0]
+    op = waiver.pattern.partition(",")[0].partition("@")[0]
     ops = [contract for name, contract in contracts().items() if fnmatchcase(name, op) or "," not in waiver.pattern]
     return any(waiver.matches(case.token) for contract in ops for level in LEVELS for case in cases(contract, level))
