@@ -252,7 +252,7 @@ def test_known_backends_stand_in_order() -> None:
     assert probe(best()).state == "available"
 
 
-@pytest.mark.parametrize("spec", ["reference:1", "reference:foo", "cpu:1", "cpu:3", "cpu:cuda"])
+@pytest.mark.parametrize("spec", ["reference:1", "reference:foo", "reference:cpu:0"])
 def test_a_backend_without_devices_refuses_one(spec: str) -> None:
     name, _, device = spec.partition(":")
     with pytest.raises(UsageError, match=f"^{name} has no device '{device}': expected '{name}' alone$"):
