@@ -108,6 +108,8 @@ def check_writable(**files: Path | None) -> None:
     for option, file in files.items():
         if not file:
             continue
+        if str(file) in ("/dev/stdout", "/dev/fd/1"):  # which is stderr by now
+            raise UsageError(f"--{option} is {file}, where the table is printed: expected the name of a file")
         if other := seen.get(real := os.path.realpath(file)):
             raise UsageError(f"--{other} and --{option} are both {file}: give each a file of its own")
         seen[real] = option

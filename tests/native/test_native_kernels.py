@@ -15,6 +15,8 @@ try:
 except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
+from porthal.hal import UsageError, create
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -404,3 +406,9 @@ def test_experts_packed_for_another_instruction_set_still_run(isa):
     if isa != "baseline":
         with pytest.raises(ValueError, match="different instruction sets"):
             native.moe_experts(x, ids, weights, packed.w13, native.PackedExperts(2, 70, 30, F32), 0, y)
+
+
+def test_the_host_has_one_device():
+    for device in ("1", "3", "cuda"):
+        with pytest.raises(UsageError, match=f"^cpu has no device '{device}': expected 'cpu' alone$"):
+            create(f"cpu:{device}")

@@ -414,6 +414,7 @@ def test_a_pass_on_an_emulated_device_says_so():
         (["conform", "--json", "{tmp}/none/r.json"], "porthal: cannot write {tmp}/none/r.json"),
         (["conform", "--html", "{tmp}"], "porthal: cannot write {tmp}: Is a directory, expected a file name"),
         (["conform", "--html", "/proc/porthal.html"], "porthal: cannot write /proc/porthal.html: "),
+        (["conform", "--json", "/dev/stdout"], "porthal: --json is /dev/stdout, where the table is printed: expected the"),
         (["conform", "--emulated"], "porthal: --emulated with --backend not given: expected one of ascend"),
         (["conform", "--emulated", "--backend", "cpu"], "porthal: --emulated with --backend cpu: expected one of ascend"),
         (["replay", "liner,T=2,K=3,N=4,0"], "unknown op 'liner', did you mean 'linear'?"),
@@ -434,7 +435,7 @@ def test_the_check_before_the_work_leaves_files_as_they_are(tmp_path):
     kept, new, link = tmp_path / "kept", tmp_path / "new", tmp_path / "link"
     kept.write_text("old")
     link.symlink_to(new)
-    for file in (kept, new, link, None, Path("/dev/stdout")):
+    for file in (kept, new, link, None, Path("/dev/null")):
         check_writable(json=file)
     assert sorted(tmp_path.iterdir()) == [kept, link] and link.is_symlink() and kept.read_text() == "old"
 

@@ -1,4 +1,4 @@
-"""Which backends exist and which are here: plugins made on the spot, in processes of their own."""
+"""Which backends exist and which are here: plugins made on the spot."""
 
 from __future__ import annotations
 
@@ -13,54 +13,36 @@ from typing import Any
 import pytest
 
 from porthal.hal import Probe, UsageError, backend_names, best, create, discovery, probe
+from tests.plugins import EMPTY, install, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_IN = ("ascend", "cpu", "torch", "reference")  # by rank
-EMPTY = """
-    from porthal.backends.reference.backend import Reference
-
-    class Chip(Reference): ...
-"""
 
 
 class Site:
-    """A folder on sys.path with plugins, as an installer leaves them."""
+    """A folder on sys.path with plugins."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def install(self, name: str, init: str = "", backend: str | None = EMPTY) -> None:
-        package = self.folder / f"{name}_plugin"
-        package.mkdir()
-        (package / "__init__.py").write_text(dedent(init))
-        if backend is not None:
-            (package / "backend.py").write_text(dedent(backend))
-        info = self.folder / f"{name}_plugin-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[porthal.backends]\n{name} = {name}_plugin\n")
+        install(self.folder, name, init, backend)
 
     def run(self, program: str) -> Any:
         """What `program` gives as `answer`; `attempt` gives an error's type and text."""
-        text = """
-            import json, sys
-            from porthal.hal import *
-            from porthal.hal import discovery
+        scope: dict[str, Any] = {"attempt": attempt, "sys": sys, "discovery": discovery}
+        with installed(self.folder), pytest.MonkeyPatch.context() as patch:
+            for name in [n for n in os.environ if n.startswith("PORTHAL_")]:
+                patch.delenv(name)
+            exec("from porthal.hal import *\n" + dedent(program), scope)
+        return json.loads(json.dumps(scope["answer"]))
 
-            def attempt(call, *args, **kwargs):
-                try:
-                    return str(call(*args, **kwargs))
-                except Exception as error:
-                    return f"{type(error).__name__}: {error}"
-        """
-        text = dedent(text) + dedent(program) + "\nprint(json.dumps(answer))\n"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PORTHAL_")}
-        environment["PYTHONPATH"] = os.pathsep.join([str(self.folder), environment.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+
+def attempt(call: Any, *args: Any, **kwargs: Any) -> str:
+    try:
+        return str(call(*args, **kwargs))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 @pytest.fixture
@@ -232,14 +214,16 @@ def test_looking_imports_no_framework_and_no_requirement(site: Site) -> None:
     (site.folder / "vendor_kit").mkdir()
     (site.folder / "vendor_kit" / "__init__.py").write_text("raise SystemExit('imported')")
     site.install("kit", init="requires = ('vendor_kit', 'vendor_kit.ops')", backend="raise SystemExit('imported')")
-    answer = site.run(
-        """
+    program = """
+        import sys
+        from porthal.hal import backend_names, best, probe
         states = {n: probe(n).state for n in backend_names()}
-        heavy = {"torch", "torch_npu", "transformers", "ml_dtypes", "vendor_kit", "kit_plugin.backend"}
-        answer = [states["kit"], states["reference"], best(), sorted(heavy & set(sys.modules))]
-        """
-    )
-    assert answer == ["available", "available", "kit", []]
+        heavy = {"numpy", "torch", "torch_npu", "transformers", "ml_dtypes", "vendor_kit", "kit_plugin.backend"}
+        print(states["kit"], states["reference"], best(), sorted(heavy & set(sys.modules)))
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PORTHAL_")} | {"PYTHONPATH": str(site.folder)}
+    done = subprocess.run([sys.executable, "-c", dedent(program)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("available available kit []\n", "")
 
 
 # -- in this process -------------------------------------------------------------------------------------------------
@@ -252,7 +236,7 @@ def test_known_backends_stand_in_order() -> None:
     assert probe(best()).state == "available"
 
 
-@pytest.mark.parametrize("spec", ["reference:1", "reference:foo", "cpu:1", "cpu:3", "cpu:cuda"])
+@pytest.mark.parametrize("spec", ["reference:1", "reference:foo", "reference:cpu:0"])
 def test_a_backend_without_devices_refuses_one(spec: str) -> None:
     name, _, device = spec.partition(":")
     with pytest.raises(UsageError, match=f"^{name} has no device '{device}': expected '{name}' alone$"):

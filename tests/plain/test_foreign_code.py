@@ -305,7 +305,7 @@ def test_a_case_meets_a_fault(site: Path, run: Run, token: str, hook: str, fault
 def test_a_kernel_that_ends_its_process_fails_its_case_alone(site: Path) -> None:
     """In worker processes, whose banners stay out of stdout."""
     install(site, "chip", "print('banner')", method("rms_norm", "print('banner'); raise SystemExit(3)"))
-    command = ["conform", "--backend", "chip", "--op", "rms_norm", "--op", "add"]
+    command = ["conform", "--backend", "chip", "--op", "rms_norm", "--op", "add", "--workers", "1"]
     done = subprocess.run(
         [sys.executable, "-c", "from porthal.cli import main; main()", *command],
         cwd=ROOT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -638,6 +639,11 @@ def test_a_tensor_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_torch_lacks_is_unavailable() -> None:
+    for device in ("cpu:7", "cpu:0", "privateuseone", "cuda:x", "mkldnn"):
+        with pytest.raises(Unavailable, match=f"^torch has no device '{device}' here: ") as refused, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch, of its older names
+            create(f"torch:{device}")
+        assert "\n" not in str(refused.value)
     with pytest.raises(Unavailable, match="torch has no device 'meta' here"):
         create("torch:meta")
 
