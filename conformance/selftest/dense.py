@@ -176,9 +176,12 @@ DEFECTS = [
     head(
         "weights-prepared-in-the-wrong-order",
         "preparation",
-        old="array = self.from_numpy(read(slice(None)))\n",
-        new="""array = self.from_numpy(read(slice(None)))
-        array = array.flatten(1).unflatten(1, array.shape[:0:-1]).transpose(1, 2).contiguous()\n""",
+        old="def plan(self, batch: Batch) -> Batch:\n",
+        new="""def prepare(self, spec, read, into=None):
+        array = self.from_numpy(read(slice(None)))
+        return Weight(spec, array.flatten(1).unflatten(1, array.shape[:0:-1]).transpose(1, 2).contiguous())
+
+    def plan(self, batch: Batch) -> Batch:\n""",
     ),
     grouped(
         "compacted-experts",
