@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from porthal.hal.errors import message_of
 from porthal.hal.operands import KINDS
 from porthal.hal.signature import ARRAY
 
+T = TypeVar("T")
 RoundingRuns = Callable[[], Iterable[Array]]
 ZERO = " is zero in {figure:.0%} of the places where it should not be"
 # Per statistic, the verdict where it exceeds what is permitted, and the message.
@@ -78,10 +79,11 @@ def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgeme
         raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
     spreads, note, runs = {}, "", golden.rounding_runs
     if contract.admits:
-        judge_admitted(golden, outcome.results[contract.choice], limit)
+        chosen = outcome.results[contract.choice]
+        _as_read(golden, outcome.flushes, lambda read: judge_admitted(read, chosen, limit))
     elif contract.choice:
         chosen = outcome.results[contract.choice]
-        note = _judged_top(golden, chosen, limit, tie, outcome.flushes)
+        note = _as_read(golden, outcome.flushes, lambda read: judge_top(read, chosen, limit, tie))
         if contract.finish:
             spreads = golden.spread(contract.finish, chosen)
             runs = partial(golden.rounding_runs, contract.finish, chosen)
@@ -99,14 +101,14 @@ def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgeme
     return replace(worst, ratio=max(f.ratio for f in figures), z=max((f.z for f in figures), key=abs), note=note)
 
 
-def _judged_top(golden: Golden, chosen: Any, limit: Level, tie: str, flushes: bool) -> str:
-    """A top-k of the scores, or of what a chip that flushes denormals reads of them."""
+def _as_read(golden: Golden, flushes: bool, judged: Callable[[Golden], T]) -> T:
+    """What is judged of a choice, by the inputs or by what a chip that flushes denormals reads of them."""
     try:
-        return judge_top(golden, chosen, limit, tie)
+        return judged(golden)
     except Failed:
         if not flushes:
             raise
-        return judge_top(golden.flushed(), chosen, limit, tie)
+        return judged(golden.flushed())
 
 
 def _check_form(golden: Golden, name: str, value: Any) -> list[str]:

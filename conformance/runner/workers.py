@@ -47,7 +47,7 @@ ADDRESSES = 16  # further GiB for views whose addresses are far apart and hardly
 @dataclass(frozen=True)
 class Bounds:
     """What a case may take: seconds, and GiB of memory above what its worker holds; one that has grown by as much since
-    its start is replaced."""
+    its first case is replaced."""
 
     workers: int = min(2, os.cpu_count() or 1)
     timeout: float = 300.0

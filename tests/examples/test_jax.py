@@ -112,7 +112,7 @@ def test_an_own_kernel_reads_no_value_on_the_host(op: str, binding: porthal.Bind
 
 
 def test_numpy_between_arguments_and_results_would_be_seen(xla: Backend) -> None:
-    numpys = type("Numpys", (type(xla),), {"name": "xla", "add": lambda self, a, b: self.from_numpy(np.add(a, b))})
+    numpys = type("Numpys", (type(xla),), {"name": "numpys", "add": lambda self, a, b: self.from_numpy(np.add(a, b))})
     binding = porthal.bind(backend=numpys(), overrides={}, fallback="error")
     with pytest.raises(jax.errors.TracerArrayConversionError):
         traced(binding, some("add")[0])

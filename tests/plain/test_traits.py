@@ -32,6 +32,7 @@ from porthal.hal import (
     WeightSpec,
     bind,
     contracts,
+    create,
     limits,
 )
 from porthal.hal.numerics import FLUSHED
@@ -259,6 +260,10 @@ def flushing(traits: Traits) -> Backend:
     def read(x: Any) -> Any:
         return np.where(np.abs(x.astype(np.float64)) < FLUSHED, 0, x)
 
+    def drawn(op: str) -> Any:
+        right = create("reference").derive(contracts()[op])
+        return limits()(lambda self, logits, *rest: right(read(logits).astype(logits.dtype), *rest))
+
     class Flushing(Reference):
         name = "flushing"
 
@@ -277,6 +282,8 @@ def flushing(traits: Traits) -> Backend:
                 indices[t, : length[t]] = np.argsort(-np.where(np.isnan(row), -np.inf, row), kind="stable")[:k]
             return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
 
+        sample, speculative_verify = drawn("sample"), drawn("speculative_verify")
+
     Flushing.traits = traits
     return Flushing()
 
@@ -285,7 +292,9 @@ def denormal(op: str, operand: str) -> list[Any]:
     return [c for c in cases(contracts()[op], "standard") if (operand, "denormal") in c.recipes]
 
 
-@pytest.mark.parametrize("op, operand", [("argmax", "logits"), ("topk", "scores")])
+@pytest.mark.parametrize(
+    "op, operand", [("argmax", "logits"), ("topk", "scores"), ("sample", "logits"), ("speculative_verify", "logits")]
+)
 def test_a_chip_that_flushes_may_choose_among_what_it_reads_as_zero(op: str, operand: str) -> None:
     found: dict[bool, list[Result]] = {}
     for flushes in (True, False):

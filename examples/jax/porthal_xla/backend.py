@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Backend, Rows, Selection, SelectionSpec, Traits, Unavailable, UsageError, limits
+from porthal.hal import Rows, Selection, SelectionSpec, Traits, Unavailable, UsageError, limits
 from porthal_xla import kernels
 
 own = limits(provider="jax")  # every dtype and size
@@ -49,12 +49,7 @@ class Xla(Reference):
     def refuses_array(self, x):
         return None if isinstance(x, jax.Array) else f"{type(x).__name__}, expected a jax.Array"
 
-    # -- operands: the reference keeps them in NumPy's float64, XLA in their own dtype
-
-    prepare = Backend.prepare
-    alloc_pages = Backend.alloc_pages
-    from_logical = Backend.from_logical
-    to_logical = Backend.to_logical
+    # -- operands
 
     def plan(self, batch):
         """What kernels read of a batch, on the chip. Tables grow in powers of two, so that decoding seldom recompiles."""
