@@ -15,6 +15,7 @@ import numpy as np
 
 from porthal.hal import discovery
 from porthal.hal.backend import Backend, Kernel, Read
+from porthal.hal.bridge import bridge, same_library
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
@@ -242,7 +243,7 @@ def _choose(
     # A composite made of this binding's ops uses the chip's own kernels; one derived from the formula would not.
     if contract.decomposition and not via and (inherited is None or inherited.owner == "reference"):
         return _composed(binding, contract, why)
-    if inherited and not _same_library(chosen, inherited.owner):
+    if inherited and not same_library(chosen, inherited.owner, _shared):
         carried = f"operands are carried to arrays of {inherited.owner} and back"
         return _elsewhere(chosen, contract, specs, inherited.owner, "; ".join(filter(None, (why, carried))), "inherited")
     if inherited:
@@ -293,15 +294,6 @@ def _composed(binding: Binding, contract: Contract, why: str) -> tuple[Function,
     return call, Choice(contract.name, "composed", "", "", why), None
 
 
-def _same_library(chosen: Backend, owner: str) -> bool:
-    """Whether kernels of a base take the arrays of the backend that inherits them."""
-    base: Any = next(c for c in type(chosen).__mro__ if vars(c).get("name") == owner)
-    if type(chosen).from_numpy is base.from_numpy:
-        return True
-    mine, theirs = (type(backend.from_numpy(np.zeros(1, np.float32))) for backend in (chosen, _shared(owner)))
-    return issubclass(mine, theirs)
-
-
 def _elsewhere(
     chosen: Backend,
     contract: Contract,
@@ -314,31 +306,8 @@ def _elsewhere(
     other = _shared(name)
     for kernel in other.candidates(contract):
         if not any(kernel.refuses(s) for s in specs):
-            return _bridge(chosen, other, contract, kernel), Choice.of(contract.name, status, kernel, why), kernel
+            return bridge(chosen, other, contract, kernel), Choice.of(contract.name, status, kernel, why), kernel
     raise NotClaimed(f"{name} was chosen for {contract.name} ({why}) but does not claim it: name another backend")
-
-
-def _bridge(chosen: Backend, other: Backend, contract: Contract, kernel: Kernel) -> Function:
-    def carry(value: Any, source: Backend, target: Backend) -> Any:
-        if value is None or isinstance(value, Operand):
-            return value and value.carry(source, target)
-        return target.from_numpy(source.to_numpy(value))
-
-    def fetch(value: Any, into: Any) -> Any:
-        if into is not None:
-            return chosen.from_logical(value.spec, other.to_logical(value), into)
-        return carry(value, other, chosen)
-
-    names = [o.name for o in contract.signature.operands]
-
-    def call(*args: Any, **attrs: Any) -> Any:
-        found = contract.named(kernel.function(*(carry(a, chosen, other) for a in args), **attrs))
-        given = dict(zip(names, args))
-        mutated = {r.name for r in contract.signature.mutated}
-        back = tuple(fetch(value, given[name] if name in mutated else None) for name, value in found.items())
-        return back if len(back) > 1 else back[0]
-
-    return call
 
 
 def _checker(backend: Backend, kernels: Mapping[str, Kernel]) -> Wrap:
