@@ -52,6 +52,7 @@ class Binding:
     backend: Backend
     choices: Mapping[str, Choice]
     profile: Profile | None = None
+    _again: Callable[..., Binding]
 
     def __init__(self, backend: Backend, choices: Mapping[str, Choice], kernels: Mapping[str, Kernel]) -> None:
         services = {name: _answering(backend, name) for name in SERVICES}
@@ -94,17 +95,13 @@ class Binding:
         NotClaimed where an op that is needed is missing, or the profile of this binding lacks a call's dtypes or attributes.
         """
         if self.profile is None:
-            again: Binding = vars(self)["_again"](profile=profile, needed=needed)
-            return again
+            return self._again(profile=profile, needed=needed)
         for op, specs in profile.items():
             known = [replace(spec, dims={}) for spec in self.profile.get(op, ())]
-            for spec in specs:
-                if replace(spec, dims={}) not in known:
-                    facts = ", ".join(f"{name} {value}" for name, value in {**spec.dtypes, **spec.attrs}.items())
-                    raise NotClaimed(
-                        f"{self.backend} is bound for other calls than {op} with {facts}: bind it without a profile, or with "
-                        "that of this model in this dtype"
-                    )
+            if lacking := [spec for spec in specs if replace(spec, dims={}) not in known]:
+                facts = ", ".join(f"{name} {value}" for name, value in {**lacking[0].dtypes, **lacking[0].attrs}.items())
+                advice = "bind it without a profile, or with that of this model in this dtype"
+                raise NotClaimed(f"{self.backend} is bound for other calls than {op} with {facts}: {advice}")
         return self
 
     def counts(self) -> dict[str, int]:
@@ -144,9 +141,8 @@ def bind(
 
     name       "backend" or "backend:device"; None reads PORTHAL_BACKEND, else takes the best available
     profile    the calls a model will make (`porthal.model.profile`): claims are judged over all of them
-    needed     the ops without which binding fails, each with those that call it (`porthal.hal.callers`), "" for the model:
-               inside a composite that has a kernel of its own nothing is needed; None is all of the profile. Others fail
-               when they are called
+    needed     the ops without which binding fails, each with those that call it (`porthal.hal.callers`): inside a composite
+               that has a kernel nothing is needed; None is all of the profile. Others fail when they are called
     overrides  op -> backend, "composed", or "via=PROVIDER" where the backend has several kernels for it; None reads
                PORTHAL_OPS ("topk=reference,moe_layer=composed")
     fallback   "error" or the backend for ops nobody claims; None reads PORTHAL_FALLBACK
@@ -160,7 +156,7 @@ def bind(
     chosen = backend or discovery.create(name or discovery.selected()[0])
     rules = dict(overrides) if overrides is not None else _policy_ops()
     others = " or ".join(other for other in ("torch", "reference") if other != chosen.name)
-    again = partial(bind, backend=chosen, overrides=rules, fallback=fallback, wrap=wrap, divert=divert)
+    again = partial(bind, backend=chosen, overrides=rules, fallback=fallback, check=check, wrap=wrap, divert=divert)
     advice = f"; set PORTHAL_FALLBACK={others} to run what is missing there" if fallback is None else ""
     fallback = fallback or os.environ.get("PORTHAL_FALLBACK", "error")
     if fallback != "error":
@@ -172,7 +168,7 @@ def bind(
     kernels: dict[str, Kernel] = {}
     choices: dict[str, Choice] = {}
     binding = Binding(chosen, choices, kernels)
-    vars(binding).update(profile=profile, _advice=advice, _again=partial(again, check=check))
+    vars(binding).update(profile=profile, _advice=advice, _again=again)
     layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
     for op, contract in known.items():
         specs = (profile or {}).get(op, ())
@@ -189,14 +185,13 @@ def bind(
 
 def called(choices: Mapping[str, Choice], callers: Callers) -> list[str]:
     """The ops that are called where composites are composed as chosen."""
-    found: dict[str, None] = {}
-    active = [""]
+    found: list[str] = []
+    active = [""]  # the model itself
     for caller in active:
-        for op, by in callers.items():
-            if caller in by and op not in found:
-                found[op] = None
-                active += [op] * (choices[op].status == "composed")
-    return list(found)
+        more = [op for op, by in callers.items() if caller in by and op not in found]
+        active += [op for op in more if choices[op].status == "composed"]
+        found += more
+    return found
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,7 @@ def nan_first(self, scores, batch, *, k):
 def test_a_nan_that_was_chosen_is_called_so():
     case = Case.from_token("topk,T=7,k=7,scores~special,batch=1/30+1/31+1/32+4/40,block_size=64,0")
     result = check(case, Bindings(backend(topk=nan_first)))
-    assert re.search(r"sel row \d has \d+ with score nan, which counts as -inf, below the k-th score", result.message)
+    assert re.search(r"sel row \d \(k = 7\) has \d+ with score nan, which counts as -inf, below the k-th score", result.message)
 
 
 def judged(y, g, most=0.0, kind="float32", level="bring-up"):
