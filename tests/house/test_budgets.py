@@ -10,9 +10,9 @@ def test_every_folder_of_tests_has_a_budget():
 
 
 def test_budgets_leave_room_for_what_is_planned():
-    assert sum(BUDGETS.values()) <= 0.45 * FORMERLY
+    assert sum(BUDGETS.values()) <= 0.5 * FORMERLY
     assert set(PLANNED) == {"collectives", "benchmarks", "low precision", "CUDA", "ONNX"}
-    assert sum(BUDGETS.values()) + sum(PLANNED.values()) <= 0.6 * FORMERLY
+    assert sum(BUDGETS.values()) + sum(PLANNED.values()) <= 0.65 * FORMERLY
 
 
 def test_the_cost_of_a_folder_is_told_when_all_of_it_ran():

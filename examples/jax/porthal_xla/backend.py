@@ -26,10 +26,13 @@ class Xla(Reference):
 
     def __init__(self, device=""):
         super().__init__(device)
-        try:
-            self._chip = jax.devices()[int(device or 0)]
-        except (ValueError, IndexError):
-            raise Unavailable(f"JAX has no device {device!r} here: expected 0 to {len(jax.devices()) - 1}") from None
+        devices = {str(i): found for i, found in enumerate(jax.devices())}
+        if (device or "0") not in devices:
+            raise Unavailable(f"JAX has no device {device!r} here: expected one of {', '.join(devices)}")
+        self._chip = devices[device or "0"]
+
+    def describe(self):
+        return super().describe() if self._chip.platform == "cpu" else self._chip.device_kind
 
     # -- arrays
 
@@ -41,7 +44,7 @@ class Xla(Reference):
 
     def to_numpy(self, x):
         self.host_copies += 1
-        return np.asarray(x)
+        return np.array(x)
 
     def empty(self, shape, dtype):
         return jnp.empty(shape, dtype, device=self._chip)
