@@ -182,7 +182,10 @@ class Backend:
         `into` is a weight of this spec whose memory takes the new values; use what is returned from then on.
         """
         array = self.from_numpy(np.ascontiguousarray(read(slice(None))))
-        return Weight(spec, array if into is None else self.write(into.native, array))
+        if into is None:
+            return Weight(spec, array)
+        native = self.write(into.native, array)
+        return into if native is into.native else Weight(spec, native)
 
     def from_logical(self, spec: Any, arrays: dict[str, np.ndarray[Any, Any]], into: Any = None) -> Any:
         """An operand from its logical NumPy arrays, in the memory of `into` if given; use what is returned from then on."""

@@ -24,10 +24,8 @@ class Reference(Backend):
         return isinstance(self.from_numpy(np.zeros(1, np.float32)), np.ndarray)
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
-        if not self.widens:
-            return super().prepare(spec, read, into)
-        array = widen(np.asarray(read(slice(None))))
-        return Weight(spec, array if into is None else self.write(into.native, array))
+        wide = lambda index: widen(np.asarray(read(index)))  # noqa: E731
+        return super().prepare(spec, wide if self.widens else read, into)
 
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
         if self.widens:

@@ -74,7 +74,11 @@ class Selection(Operand):
     @classmethod
     def from_logical(cls, backend: Backend, spec: SelectionSpec, parts: Mapping[str, Array], into: Any = None) -> Any:
         made = Rows(**{name: backend.from_numpy(parts[name]) for name in Rows._fields})
-        return Selection(spec, made if into is None else Rows(*map(backend.write, backend.rows(into), made)))
+        if into is None:
+            return Selection(spec, made)
+        held = backend.rows(into)
+        written = Rows(*map(backend.write, held, made))
+        return into if all(a is b for a, b in zip(held, written)) else Selection(spec, written)
 
     def to_logical(self, backend: Backend) -> Parts:
         return {name: backend.to_numpy(part) for name, part in backend.rows(self)._asdict().items()}
