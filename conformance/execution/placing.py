@@ -98,7 +98,7 @@ def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any
         return parent, lambda a: a[1::2]
     if view == "transposed" and x.ndim > 1:
         return np.ascontiguousarray(x.swapaxes(-1, -2)), lambda a: a.swapaxes(-1, -2)
-    if view == "broadcast" and len(x) and is_float(dtype(x)):
+    if view == "broadcast" and backend.traits.strides and len(x) and is_float(dtype(x)):
         return x[:1], lambda a: backend.broadcast(a, x.shape)
     return x, lambda a: a
 

@@ -114,7 +114,8 @@ def test_the_suite_asks_no_more_of_an_array(token: str) -> None:
 @pytest.mark.parametrize("token", TOKENS)
 def test_dense_arrays_whose_other_slices_are_copies_leave_out_views_alone(token: str) -> None:
     result = replay(token, BoxedDense())
-    assert result.verdict == ("LEFT_OUT" if "view=" in token else "PASS"), result.message
+    left_out = "view=" in token and "view=broadcast" not in token  # equal rows are a call of their own, copied or not
+    assert result.verdict == ("LEFT_OUT" if left_out else "PASS"), result.message
 
 
 def test_a_kernel_on_dense_arrays_is_still_watched() -> None:
