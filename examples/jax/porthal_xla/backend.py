@@ -79,6 +79,7 @@ class Xla(Reference):
     take_rows = arrays_alone(kernels.take_rows)
     moe_route = arrays_alone(kernels.moe_route)
     argmax = arrays_alone(kernels.argmax)
+    check_finite = arrays_alone(kernels.check_finite)
     sample = arrays_alone(kernels.sample)
     speculative_verify = arrays_alone(kernels.speculative_verify)
 

@@ -202,51 +202,54 @@ def argmax(logits):
     return jnp.argmax(ranked(logits), axis=-1).astype(jnp.int32)
 
 
-def _weights(logits, temperature):
-    """exp of (logits / temperature - its maximum)."""
-    z = logits.astype(F32) / jnp.where(temperature == 0, 1, temperature)
-    return jnp.exp(z - z.max(-1, keepdims=True))
+@compiled()
+def check_finite(logits, ids):
+    top = jnp.where(jnp.isnan(logits), jnp.inf, logits).max(-1)  # the maximum of a row with a NaN is a number on a CPU
+    return jnp.where((ids >= 0) & ~jnp.isfinite(top), -2, ids)
 
 
-def _first_above(cumulated, target, count):
-    """The first of the leading `count` places where the sum exceeds the target, else the last of them."""
-    return jnp.minimum((cumulated <= target).sum(-1), count - 1)
+def _drawn_from(logits, temperature, top_k, top_p):
+    """Ids by falling logit, and their weights: 0 for those that cannot be drawn."""
+    V = logits.shape[-1]
+    best, order = jax.lax.top_k(ranked(logits.astype(F32)), V)
+    temperature, top_k, top_p = temperature[..., None], top_k[..., None], top_p[..., None]
+    certain = (temperature == 0) | ~jnp.isfinite(best[..., :1])
+    weights = jnp.exp((best - best[..., :1]) / jnp.where(certain, 1, temperature))
+    weights = jnp.where(certain, jnp.arange(V) == 0, weights)
+    cumulated = jnp.cumsum(weights, axis=-1)
+    limit = jnp.minimum(jnp.where(top_k == 0, V, top_k), (weights > 0).sum(-1, keepdims=True))
+    within = cumulated / jnp.take_along_axis(cumulated, limit - 1, axis=-1)
+    kept = jnp.minimum((within < top_p).sum(-1, keepdims=True) + 1, limit)
+    return order, jnp.where(jnp.arange(V) < kept, weights, 0)
+
+
+def _drawn(weights, u):
+    """The first place where the sum exceeds u times the whole, never one of weight 0."""
+    cumulated = jnp.cumsum(weights, axis=-1)
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, axis=-1)
+    return jnp.minimum((cumulated <= u[..., None] * cumulated[..., -1:]).sum(-1), last)
 
 
 @compiled()
 def sample(logits, u, temperature, top_k, top_p):
-    V = logits.shape[1]
-    order = jax.lax.top_k(ranked(logits), V)[1]
-    weights = _weights(jnp.take_along_axis(logits, order, axis=1), temperature[:, None])
-    cumulated = jnp.cumsum(weights, axis=1)
-    limit = jnp.where(temperature == 0, 1, jnp.where(top_k == 0, V, top_k))
-    within = cumulated / jnp.take_along_axis(cumulated, limit[:, None] - 1, axis=1)
-    kept = jnp.minimum((within < top_p[:, None]).sum(-1) + 1, jnp.minimum(limit, (weights > 0).sum(-1)))
-    target = u[:, None] * jnp.take_along_axis(cumulated, kept[:, None] - 1, axis=1)
-    return jnp.take_along_axis(order, _first_above(cumulated, target, kept)[:, None], axis=1)[:, 0]
+    order, weights = _drawn_from(logits, temperature, top_k, top_p)
+    return jnp.take_along_axis(order, _drawn(weights, u)[:, None], axis=1)[:, 0]
 
 
 @compiled()
-def speculative_verify(logits, draft, temperature, u, draft_probs=None):
-    """All requests at once: what each row would keep and draw, then the first rejected row of each."""
+def speculative_verify(logits, draft, u, temperature, top_k, top_p, draft_probs=None):
+    """All rows at once, then the first rejected one of each request."""
     n, V = draft.shape[1], logits.shape[-1]
-    greedy = temperature[:, None] == 0
-    best = argmax(logits)
-    weights = _weights(logits, temperature[:, None, None])
-    p = weights / weights.sum(-1, keepdims=True)
+    order, weights = _drawn_from(logits, *(x[:, None] for x in (temperature, top_k, top_p)))
+    weights = weights / weights.sum(-1, keepdims=True)
+    p = jnp.put_along_axis(jnp.zeros(logits.shape, F32), order, weights, axis=-1, inplace=False)
     q = jax.nn.one_hot(draft, V, dtype=F32) if draft_probs is None else draft_probs
     p_draft, q_draft = (jnp.take_along_axis(x, draft[..., None], axis=2)[..., 0] for x in (p[:, :n], q))
-    accepted = jnp.where(greedy, draft == best[:, :n], u[:, :n] * q_draft < p_draft)
-    kept = jnp.cumprod(accepted, axis=1).sum(1)
-    at = kept[:, None, None]
-    p = jnp.take_along_axis(p, at, axis=1)[:, 0]
-    q = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), at, axis=1)[:, 0]  # none after the last draft
+    kept = jnp.cumprod(u[:, :n] * q_draft < p_draft, axis=1).sum(1, keepdims=True)
+    p = jnp.take_along_axis(p, kept[..., None], axis=1)[:, 0]
+    q = jnp.take_along_axis(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), kept[..., None], axis=1)[:, 0]  # none after the last
     rest = jnp.maximum(p - q, 0)
-    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p equals q: a rejection came from rounding
-    cumulated = jnp.cumsum(rest, axis=1)
-    last = V - jnp.argmax(rest[:, ::-1] > 0, axis=1)
-    drawn = _first_above(cumulated, u[:, n:] * cumulated[:, -1:], last)
-    token = jnp.where(greedy[:, 0], jnp.take_along_axis(best, kept[:, None], axis=1)[:, 0], drawn)
+    rest = jnp.where((rest > 0).any(-1, keepdims=True), rest, p)  # p equals q: a rejection came from rounding
     place = jnp.arange(n + 1)
-    tokens = jnp.where(place < kept[:, None], jnp.pad(draft, ((0, 0), (0, 1))), -1)
-    return jnp.where(place == kept[:, None], token[:, None], tokens).astype(jnp.int32)
+    tokens = jnp.where(place < kept, jnp.pad(draft, ((0, 0), (0, 1))), -1)
+    return jnp.where(place == kept, _drawn(rest, u[:, n])[:, None], tokens).astype(jnp.int32)
