@@ -9,7 +9,6 @@ from porthal.conformance.cases.legal import FAR, PAST_2G, VIEWS
 from porthal.hal import Backend, UsageError
 from porthal.hal.errors import message_of
 
-
 DENSE = [view for view in VIEWS if view != "broadcast"]  # of these a copy is the call of another case; equal rows are not
 
 
