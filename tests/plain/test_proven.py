@@ -101,7 +101,9 @@ def test_whoever_changes_a_service_runs_everything_and_proves_nothing() -> None:
 def test_another_level_device_or_verdict_is_not_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     ran(Near(), ADD)
     assert ran(Far(), ADD, "standard")[1]
-    assert ran(Far("1"), ADD)[1]
+    elsewhere = Far()
+    elsewhere.device = "1"
+    assert ran(elsewhere, ADD)[1]
     monkeypatch.setattr("porthal.conformance.runner.proven.SUITE", 99)
     assert ran(Far(), ADD)[1]
     monkeypatch.undo()
