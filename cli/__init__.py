@@ -7,7 +7,10 @@ if not __name__.startswith("porthal."):
 def main() -> None:
     """The `porthal` command."""
     from porthal.cli.app import app
-    from porthal.cli.text import keep_stdout
+    from porthal.cli.text import finish, keep_stdout
 
     keep_stdout()
-    app(prog_name="porthal")
+    try:
+        app(prog_name="porthal")
+    except SystemExit as left:
+        raise SystemExit(finish(left.code)) from None

@@ -339,6 +339,8 @@ def compare(
     from porthal.conformance.report.report import Report
 
     text.check_writable(html=html)
+    if html and (read := next((file for file in (a, b) if file.resolve() == html.resolve()), None)):
+        raise UsageError(f"--html is {read}, which is one of the two reports: give another file")
     found = comparison(Report.read(a), Report.read(b))
     if html:
         html.write_text(found.html(), encoding="utf-8")
@@ -366,6 +368,8 @@ def replay(
     from porthal.conformance.runner.workers import Bounds
 
     name = _tested(backend, emulated)
+    if Path(call).is_dir():
+        raise UsageError(f"{call} is a folder: give the file in it, {Path(call) / 'case.npz'}")
     inputs = saved.call(call) if save or call.endswith(".npz") else None
     got: dict[str, Any] = {}
     heard = {"returned": got.update} if save else {}
@@ -402,6 +406,10 @@ def diff(
     directory, config = model or DEMO, _config(model)
     ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
     steps = check_count("--decode", decode, 0)
+    if len(ids) + steps > config.max_position_embeddings:
+        raise UsageError(
+            f"--decode is {steps} after {len(ids)} tokens: expected no more than {config.max_position_embeddings} together"
+        )
     made = create(_named(backend, emulated), emulated)
     with running(made):
         found = lockstep(bind(backend=made), ids, directory, dtype.value, steps)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from porthal.cli.text import print, stdout
+from porthal.cli.text import print, stdout, written
 from porthal.model.sampling import Sampling
 from porthal.model.tokens import Bytes, Vocabulary
 
@@ -46,8 +46,9 @@ class Printer:
         self.text = text
         if not self.silent:
             out = stdout().buffer
-            out.write(fresh.encode("utf-8", "surrogateescape"))
-            out.flush()
+            with written():
+                out.write(fresh.encode("utf-8", "surrogateescape"))
+                out.flush()
 
 
 def result(model: Glm5, made: Generated, sampling: Sampling, prompt: str, text: str, seconds: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -59,7 +60,33 @@ def stdout() -> TextIO:
 
 
 def print(line: str = "") -> None:
-    builtins.print(line, file=stdout())
+    with written():
+        builtins.print(line, file=stdout())
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Around what is written to stdout: a disk that is full is no fault of a backend."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read it has enough
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot write to stdout: {error.strerror}") from None
+
+
+def finish(code: object) -> object:
+    """The exit code after all is written: 141, as of a signal, where nobody reads any more, 2 where it cannot be written."""
+    try:
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python does not try again at its end
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        if not code:  # else it has been said
+            note(f"porthal: cannot write to stdout: {error.strerror}")
+        return 2
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
 
+LINES = 3  # of a foreign message, whose first often says only that something failed
+
 
 class PorthalError(Exception):
     """Base of every error that porthal raises on purpose."""
@@ -40,9 +42,9 @@ class Unavailable(PorthalError, ImportError):
 
 
 def message_of(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of what it says."""
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else 'no message'}"
+    """An exception in one line: its type and the first lines of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {'; '.join(lines[:LINES]) or 'no message'}"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from porthal.hal import UsageError, note
-from porthal.model.sampling import GREEDY, Sampling
+from porthal.model.sampling import GREEDY, HOTTEST, Sampling
 
 MODEL_TYPE = "glm_moe_dsa"
 REQUIRED = object()
@@ -181,10 +181,10 @@ QUANTIZATION: dict[str, Rule] = {
 }
 # Of generation_config.json; its other keys are not used.
 GENERATION: dict[str, Rule] = {
-    "vocab_size": HARMLESS,  # config.json's
+    **dict.fromkeys(("vocab_size", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"), HARMLESS),
     "eos_token_id": EOS,
     "do_sample": Rule("expected true or false", lambda v, _: v is None or type(v) is bool, None),
-    "temperature": _up_to(sys.float_info.max, "expected a number of at least 0"),
+    "temperature": _up_to(HOTTEST, "expected a number of at least 0"),
     "top_p": _up_to(1, "expected a number from 0 to 1"),
     "top_k": Rule("expected a whole number of at least 0", lambda v, _: v is None or _is_whole(v, 0), None),
 }
@@ -305,7 +305,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _generating(config: Config, raw: dict[str, Any], where: str) -> Config:
-    c, _ = _judged(raw | {"vocab_size": config.vocab_size}, GENERATION, where)
+    c, unread = _judged(raw | {"vocab_size": config.vocab_size}, GENERATION, where)
+    if unread:
+        note(f"{where}: not read: {', '.join(unread)}")
     heat, top_p = (1.0 if c[key] is None else float(c[key]) for key in ("temperature", "top_p"))
     sampling = Sampling(heat if c["do_sample"] else 0.0, top_p, c["top_k"] or 0)
     return replace(config, eos_token_id=tuple(_listed(c["eos_token_id"])), sampling=sampling)

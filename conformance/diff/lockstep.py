@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, bits, named, raised
+from porthal.conformance.execution.outcome import Outcome, bits, by_kernel, named, raised
 from porthal.conformance.execution.placing import read
 from porthal.conformance.judgement.golden import Golden
 from porthal.conformance.judgement.judge import judge
@@ -237,9 +237,11 @@ class Lockstep(Backend):
     def _attempt(self, call: Call, inputs: Inputs, operands: Named, lane: int) -> Named:
         try:
             return self._execute(inputs, operands, lane)
-        except (NotClaimed, KeyboardInterrupt):
+        except KeyboardInterrupt:
             raise
         except BaseException as error:
+            if isinstance(error, NotClaimed) and not by_kernel(error):
+                raise
             what = "" if lane == LOCAL else "when given the backend's own values, "
             call.blame(f"{what}it raised {raised(error)}", inputs, {})
             raise Halt from error

@@ -19,7 +19,7 @@ from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.invariance import disturbed, restored
-from porthal.conformance.execution.outcome import Array, Outcome, difference, named, raised
+from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
 from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
@@ -58,9 +58,11 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
             again = next((found for found in _abreast(binding, inputs) if difference(first.results, found)), again)
         if elements(inputs.case) <= SMALL:
             trespasses += _kept(binding, inputs, first)
-    except (NotClaimed, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too must not end the run
+        if isinstance(error, NotClaimed) and not by_kernel(error):
+            raise
         return Outcome(error=_told(error))
     flushes = binding.backend.traits.flushes_denormals
     return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
@@ -75,11 +77,11 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
         if _kernel(bound) != _kernel(there):
             return outcome
         moved = once(there.binding, call)
-    except NotClaimed:
-        return outcome
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        if isinstance(error, NotClaimed) and not by_kernel(error):
+            return outcome
         return Outcome(error=f"among other rows, one of them poisoned: {_told(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
     trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -42,8 +43,14 @@ class Outcome:
     flushes: bool = False
 
 
+class WrongResult(UsageError):
+    """What a kernel returned is not what the contract says; the sentence names the kernel's place."""
+
+
 def raised(error: BaseException) -> str:
     """An exception in one line with its place: the last line of the kernel's package that was at it, or of the suite."""
+    if isinstance(error, WrongResult):
+        return str(error)
     frames = [(f.f_globals.get("__name__", ""), f.f_code, line) for f, line in walk_tb(error.__traceback__)]
     theirs = [(code, line) for module, code, line in frames if not _of_the_suite(module)]
     if not theirs:
@@ -54,6 +61,12 @@ def raised(error: BaseException) -> str:
     code, line = next((c, n) for c, n in reversed(theirs) if os.path.dirname(c.co_filename) == folder)
     what = f"the kernel {kernel.co_name}" if kernel.co_name in contracts() else kernel.co_name
     return f"{message_of(error)}; raised in {what} at {code.co_filename}:{line}"
+
+
+def by_kernel(error: BaseException) -> bool:
+    """Whether a kernel raised it: a binding says before a kernel that it does not take a call."""
+    module = [f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__)][-1]
+    return not module.startswith(("porthal.hal", "porthal.conformance"))
 
 
 def _of_the_suite(module: str) -> bool:
@@ -72,9 +85,9 @@ def named(binding: Binding, contract: Contract, out: Any) -> dict[str, Any]:
         else:
             right, expected = not (why := binding.backend.refuses_array(value)), (why or "").partition("expected ")[2]
         if not right:
-            raise UsageError(
-                f"{contract.name} returned {type(value).__name__} for {result.name}, expected {expected or 'an array'}"
-            )
+            what = f"{contract.name} returned {type(value).__name__} for {result.name}, expected {expected or 'an array'}"
+            code = getattr(inspect.unwrap(getattr(binding, contract.name)), "__code__", None)
+            raise WrongResult(what + (f"; the kernel is at {code.co_filename}:{code.co_firstlineno}" if code else ""))
     return found
 
 

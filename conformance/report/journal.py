@@ -11,7 +11,7 @@ from typing import Any
 
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
-from porthal.conformance.report.results import Result
+from porthal.conformance.report.results import Result, verify_results
 from porthal.hal import UsageError, contracts
 
 
@@ -41,7 +41,12 @@ class Journal:
         if lines:
             _check(file, _parsed(file, lines[0]), head)
             found = [_parsed(file, line) for line in lines[1:]]
-            self.known = {r["token"]: Result(**r | {"foreign": tuple(r["foreign"])}) for r in found}
+            try:
+                self.known = {r["token"]: Result(**r | {"foreign": tuple(r["foreign"])}) for r in found}
+                if found:
+                    verify_results(list(self.known.values()))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{file} is a damaged journal ({error}): give another file") from None
             os.truncate(file, sum(len(line.encode()) for line in lines))
         self._file = file.open("a" if lines else "w", encoding="utf-8")
         if not lines:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, get_origin, get_type_hints
 from xml.etree import ElementTree
 
 from porthal.conformance.cases.case import Case
@@ -24,9 +24,8 @@ from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
-from porthal.conformance.report.results import NOT_RUN, STATUSES, Result, Row, counted, figure, replay_command
+from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
 from porthal.conformance.report.waivers import Waiver, expired, verify, waive
-from porthal.conformance.verdicts import Verdict
 from porthal.hal import Backend, UsageError, contracts
 from porthal.hal.backend import NOT_TAKEN
 
@@ -222,13 +221,18 @@ class Report:
             )
         try:
             results = tuple(Result(**r | {"foreign": tuple(r["foreign"])}) for r in data["results"])
-            _check(results)
+            verify_results(results)
             levels = {op: Reached(**r) for op, r in data["levels"].items()}
             known = tuple(
                 Waiver(**w | {"expires": w["expires"] and date.fromisoformat(w["expires"])}) for w in data["waivers"]
             )
             read = {"results": results, "levels": levels, "waivers": known, "unasked": tuple(data["unasked"])}
-            return cls(**{f.name: data[f.name] for f in fields(cls)} | read)
+            report = cls(**{f.name: data[f.name] for f in fields(cls)} | read)
+            for name, hint in get_type_hints(cls).items():
+                kind, value = get_origin(hint) or hint, getattr(report, name)
+                if type(value) is not (dict if kind is Mapping else kind):
+                    raise TypeError(f"{name} is {value!r}")
+            return report
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"a damaged report ({type(error).__name__}: {error}): write it again") from None
 
@@ -324,23 +328,6 @@ class Report:
 def _size(result: Result) -> tuple[int, int]:
     """By which cases are ordered: their elements, and then the length of their tokens."""
     return elements(Case.from_token(result.token)), len(result.token)
-
-
-def _check(results: Sequence[Result]) -> None:
-    """Raise TypeError or ValueError where a run writes no such results."""
-    if not results:
-        raise ValueError("it has no results")
-    kinds = {n: get_origin(kind) or kind for n, kind in get_type_hints(Result).items()}
-    words = {str: "text", float: "a number", tuple: "a list of text"}
-    closed = {"verdict": get_args(Verdict), "status": STATUSES}
-    for i, result in enumerate(results, 1):
-        for name, kind in kinds.items():
-            value = getattr(result, name)
-            items = value if kind is tuple else ()
-            if (type(value) is not kind and (kind, type(value)) != (float, int)) or any(type(v) is not str for v in items):
-                raise TypeError(f"{name} of result {i} is {value!r}, expected {words[kind]}")
-            if value not in closed.get(name, (value,)):
-                raise ValueError(f"{name} of result {i} is {value!r}, expected one of {', '.join(closed[name])}")
 
 
 def _printable(text: str) -> str:

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.discrepancies import named_for
 from porthal.conformance.level import BRING_UP
-from porthal.conformance.verdicts import NEUTRAL, UNTESTED, Judgement
+from porthal.conformance.verdicts import NEUTRAL, UNTESTED, Judgement, Verdict
 from porthal.hal import Choice, emulatable
 
 LARGEST = 1e300  # written for an infinite figure
@@ -134,6 +135,23 @@ def reused(passed: Result, owner: str) -> Result:
     if result.status in ("composed", REFUSAL):
         return result
     return replace(result, status="inherited", owner=owner, foreign=(result.op,))
+
+
+def verify_results(results: Sequence[Result]) -> None:
+    """Raise TypeError or ValueError where a run writes no such results."""
+    if not results:
+        raise ValueError("it has no results")
+    kinds = {n: get_origin(kind) or kind for n, kind in get_type_hints(Result).items()}
+    words = {str: "text", float: "a number", tuple: "a list of text"}
+    closed = {"verdict": get_args(Verdict), "status": STATUSES}
+    for i, result in enumerate(results, 1):
+        for name, kind in kinds.items():
+            value = getattr(result, name)
+            items = value if kind is tuple else ()
+            if (type(value) is not kind and (kind, type(value)) != (float, int)) or any(type(v) is not str for v in items):
+                raise TypeError(f"{name} of result {i} is {value!r}, expected {words[kind]}")
+            if value not in closed.get(name, (value,)):
+                raise ValueError(f"{name} of result {i} is {value!r}, expected one of {', '.join(closed[name])}")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_it_is_found_and_says_whose_kernels_run(site: Path) -> None:
     assert {words[-1] for words in own} == {*(f"flint_{op}" for op in OWN if op != "kv_write"), "flint_copy"}
     (bridged,) = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith("topk ")]
     assert bridged == ["topk", "inherited", "reference", "operands are carried to arrays of reference and back"]
-    assert "flint (emulated device), for the demo checkpoint in float32: 6 own, 21 inherited, 7 composed" in done.stdout
+    assert "flint (emulated device), for the demo checkpoint in float32: 6 own, 22 inherited, 7 composed" in done.stdout
 
 
 def test_a_token_is_replayed_by_the_command_that_a_report_would_print(site: Path) -> None:

@@ -371,3 +371,17 @@ def test_a_composition_is_unclaimed_for_the_data_of_its_parts() -> None:
     assert verdicts == {(True, "UNCLAIMED"), (False, "PASS")}
     count = report.rows[0].verdicts["UNCLAIMED"]
     assert report.untaken == [f"{count} unclaimed for their data: moe_permute takes ids with no -1"]
+
+
+def test_what_a_kernel_raises_itself_is_a_failure_whatever_its_type() -> None:
+    """A class with no needs that raises DataNotTaken or NotClaimed in a kernel claims the call all the same."""
+    for kind in (DataNotTaken, NotClaimed):
+
+        def add(self: Any, a: Any, b: Any, kind: Any = kind) -> Any:
+            if len(a) >= 5:
+                raise kind("no")
+            return self.derive(contracts()["add"])(a, b)
+
+        backend = type("Picky", (Reference,), {"name": "picky", "add": lambda self, a, b, add=add: add(self, a, b)})()
+        report = run(backend, ["add"])
+        assert {r.verdict for r in report.results} == {"PASS", "FAIL_ERROR"} and report.exit_code == 1

@@ -127,7 +127,7 @@ def small(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = tensors[name][:VOCAB]
 
-    directory = variant(checkpoints["glm52"], tmp_path_factory.mktemp("small"), cut, vocab_size=VOCAB)
+    directory = variant(checkpoints["glm52"], tmp_path_factory.mktemp("small"), cut, vocab_size=VOCAB, eos_token_id=None)
     return load(directory, porthal.bind("torch", overrides={}, fallback="error"))
 
 
