@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from porthal.hal import UsageError
+from porthal.hal.errors import NoReader
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -69,8 +70,8 @@ def written() -> Iterator[None]:
     """Around what is written to stdout: a disk that is full is no fault of a backend."""
     try:
         yield
-    except BrokenPipeError:  # whoever read it has enough
-        raise
+    except BrokenPipeError as error:  # whoever read it has enough
+        raise NoReader(*error.args) from None
     except OSError as error:
         raise UsageError(f"cannot write to stdout: {error.strerror}") from None
 

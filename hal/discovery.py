@@ -123,6 +123,8 @@ def create(spec: str, emulated: bool = False) -> Backend:
         backend = cls(device)
         if backend.place not in get_args(Place):
             raise TypeError(f"place is {backend.place!r}, expected one of {', '.join(get_args(Place))}")
+        if emulated and backend.place == "hardware":
+            raise TypeError("place is 'hardware' on an emulated device: let it be 'emulated device' there")
         str(backend)  # in every report
     return backend
 

@@ -37,13 +37,21 @@ class NotFinite(PorthalError, ArithmeticError):
         self.done = done
 
 
+class NoReader(BrokenPipeError):
+    """Nobody reads what porthal writes any more."""
+
+
 class Unavailable(PorthalError, ImportError):
     """A backend that is not here, or is here and broken."""
 
 
 def message_of(error: BaseException) -> str:
     """An exception in one line: its type and the first lines of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    try:
+        said = str(error).encode("utf-8", "replace").decode("utf-8")
+    except Exception as unreadable:  # its own __str__ is foreign code too
+        said = f"its message raises {type(unreadable).__name__}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return f"{type(error).__name__}: {'; '.join(lines[:LINES]) or 'no message'}"
 
 
@@ -55,7 +63,7 @@ def foreign(what: str, kind: type[PorthalError] = Unavailable) -> Iterator[None]
     """
     try:
         yield
-    except (PorthalError, BrokenPipeError):  # the latter where nobody reads our own output any more
+    except (PorthalError, NoReader):
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():

@@ -40,15 +40,22 @@ class TensorFile:
         try:
             self._bytes: Array = np.asarray(np.memmap(path, np.uint8, "r"))
             start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
-            self.header: dict[str, Any] = json.loads(self._bytes[8:start].tobytes())
+            self.header: dict[str, Any] = json.loads(self._bytes[8:start].tobytes(), object_pairs_hook=_once)
             self.header.pop("__metadata__", None)
-            ends = {entry["data_offsets"][1]: name for name, entry in self.header.items()}
-            end = max(ends, default=0)
+            places = sorted((*map(int, entry["data_offsets"]), name) for name, entry in self.header.items())
+            end, last = max(((end, name) for _, end, name in places), default=(0, ""))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not a safetensors file, or is truncated: {error}") from None
         self._data = self._bytes[start:]
         if end > len(self._data):
-            raise UsageError(f"{path} is truncated: {ends[end]!r} ends at byte {end} of its data, which has {len(self._data)}")
+            raise UsageError(f"{path} is truncated: {last!r} ends at byte {end} of its data, which has {len(self._data)}")
+        at = 0  # one tensor begins where another ends, else one of them is not what was saved
+        for begin, end, name in places:
+            if begin != at or end < begin:
+                raise UsageError(f"{path} is damaged: {name!r} begins at byte {begin} of its data, expected {at}")
+            at = end
+        if at < len(self._data):
+            raise UsageError(f"{path} is damaged: {len(self._data) - at} bytes follow its last tensor, {last!r}")
 
     def tensor(self, name: str) -> Array:
         """A view: its bytes are read when used."""
@@ -60,6 +67,14 @@ class TensorFile:
             return self._data[begin:end].view(numpy_dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
         except (ValueError, TypeError, LookupError):
             raise UsageError(f"{self.path} is damaged: its header has {entry} for {name!r}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
 
 
 class Checkpoint:

@@ -50,7 +50,7 @@ class WrongResult(UsageError):
 def raised(error: BaseException) -> str:
     """An exception in one line with its place: the last line of the kernel's package that was at it, or of the suite."""
     if isinstance(error, WrongResult):
-        return str(error)
+        return f"UsageError: {error}"
     frames = [(f.f_globals.get("__name__", ""), f.f_code, line) for f, line in walk_tb(error.__traceback__)]
     theirs = [(code, line) for module, code, line in frames if not _of_the_suite(module)]
     if not theirs:

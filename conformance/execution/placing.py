@@ -17,7 +17,7 @@ from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Wei
 from porthal.hal.dtypes import dtype, is_float, numpy_dtype
 from porthal.hal.errors import message_of
 
-MARGIN = 64  # poisoned elements on both sides of what a backend allocates
+MARGIN = 256  # poisoned elements on both sides of what a backend allocates, which keeps it aligned to as many bytes
 
 
 @dataclass(frozen=True)

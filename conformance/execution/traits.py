@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 
 from porthal.conformance.cases.case import Case
@@ -33,6 +37,14 @@ def unasked(backend: Backend) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _overwritten(backend: Backend, write: Callable[[Any], object]) -> bool:
+    """Whether an array of eight zeros is changed by this; what it raises says that it is not."""
+    whole = backend.from_numpy(np.zeros(8, np.float32))
+    with suppress(Exception):
+        write(whole)
+    return bool(np.array(backend.to_numpy(whole)).any())
+
+
 def verify(backend: Backend) -> None:
     """UsageError where the arrays are not what the traits say: a wrong trait would make right kernels look wrong."""
     traits, name = backend.traits, type(backend).__name__
@@ -54,6 +66,12 @@ def verify(backend: Backend) -> None:
                 f"slices of the arrays of {backend}, reshaped, {'are copies' if traits.views_alias else 'share memory'}: state "
                 f"traits = Traits(views_alias={not traits.views_alias}, ...) in {name}"
             )
+    elif _overwritten(backend, lambda x: x.__setitem__(slice(2, 6), backend.from_numpy(ones))):
+        raise UsageError(f"the arrays of {backend} can be overwritten: state traits = Traits(mutable=True, ...) in {name}")
+    if traits.mutable and not traits.strides and _overwritten(
+        backend, lambda x: backend.write(x.reshape(4, 2)[0:4, 0:1], backend.from_numpy(ones[:, None]))
+    ):
+        raise UsageError(f"slices with gaps are views on {backend}: state traits = Traits(strides=True, ...) in {name}")
     if traits.strides:
         try:
             shape = tuple(backend.broadcast(backend.from_numpy(ones.reshape(1, 4))[:, ::2].swapaxes(0, 1)[:1], (3, 1)).shape)

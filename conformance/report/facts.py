@@ -72,7 +72,8 @@ def sources(backend: type[Backend]) -> dict[str, str]:
 @cache
 def _digest(package: str, native: tuple[str, ...] = ()) -> str:
     root = Path(str(sys.modules[package].__file__)).parent
-    files = {file for folder in (root, *root.glob("*/")) for file in folder.rglob("*.py")}  # porthal's folders may be links
+    folders = root, *root.glob("*/")  # porthal's may be links
+    files = {file for folder in folders for kind in ("*.py", "*.so") for file in folder.rglob(kind)}  # ctypes loads the latter
     digest = hashlib.blake2b(digest_size=6)
     for file in (*sorted(files), *map(Path, native)):
         digest.update(file.name.encode() + file.read_bytes())

@@ -133,7 +133,8 @@ def sources(base: type[Backend]) -> Iterator[Path]:
     yield from sorted({file for c in contracts().values() for file in c.files()} - set((root / "ops").resolve().glob("*.py")))
     for c in base.__mro__:
         if vars(c).get("name"):
-            yield from sorted(Path(str(sys.modules[c.__module__].__file__)).parent.rglob("*.py"))
+            home = Path(str(sys.modules[c.__module__].__file__)).parent
+            yield from sorted((*home.rglob("*.py"), *home.rglob("*.so")))  # also what ctypes loads
             package = c.__module__.rpartition(".")[0] + "."
             loaded = [getattr(m, "__file__", None) for n, m in sys.modules.items() if n.startswith(package)]
             yield from sorted(Path(file) for file in loaded if file and not file.endswith(".py"))

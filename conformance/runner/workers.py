@@ -55,8 +55,8 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise UsageError(f"{name} is {value}: expected more than 0")
+            if not 0 < value < 1e6:
+                raise UsageError(f"{name} is {value}: expected more than 0 and less than a million")
 
     @property
     def options(self) -> str:
@@ -297,8 +297,10 @@ class Pool:
     def judged(self, cases: Sequence[Case]) -> Iterator[Result]:
         """The cases' results as they come; NOT_JUDGED what is left when no worker starts any more."""
         waiting, why = deque(cases), ""
-        if waiting:
+        if waiting and self.groups:
             self.groups[0].give(waiting.popleft(), self.timeout)
+        elif waiting:  # those of an earlier call are gone
+            self.groups.append(Group(self.setup))
         while self.groups:
             for group in [g for g in self.groups if not g.case and not waiting]:
                 self._drop(group)

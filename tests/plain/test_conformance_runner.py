@@ -79,7 +79,7 @@ def test_an_error_of_the_suite_is_told_from_one_of_the_kernel(monkeypatch):
     wrong = lambda self, a, b: [1]  # noqa: E731
     said = check(case, Bindings(backend(add=wrong))).message
     assert said == (
-        "add returned list for y, expected a NumPy array; "
+        "UsageError: add returned list for y, expected a NumPy array; "
         f"the kernel is at {__file__}:{wrong.__code__.co_firstlineno}"
     )
 

@@ -442,3 +442,40 @@ def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:
     again = Journal(tmp_path / "a", facts, "bring-up", resume=True)
     again.close()
     assert again.known == {case.token: result}
+
+
+TWO = """
+    import numpy as np
+    from porthal.backends.reference.backend import Reference
+    from porthal.hal import at_most, limits
+
+    class Few:
+        @limits(provider="few", H=at_most(96))
+        def add(self, a, b):
+            return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+
+    class Chip(Few, Reference):
+        @limits(provider="many")
+        def add(self, a, b):
+            return (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+"""
+
+
+def test_every_provider_is_tested_in_workers_too(install: Any) -> None:
+    install("two", TWO)
+    results = run("two", ["add"], bounds=Bounds(1)).results
+    assert [r.explain() for r in results if r.failed] == []
+    assert {r.provider for r in results if r.status == "own"} == {"few", "many"}
+    assert any("via=few" in r.token for r in results)
+
+
+def test_a_replay_in_a_worker_is_waived_and_bounded_as_the_run_is(install: Any) -> None:
+    install("slow", DEADLY.format(deeds={mark(additions()[1]): "hangs"}))
+    token = additions()[1].token
+    site = next(Path(folder) for folder in sys.path if (Path(folder) / "slow_plugin").is_dir())
+    assert replay(token, "slow", bounds=Bounds(1, timeout=2)).message == "no answer within 2 s"
+    (site / "slow_plugin" / "waivers.toml").write_text(f"[[unsupported]]\npattern = '{token}'\nreason = 'stuck'\n")
+    again = replay(token, "slow", bounds=Bounds(1, timeout=2))
+    assert (again.verdict, again.waived, again.reason) == ("WAIVED", "TIMEOUT", "stuck")
+    done = command("replay", token, "--backend", "slow", "--timeout", "2")
+    assert done.returncode == 0 and "TIMEOUT was waived: stuck" in done.stdout

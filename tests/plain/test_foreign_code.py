@@ -19,6 +19,8 @@ import pytest
 
 from porthal import conformance
 from porthal.cli.app import app
+from porthal.hal import Unavailable
+from porthal.hal.errors import foreign, message_of
 from porthal.model.load import profile
 from tests.oracles import tiny
 from tests.plugins import EMPTY, announce, install, installed
@@ -340,3 +342,18 @@ def test_stdout_is_ours_from_c_too(site: Path, texts: Path) -> None:
 
     assert said("--backend", "chip") == said("--backend", "reference")
     assert len(json.loads(said("--backend", "chip", "--json"))["tokens"]) == 4
+
+
+def test_an_error_whose_text_cannot_be_read_is_a_sentence() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("again")
+
+    assert message_of(Odd()) == "Odd: its message raises RuntimeError"
+    assert message_of(ValueError("one\n\n two \nthree\nfour")) == "ValueError: one; two; three"
+    assert message_of(ValueError("\udc80")) == "ValueError: ?"
+
+
+def test_a_broken_pipe_of_a_plugin_is_one_of_its_errors() -> None:
+    with pytest.raises(Unavailable, match=r"^chip: BrokenPipeError: gone"), foreign("chip"):
+        raise BrokenPipeError("gone")

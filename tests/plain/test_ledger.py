@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from porthal import Binding, UsageError
 from porthal.hal import bind, recorded
 from porthal.model import Config, Glm5, load
-from porthal.model.checkpoint import Blank
+from porthal.model.checkpoint import Blank, TensorFile
 from tests.checkpoints import Tensors, variant
 from tests.oracles import published, tiny
 from tests.oracles.tiny import PROMPT
@@ -387,3 +387,31 @@ def test_faults_are_found_before_weights_are_read(exact: Path, tmp_path: Path, m
     broken = variant(exact, tmp_path, lambda tensors: tensors.pop(MTP + "shared_head.norm.weight"))
     refusal(lambda: load(broken, binding), "shared_head.norm.weight")
     assert not prepared
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h, a, b: h[b].update(data_offsets=h[a]["data_offsets"]), "is damaged: .* begins at byte"),
+        (lambda h, a, b: h[a].update(data_offsets=[n + 4 for n in h[a]["data_offsets"]]), "begins at byte 4 of its data"),
+        (lambda h, a, b: h.pop(list(h)[-1]), "bytes follow its last tensor"),
+    ],
+)
+def test_tensors_lie_one_behind_the_other(tmp_path: Path, change: Any, said: str) -> None:
+    """Elsewhere their bytes are another tensor's: safetensors refuses such a file as well."""
+    file = tmp_path / "model.safetensors"
+    header = {n: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, n in enumerate("abc")}
+    change(header, "a", "b")
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + np.arange(6, dtype=np.float32).tobytes())
+    with pytest.raises(UsageError, match=said):
+        TensorFile(file)
+
+
+def test_a_name_twice_in_a_header_is_refused(tmp_path: Path) -> None:
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    text = ("{" + entry + ", " + entry + "}").encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(UsageError, match="'a' is there twice"):
+        TensorFile(file)

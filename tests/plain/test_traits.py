@@ -211,6 +211,11 @@ def test_weights_take_new_values() -> None:
             "have no views with strides",
         ),
         (type("Shares", (Reference,), {"traits": Traits(views_alias=False)}), "share memory: state traits = "),
+        (type("Dense", (Reference,), {"traits": Traits(strides=False)}), "slices with gaps are views on "),
+        (
+            type("Frozen", (Reference,), {"traits": Traits(mutable=False, views_alias=False)}),
+            "can be overwritten: state traits = ",
+        ),
     ],
 )
 def test_a_trait_that_does_not_hold_is_one_sentence(backend: Any, said: str) -> None:
