@@ -66,10 +66,10 @@ def verify(backend: Backend) -> None:
                 f"slices of the arrays of {backend}, reshaped, {'are copies' if traits.views_alias else 'share memory'}: state "
                 f"traits = Traits(views_alias={not traits.views_alias}, ...) in {name}"
             )
-    elif _overwritten(backend, lambda x: x.__setitem__(slice(2, 6), backend.from_numpy(ones))):
+    elif _overwritten(backend, lambda x: x.__setitem__(slice(2, 6), backend.from_numpy(ones.reshape(4)))):
         raise UsageError(f"the arrays of {backend} can be overwritten: state traits = Traits(mutable=True, ...) in {name}")
     if traits.mutable and not traits.strides and _overwritten(
-        backend, lambda x: backend.write(x.reshape(4, 2)[0:4, 0:1], backend.from_numpy(ones[:, None]))
+        backend, lambda x: backend.write(x.reshape(4, 2)[0:4, 0:1], backend.from_numpy(ones.reshape(4, 1)))
     ):
         raise UsageError(f"slices with gaps are views on {backend}: state traits = Traits(strides=True, ...) in {name}")
     if traits.strides:

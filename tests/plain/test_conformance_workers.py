@@ -330,10 +330,11 @@ def test_isolated_or_not_the_verdicts_are_the_same() -> None:
     assert (apart.environment, apart.place) == (here.environment, here.place)
 
 
+@pytest.mark.parametrize("value", [0, float("inf")])
 @pytest.mark.parametrize("name", ["workers", "timeout", "memory"])
-def test_bounds_are_positive(name: str) -> None:
-    with pytest.raises(UsageError, match=f"^{name} is 0: expected more than 0$"):
-        Bounds(**{name: 0})
+def test_bounds_are_positive_and_finite(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name} is (0|inf): expected more than 0 and less than a million$"):
+        Bounds(**{name: value})
 
 
 def test_ranks_are_numbered_and_the_kernel_named_is_that_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
