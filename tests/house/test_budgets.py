@@ -2,7 +2,7 @@
 
 from tests.budgets import BUDGETS, PLANNED, PROOF, TESTS, Account
 
-FORMERLY = 551  # CPU seconds of `make test` before it was split into what is tested always and what is proved seldom
+MOST = 480  # CPU seconds of `make test` with what is planned: five minutes on two cores, and a tenth of what CI may take
 
 
 def test_every_folder_of_tests_has_a_budget():
@@ -10,9 +10,8 @@ def test_every_folder_of_tests_has_a_budget():
 
 
 def test_budgets_leave_room_for_what_is_planned():
-    assert sum(BUDGETS.values()) <= 0.5 * FORMERLY
     assert set(PLANNED) == {"collectives", "benchmarks", "low precision", "CUDA", "ONNX"}
-    assert sum(BUDGETS.values()) + sum(PLANNED.values()) <= 0.65 * FORMERLY
+    assert sum(BUDGETS.values()) + sum(PLANNED.values()) <= MOST
 
 
 def test_the_cost_of_a_folder_is_told_when_all_of_it_ran():
