@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from porthal import Binding, UsageError
 from porthal.hal import bind, recorded
 from porthal.model import Config, Glm5, load
-from porthal.model.checkpoint import Blank, TensorFile
+from porthal.model.checkpoint import Blank, Checkpoint, TensorFile
 from tests.checkpoints import Tensors, variant
 from tests.oracles import published, tiny
 from tests.oracles.tiny import PROMPT
@@ -415,3 +415,17 @@ def test_a_name_twice_in_a_header_is_refused(tmp_path: Path) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(UsageError, match="'a' is there twice"):
         TensorFile(file)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(BLOCK, None), slice(BLOCK - 1, BLOCK + 2), slice(3, 3), slice(None)])
+def test_some_rows_of_an_fp8_tensor_are_multiplied_by_their_own_scales(
+    exact: Path, tmp_path: Path, tensors: Tensors, rows: slice
+) -> None:
+    whole: dict[str, np.ndarray] = {}
+
+    def fp8(tensors: Tensors) -> None:
+        whole["x"] = quantise(tensors, Q_A)
+
+    source = Checkpoint(variant(exact, tmp_path, fp8, **FP8), (BLOCK, BLOCK))
+    assert len(whole["x"]) > BLOCK
+    assert np.array_equal(source.read(Q_A, whole["x"].shape, rows).astype(np.float32), whole["x"][rows])

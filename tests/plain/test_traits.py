@@ -339,3 +339,31 @@ def test_a_replay_is_waived_as_the_run_is(monkeypatch: pytest.MonkeyPatch) -> No
     for result in ran[:12]:
         again = replay(result.token, backend)
         assert (again.verdict, again.reason) == (result.verdict, result.reason)
+
+
+def test_static_shapes_ask_for_no_other_request_either() -> None:
+    case = next(c for c in cases(contracts()["rope"]) if dict(c.dims)["T"] == 7 and not (c.fault or c.view or c.recipes))
+    inputs = build(case)
+    assert inputs.batch is not None
+    seen: set[tuple[int, int]] = set()
+
+    class Static(Reference):
+        name = "static"
+        traits = Traits(static_shapes=True)
+
+        def rope(self, x: Any, batch: Any, **attrs: Any) -> Any:
+            seen.add((batch.T, batch.R))
+            return self.derive(contracts()["rope"])(x, batch, **attrs)  # type: ignore[misc]
+
+    assert check(case, Bindings(Static())).verdict == "PASS"
+    assert seen == {(inputs.batch.T, inputs.batch.R)}
+
+
+@pytest.mark.parametrize("backend", [Reference(), type("Plain", (Backend,), {"name": "plain"})()])
+def test_a_weight_takes_new_values_in_its_own_memory(backend: Backend) -> None:
+    old, new = (np.random.default_rng(n).standard_normal((4, 5)).astype(np.float32) for n in (1, 2))
+    spec = WeightSpec("linear", "w", old.shape, "float32")
+    held = backend.prepare(spec, lambda i: old[i].copy())
+    native = held.native
+    assert backend.prepare(spec, lambda i: new[i], into=held) is held and held.native is native
+    assert np.array_equal(backend.to_logical(held)["w"], new)
