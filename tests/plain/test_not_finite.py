@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from porthal import Binding, NotFinite
+from porthal import Binding, NotFinite, UsageError
+from porthal.hal import numpy_dtype
 from porthal.model import Glm5, load
 from porthal.model.evaluate import bits_per_token
 from porthal.model.generate import Generated, generate
@@ -97,9 +98,25 @@ def test_other_requests_go_on(models: dict[str, Glm5], spoil: Any, drafts: int) 
     assert caught.value.done.tokens == [clean[0], clean[1][:3], clean[2]]
 
 
-def test_a_checkpoint_with_a_nan(checkpoints: dict[str, Path], reference: Binding, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_checkpoint_with_a_number_that_is_none(
+    checkpoints: dict[str, Path], reference: Binding, tmp_path: Path, number: float, kind: str
+) -> None:
+    """Refused as it is read: in a router's bias it would give another text of finite logits."""
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+
     def damage(tensors: Tensors) -> None:
-        tensors["model.layers.2.mlp.shared_experts.down_proj.weight"][3, 5] = NAN
+        tensors[name] = tensors[name].astype(numpy_dtype(kind))
+        tensors[name][3] = number
+
+    with pytest.raises(UsageError, match=f"'{name}' holds NaN or infinity, expected finite numbers"):
+        load(variant(checkpoints["glm5"], tmp_path, damage), reference)
+
+
+def test_a_checkpoint_whose_numbers_overflow(checkpoints: dict[str, Path], reference: Binding, tmp_path: Path) -> None:
+    def damage(tensors: Tensors) -> None:
+        tensors["model.layers.2.mlp.shared_experts.down_proj.weight"][:] = 3e38
 
     model = load(variant(checkpoints["glm5"], tmp_path, damage), reference)
     assert np.isnan(model.forward(PROMPT[:5])).all()
