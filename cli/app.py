@@ -90,13 +90,13 @@ def explain(
     json: JsonFlag = False,
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
-    from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running, selected
+    from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
     from porthal.model.load import needed as called_by
     from porthal.model.load import profile
 
     config = _config(model) if model or _demo_is_here() else None
     needed = profile(config, dtype.value) if config else {}
-    made = create(backend or selected()[0])
+    made = create(_named(backend, False))
     with running(made):
         bare = bind(backend=made)
         choices = dict(bare.choices)
@@ -140,7 +140,7 @@ def generate(
     Exit code 1 where logits are NaN or infinite: the text ends before them.
     """
     from porthal.cli.stream import Printer, result, summary
-    from porthal.hal import NotFinite, bind, create, running, selected
+    from porthal.hal import NotFinite, bind, create, running
     from porthal.model.generate import generate as run
     from porthal.model.load import DEMO, load
     from porthal.model.tokens import tokenizer
@@ -153,7 +153,7 @@ def generate(
         raise UsageError(f"--sample: {directory} has no generation_config.json with do_sample: give --temperature instead")
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
-    chosen = create(backend or selected()[0])
+    chosen = create(_named(backend, False))
     with running(chosen):
         loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json)

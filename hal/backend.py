@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from types import CodeType
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakSet
@@ -141,6 +141,11 @@ class Backend:
 
     def from_numpy(self, x: np.ndarray[Any, Any]) -> Array:
         return np.asarray(x)
+
+    @cached_property
+    def array_type(self) -> type:
+        """The class of the backend's arrays."""
+        return type(self.from_numpy(np.zeros(1, np.int32)))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Copy to the host: the only way a value leaves the device, and counted."""

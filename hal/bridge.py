@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from porthal.hal.backend import Backend, Kernel
 from porthal.hal.contract import Contract
 from porthal.hal.operands import Operand
@@ -17,8 +15,7 @@ def same_library(chosen: Backend, owner: str, instance: Callable[[str], Backend]
     base: Any = next(c for c in type(chosen).__mro__ if vars(c).get("name") == owner)
     if type(chosen).from_numpy is base.from_numpy:
         return True
-    mine, theirs = (type(backend.from_numpy(np.zeros(1, np.int32))) for backend in (chosen, instance(owner)))
-    return issubclass(mine, theirs)
+    return issubclass(chosen.array_type, instance(owner).array_type)
 
 
 def bridge(chosen: Backend, other: Backend, contract: Contract, kernel: Kernel) -> Callable[..., Any]:

@@ -143,17 +143,18 @@ class Checkpoint:
         tensor = self._tensor(name, shape)
         scales = [name + end for end in SCALES if name + end in self._where]
         if dtype(tensor) == FP8 and len(scales) == 1 and len(shape) > 1:
-            return self._dequantised(name, tensor, scales[0], rows)
-        if dtype(tensor) == FP8:
+            values = self._dequantised(tensor, scales[0], rows)
+        elif dtype(tensor) == FP8:
             raise UsageError(f"{self._where[name]}: {name!r} is FP8, expected a matrix with one of {_either(name)} beside it")
-        if scales:
+        elif scales:
             raise UsageError(f"{self._where[name]}: {name!r} is {dtype(tensor)}, but has {scales[0]!r} beside it: expected FP8")
-        values = np.array(tensor[rows])
+        else:
+            values = np.array(tensor[rows])
         if not _finite(values):
             raise UsageError(f"{self._where[name]}: {name!r} holds NaN or infinity, expected finite numbers")
         return values
 
-    def _dequantised(self, name: str, tensor: Array, scale_name: str, rows: slice) -> Array:
+    def _dequantised(self, tensor: Array, scale_name: str, rows: slice) -> Array:
         height, width = self.block
         *stacked, high, wide = tensor.shape
         scale = self._tensor(scale_name, (*stacked, -(-high // height), -(-wide // width)))
@@ -163,14 +164,12 @@ class Checkpoint:
         else:
             scale = scale[np.arange(start, stop) // height]
         factors = widen(scale)
-        if not (wrong := ~(np.isfinite(factors) & (factors > 0))).any():
-            values: Array = widen(np.array(tensor[rows])) * np.repeat(factors, width, axis=-1)[..., :wide]
-            if np.isfinite(values).all():
-                return values
-            raise UsageError(f"{self._where[name]}: {name!r} holds NaN, expected finite numbers")
-        raise UsageError(
-            f"{self._where[scale_name]}: {scale_name!r} holds {factors[wrong][0]}, expected finite numbers above 0"
-        )
+        if (wrong := ~(np.isfinite(factors) & (factors > 0))).any():
+            raise UsageError(
+                f"{self._where[scale_name]}: {scale_name!r} holds {factors[wrong][0]}, expected finite numbers above 0"
+            )
+        values: Array = widen(np.array(tensor[rows])) * np.repeat(factors, width, axis=-1)[..., :wide]
+        return values
 
     def _tensor(self, name: str, shape: Sequence[int]) -> Array:
         self._asked.add(name)

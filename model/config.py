@@ -179,7 +179,7 @@ QUANTIZATION: dict[str, Rule] = {
     # What is quantised is told by the scales in the checkpoint: published lists name modules that do not exist.
     **dict.fromkeys(("modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize"), HARMLESS),
 }
-# Of generation_config.json; its other keys are not used.
+# Of generation_config.json; its other keys are told as not read.
 GENERATION: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"), HARMLESS),
     "eos_token_id": EOS,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -29,6 +30,27 @@ def no_cache_of_ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiny")
     return {kind: tiny.build(root / kind, kind) for kind in ("glm5", "glm52")}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint whose tokens are bytes."""
+    with mock.patch.dict(tiny.CONFIG, vocab_size=256, eos_token_id=[0]):
+        return tiny.build(tmp_path_factory.mktemp("bytes"), "glm5")
+
+
+@pytest.fixture
+def command_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of a command line, run in this process."""
+    from porthal.cli.app import app
+
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            app([str(a) for a in args], prog_name="porthal")
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture(params=["glm5", "glm52"])

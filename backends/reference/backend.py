@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ class Reference(Backend):
     Not so in a class with arrays of its own: those keep their dtype, and the binding carries them to the kernels here.
     """
 
-    @cached_property
+    @property
     def widens(self) -> bool:
         """Whether the kernels here run on the arrays of this class."""
-        return isinstance(self.from_numpy(np.zeros(1, np.float32)), np.ndarray)
+        return issubclass(self.array_type, np.ndarray)
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         wide = lambda index: widen(np.asarray(read(index)))  # noqa: E731

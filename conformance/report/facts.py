@@ -61,21 +61,30 @@ def _described(backend: Backend) -> str:
 
 def sources(backend: type[Backend]) -> dict[str, str]:
     """A digest of the Python files of porthal, and one of the backend's own package with its native code."""
-    found = {"porthal": _digest("porthal")}
+    found = {"porthal": _digest(tuple(sorted(_files("porthal"))))}
     package = backend.__module__.rpartition(".")[0]
     if getattr(sys.modules.get(package), "__file__", None):
-        native = {m.__file__ for n, m in sys.modules.items() if n.startswith(f"{package}.") and getattr(m, "__file__", None)}
-        found[backend.name] = _digest(package, tuple(sorted(f for f in native if f and not f.endswith(".py"))))
+        found[backend.name] = _digest(package_files(package))
     return found
 
 
+def package_files(package: str) -> tuple[Path, ...]:
+    """The Python files of a package that is imported, and its native code: what it has loaded, and what ctypes may load."""
+    loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(f"{package}.")]
+    native = {Path(file) for file in loaded if file and not file.endswith(".py")}
+    return tuple(sorted(_files(package) | native))
+
+
+def _files(package: str) -> set[Path]:
+    home = Path(str(sys.modules[package].__file__)).parent
+    folders = home, *home.glob("*/")  # porthal's may be links
+    return {file for folder in folders for kind in ("*.py", "*.so") for file in folder.rglob(kind)}
+
+
 @cache
-def _digest(package: str, native: tuple[str, ...] = ()) -> str:
-    root = Path(str(sys.modules[package].__file__)).parent
-    folders = root, *root.glob("*/")  # porthal's may be links
-    files = {file for folder in folders for kind in ("*.py", "*.so") for file in folder.rglob(kind)}  # ctypes loads the latter
+def _digest(files: tuple[Path, ...]) -> str:
     digest = hashlib.blake2b(digest_size=6)
-    for file in (*sorted(files), *map(Path, native)):
+    for file in files:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

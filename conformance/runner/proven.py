@@ -24,7 +24,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.execution.bindings import Bound
 from porthal.conformance.judgement.golden_cache import folder
 from porthal.conformance.level import SUITE
-from porthal.conformance.report.facts import environment
+from porthal.conformance.report.facts import environment, package_files
 from porthal.conformance.report.results import Result, reused
 from porthal.hal import Backend, contracts
 from porthal.hal.backend import names_in
@@ -133,11 +133,7 @@ def sources(base: type[Backend]) -> Iterator[Path]:
     yield from sorted({file for c in contracts().values() for file in c.files()} - set((root / "ops").resolve().glob("*.py")))
     for c in base.__mro__:
         if vars(c).get("name"):
-            home = Path(str(sys.modules[c.__module__].__file__)).parent
-            yield from sorted((*home.rglob("*.py"), *home.rglob("*.so")))  # also what ctypes loads
-            package = c.__module__.rpartition(".")[0] + "."
-            loaded = [getattr(m, "__file__", None) for n, m in sys.modules.items() if n.startswith(package)]
-            yield from sorted(Path(file) for file in loaded if file and not file.endswith(".py"))
+            yield from package_files(c.__module__.rpartition(".")[0])
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

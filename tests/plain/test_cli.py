@@ -10,18 +10,15 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 import porthal
 from porthal import conformance
-from porthal.cli.app import app
 from porthal.cli.stream import Printer
 from porthal.cli.text import check_writable
 from porthal.model import load
 from porthal.model.tokens import Bytes
-from tests.oracles import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from porthal.cli import main; main()"]
@@ -34,23 +31,8 @@ def no_policy(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """(exit code, stdout, stderr) of a command line."""
-
-    def call(*args):
-        with pytest.raises(SystemExit) as left:
-            app([str(a) for a in args], prog_name="porthal")
-        out, err = capsys.readouterr()
-        return left.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A tiny checkpoint whose tokens are bytes."""
-    with mock.patch.dict(tiny.CONFIG, vocab_size=256, eos_token_id=[0]):
-        return tiny.build(tmp_path_factory.mktemp("bytes"), "glm5")
+def run(command_line):
+    return command_line
 
 
 def process(*args, **environment):

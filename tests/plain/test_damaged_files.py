@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from shutil import copytree
-from unittest import mock
 
 import pytest
 
 from porthal import conformance
-from porthal.cli.app import app
-from tests.oracles import tiny
 from tests.plugins import install, installed
 
 Damage = Callable[[Path], object]
@@ -24,6 +21,7 @@ def loop(file: Path) -> None:
     file.symlink_to(file.name)
 
 
+Run = Callable[..., tuple[int, str, str]]
 DAMAGES: dict[str, Damage] = {
     "empty": lambda file: file.write_bytes(b""),
     "truncated": lambda file: file.write_bytes(b'{"version": "1.0", "model": {"ty'),
@@ -37,24 +35,10 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("PORTHAL_BACKEND", "reference")
     monkeypatch.setattr(conformance, "run", partial(conformance.run, isolate=False), raising=False)
-
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            app([str(a) for a in args], prog_name="porthal")
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint whose tokens are bytes."""
-    with mock.patch.dict(tiny.CONFIG, vocab_size=256, eos_token_id=[0]):
-        return tiny.build(tmp_path_factory.mktemp("bytes"), "glm5")
+    return command_line
 
 
 @pytest.fixture(scope="module")

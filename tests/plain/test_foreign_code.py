@@ -13,16 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from porthal import conformance
-from porthal.cli.app import app
 from porthal.hal import Unavailable
 from porthal.hal.errors import foreign, message_of
 from porthal.model.load import profile
-from tests.oracles import tiny
 from tests.plugins import EMPTY, announce, install, installed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,34 +37,20 @@ TOKEN = "rms_norm,T=1,H=7,0"
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """(exit code, stdout, stderr) of a command line, run in this process, the cases of conform as well."""
     for name in ("PORTHAL_BACKEND", "PORTHAL_OPS", "PORTHAL_FALLBACK", "PORTHAL_CHECK"):
         monkeypatch.delenv(name, raising=False)
     for name in ("run", "replay"):
         monkeypatch.setattr(conformance, name, partial(getattr(conformance, name), isolate=False), raising=False)
     monkeypatch.setattr(sys.modules["porthal.model.load"], "profile", PROFILE)
-
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            app([str(a) for a in args], prog_name="porthal")
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
+    return command_line
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Path]:
     with installed(tmp_path):
         yield tmp_path
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint whose tokens are bytes."""
-    with mock.patch.dict(tiny.CONFIG, vocab_size=256, eos_token_id=[0]):
-        return tiny.build(tmp_path_factory.mktemp("bytes"), "glm5")
 
 
 def alongside(site: Path) -> dict[str, str]:
