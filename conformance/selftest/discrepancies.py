@@ -262,7 +262,7 @@ if T * k > 2100:
         "linear",
         "parts-through-one-staging-buffer",
         "discrepancy",
-        "    def plan(self, batch: Batch) -> Batch:\n",
+        "    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:\n",
         """    def prepare(self, spec, read, into=None):
         import time
 
@@ -273,7 +273,7 @@ if T * k > 2100:
             part.copy_(self.staging)
         return Weight(spec, array)
 
-    def plan(self, batch: Batch) -> Batch:
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
 """,
         discrepancy=43,
     ),
