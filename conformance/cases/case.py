@@ -18,7 +18,6 @@ _LONG = {v: k for k, v in _SHORT.items()}
 # Parts of tokens that later versions will write: what each is for.
 RESERVED = {
     "ranks": "collectives among several processes",
-    "capture": "calls that are captured as a graph and replayed",
     "seq": "sequences of calls",
     "%": "quantisation schemes",
 }
@@ -38,6 +37,7 @@ class Case:
     batch    a composition's name, or its requests: "1/5+4/130/1" has one of 1 query row that sees 5 keys and one of 4
              rows that sees 130 keys and shares its first page with the request before
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
+    capture  the call is captured as a graph, and replayed with other values in its memory
     via      the provider whose kernel is to run, where the backend has several for the op
     """
 
@@ -51,6 +51,7 @@ class Case:
     block_size: int = 0
     view: str = ""
     fault: str = ""
+    capture: bool = False
     via: str = ""
     seed: int = 0
 
@@ -77,7 +78,7 @@ class Case:
         parts += [f"{k}~{v}" for k, v in self.recipes]
         parts += [f"-{k}" for k in self.absent]
         named = ("batch", self.batch), ("block_size", self.block_size), ("view", self.view), ("fault", self.fault)
-        parts += [f"{k}={v}" for k, v in named if v]
+        parts += [f"{k}={v}" for k, v in named if v] + ["capture"] * self.capture
         return ",".join([*parts, *filter(None, [via]), str(self.seed)])
 
     @classmethod
@@ -104,8 +105,10 @@ class Case:
                 found["dtypes"].append((name, _LONG.get(value, value)))
             elif mark == "~":
                 found["recipes"].append((name, value))
-            elif mark == "=" and name in named:
+            elif name in named:
                 raise wrong(f"{name} is given twice")
+            elif part == "capture":
+                named[part] = True
             elif mark == "=" and name in _NAMED:
                 named[name] = value
                 if not value:

@@ -612,10 +612,10 @@ def _op(token: str) -> str:
 
 
 @cache
-def of_op(op: str) -> tuple[Case, ...]:
-    """The named cases of an op, each once."""
+def of_op(op: str, capture: bool = False) -> tuple[Case, ...]:
+    """The named cases of an op, each once: those that are captured, or the others."""
     tokens = dict.fromkeys(t for d in DISCREPANCIES for t in d.cases if _op(t) == op)
-    return tuple(Case.from_token(t) for t in tokens)
+    return tuple(case for case in map(Case.from_token, tokens) if case.capture == capture)
 
 
 def named(op: str, level: Level) -> Iterator[Case]:

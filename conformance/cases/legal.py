@@ -53,7 +53,7 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    for check in (_refused_operands, _refused_batch, _refused_fault):
+    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_capture):
         if why := check(case):
             return why
     facts = SimpleNamespace(**attrs, **sizes)
@@ -135,6 +135,14 @@ def _refused_fault(case: Case) -> str:
     if case.fault == "attribute" and not contract.attributes:
         return "it has no attribute"
     return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is not a fault, expected one of {', '.join(FAULTS)}"
+
+
+def _refused_capture(case: Case) -> str:
+    if case.capture and (case.view or case.fault):
+        return "a captured call has neither view nor fault"
+    if case.capture and (case.batch in (CROWD, "long") or dict(case.dims).get(case.contract.rows) == 0):
+        return "a captured call has rows, and requests with pages of their own"
+    return ""
 
 
 def _unpaged(case: Case) -> list[str]:

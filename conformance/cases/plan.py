@@ -15,7 +15,7 @@ from typing import Any
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
-from porthal.conformance.cases.discrepancies import named
+from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
     absences,
@@ -34,11 +34,19 @@ from porthal.hal.signature import symbols
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 PAGE_SIZES = (64, 128)
+CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 
 
 def cases(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
     """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them."""
     return [case for case in _planned(contract, level) if among(case, dtypes)]
+
+
+def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
+    """The cases that are captured as a graph and replayed, for backends that do so."""
+    known = of_op(contract.name, capture=True)
+    found = {case.token: case for case in (*_Plan(contract, level).captured(), *known)}
+    return [case for case in found.values() if among(case, dtypes)]
 
 
 @lru_cache(maxsize=256)
@@ -85,6 +93,11 @@ class _Plan:
         yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())
+
+    def captured(self) -> Iterator[Case]:
+        """One call of few rows: requests that decode, one of them with two rows where there is a batch."""
+        for combo in self._each():
+            yield from self._made(rows=5, dtypes=combo, batch=CAPTURED if self.has_batch else "", capture=True)
 
     def _production(self) -> Iterator[Case]:
         """GLM-5's dims in its dtype: once whatever their size, over a cache longer than top-k; then at several row
