@@ -114,7 +114,7 @@ def calls(draw: Any, contract: Contract) -> Case:
         tuple(name for group in absences(contract) if draw(st.booleans()) for name in group),
         spelled(batch or ()),
         block_size,
-        draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
+        view=draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
     )
     overflows = "float16" in dict(case.dtypes).values() and any(r in ONE_SIGN for _, r in recipes)
     assume(not overflows and not refusal(case) and elements(case) <= SIZE)
