@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import options
-from porthal.conformance.cases.inputs import Inputs, build
+from porthal.conformance.cases.inputs import Inputs
 from porthal.hal import Batch, Pages
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import is_float
