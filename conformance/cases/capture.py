@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.compositions import Request, spelled
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import options
 from porthal.conformance.cases.inputs import Inputs
@@ -33,26 +34,25 @@ def calls(case: Case) -> list[Inputs]:
 
 def _replayed(case: Case, n: int, captured: Batch | None) -> Case:
     """An ordinary case: the same sizes, another seed, other requests, and of integers another kind."""
-    requests = _requests(captured, n, _as_wide_as_the_longest(case.contract)) if captured else []
-    batch = "+".join(f"{q}/{kv}" for q, kv in requests)
+    requests = [*_requests(captured, n, _as_wide_as_the_longest(case.contract))] if captured else []
     recipes = dict(case.recipes)
     for operand in case.contract.signature.of_kind(ARRAY):
         if not is_float(case.dtype(operand.name)) and operand.name not in case.absent:
             known = options(case.contract, operand.name)
             recipes.setdefault(operand.name, known[n % len(known)])
-    return replace(case, capture=False, seed=case.seed + n, batch=batch, recipes=tuple(recipes.items()))
+    return replace(case, capture=False, seed=case.seed + n, batch=spelled(requests), recipes=tuple(recipes.items()))
 
 
-def _requests(captured: Batch, n: int, kept: bool) -> Iterator[tuple[int, int]]:
+def _requests(captured: Batch, n: int, kept: bool) -> Iterator[Request]:
     """Query rows and keys of each request of a replay; the longest is `kept` where an array is as wide as it."""
     longest = int(np.argmax(captured.kv_len)) if captured.R else 0
     for r, (q, kv) in enumerate(zip(captured.q_len.tolist(), captured.kv_len.tolist())):
         if kept and r == longest:
-            yield q, kv
+            yield Request(q, kv)
         elif n == 1:
-            yield q, 0 if r % 3 == 1 else max(q, kv * (1 + r % 3) // 4) if kv else 0
+            yield Request(q, max(q, kv * (1 + r % 3) // 4) if kv and r % 3 != 1 else 0)
         else:
-            yield q, kv or (q if q <= captured.max_kv else 0)
+            yield Request(q, kv or (q if q <= captured.max_kv else 0))
 
 
 def _as_wide_as_the_longest(contract: Contract) -> bool:
