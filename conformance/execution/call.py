@@ -65,7 +65,8 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
             raise
         return Outcome(error=_told(error))
     flushes = binding.backend.traits.flushes_denormals
-    return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
+    unread = dict.fromkeys(what for watch in first.watches for what in watch.unread)
+    return Outcome(first.results, again, tuple(trespasses), flushes=flushes, unread=tuple(unread))
 
 
 def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
@@ -84,7 +85,7 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
             return outcome
         return Outcome(error=f"among other rows, one of them poisoned: {_told(error)}")
     invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
-    trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
+    trespasses = tuple(type(t)(f"among other rows, one of them poisoned: {t}") for t in moved.trespasses)
     return replace(outcome, moved=restored(call, moved.results, to), invariant=invariant, trespasses=trespasses)
 
 

@@ -32,6 +32,7 @@ class Outcome:
     moved       results of the same rows among others (see `invariance`), where there is such a call
     invariant   whether the kernel declares that these are the same bits
     flushes     whether the backend says that it may read denormals as zero
+    unread      of operands, what cannot be read back, so that nobody knows whether it changed
     """
 
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -41,6 +42,11 @@ class Outcome:
     moved: Mapping[str, Any] = field(default_factory=dict)
     invariant: bool = False
     flushes: bool = False
+    unread: tuple[str, ...] = ()
+
+
+class Mutation(str):
+    """What changed of what an operand holds, among trespasses."""
 
 
 class WrongResult(UsageError):

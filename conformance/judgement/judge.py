@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, difference, differing
+from porthal.conformance.execution.outcome import Mutation, Outcome, difference, differing
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.measures import Measure, tiny
 from porthal.conformance.level import BRING_UP, Level, level_of
-from porthal.conformance.verdicts import Failed, Judgement, Verdict
+from porthal.conformance.verdicts import NOT_READ, Failed, Judgement, Verdict
 from porthal.hal import Operand, Pages, UsageError
 from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
 from porthal.hal.errors import message_of
@@ -54,6 +54,9 @@ def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str
     try:
         judgement = _judged(golden, outcome, limit, tie)
         _check_moved(golden, outcome, limit, tie)
+        if outcome.unread:
+            said = [judgement.note, f"{NOT_READ}: {', '.join(outcome.unread)}"]
+            judgement = replace(judgement, note="; ".join(filter(None, said)))
         return judgement
     except Failed as failed:
         return failed.judgement
@@ -76,7 +79,8 @@ def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgeme
     contract = golden.contract
     parts = [part for name in golden.shapes for part in _check_form(golden, name, outcome.results.get(name))]
     if outcome.trespasses:
-        raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
+        trespass = outcome.trespasses[0]
+        raise Failed("FAIL_MUTATED" if isinstance(trespass, Mutation) else "FAIL_WROTE_OUTSIDE", str(trespass))
     spreads, note, runs = {}, "", golden.rounding_runs
     if contract.admits:
         chosen = outcome.results[contract.choice]
