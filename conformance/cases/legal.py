@@ -19,15 +19,17 @@ from porthal.conformance.cases.compositions import (
     lengths,
     requests,
     shareable,
+    spare,
 )
-from porthal.conformance.cases.domain import absences, fitting, per_expert
+from porthal.conformance.cases.domain import absences, fitting, joined, per_expert
 from porthal.hal.contract import Contract
-from porthal.hal.signature import evaluate, symbols
+from porthal.hal.signature import ARRAY, evaluate, symbols
 
 if TYPE_CHECKING:
     from porthal.conformance.cases.case import Case
 
 VIEWS = ("columns", "rows", "transposed", "broadcast")
+LAYOUTS = ("heads", "slices", "joint")  # of operands as other kernels hand them over, where an op has such operands
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
@@ -78,8 +80,12 @@ def _refused_operands(case: Case) -> str:
     if set(case.absent) - set().union(*(g for g in groups if set(g) <= set(case.absent))):
         permitted = [" with ".join(group) for group in groups]
         return f"{', '.join(case.absent)} cannot be left out, expected {_one_of(permitted or ['every operand'])}"
-    if case.view not in ("", *(known := (*VIEWS, FAR, PAST_2G, THREADS))):
+    if case.view not in ("", *(known := (*VIEWS, *LAYOUTS, FAR, PAST_2G, THREADS))):
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
+    if case.view == "joint" and not joined(contract):
+        return "view joint needs two arrays whose rows can lie side by side"
+    if case.view in LAYOUTS[:2] and all(len(o.dims) != 3 for o in contract.signature.of_kind(ARRAY)):
+        return f"view {case.view} needs an array of 3 axes"
     kinds = {o.kind for o in operands.values()}
     if case.view == PAST_2G and not ({"Pages", "Batch"} <= kinds or per_expert(contract)):
         return f"view {PAST_2G} needs a cache with a batch, or experts' weights with counts"
@@ -176,7 +182,7 @@ def elements(case: Case) -> int:
     if signature.of_kind("Batch"):
         q_lens, kv_lens = lengths(case.batch, sizes["T"], sizes.get("k", 0), case.block_size, case.stream)
         sizes = {"R": len(q_lens), "S": max(kv_lens, default=0), **sizes}
-        slots = max(slots, sum(kv_lens) + len(kv_lens) * case.block_size)
+        slots = max(slots, sum(kv_lens) + (len(kv_lens) + sum(spare(case.batch, len(kv_lens)))) * case.block_size)
     for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
         if operand.name in case.absent:
             continue

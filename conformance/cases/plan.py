@@ -25,7 +25,7 @@ from porthal.conformance.cases.domain import (
     options,
     takes_integers,
 )
-from porthal.conformance.cases.legal import FAULTS, LARGEST, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.legal import FAULTS, LARGEST, LAYOUTS, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import Contract
@@ -126,7 +126,7 @@ class _Plan:
             for rows in (DEFAULT_ROWS, 256) if self.level.thorough else (DEFAULT_ROWS,):
                 for combo in self._each():
                     yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
-        for view in (*VIEWS, THREADS):
+        for view in (*VIEWS, *LAYOUTS, THREADS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
         for absent in absences(self.contract):
@@ -134,8 +134,9 @@ class _Plan:
                 yield from self._made(absent=absent, dtypes=combo)
 
     def _batches(self) -> Iterator[Case]:
-        """Batch compositions and page sizes."""
-        for batch, size in product(COMPOSITIONS if self.has_batch else ("",), PAGE_SIZES):
+        """Batch compositions and page sizes, which take turns at bring-up."""
+        every = list(product(COMPOSITIONS if self.has_batch else ("",), PAGE_SIZES))
+        for batch, size in every if self.level.thorough or not self.has_batch else [*every[::4], *every[3::4]]:
             for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
                 for combo in self._each():
                     yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)

@@ -20,7 +20,7 @@ from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.invariance import disturbed, restored
 from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
-from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
+from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
 from porthal.hal.dtypes import dtype
@@ -115,9 +115,10 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
     operands, watches = {}, []
     distant = Distant(binding, inputs) if inputs.case.view == PAST_2G else None
     apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand takes enough memory
+    joint = jointly(binding, inputs) if inputs.case.view == "joint" else {}
     for name, value in inputs.operands.items():
         view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
-        operands[name], watch = place(binding, name, value, view, distant)
+        operands[name], watch = joint.get(name) or place(binding, name, value, view, distant)
         if watch and name not in mutated:
             watches.append(watch)
     _meet(abreast)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from porthal.conformance.cases.domain import joined
+from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.legal import FAR
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.fingerprint import Fingerprint, beyond_logical, shown_whole
@@ -120,6 +122,18 @@ def place(
     return cut(device), Watch(f"input {name}", device, {"": parent}, own=own)
 
 
+def jointly(binding: Binding, inputs: Inputs) -> dict[str, tuple[Any, Watch | None]]:
+    """The arrays of one dtype whose rows can lie side by side, cut from one buffer, with one watch over it."""
+    arrays = {name: inputs.operands[name] for name in joined(inputs.contract) if inputs.operands[name] is not None}
+    first = next(iter(arrays.values()))
+    arrays = {name: x for name, x in arrays.items() if x.dtype == first.dtype}
+    whole = np.concatenate(list(arrays.values()), axis=-1)
+    device, ends = binding.from_numpy(whole.copy()), np.cumsum([x.shape[-1] for x in arrays.values()]).tolist()
+    watch = Watch(f"input {' beside '.join(arrays)}", device, {"": whole})
+    watches = [watch, *[None] * (len(arrays) - 1)]
+    return {n: (device[..., end - x.shape[-1] : end], w) for (n, x), end, w in zip(arrays.items(), ends, watches)}
+
+
 def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
     """A poisoned array that contains x, and how to cut x from it as a view."""
     if view == "columns" and x.ndim:
@@ -134,6 +148,14 @@ def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any
         return parent, lambda a: a[1::2]
     if view == "transposed" and x.ndim > 1:
         return np.ascontiguousarray(x.swapaxes(-1, -2)), lambda a: a.swapaxes(-1, -2)
+    if view == "heads" and x.ndim == 3:
+        return np.ascontiguousarray(x.swapaxes(0, 1)), lambda a: a.swapaxes(0, 1)
+    if view == "slices" and x.ndim > 1:
+        more = (3, 3, *[0] * (x.ndim - 2)) if x.ndim == 3 else (3, *[0] * (x.ndim - 1))
+        parent = filled(tuple(n + m for n, m in zip(x.shape, more)), dtype(x))
+        inside = tuple(slice(m // 2, m // 2 + n) for n, m in zip(x.shape, more))
+        parent[inside] = x
+        return parent, lambda a: a[inside]
     if view == "broadcast" and backend.traits.strides and len(x) and is_float(dtype(x)):
         return x[:1], lambda a: backend.broadcast(a, x.shape)
     return x, lambda a: a
