@@ -22,6 +22,7 @@ from porthal.conformance.cases.compositions import (
     spare,
 )
 from porthal.conformance.cases.domain import absences, fitting, joined, per_expert
+from porthal.conformance.cases.programs import PROGRAMS, programs
 from porthal.hal.contract import Contract
 from porthal.hal.signature import ARRAY, evaluate, symbols
 
@@ -57,7 +58,7 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies):
+    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program):
         if why := check(case):
             return why
     facts = SimpleNamespace(**attrs, **sizes)
@@ -157,6 +158,16 @@ def _refused_copies(case: Case) -> str:
         return f"distinct does not go with {case.view or 'a fault'}"
     if case.batch and requests(case.batch) is None:
         return f"distinct needs a batch that is spelled out, such as 64*1/5, and {case.batch} is a name"
+    return ""
+
+
+def _refused_program(case: Case) -> str:
+    if case.seq and case.seq not in PROGRAMS:
+        return f"{case.seq!r} is not a program, expected one of {', '.join(PROGRAMS)}"
+    if case.seq and case.seq not in (known := programs(case.contract)):
+        return f"it has no program {case.seq!r}, expected one of {', '.join(known)}"
+    if case.seq and (other := case.view or case.fault):
+        return f"a program takes its operands as they are, without {other}"
     return ""
 
 
