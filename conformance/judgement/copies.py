@@ -98,7 +98,7 @@ class CopiesJudge:
             if isinstance(before, Pages):
                 found[result.name] = {part: self._small_pages(before, part, array, chosen) for part, array in value.items()}
             elif isinstance(value, dict):
-                found[result.name] = {part: array[axes[0][1]] for part, array in value.items()}
+                found[result.name] = {part: _taken(array, axes[:1]) for part, array in value.items()}
             else:
                 found[result.name] = _taken(value, axes)
         return found
