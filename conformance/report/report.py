@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import elements
+from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.page import report_page
@@ -32,7 +33,7 @@ from porthal.hal.backend import NOT_TAKEN
 if TYPE_CHECKING:
     from rich.console import Group
 
-SCHEMA = 3  # of the JSON
+SCHEMA = 4  # of the JSON
 LEGEND = (
     "GLM-5: passed by own kernels, of the cases in its dims and bfloat16; a level needs all, and no failure of the op anywhere"
 )
@@ -143,6 +144,13 @@ class Report:
         return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}; {how}" for why, n in notes.items()]
 
     @property
+    def too_few(self) -> list[str]:
+        """Which statistics were not judged in cases that passed, because their results have too few numbers for them."""
+        counts = Counter(test for r in self.results if r.verdict == "PASS" for test in r.few)
+        found = [f"{words} in {counts[test]}" for test, words in FEW.items() if counts[test]]
+        return [f"not judged in passed cases, of too few numbers: {', '.join(found)}"] if found else []
+
+    @property
     def left_out(self) -> list[str]:
         """What the backend's arrays make meaningless: cases, and what no case is asked."""
         reasons = Counter(r.message for r in self.results if r.verdict == "LEFT_OUT")
@@ -220,7 +228,7 @@ class Report:
                 f"a report of schema {data['schema']}, expected {SCHEMA}: write it again with this porthal"
             )
         try:
-            results = tuple(Result(**r | {"foreign": tuple(r["foreign"])}) for r in data["results"])
+            results = tuple(Result.read(r) for r in data["results"])
             verify_results(results)
             levels = {op: Reached(**r) for op, r in data["levels"].items()}
             known = tuple(
@@ -276,7 +284,7 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.left_out, *self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
+        lines += [*self.too_few, *self.left_out, *self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 
     def _failed(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Result:
     status    whose kernel ran: one of STATUSES; `owner` is the backend that wrote it, `provider` the library behind it
     worst     the largest |error| / budget, found `at`
     ratio, z  the ratio to an ideal chip's error, and the bias of the rounding direction
+    few       the statistics that were not judged, because a result has too few samples of them
     seconds   to build, execute and judge
     foreign   of a composition: the ops in it that are not the chip's own
     tie       the kernel's declared order of ties
@@ -56,6 +57,12 @@ class Result:
     tie: str = "lowest"
     waived: str = ""
     reason: str = ""
+    few: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, kept: dict[str, Any]) -> Result:
+        """A result from what JSON holds of it."""
+        return cls(**kept | {name: tuple(kept[name]) for name in ("foreign", "few")})
 
     @classmethod
     def of(
@@ -80,6 +87,7 @@ class Result:
             seconds=round(seconds, 4),
             foreign=foreign,
             tie=choice.tie if choice else "lowest",
+            few=judged.few,
         )
 
     @property
