@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from porthal.hal.errors import UsageError
 
-SUITE = 2  # the version of the plan of cases and of the rules of judgement
+SUITE = 3  # the version of the plan of cases and of the rules of judgement
 
 
 @dataclass(frozen=True)

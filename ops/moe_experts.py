@@ -14,6 +14,7 @@ from porthal.ops.silu_mul import silu_mul
         6 * d.T * d.k * d.H * d.I,
         2 * d.T * d.H * b.x + min(d.E, d.T * d.k) * 3 * d.H * d.I * b.w13,
     ),
+    independent=("T",),
     cases={"H": (6144, 128, 96, 129), "I": (256, 128, 96, 131), "E": (8, 1, 17), "k": (8, 1, 2, 256), "first_expert": (0, 3)},
     rules=[("first_expert >= 0", lambda f: f.first_expert >= 0)],
     values={"x": ("normal", "small", "zeros", "offset"), "ids": ("routed", "crowded", "deserted", "holes", "away")},

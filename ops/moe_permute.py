@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array
     "x[T, H], ids[T, k] -> sorted[T*k, H], counts[E], source[T*k]",
     dtypes={"x": FLOATS, "ids": "int32", "sorted": "x", "counts": "int32", "source": "int32"},
     cost=lambda d, b: (0, d.T * d.H * b.x * (1 + d.k) + 8 * d.T * d.k),
+    independent=("H",),
     cases={"H": (6144, 96), "k": (8, 1, 2), "E": (256, 1, 16), "first_expert": (0, 3)},
     rules=[("E >= 1", lambda f: f.E >= 1), ("first_expert >= 0", lambda f: f.first_expert >= 0)],
     exact=True,

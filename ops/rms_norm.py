@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array, may_round, single, total
     "x[T, H], weight[H] -> y[T, H]",
     dtypes={"x": FLOATS, "weight": "x | float32", "y": "x"},
     cost=lambda d, b: (4 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * b.weight),
+    independent=("T",),
     cases={"H": (6144, 512, 2048, 768, 96, 1, 7), "eps": (1e-5, 0.5)},
     rules=[("eps > 0", lambda f: f.eps > 0)],
     values={"x": ("normal", "small", "large", "zeros", "outlier")},

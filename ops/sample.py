@@ -15,6 +15,7 @@ from porthal.hal.numerics import Array, choose, softmax, softmax_slack
         "ids": "int32",
     },
     cost=lambda d, b: (8 * d.T * d.V, d.T * d.V * b.logits),
+    independent=("T",),
     cases={"V": (4096, 154880, 7)},
     ranges={"top_k": (0, "V+1"), "ids": (0, "V")},
     choice="ids",

@@ -11,6 +11,7 @@ from porthal.hal.numerics import Array, dot, may_round, single, softmax
         2 * d.T * d.N * d.k * (2 * d.C + d.R),
         d.T * d.N * (2 * d.C + d.R) * b.q_latent + d.T * d.k * (d.C + d.R) * b.kv,
     ),
+    independent=("T", "N"),
     cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
     rules=[("scale > 0", lambda f: f.scale > 0)],
     values={"q_latent": ("normal", "large", "zeros")},

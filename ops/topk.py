@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array, choose
     "scores[T, S], batch: Batch[T, R, S] -> sel: Selection[T, k]",
     dtypes={"scores": "float32"},
     cost=lambda d, b: (0, 4 * d.T * (d.S + d.k)),
+    independent=("T",),
     cases={"k": (2048, 128, 1, 7)},
     rules=[("k >= 1", lambda f: f.k >= 1)],
     exact=True,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import first_float
-from porthal.conformance.cases.inputs import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import parts

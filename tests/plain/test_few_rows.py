@@ -13,7 +13,7 @@ from porthal.conformance.cases.inputs import build
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.execution.outcome import Outcome
 from porthal.conformance.judgement.golden import Golden
-from porthal.conformance.judgement.judge import judge
+from porthal.conformance.judgement.call import judge
 from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import LEVELS
 from porthal.conformance.report.report import Report
