@@ -9,11 +9,11 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.execution.outcome import Outcome
-from porthal.conformance.judgement.golden import Golden
 from porthal.conformance.judgement.call import judge
+from porthal.conformance.judgement.golden import Golden
 from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import LEVELS
 from porthal.conformance.report.report import Report
