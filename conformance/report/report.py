@@ -137,6 +137,18 @@ class Report:
         return list(dict.fromkeys(r.op for r in self.results if r.tie == "any"))
 
     @property
+    def unpromised(self) -> list[str]:
+        """Of which ops it is promised that a row's bits do not depend on the other rows, and that the others may."""
+        ran = [row for row in self.rows if row.determinism]
+        promised = [row.op for row in ran if row.determinism == "any batch"]
+        if not promised:
+            return ["not promised by any kernel: that the bits of a row do not depend on the other rows"] if ran else []
+        return [
+            f"the bits of a row do not depend on the other rows: promised by {', '.join(promised)}"
+            + (f", not by {len(ran) - len(promised)} other ops" if len(promised) < len(ran) else "")
+        ]
+
+    @property
     def not_run(self) -> list[str]:
         """Which inherited cases were not run again, and why."""
         notes = Counter(r.note.partition(": ")[2] for r in self.results if r.note.startswith(NOT_RUN))
@@ -284,7 +296,8 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.too_few, *self.left_out, *self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
+        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.untaken, *self.not_run]
+        lines += [f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 
     def _failed(self) -> Iterator[str]:

@@ -36,6 +36,7 @@ class Result:
     seconds   to build, execute and judge
     foreign   of a composition: the ops in it that are not the chip's own
     tie       the kernel's declared order of ties
+    invariant whether it is declared that a row's bits do not depend on the other rows: of a composition, by all its parts
     waived    what the verdict was before a waiver with this `reason` made it WAIVED
     """
 
@@ -58,6 +59,7 @@ class Result:
     waived: str = ""
     reason: str = ""
     few: tuple[str, ...] = ()
+    invariant: bool = False
 
     @classmethod
     def read(cls, kept: dict[str, Any]) -> Result:
@@ -66,7 +68,13 @@ class Result:
 
     @classmethod
     def of(
-        cls, case: Case, judged: Judgement, choice: Choice | None, seconds: float, foreign: tuple[str, ...] = ()
+        cls,
+        case: Case,
+        judged: Judgement,
+        choice: Choice | None,
+        seconds: float,
+        foreign: tuple[str, ...] = (),
+        invariant: bool = False,
     ) -> Result:
         none = "missing" if judged.verdict == "UNCLAIMED" else "unknown"
         choice, status = (None, REFUSAL) if choice and case.fault else (choice, choice.status if choice else none)
@@ -88,6 +96,7 @@ class Result:
             foreign=foreign,
             tie=choice.tie if choice else "lowest",
             few=judged.few,
+            invariant=invariant and choice is not None,
         )
 
     @property
@@ -150,7 +159,7 @@ def verify_results(results: Sequence[Result]) -> None:
     if not results:
         raise ValueError("it has no results")
     kinds = {n: get_origin(kind) or kind for n, kind in get_type_hints(Result).items()}
-    words = {str: "text", float: "a number", tuple: "a list of text"}
+    words = {str: "text", float: "a number", tuple: "a list of text", bool: "true or false"}
     closed = {"verdict": get_args(Verdict), "status": STATUSES}
     for i, result in enumerate(results, 1):
         for name, kind in kinds.items():
@@ -191,6 +200,12 @@ class Row:
     @property
     def worst(self) -> Result:
         return max(self.results, key=lambda r: r.worst)
+
+    @property
+    def determinism(self) -> str:
+        """What its kernels are held to: the same bits in every run, or of a row in any batch too; "" where none ran."""
+        promised = {r.invariant for r in self.results if r.tested and r.status != REFUSAL}
+        return "" if not promised else "run to run" if False in promised else "any batch"
 
     @property
     def seconds(self) -> float:
