@@ -33,7 +33,7 @@ def unasked(backend: Backend) -> tuple[str, ...]:
     if not backend.traits.mutable:
         found.append("whether a result shares memory with an input, because arrays cannot be changed")
     if backend.traits.static_shapes:
-        found.append("whether a row depends on one that is added, because that is a call of another shape")
+        found.append("whether a row depends on how many there are, because that is a call of another shape")
     return tuple(found)
 
 

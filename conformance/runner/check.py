@@ -71,8 +71,9 @@ def check(
         raise
     except BaseException as error:  # the suite's own or the reference's fault: never a statement about the chip
         judged = Judgement("NOT_JUDGED", raised(error))
-    choice, foreign = (bound.choice, bound.foreign) if bound else (None, ())
-    result = Result.of(case, judged, choice, time.perf_counter() - started, foreign)
+    whose = (bound.choice, bound.foreign, bound.batch_invariant) if bound else (None, (), False)
+    choice, foreign, invariant = whose
+    result = Result.of(case, judged, choice, time.perf_counter() - started, foreign, invariant)
     if proven and bound:
         proven.keep(case, bound, result)
     return result
