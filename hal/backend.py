@@ -24,6 +24,7 @@ Array = Any
 B = TypeVar("B", bound="Backend")
 Read = Callable[[Any], np.ndarray[Any, Any]]
 NOT_TAKEN = "does not take this data"
+STATED = "limits", "provider", "tie", "batch_invariant"  # on a kernel's function
 Place = Literal["hardware", "vendor package on a stub runtime", "emulated device"]
 
 
@@ -57,6 +58,7 @@ class Kernel:
     owner    the registered backend whose class, or whose mixin, defines it
     prepare  how that class packs the contract's weights
     limits, provider, tie    what is stated about it by `@limits`
+    batch_invariant          whether it promises that a row's bits do not depend on the other rows
     inner    the kernel that it calls through super(), whose limits hold for it too
     """
 
@@ -68,6 +70,7 @@ class Kernel:
     limits: Limits = NO_LIMITS
     provider: str = ""
     tie: str = "lowest"
+    batch_invariant: bool = False
     inner: Kernel | None = None
 
     def refuses(self, spec: CallSpec) -> str | None:
@@ -96,8 +99,8 @@ class Backend:
     A kernel takes the contract's operands in order and its attributes by keyword, and returns the results in order.
     It allocates only through `self.empty`, reads no environment, and may set on its function: `limits` (by `@limits`),
     `provider` (the library call behind it), `tie` ("lowest", or "any" where the chip's tie order is its own),
-    `batch_invariant` (True promises that a row's bits do not depend on the other rows) and `capturable` (False where it
-    cannot stand in a captured graph, as it waits for values on the host).
+    `batch_invariant` (True promises that a row's bits do not depend on the other rows, nor on how many there are) and
+    `capturable` (False where it cannot stand in a captured graph, as it waits for values on the host).
 
     The kernels of one library may be a mixin, a plain class: `class Cuda(FlashMla, DeepGemm, Torch)`. Classes before
     the first registered backend in Python's order of bases are the chip's own; where several define an op, the first of
@@ -244,7 +247,7 @@ class Backend:
                 function = vars(cls)[op]
                 if function is None:
                     break
-                stated = {f: getattr(function, f) for f in ("limits", "provider", "tie") if hasattr(function, f)}
+                stated = {f: getattr(function, f) for f in STATED if hasattr(function, f)}
                 bound = function.__get__(self)
                 found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **stated)))
             elif "derive" in vars(cls) and cls is not Backend:

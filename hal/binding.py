@@ -40,10 +40,11 @@ class Choice:
     provider: str
     reason: str
     tie: str = "lowest"
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, op: str, status: Status, kernel: Kernel, reason: str) -> Choice:
-        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie)
+        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie, kernel.batch_invariant)
 
 
 class Binding(Services):

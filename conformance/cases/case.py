@@ -18,10 +18,9 @@ _LONG = {v: k for k, v in _SHORT.items()}
 # Parts of tokens that later versions will write: what each is for.
 RESERVED = {
     "ranks": "collectives among several processes",
-    "seq": "sequences of calls",
     "%": "quantisation schemes",
 }
-_NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider"}
+_NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider", "seq": "program"}
 _COUNTED = {"block_size": BLOCK_SIZES, "distinct": DISTINCT}
 _NUMBER = f"a whole number from 0 to {LARGEST['size']}"
 
@@ -39,6 +38,7 @@ class Case:
              rows that sees 130 keys and shares its first page with the request before
     distinct where not 0: along what is independent all rows are copies of so few (see `copies`), so that a call of any size
              has a small golden
+    seq      a program, whose steps are calls of this shape (see `programs`)
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
     capture  the call is captured as a graph, and replayed with other values in its memory
     via      the provider whose kernel is to run, where the backend has several for the op
@@ -54,6 +54,7 @@ class Case:
     block_size: int = 0
     distinct: int = 0
     view: str = ""
+    seq: str = ""
     fault: str = ""
     capture: bool = False
     via: str = ""
@@ -81,7 +82,7 @@ class Case:
         parts += [f"{k}:{_SHORT.get(v, v)}" for k, v in self.dtypes]
         parts += [f"{k}~{v}" for k, v in self.recipes]
         parts += [f"-{k}" for k in self.absent]
-        names = ("batch", "block_size", "distinct", "view", "fault")
+        names = ("batch", "block_size", "distinct", "view", "seq", "fault")
         parts += [f"{k}={v}" for k in names if (v := getattr(self, k))]
         parts += ["capture"] * self.capture
         return ",".join([*parts, *filter(None, [via]), str(self.seed)])

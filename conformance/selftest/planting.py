@@ -21,7 +21,7 @@ SOURCES = {
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
     **dict.fromkeys(compiled.UNITS, ("porthal.backends.cpu.backend", "Cpu")),
 }
-THEMES = ("dense", "rows", "experts", "cache", "attention", "tokens", "composites", "capture", "native")
+THEMES = ("dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "native")
 SCORED = ("float32", "bfloat16")
 
 
