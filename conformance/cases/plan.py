@@ -17,7 +17,7 @@ from typing import Any
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
-from porthal.conformance.cases.discrepancies import named
+from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
     absences,
@@ -39,6 +39,7 @@ MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 PAGE_SIZES = (64, 128)
+CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 
 
 def cases(
@@ -47,6 +48,13 @@ def cases(
     """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them, and
     `model` says whose sizes the large ones have."""
     return [case for case in _planned(contract, level, model) if among(case, dtypes)]
+
+
+def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
+    """The cases that are captured as a graph and replayed, for backends that do so."""
+    known = of_op(contract.name, capture=True)
+    found = {case.token: case for case in (*_Plan(contract, level).captured(), *known)}
+    return [case for case in found.values() if among(case, dtypes)]
 
 
 @lru_cache(maxsize=256)
@@ -100,6 +108,11 @@ class _Plan:
         yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())
+
+    def captured(self) -> Iterator[Case]:
+        """One call of few rows: requests that decode, one of them with two rows where there is a batch."""
+        for combo in self._each():
+            yield from self._made(rows=5, dtypes=combo, batch=CAPTURED if self.has_batch else "", capture=True)
 
     def _production(self) -> Iterator[Case]:
         """GLM-5's dims in its dtype, as far as a level's means go, with all rows different: at several row counts and
