@@ -33,6 +33,7 @@ class Judgement:
 
     worst   the largest |error| / budget, found `at`
     ratio   the largest ratio to an ideal chip's error, `z` the bias of the rounding direction
+    few     the statistics that were not judged, because a result has too few samples of them
     note    what to say with a passing result
     """
 
@@ -42,6 +43,7 @@ class Judgement:
     at: str = ""
     ratio: float = 0.0
     z: float = 0.0
+    few: tuple[str, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:

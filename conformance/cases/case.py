@@ -18,7 +18,6 @@ _LONG = {v: k for k, v in _SHORT.items()}
 # Parts of tokens that later versions will write: what each is for.
 RESERVED = {
     "ranks": "collectives among several processes",
-    "capture": "calls that are captured as a graph and replayed",
     "%": "quantisation schemes",
 }
 _NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider", "seq": "program"}
@@ -41,6 +40,7 @@ class Case:
              has a small golden
     seq      a program, whose steps are calls of this shape (see `programs`)
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
+    capture  the call is captured as a graph, and replayed with other values in its memory
     via      the provider whose kernel is to run, where the backend has several for the op
     """
 
@@ -56,6 +56,7 @@ class Case:
     view: str = ""
     seq: str = ""
     fault: str = ""
+    capture: bool = False
     via: str = ""
     seed: int = 0
 
@@ -83,6 +84,7 @@ class Case:
         parts += [f"-{k}" for k in self.absent]
         names = ("batch", "block_size", "distinct", "view", "seq", "fault")
         parts += [f"{k}={v}" for k in names if (v := getattr(self, k))]
+        parts += ["capture"] * self.capture
         return ",".join([*parts, *filter(None, [via]), str(self.seed)])
 
     @classmethod
@@ -109,8 +111,10 @@ class Case:
                 found["dtypes"].append((name, _LONG.get(value, value)))
             elif mark == "~":
                 found["recipes"].append((name, value))
-            elif mark == "=" and name in named:
+            elif name in named:
                 raise wrong(f"{name} is given twice")
+            elif part == "capture":
+                named[part] = True
             elif mark == "=" and name in _NAMED:
                 named[name] = value
                 if not value:

@@ -17,7 +17,7 @@ from typing import Any
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
-from porthal.conformance.cases.discrepancies import named
+from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
     absences,
@@ -39,6 +39,7 @@ MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 PAGE_SIZES = (64, 128)
+CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 
 
 def cases(
@@ -47,6 +48,13 @@ def cases(
     """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them, and
     `model` says whose sizes the large ones have."""
     return [case for case in _planned(contract, level, model) if among(case, dtypes)]
+
+
+def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
+    """The cases that are captured as a graph and replayed, for backends that do so."""
+    known = of_op(contract.name, capture=True)
+    found = {case.token: case for case in (*_Plan(contract, level).captured(), *known)}
+    return [case for case in found.values() if among(case, dtypes)]
 
 
 @lru_cache(maxsize=256)
@@ -100,6 +108,11 @@ class _Plan:
         yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())
+
+    def captured(self) -> Iterator[Case]:
+        """One call of few rows: requests that decode, one of them with two rows where there is a batch."""
+        for combo in self._each():
+            yield from self._made(rows=5, dtypes=combo, batch=CAPTURED if self.has_batch else "", capture=True)
 
     def _production(self) -> Iterator[Case]:
         """GLM-5's dims in its dtype, as far as a level's means go, with all rows different: at several row counts and
@@ -169,16 +182,14 @@ class _Plan:
 
     def _programs(self) -> Iterator[Case]:
         """Sequences of calls; results are held that are larger than what allocators treat in one way."""
+        bases = [c for c in self.combos if len(c) <= 1]
         for name in programs(self.contract):
-            if name == "held":
-                continue
-            for combo in self._each() if name == "update" else [self._next()]:
-                batch = "drafts" if name == "reuse" and self.has_batch else ""
-                yield from self._made(seq=name, dtypes=combo, batch=batch)
-        for size in (HELD if self.level.thorough else HELD[:1]) if "held" in programs(self.contract) else ():
-            yield from self._holding(size)
+            sizes = [0] if name != "held" else HELD if self.level.thorough else HELD[:1]
+            batch = "drafts" if name == "reuse" and self.has_batch else ""
+            for size, combo in product(sizes, bases if self.level.thorough else [self._next()]):
+                yield from self._holding(size, combo) if size else self._made(seq=name, dtypes=combo, batch=batch)
 
-    def _holding(self, size: int) -> Iterator[Case]:
+    def _holding(self, size: int, combo: Combo) -> Iterator[Case]:
         """The call whose first result just has more bytes than this, with as little else as there is."""
         result = next(r for r in self.contract.signature.results if not r.mutated)
         wide = {s for d in result.dims for s in symbols(d)}
@@ -193,7 +204,7 @@ class _Plan:
         rows = bisect_right(range(MANY_ROWS), size, key=held)
         few = {} if self.has_batch or size == HELD[0] or many != self.rows else {"distinct": 8}
         if size < held(rows) and (self.level.thorough or rows < MANY_ROWS // 8):
-            yield from self._made({**sizes, many: rows}, dtypes=self._next(), seq="held", **few)
+            yield from self._made({**sizes, many: rows}, dtypes=combo, seq="held", **few)
 
     def _next(self) -> Combo:
         """The dtypes that are next in turn."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -16,15 +16,17 @@ import numpy as np
 
 from porthal.conformance.cases.inputs import Inputs, specified_rows
 from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
+from porthal.conformance.cases.values import TIED
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
-from porthal.conformance.execution.invariance import disturbed, restored
+from porthal.conformance.execution.invariance import disturbed, joined, restored, split
 from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
 from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
 from porthal.hal.dtypes import dtype
 
+REPLAYS = 25  # runs of a choice among equals, as at any level while patience lasts
 PATIENCE = 0.5  # seconds, after which two runs are enough
 SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
 ABREAST = 4  # threads that call a kernel at once, and
@@ -35,8 +37,17 @@ def execute(bindings: Bindings, bound: Bound, inputs: Inputs, runs: int = 2) -> 
     """The kernel's results on a call, on the same call again, and on its rows among others."""
     same_shape = bindings.backend.traits.static_shapes
     call = disturbed(inputs, not same_shape)  # made before a kernel that writes where it must not can spoil it
-    outcome = repeated(bound.binding, inputs, runs)
-    return among_other_rows(bindings, bound, *call, outcome) if call else outcome
+    promised = bound.batch_invariant or (bound.tie == "any" and inputs.contract.choice)
+    parts = split(inputs) if promised and not same_shape else []
+    outcome = repeated(bound.binding, inputs, max(runs, REPLAYS) if _chooses(inputs) else runs)
+    outcome = among_other_rows(bindings, bound, *call, outcome) if call else outcome
+    return _apart(bindings, bound, parts, outcome) if parts else outcome
+
+
+def _chooses(inputs: Inputs) -> bool:
+    """Whether it is a choice among equals, whose order threads may decide."""
+    discrete = any(name in ("", "int32") for _, _, name in inputs.contract.results(inputs.spec))  # "" of a selection
+    return discrete and any(recipe in (*TIED, "crowded") for _, recipe in inputs.case.recipes)
 
 
 def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
@@ -84,9 +95,28 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
         if isinstance(error, NotClaimed) and not by_kernel(error):
             return outcome
         return Outcome(error=f"among other rows, one of them poisoned: {told(error)}")
-    invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
     trespasses = tuple(type(t)(f"among other rows, one of them poisoned: {t}") for t in moved.trespasses)
-    return replace(outcome, moved=restored(call, moved.results, to), invariant=invariant, trespasses=trespasses)
+    return replace(
+        outcome, moved=restored(call, moved.results, to), invariant=bound.batch_invariant, trespasses=trespasses
+    )
+
+
+def _apart(bindings: Bindings, bound: Bound, parts: Sequence[Inputs], outcome: Outcome) -> Outcome:
+    """The outcome together with that of the same rows in several calls, where the same kernel takes these."""
+    if outcome.error or outcome.trespasses:
+        return outcome
+    try:
+        there = [bindings.bound(part) for part in parts]
+        if any(_kernel(bound) != _kernel(other) for other in there):
+            return outcome
+        found = [once(other.binding, part).results for other, part in zip(there, parts)]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, NotClaimed) and not by_kernel(error):
+            return outcome
+        return Outcome(error=f"in calls of fewer rows: {told(error)}")
+    return replace(outcome, apart=joined(parts, found))
 
 
 def _kernel(bound: Bound) -> tuple[str, str, str]:

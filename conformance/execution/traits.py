@@ -22,6 +22,8 @@ def left_out(case: Case, backend: Backend) -> str:
         return f"view={case.view} is a dense copy on {backend}, whose arrays have no strides"
     if case.view == PAST_2G and not backend.traits.views_alias:
         return f"view={case.view} would have to be copied on {backend}, where slices are copies"
+    if case.capture and not backend.captures:
+        return f"{backend} captures no graphs"
     return ""
 
 
@@ -33,7 +35,9 @@ def unasked(backend: Backend) -> tuple[str, ...]:
     if not backend.traits.mutable:
         found.append("whether a result shares memory with an input, because arrays cannot be changed")
     if backend.traits.static_shapes:
-        found.append("whether a row depends on one that is added, because that is a call of another shape")
+        found.append("whether a row depends on how many there are, because that is a call of another shape")
+    if not backend.captures:
+        found.append("whether calls can be captured as a graph and replayed, because the backend captures none")
     return tuple(found)
 
 

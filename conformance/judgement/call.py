@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.execution.outcome import Outcome, difference
+from porthal.conformance.judgement.choices import other_ties
 from porthal.conformance.judgement.copies import CopiesJudge
 from porthal.conformance.judgement.golden import Golden
 from porthal.conformance.judgement.judge import check_form, check_kept, judged
@@ -21,6 +22,7 @@ def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str
     try:
         holds = _judge_of(inputs, level_of(level), tie)
         judgement = holds(outcome)
+        _check_promises(inputs, outcome)
         _check_moved(holds, outcome)
         if outcome.unread:
             said = [judgement.note, f"{NOT_READ}: {', '.join(outcome.unread)}"]
@@ -50,12 +52,22 @@ def _judge_of(inputs: Inputs, limit: Level, tie: str) -> Callable[[Outcome], Jud
     return lambda outcome: judged(golden, outcome, limit, tie)[0]
 
 
+def _check_promises(inputs: Inputs, outcome: Outcome) -> None:
+    """What may not depend on the batch at all: bits where that is declared, and which of equal entries are chosen."""
+    for results, where in ((outcome.moved, "among other rows"), (outcome.apart, "in a call of fewer rows")):
+        if not results:
+            continue
+        before = {name: outcome.results[name] for name in results}
+        if outcome.invariant and (change := difference(before, results)):
+            raise Failed("FAIL_VALUE", f"{change} {where}, though the kernel declares that its results do not change")
+        if inputs.contract.choice and (change := other_ties(inputs, outcome.results, results)):
+            raise Failed("FAIL_VALUE", f"{change} {where}: whatever the order of ties is, it may not depend on the batch")
+
+
 def _check_moved(holds: Callable[[Outcome], Judgement], outcome: Outcome) -> None:
     """Results of the same rows among others: the bits may differ, if these results pass too."""
-    if not outcome.moved or not (change := difference(outcome.results, outcome.moved)):
+    if not outcome.moved or not difference(outcome.results, outcome.moved):
         return
-    if outcome.invariant:
-        raise Failed("FAIL_VALUE", f"{change} among other rows, though the kernel declares that its results do not change")
     try:
         holds(replace(outcome, results=outcome.moved, again=outcome.moved))
     except Failed as failed:
