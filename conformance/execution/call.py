@@ -21,7 +21,7 @@ from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.invariance import disturbed, joined, restored, split
 from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
-from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
+from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
 from porthal.hal.dtypes import dtype
@@ -74,9 +74,10 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
     except BaseException as error:  # SystemExit too must not end the run
         if isinstance(error, NotClaimed) and not by_kernel(error):
             raise
-        return Outcome(error=_told(error))
+        return Outcome(error=told(error))
     flushes = binding.backend.traits.flushes_denormals
-    return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
+    unread = dict.fromkeys(what for watch in first.watches for what in watch.unread)
+    return Outcome(first.results, again, tuple(trespasses), flushes=flushes, unread=tuple(unread))
 
 
 def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
@@ -93,8 +94,8 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
     except BaseException as error:
         if isinstance(error, NotClaimed) and not by_kernel(error):
             return outcome
-        return Outcome(error=f"among other rows, one of them poisoned: {_told(error)}")
-    trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
+        return Outcome(error=f"among other rows, one of them poisoned: {told(error)}")
+    trespasses = tuple(type(t)(f"among other rows, one of them poisoned: {t}") for t in moved.trespasses)
     return replace(
         outcome, moved=restored(call, moved.results, to), invariant=bound.batch_invariant, trespasses=trespasses
     )
@@ -114,7 +115,7 @@ def _apart(bindings: Bindings, bound: Bound, parts: Sequence[Inputs], outcome: O
     except BaseException as error:
         if isinstance(error, NotClaimed) and not by_kernel(error):
             return outcome
-        return Outcome(error=f"in calls of fewer rows: {_told(error)}")
+        return Outcome(error=f"in calls of fewer rows: {told(error)}")
     return replace(outcome, apart=joined(parts, found))
 
 
@@ -139,17 +140,30 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
     the backend's memory, which all threads share, is not watched then.
     """
     _meet(abreast)
-    contract = inputs.contract
-    mutated = {o.name for o in contract.signature.mutated}
+    mutated = {o.name for o in inputs.contract.signature.mutated}
     operands, watches = {}, []
     distant = Distant(binding, inputs) if inputs.case.view == PAST_2G else None
     apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand takes enough memory
+    joint = jointly(binding, inputs) if inputs.case.view == "joint" else {}
     for name, value in inputs.operands.items():
         view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
-        operands[name], watch = place(binding, name, value, view, distant)
+        operands[name], watch = joint.get(name) or place(binding, name, value, view, distant)
         if watch and name not in mutated:
             watches.append(watch)
     _meet(abreast)
+    return called(binding, inputs, operands, watches, abreast, distant)
+
+
+def called(
+    binding: Binding,
+    inputs: Inputs,
+    operands: Mapping[str, Any],
+    watches: list[Watch],
+    abreast: Barrier | None = None,
+    distant: Distant | None = None,
+) -> Run:
+    """One call on operands that are placed, whose logical form the inputs are."""
+    contract, mutated = inputs.contract, {o.name for o in inputs.contract.signature.mutated}
     memory: AbstractContextManager[list[Watch]] = nullcontext([]) if abreast else poisoned(binding.backend)
     with memory as blocks:
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
@@ -158,13 +172,13 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
         _churn(binding, held)
     if distant:
         held = {name: distant.near(value) for name, value in held.items()}
-    results = _read(binding, inputs, held)
+    results = logical(binding, inputs, held)
     results = {name: value if name in mutated else _copied(value) for name, value in results.items()}
     trespasses = [t for w in (*watches, *blocks) if (t := w.trespass(binding))]
     return Run(results, trespasses, held, watches)
 
 
-def _read(binding: Binding, inputs: Inputs, held: Mapping[str, Any]) -> dict[str, Any]:
+def logical(binding: Binding, inputs: Inputs, held: Mapping[str, Any]) -> dict[str, Any]:
     """Results in logical form, with zeros in the rows that the contract leaves unspecified."""
     results = {name: read(binding, value) for name, value in held.items()}
     if (rows := specified_rows(inputs)) is None:
@@ -182,22 +196,22 @@ def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
     if binding.backend.traits.mutable:
         for watch in first.watches:
             watch.spoil(binding.backend)
-        if change := difference(first.results, _read(binding, inputs, first.held)):
+        if change := difference(first.results, logical(binding, inputs, first.held)):
             yield f"a result shares memory with an input: {change} when the inputs are overwritten"
     with suppress(DataNotTaken):
-        yield from once(binding, replace(inputs, operands=_reversed(inputs.operands))).trespasses
-    if change := difference(first.results, _read(binding, inputs, first.held)):
+        yield from once(binding, replace(inputs, operands=turned(inputs.operands))).trespasses
+    if change := difference(first.results, logical(binding, inputs, first.held)):
         yield f"the next call changed a result of this one: {change}"
 
 
-def _reversed(operands: Mapping[str, Any]) -> dict[str, Any]:
+def turned(operands: Mapping[str, Any]) -> dict[str, Any]:
     """Other legal values of the same form: the rows of every array from the last to the first."""
     return {name: v[::-1].copy() if isinstance(v, np.ndarray) else v for name, v in operands.items()}
 
 
 def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
     """Results of the call in several threads, every second with other values, switched as often as Python can."""
-    other = _reversed(inputs.operands)
+    other = turned(inputs.operands)
     for name, value in inputs.operands.items():
         if isinstance(value, Weight):
             other[name] = replace(value, native=value.native[::-1].copy())
@@ -232,7 +246,7 @@ def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
             binding.backend.write(binding.backend.empty(shape, kind), binding.from_numpy(filled(shape, kind)))
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """What was raised, and where; Failed with CRASH where memory was lacking, in the words of NumPy and PyTorch."""
     said, told = str(error).lower(), raised(error)
     if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:

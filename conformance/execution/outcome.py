@@ -33,6 +33,7 @@ class Outcome:
     apart       and in several calls of fewer rows, where those are promised to give the same
     invariant   whether the kernel declares that these are the same bits
     flushes     whether the backend says that it may read denormals as zero
+    unread      of operands, what cannot be read back, so that nobody knows whether it changed
     """
 
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -43,6 +44,11 @@ class Outcome:
     apart: Mapping[str, Any] = field(default_factory=dict)
     invariant: bool = False
     flushes: bool = False
+    unread: tuple[str, ...] = ()
+
+
+class Mutation(str):
+    """What changed of what an operand holds, among trespasses."""
 
 
 class WrongResult(UsageError):

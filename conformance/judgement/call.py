@@ -10,9 +10,9 @@ from porthal.conformance.execution.outcome import Outcome, difference
 from porthal.conformance.judgement.choices import other_ties
 from porthal.conformance.judgement.copies import CopiesJudge
 from porthal.conformance.judgement.golden import Golden
-from porthal.conformance.judgement.judge import judged
+from porthal.conformance.judgement.judge import check_form, check_kept, judged
 from porthal.conformance.level import BRING_UP, Level, level_of
-from porthal.conformance.verdicts import Failed, Judgement
+from porthal.conformance.verdicts import NOT_READ, Failed, Judgement
 
 
 def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str = "lowest") -> Judgement:
@@ -24,9 +24,24 @@ def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str
         judgement = holds(outcome)
         _check_promises(inputs, outcome)
         _check_moved(holds, outcome)
+        if outcome.unread:
+            said = [judgement.note, f"{NOT_READ}: {', '.join(outcome.unread)}"]
+            judgement = replace(judgement, note="; ".join(filter(None, said)))
         return judgement
     except Failed as failed:
         return failed.judgement
+
+
+def watched(inputs: Inputs, outcome: Outcome) -> Judgement:
+    """Whether results have their form and nothing else has changed, whatever their values."""
+    if outcome.error:
+        return Judgement("FAIL_ERROR", outcome.error)
+    try:
+        check_form(inputs, outcome.results)
+        check_kept(outcome)
+    except Failed as failed:
+        return failed.judgement
+    return Judgement("PASS")
 
 
 def _judge_of(inputs: Inputs, limit: Level, tie: str) -> Callable[[Outcome], Judgement]:

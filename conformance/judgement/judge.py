@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, difference, differing
+from porthal.conformance.execution.outcome import Mutation, Outcome, difference, differing
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.measures import FEW, Measure, tiny
@@ -46,12 +46,17 @@ MESSAGES: Mapping[str, tuple[Verdict, str]] = {
 # -- judgement -------------------------------------------------------------------------------------------------------
 
 
+def check_kept(outcome: Outcome) -> None:
+    """Raise Failed where something changed that the call may not change."""
+    for trespass in outcome.trespasses:
+        raise Failed("FAIL_MUTATED" if isinstance(trespass, Mutation) else "FAIL_WROTE_OUTSIDE", str(trespass))
+
+
 def judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> tuple[Judgement, Mapping[str, Spread]]:
     """The judgement, and what the float results were held to; raises Failed."""
     contract = golden.contract
     parts = check_form(golden.inputs, outcome.results)
-    if outcome.trespasses:
-        raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
+    check_kept(outcome)
     spreads: Mapping[str, Spread] = {}
     note, runs = "", golden.rounding_runs
     if contract.admits:

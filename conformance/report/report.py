@@ -27,6 +27,7 @@ from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
 from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
 from porthal.conformance.report.waivers import Waiver, expired, verify, waive
+from porthal.conformance.verdicts import NOT_READ
 from porthal.hal import Backend, UsageError, contracts
 from porthal.hal.backend import NOT_TAKEN
 
@@ -169,6 +170,13 @@ class Report:
         return [*(f"{n} left out: {why}" for why, n in reasons.items()), *(f"not asked: {what}" for what in self.unasked)]
 
     @property
+    def unread(self) -> list[str]:
+        """What of operands no case could read back before and after a call."""
+        kinds = Counter((r.op, r.note.partition(f"{NOT_READ}: ")[2]) for r in self.results if NOT_READ in r.note)
+        what = f"with what is {NOT_READ} beyond its logical form, so that nobody knows whether it changed"
+        return [f"{n} cases of {op} {what}: {kind}" for (op, kind), n in kinds.items()]
+
+    @property
     def untaken(self) -> list[str]:
         """Which data own kernels say that they do not take."""
         messages = [r.message for r in self.results if r.verdict == "UNCLAIMED" and NOT_TAKEN in r.message]
@@ -296,7 +304,7 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.untaken, *self.not_run]
+        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.unread, *self.untaken, *self.not_run]
         lines += [f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 
