@@ -58,8 +58,7 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    checks = (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture)
-    for check in checks:
+    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture):
         if why := check(case):
             return why
     facts = SimpleNamespace(**attrs, **sizes)
@@ -167,7 +166,7 @@ def _refused_program(case: Case) -> str:
         return f"{case.seq!r} is not a program, expected one of {', '.join(PROGRAMS)}"
     if case.seq and case.seq not in (known := programs(case.contract)):
         return f"it has no program {case.seq!r}, expected one of {', '.join(known)}"
-    if case.seq and (other := case.view or case.fault):
+    if case.seq and (other := case.view or case.fault or "capture" * case.capture):
         return f"a program takes its operands as they are, without {other}"
     return ""
 
