@@ -177,7 +177,7 @@ EDITED = (
         return y, counts, source\n""")),
     _edit("moe_unpermute", "last choice first", ("for j in range(k):\n", "for j in reversed(range(k)):\n")),
     _edit("moe_unpermute", "in float64", ("y = torch.zeros((T, sorted.shape[1]), dtype=torch.float32", "y = torch.zeros((T, sorted.shape[1]), dtype=torch.float64")),
-    _edit("moe_experts", "composed", ("    def moe_experts(\n", "    moe_experts = None\n\n    def _other(\n")),
+    _edit("moe_experts", "composed", ("    def moe_experts(\n", "    def _other(\n"), ("    moe_experts.capturable = False\n", "    moe_experts = None\n")),
     _edit("moe_experts", "last choice first", ("for j in range(k):\n", "for j in reversed(range(k)):\n")),
     _edit("moe_experts", "products unrounded", (experts.h, """wide = [F.linear(r.float(), m.float()) for r, m in zip(rows.split(counts), w13.native.unbind())]
         h = _silu_mul(torch.cat(wide)).to(x.dtype)\n""")),
