@@ -1,5 +1,6 @@
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, may_round, single
+from porthal.hal.spans import EPSILON
 from porthal.ops.rms_norm import rms_norm
 
 
@@ -8,7 +9,7 @@ from porthal.ops.rms_norm import rms_norm
     dtypes={"x": FLOATS, "residual": "x", "weight": "x | float32", "y": "x", "r": "x"},
     cost=lambda d, b: (5 * d.T * d.H, 4 * d.T * d.H * b.x + d.H * b.weight),
     cases={"H": (6144, 512, 768, 96, 7), "eps": (1e-5, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
+    legal={"eps": EPSILON},
     values={"x": ("normal", "small", "large", "zeros")},
     profiles=("inference",),
 )

@@ -7,7 +7,7 @@ from porthal.hal.numerics import Array
     dtypes={"x": FLOATS, "y": "@to"},
     cost=lambda d, b: (0, d.T * d.H * (b.x + b.y)),
     cases={"H": (6144, 96, 7), "to": ("bfloat16", "float32", "float16")},
-    rules=[("to in (float32, bfloat16, float16)", lambda f: f.to in FLOATS)],
+    legal={"to": FLOATS},
     exact=True,
     values={"x": ("normal", "large", "special", "denormal")},
 )

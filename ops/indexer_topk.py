@@ -2,6 +2,7 @@ from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, Selection, contract
 from porthal.hal.numerics import Array
+from porthal.hal.spans import SCALE, SELECTED
 from porthal.ops.indexer_scores import indexer_scores
 from porthal.ops.topk import topk
 
@@ -11,7 +12,7 @@ from porthal.ops.topk import topk
     dtypes={"iq": FLOATS, "w": "float32 | iq", "keys": "iq"},
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.k),
     cases={"G": (32, 8, 1), "D": (128,), "k": (2048, 128, 16), "scale": (32**-0.5 * 128**-0.5,)},
-    rules=[("k >= 1", lambda f: f.k >= 1), ("scale > 0", lambda f: f.scale > 0)],
+    legal={"k": SELECTED, "scale": SCALE},
     choice="sel",
     values={"iq": ("normal", "integer", "zeros"), "w": ("normal", "negative", "integer")},
     profiles=("inference",),

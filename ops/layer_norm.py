@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, may_round, single, total
+from porthal.hal.spans import EPSILON
 
 
 @contract(
@@ -9,7 +10,7 @@ from porthal.hal.numerics import Array, may_round, single, total
     dtypes={"x": FLOATS, "weight": "x | float32", "bias": "x | float32", "y": "x"},
     cost=lambda d, b: (7 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * (b.weight + b.bias)),
     cases={"H": (128, 6144, 96, 7), "eps": (1e-6, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
+    legal={"eps": EPSILON},
     values={"x": ("normal", "small", "large", "zeros", "offset", "plateau")},
 )
 def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = 1e-6) -> Array:

@@ -4,6 +4,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, dot, may_round, single, total
+from porthal.hal.spans import FIRST_EXPERT
 from porthal.ops.silu_mul import silu_mul
 
 
@@ -15,7 +16,7 @@ from porthal.ops.silu_mul import silu_mul
         2 * d.T * d.H * b.x + min(d.E, d.T * d.k) * 3 * d.H * d.I * b.w13,
     ),
     cases={"H": (6144, 128, 96, 129), "I": (256, 128, 96, 131), "E": (8, 1, 17), "k": (8, 1, 2, 256), "first_expert": (0, 3)},
-    rules=[("first_expert >= 0", lambda f: f.first_expert >= 0)],
+    legal={"first_expert": FIRST_EXPERT},
     values={"x": ("normal", "small", "zeros", "offset"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
 )
 def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, first_expert: int = 0) -> Array:

@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array
+from porthal.hal.spans import EXPERTS, FIRST_EXPERT
 
 
 @contract(
@@ -9,7 +10,7 @@ from porthal.hal.numerics import Array
     dtypes={"x": FLOATS, "ids": "int32", "sorted": "x", "counts": "int32", "source": "int32"},
     cost=lambda d, b: (0, d.T * d.H * b.x * (1 + d.k) + 8 * d.T * d.k),
     cases={"H": (6144, 96), "k": (8, 1, 2), "E": (256, 1, 16), "first_expert": (0, 3)},
-    rules=[("E >= 1", lambda f: f.E >= 1), ("first_expert >= 0", lambda f: f.first_expert >= 0)],
+    legal={"E": EXPERTS, "first_expert": FIRST_EXPERT},
     exact=True,
     values={"x": ("normal", "special", "huge", "denormal"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
 )

@@ -4,6 +4,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.spans import EPSILON
 from porthal.ops.rms_norm import rms_norm
 
 
@@ -12,7 +13,7 @@ from porthal.ops.rms_norm import rms_norm
     dtypes={"e": FLOATS, "g": "e", "enorm": "e | float32", "hnorm": "e | float32", "eh_proj": "e", "u": "e"},
     cost=lambda d, b: (4 * d.T * d.H * d.H, b.e * (2 * d.H * d.H + 3 * d.T * d.H)),
     cases={"H": (256, 96), "eps": (1e-5, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
+    legal={"eps": EPSILON},
     profiles=("inference",),
 )
 def mtp_input(e: Array, g: Array, enorm: Array, hnorm: Array, eh_proj: Array, *, eps: float) -> Array:

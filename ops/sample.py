@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, choose, softmax, softmax_slack
+from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
 
 
 @contract(
@@ -17,6 +18,7 @@ from porthal.hal.numerics import Array, choose, softmax, softmax_slack
     cost=lambda d, b: (8 * d.T * d.V, d.T * d.V * b.logits),
     cases={"V": (4096, 154880, 7)},
     ranges={"top_k": (0, "V+1"), "ids": (0, "V")},
+    legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE},
     choice="ids",
     values={
         "logits": ("normal", "ties", "masked", "special"),

@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, Batch, Pages, Selection, contract
 from porthal.hal.numerics import Array, dot, may_round, single, softmax
+from porthal.hal.spans import SCALE
 
 
 @contract(
@@ -12,7 +13,7 @@ from porthal.hal.numerics import Array, dot, may_round, single, softmax
         d.T * d.N * (2 * d.C + d.R) * b.q_latent + d.T * d.k * (d.C + d.R) * b.kv,
     ),
     cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
-    rules=[("scale > 0", lambda f: f.scale > 0)],
+    legal={"scale": SCALE},
     values={"q_latent": ("normal", "large", "zeros")},
     profiles=("inference",),
 )

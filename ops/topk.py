@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import Batch, Rows, Selection, SelectionSpec, contract
 from porthal.hal.numerics import Array, choose
+from porthal.hal.spans import SELECTED
 
 
 @contract(
@@ -9,7 +10,7 @@ from porthal.hal.numerics import Array, choose
     dtypes={"scores": "float32"},
     cost=lambda d, b: (0, 4 * d.T * (d.S + d.k)),
     cases={"k": (2048, 128, 1, 7)},
-    rules=[("k >= 1", lambda f: f.k >= 1)],
+    legal={"k": SELECTED},
     exact=True,
     choice="sel",
     values={"scores": ("normal", "ties", "equal", "signed", "large", "special")},

@@ -9,9 +9,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from porthal.conformance.cases.domain import options
-from porthal.conformance.cases.legal import BLOCK_SIZES, LARGEST, elements, refusal
+from porthal.conformance.cases.legal import LARGEST, elements, refusal
 from porthal.hal import UsageError, contracts
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
+from porthal.hal.spans import worded
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG = {v: k for k, v in _SHORT.items()}
@@ -113,7 +114,7 @@ class Case:
             elif mark == "=" and name == "block_size":
                 named[name] = number
                 if not number:
-                    raise wrong(f"block_size is {value or 'empty'}, expected {BLOCK_SIZES}")
+                    raise wrong(f"block_size is {value or 'empty'}, expected {worded(PAGE_SIZES)}")
             elif mark == "=" and name in contract.attributes:
                 parsed, expected = _parsed(contract.attributes[name].type, value)
                 found["attrs"].append((name, parsed))

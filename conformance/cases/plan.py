@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from types import SimpleNamespace
 from typing import Any
 
+from porthal.conformance.cases.boundaries import TILES, UNEVEN, ends, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
 from porthal.conformance.cases.discrepancies import named
@@ -28,12 +29,13 @@ from porthal.conformance.cases.domain import (
 from porthal.conformance.cases.legal import FAULTS, LARGEST, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
 from porthal.conformance.level import BRING_UP, level_of
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
-PAGE_SIZES = (64, 128)
+PAGE = 64  # slots, where a case is about something else
+PAGES = (PAGE, 128)  # in every composition
 
 
 def cases(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
@@ -119,6 +121,28 @@ class _Plan:
             for value in self.contract.cases[name]:
                 for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
+        yield from self._legal_ends()
+
+    def _legal_ends(self) -> Iterator[Case]:
+        """All attributes at the low ends of their ranges, at the high ones, in the middle, and at both in turn; if thorough,
+        every value of each that a plan takes, also at GLM-5's dims."""
+        dims = {s: self._near(s)[0] for s in self.free if s != self.rows}
+        large = {s: self.contract.cases[s][0] for s in dims}
+        for turn in ((0,), (1,), (2,), (0, 1), (1, 0)) if self.attrs else ():
+            facts: dict[str, Any] = dict(dims)
+            for name, end in zip(self._in_order(), cycle(turn)):
+                found = ends(self.contract.allowed(name, SimpleNamespace(**facts)))
+                facts[name] = found[min(end, len(found) - 1)]
+            yield from self._made(facts, rows=3, dtypes=self._next())
+        if self.level.thorough:
+            for name, sizes in product(self._in_order(), (dims, large)):
+                start = self._legal(dict(sizes), 3) or {}
+                for value in values(self.contract.allowed(name, SimpleNamespace(**start))):
+                    yield from self._made({**sizes, name: value}, rows=3, dtypes=self._next())
+
+    def _in_order(self) -> list[str]:
+        """The attributes, each behind those that bound its range."""
+        return [name for name in self.contract.legal if name in self.contract.attributes]
 
     def _forms(self) -> Iterator[Case]:
         """Values, views, and optional operands left out."""
@@ -134,11 +158,16 @@ class _Plan:
                 yield from self._made(absent=absent, dtypes=combo)
 
     def _batches(self) -> Iterator[Case]:
-        """Batch compositions and page sizes."""
-        for batch, size in product(COMPOSITIONS if self.has_batch else ("",), PAGE_SIZES):
+        """Batch compositions, and every page size that a plan takes in one of them."""
+        compositions = COMPOSITIONS if self.has_batch else ("",)
+        for batch, size in product(compositions, PAGES if self.level.thorough else (PAGE,)):
             for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
                 for combo in self._each():
                     yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
+        turn = cycle(compositions)
+        for size in values(PAGE_SIZES) if self.level.thorough else (*ends(PAGE_SIZES), *TILES, UNEVEN):
+            rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 2
+            yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
 
     def _next(self) -> Combo:
         """The dtypes that are next in turn."""
@@ -168,7 +197,7 @@ class _Plan:
         if self.has_batch and not case.batch:
             case = replace(case, batch="mixed")
         if (self.has_pages or self.has_batch) and not case.block_size:
-            case = replace(case, block_size=PAGE_SIZES[0])
+            case = replace(case, block_size=PAGE)
         if not refusal(case) and elements(case) <= (most or self.level.elements):
             yield case
 
@@ -176,10 +205,10 @@ class _Plan:
         """Values for every dim and attribute that fulfil the contract's rules, as near the defaults as those allow."""
         fixed = {self.rows: rows, **fixed} if self.rows else fixed
         names = [s for s in (*self.free, *self.attrs) if s not in fixed]
-        for values in product(*(self._near(s) for s in names)):
-            facts = {**fixed, **dict(zip(names, values))}
+        for found in product(*(self._near(s) for s in names)):
+            facts = {**fixed, **dict(zip(names, found))}
             defaults = {a.name: a.default for a in self.contract.attributes.values()}
-            if all(holds(SimpleNamespace(**{**defaults, **facts})) for _, holds in self.contract.rules):
+            if not self.contract.broken(SimpleNamespace(**{**defaults, **facts})):
                 return facts
         return None
 
