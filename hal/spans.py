@@ -22,7 +22,8 @@ class Reals:
 
     def holds(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Element by element; NaN is none of them."""
-        return ((x >= self.low) & (x <= self.high)) | np.isin(x, self.apart)
+        low, high = np.array([self.low, self.high], x.dtype)  # the ends as x can hold them
+        return ((x >= low) & (x <= high)) | np.isin(x, self.apart)
 
     def __str__(self) -> str:
         return " or ".join([*(f"{v:g}" for v in self.apart), f"{self.low:g} to {self.high:g}"])

@@ -7,7 +7,7 @@ from porthal.hal.numerics import Array
     dtypes={"a": FLOATS, "b": "a", "y": "a"},
     cost=lambda d, b: (d.T * d.H, 3 * d.T * d.H * b.a),
     cases={"H": (6144, 96, 7)},
-    values={"a": ("normal", "large", "special")},
+    values={"a": ("normal", "large", "special", "extreme", "signed")},
 )
 def add(a: Array, b: Array) -> Array:
     """y = a + b, rounded once."""

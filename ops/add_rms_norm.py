@@ -10,7 +10,7 @@ from porthal.ops.rms_norm import rms_norm
     cost=lambda d, b: (5 * d.T * d.H, 4 * d.T * d.H * b.x + d.H * b.weight),
     cases={"H": (6144, 512, 768, 96, 7), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
-    values={"x": ("normal", "small", "large", "zeros")},
+    values={"x": ("normal", "small", "large", "zeros", "seesaw", "cancel")},
     profiles=("inference",),
 )
 def add_rms_norm(x: Array, residual: Array, weight: Array, *, eps: float = 1e-5) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from porthal.hal.spans import SCALE
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.S),
     cases={"G": (32, 8, 1), "D": (128,), "scale": (32**-0.5 * 128**-0.5, 0.125)},
     legal={"scale": SCALE},
-    values={"iq": ("normal", "integer", "large"), "w": ("normal", "negative")},
+    values={"iq": ("normal", "integer", "large"), "w": ("normal", "negative"), "keys": ("normal", "hollow", "seesaw")},
 )
 def indexer_scores(iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
     """scores[t, s] = scale * sum_h w[t, h] * max(0, iq[t, h] . k_s) for the visible s <= position of t, else -inf.

@@ -14,7 +14,11 @@ from porthal.ops.topk import topk
     cases={"G": (32, 8, 1), "D": (128,), "k": (2048, 128, 16), "scale": (32**-0.5 * 128**-0.5,)},
     legal={"k": SELECTED, "scale": SCALE},
     choice="sel",
-    values={"iq": ("normal", "integer", "zeros"), "w": ("normal", "negative", "integer")},
+    values={
+        "iq": ("normal", "integer", "zeros"),
+        "w": ("normal", "negative", "integer"),
+        "keys": ("normal", "hollow", "seesaw"),
+    },
     profiles=("inference",),
 )
 def indexer_topk(iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:

@@ -11,7 +11,7 @@ from porthal.hal.spans import EPSILON
     cost=lambda d, b: (7 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * (b.weight + b.bias)),
     cases={"H": (128, 6144, 96, 7), "eps": (1e-6, 0.5)},
     legal={"eps": EPSILON},
-    values={"x": ("normal", "small", "large", "zeros", "offset", "plateau")},
+    values={"x": ("normal", "small", "large", "zeros", "offset", "plateau", "seesaw", "cancel", "surge")},
 )
 def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = 1e-6) -> Array:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis (population variance).

@@ -9,7 +9,7 @@ from porthal.hal.numerics import Array, elementary, single, softmax
     dtypes={"logits": FLOATS, "logp": "float32"},
     cost=lambda d, b: (5 * d.T * d.V, d.T * d.V * (b.logits + 4)),
     cases={"V": (154880, 256, 7)},
-    values={"logits": ("normal", "large")},
+    values={"logits": ("normal", "large", "blocked", "rising", "seesaw")},
 )
 def log_softmax(logits: Array) -> Array:
     """logp = logits - log(sum exp(logits)) over the last axis, in float32; natural logarithm."""

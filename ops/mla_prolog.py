@@ -41,6 +41,7 @@ from porthal.ops.rope import rope
     },
     legal={"theta": THETA, "eps": EPSILON},
     rules=[("R to be even", lambda f: f.R % 2 == 0)],
+    values={"h": ("normal", "seesaw"), "q_b": ("weight", "pillar")},
     profiles=("inference",),
 )
 def mla_prolog(

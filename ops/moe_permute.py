@@ -12,7 +12,10 @@ from porthal.hal.spans import EXPERTS, FIRST_EXPERT
     cases={"H": (6144, 96), "k": (8, 1, 2), "E": (256, 1, 16), "first_expert": (0, 3)},
     legal={"E": EXPERTS, "first_expert": FIRST_EXPERT},
     exact=True,
-    values={"x": ("normal", "special", "huge", "denormal"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
+    values={
+        "x": ("normal", "special", "huge", "denormal", "extreme", "signed"),
+        "ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
+    },
 )
 def moe_permute(x: Array, ids: Array, *, E: int, first_expert: int = 0) -> tuple[Array, Array, Array]:
     """Copy each row once per local expert it goes to, sorted by expert, then by row.

@@ -16,7 +16,10 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
         "k": lambda f: range(1, f.topk_group * (f.E // f.n_group) + 1),
     },
     choice="ids",
-    values={"logits": ("normal", "large", "ties", "negative", "sunk", "special"), "bias": ("normal", "ties")},
+    values={
+        "logits": ("normal", "large", "ties", "negative", "sunk", "special", "shelves", "rising", "summit"),
+        "bias": ("normal", "ties", "tiers"),
+    },
     profiles=("inference", "moe"),
 )
 def moe_route(

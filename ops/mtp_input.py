@@ -14,6 +14,7 @@ from porthal.ops.rms_norm import rms_norm
     cost=lambda d, b: (4 * d.T * d.H * d.H, b.e * (2 * d.H * d.H + 3 * d.T * d.H)),
     cases={"H": (256, 96), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
+    values={"e": ("normal", "seesaw"), "eh_proj": ("weight", "pillar")},
     profiles=("inference",),
 )
 def mtp_input(e: Array, g: Array, enorm: Array, hnorm: Array, eh_proj: Array, *, eps: float) -> Array:

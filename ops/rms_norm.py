@@ -11,7 +11,7 @@ from porthal.hal.spans import EPSILON
     cost=lambda d, b: (4 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * b.weight),
     cases={"H": (6144, 512, 2048, 768, 96, 1, 7), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
-    values={"x": ("normal", "small", "large", "zeros", "outlier")},
+    values={"x": ("normal", "small", "large", "zeros", "outlier", "seesaw")},
     profiles=("inference",),
 )
 def rms_norm(x: Array, weight: Array, *, eps: float = 1e-5) -> Array:

@@ -23,6 +23,7 @@ from porthal.hal.spans import THETA
         "width": lambda f: range(2, f.D + 1, 2),
         "start": lambda f: range(f.D - f.width + 1),
     },
+    values={"x": ("normal", "seesaw", "signed")},
 )
 def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Array:
     """Rotate x[..., start : start+width] by the row's position p: pair i is rotated by p * theta^(-2i/width).

@@ -21,11 +21,11 @@ from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
     legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE},
     choice="ids",
     values={
-        "logits": ("normal", "ties", "masked", "special"),
+        "logits": ("normal", "ties", "masked", "special", "blocked", "shelves", "rising", "summit"),
         "u": ("uniform",),
-        "temperature": ("temperature",),
-        "top_p": ("probability", "nucleus"),
-        "top_k": ("top_k",),
+        "temperature": ("temperature", "cold", "hot"),
+        "top_p": ("probability", "nucleus", "brink"),
+        "top_k": ("top_k", "brim"),
     },
     profiles=("inference",),
 )

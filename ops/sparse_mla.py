@@ -14,7 +14,7 @@ from porthal.hal.spans import SCALE
     ),
     cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
     legal={"scale": SCALE},
-    values={"q_latent": ("normal", "large", "zeros")},
+    values={"q_latent": ("normal", "large", "zeros", "seesaw"), "kv": ("normal", "hollow", "seesaw")},
     profiles=("inference",),
 )
 def sparse_mla(

@@ -24,9 +24,11 @@ from porthal.conformance.cases.domain import (
     first_float,
     free_symbols,
     options,
+    per_expert,
     takes_integers,
 )
 from porthal.conformance.cases.legal import FAULTS, LARGEST, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
@@ -34,6 +36,7 @@ from porthal.hal.signature import symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
+LOADED_ROWS = 100  # where experts have different loads
 PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
 
@@ -147,7 +150,8 @@ class _Plan:
     def _forms(self) -> Iterator[Case]:
         """Values, views, and optional operands left out."""
         for recipes in self._recipes():
-            for rows in (DEFAULT_ROWS, 256) if self.level.thorough else (DEFAULT_ROWS,):
+            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else DEFAULT_ROWS
+            for rows in (few, 256) if self.level.thorough else (few,):
                 for combo in self._each():
                     yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
         for view in (*VIEWS, THREADS):
@@ -213,11 +217,11 @@ class _Plan:
         return None
 
     def _near(self, name: str) -> list[Any]:
-        """A symbol's values, the default first: the smallest size of at least 8, the first of other attributes."""
-        values = list(self.contract.cases[name])
-        if name in self.sized:
-            values.sort(key=lambda v: (v < 8, v))
-        return values
+        """A symbol's values, the default first: the smallest size of at least 8, the first where there is none."""
+        found = list(self.contract.cases[name])
+        if name in self.sized and max(found) >= 8:
+            found.sort(key=lambda v: (v < 8, v))
+        return found
 
     def _recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
         """One value generator at a time, in every operand that lists it; integers everywhere, so that results are exact."""
@@ -225,6 +229,9 @@ class _Plan:
         others = {r: None for n in names for r in options(self.contract, n)[1:]}
         for chosen in others:
             taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
+            if chosen in COMPANIONS:
+                weights = [o.name for o in self.contract.signature.of_kind("Weight") if (o.name, chosen) not in taken]
+                taken += [(n, COMPANIONS[chosen]) for n in weights]
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
             yield tuple(taken)

@@ -20,7 +20,7 @@ SOURCES = {
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
     **dict.fromkeys(compiled.UNITS, ("porthal.backends.cpu.backend", "Cpu")),
 }
-THEMES = ("dense", "rows", "experts", "cache", "attention", "tokens", "composites", "native")
+THEMES = ("dense", "rows", "experts", "cache", "attention", "tokens", "composites", "native", "values")
 SCORED = ("float32", "bfloat16")
 
 

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from porthal import ops
 from porthal.conformance.cases.boundaries import GRIDS, TILES, UNEVEN, ends, values
+from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.runner.properties import search
-from porthal.hal import Reals, UsageError, bind, checked, contracts
+from porthal.hal import Reals, UsageError, contracts, use
 from porthal.hal.contract import PAGE_SIZES
 from porthal.hal.spans import worded
 from tests.tokens import passed
@@ -74,12 +77,12 @@ def test_words():
 
 
 def test_a_checked_binding_refuses_floats_outside_of_their_range():
-    ops = checked(bind("reference"))
     logits, u, k = np.zeros((2, 3), np.float32), np.zeros(2, np.float32), np.zeros(2, np.int32)
 
     def sample(temperature, top_p=1.0):
         heat = np.array([1.0, temperature], np.float32)
-        return ops.sample(logits, u, heat, k, np.full(2, top_p, np.float32))
+        with use("reference"):
+            return ops.sample(logits, u, heat, k, np.full(2, top_p, np.float32))
 
     assert sample(0.0).tolist() == sample(1e4).tolist() == [0, 0]
     for temperature in (-1.0, 1e-6, np.nan, np.inf):
@@ -87,3 +90,11 @@ def test_a_checked_binding_refuses_floats_outside_of_their_range():
             sample(temperature)
     with pytest.raises(UsageError, match=r"sample: top_p\[0\] is 1.5, expected 0 to 1$"):
         sample(1.0, 1.5)
+
+
+def test_all_planned_values_are_legal():
+    for contract in contracts().values():
+        for case in cases(contract):
+            if case.recipes and not case.fault and elements(case) < 2**18:
+                inputs = build(case)
+                contract.check_values(inputs.operands, inputs.spec, lambda x: x)
