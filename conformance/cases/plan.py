@@ -36,6 +36,7 @@ from porthal.hal.signature import symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
+CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
 PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
@@ -127,11 +128,11 @@ class _Plan:
         yield from self._legal_ends()
 
     def _legal_ends(self) -> Iterator[Case]:
-        """All attributes at the low ends of their ranges, at the high ones, in the middle, and at both in turn; if thorough,
-        every value of each that a plan takes, also at GLM-5's dims."""
+        """Attributes at the low and high ends of their ranges, in turn and together, and in the middle; if thorough, every
+        value of each that a plan takes, also at GLM-5's dims."""
         dims = {s: self._near(s)[0] for s in self.free if s != self.rows}
         large = {s: self.contract.cases[s][0] for s in dims}
-        for turn in ((0,), (1,), (2,), (0, 1), (1, 0)) if self.attrs else ():
+        for turn in CORNERS[: None if self.level.thorough else 3] if self.attrs else ():
             facts: dict[str, Any] = dict(dims)
             for name, end in zip(self._in_order(), cycle(turn)):
                 found = ends(self.contract.allowed(name, SimpleNamespace(**facts)))
@@ -169,8 +170,9 @@ class _Plan:
                 for combo in self._each():
                     yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
         turn = cycle(compositions)
-        for size in values(PAGE_SIZES) if self.level.thorough else (*ends(PAGE_SIZES), *TILES, UNEVEN):
-            rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 2
+        few = (*PAGE_SIZES[:: len(PAGE_SIZES) - 1], TILES[0], UNEVEN, TILES[-1])
+        for size in values(PAGE_SIZES) if self.level.thorough else few:
+            rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 1
             yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
 
     def _next(self) -> Combo:
