@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from porthal.hal.errors import UsageError
 
-SUITE = 2  # the version of the plan of cases and of the rules of judgement
+SUITE = 3  # the version of the plan of cases and of the rules of judgement
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Level:
     production_batches   and batch compositions there
     elements             logical elements of all operands and results of one case, at most
     named_elements       and of a case that is named for a known discrepancy
+    regimes              requests of the steps at a model's own sizes, see `cases.profiles`
+    turns                of these an op that sees no contexts meets one of so many in each of its shapes
+    seconds, copied      what one such call may take, and how many elements it may hold
     thorough             every variation is tested in every dtype, also with values that a contract does not list
     seeds                further seeds of a call of 65 rows
     runs                 of a kernel on the same inputs
@@ -32,6 +35,10 @@ class Level:
     production_batches: tuple[str, ...]
     elements: int
     named_elements: int
+    regimes: tuple[str, ...]
+    turns: int
+    seconds: float
+    copied: int
     thorough: bool
     seeds: tuple[int, ...]
     runs: int
@@ -47,6 +54,10 @@ BRING_UP = Level(
     production_batches=("decode",),
     elements=2**22,
     named_elements=2**17,
+    regimes=("260*1/300+3*4/600+40/500", "3*1/70000+1*4/33000"),
+    turns=1,
+    seconds=0.12,
+    copied=2**25,
     thorough=False,
     seeds=(),
     runs=2,
@@ -61,6 +72,18 @@ STANDARD = Level(
     production_batches=("decode", "mixed", "chunked"),
     elements=2**25,
     named_elements=2**23,
+    regimes=(
+        "1/1048576",
+        "8*1/131072",
+        "64*1/32768",
+        "256*1/8192",
+        "64*4/8192",
+        "512/8192",
+        "250*1/1024+5*4/40000+2*1/0+300/131072",
+    ),
+    turns=3,
+    seconds=2.0,
+    copied=2**27,
     thorough=True,
     seeds=(),
     runs=3,
@@ -75,6 +98,15 @@ STRICT = Level(
     production_batches=("decode", "mixed", "chunked", "padded", "idle"),
     elements=2**26,
     named_elements=2**27,
+    regimes=(
+        *(f"{n}*1/{kv}" for n in (1, 8, 64, 256) for kv in (1024, 8192, 32768, 131072, 1048576)),
+        *(f"{n}*4/{kv}" for n in (1, 8, 64, 256) for kv in (1024, 8192, 32768, 131072)),
+        *(f"{q}/{kv}" for q in (512, 4096) for kv in (8192, 32768, 131072, 1048576)),
+        "250*1/1024+5*4/40000+2*1/0+300/131072",
+    ),
+    turns=1,
+    seconds=20.0,
+    copied=2**29,
     thorough=True,
     seeds=(1, 2, 3),
     runs=50,

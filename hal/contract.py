@@ -68,6 +68,9 @@ class Contract:
     cost        (dims, bytes per element of each operand) -> (flops, bytes moved)
     version     raised where the op computes something else; tokens name it from 2 on
     rows        the symbol that counts rows; "" means T
+    independent the symbols along which results do not depend on each other, rows first: a call of some of the places along
+                one gives these places of its results. Rows of a Batch are then requests of their own, and what counts
+                rows counts those that are left
     exact       the result is a copy or an integer: judged bit for bit
     choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`) or by
                 what could have been drawn (`@op.admitted`)
@@ -93,6 +96,7 @@ class Contract:
         cost: CostRule,
         version: int = 1,
         rows: str = "",
+        independent: Sequence[str] = (),
         exact: bool = False,
         choice: str = "",
         writes: str = "",
@@ -109,6 +113,7 @@ class Contract:
         self.cost = cost
         self.version = version
         self.rows = rows or ("T" if "T" in signature.symbols() else "")
+        self.independent = tuple(independent)
         self.exact = exact
         self.choice = choice
         self.writes = writes
@@ -362,6 +367,9 @@ class Contract:
         names = [o.name for o in self.signature.operands]
         if parameters != names:
             raise UsageError(f"contract {self.name}: the reference takes {parameters}, the signature says {names}")
+        everywhere = [d for o in (*self.signature.operands, *self.signature.results) for d in o.dims]
+        if wrong := [s for s in self.independent if any(s in symbols(d) and d != s for d in everywhere)]:
+            raise UsageError(f"contract {self.name} says that {wrong[0]} is independent, but it is a part of another dim")
         if not self.__doc__:
             raise UsageError(f"contract {self.name} has no docstring: state formula and source")
 

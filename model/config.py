@@ -248,6 +248,13 @@ class Config:
     def has_mtp(self) -> bool:
         return self.num_nextn_predict_layers > 0
 
+    def shallow(self) -> Config:
+        """The same model with one layer of each kind: it makes every call that all of them make."""
+        kinds = list(zip(self.dense, self.indexer_types))
+        kept = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
+        dense, types = tuple(self.dense[i] for i in kept), tuple(self.indexer_types[i] for i in kept)
+        return replace(self, num_hidden_layers=len(kept), dense=dense, indexer_types=types)
+
     @classmethod
     def read(cls, directory: str | Path) -> Config:
         """From a directory's config.json, and generation_config.json where there is one; UsageError names the key that is

@@ -8,6 +8,7 @@ from porthal.ops.rms_norm import rms_norm
     "x[T, H], residual[T, H], weight[H] -> y[T, H], r[T, H]",
     dtypes={"x": FLOATS, "residual": "x", "weight": "x | float32", "y": "x", "r": "x"},
     cost=lambda d, b: (5 * d.T * d.H, 4 * d.T * d.H * b.x + d.H * b.weight),
+    independent=("T",),
     cases={"H": (6144, 512, 768, 96, 7), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
     values={"x": ("normal", "small", "large", "zeros", "seesaw", "cancel")},

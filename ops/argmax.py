@@ -6,6 +6,7 @@ from porthal.hal.numerics import Array, choose
     "logits[T, V] -> ids[T]",
     dtypes={"logits": FLOATS, "ids": "int32"},
     cost=lambda d, b: (d.T * d.V, d.T * d.V * b.logits),
+    independent=("T",),
     cases={"V": (154880, 256, 7)},
     rules=[("V >= 1", lambda f: f.V >= 1)],
     exact=True,

@@ -6,6 +6,7 @@ from porthal.hal.numerics import Array
     "x[T, H] -> y[T, H]",
     dtypes={"x": FLOATS, "y": "@to"},
     cost=lambda d, b: (0, d.T * d.H * (b.x + b.y)),
+    independent=("T", "H"),
     cases={"H": (6144, 96, 7), "to": ("bfloat16", "float32", "float16")},
     legal={"to": FLOATS},
     exact=True,

@@ -10,6 +10,7 @@ NOT_FINITE = -2
     "logits[T, V], ids[T] -> checked[T]",
     dtypes={"logits": FLOATS, "ids": "int32", "checked": "int32"},
     cost=lambda d, b: (d.T * d.V, d.T * d.V * b.logits),
+    independent=("T",),
     cases={"V": (154880, 256, 7)},
     rules=[("V >= 1", lambda f: f.V >= 1)],
     ranges={"ids": (-1, "V")},

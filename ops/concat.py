@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array
     "a[T, A], b[T, B] -> y[T, A+B]",
     dtypes={"a": (*FLOATS, "int32"), "b": "a", "y": "a"},
     cost=lambda d, b: (0, 2 * d.T * (d.A + d.B) * b.a),
+    independent=("T",),
     cases={"A": (6144, 512, 7), "B": (6144, 64, 1)},
     exact=True,
     values={"a": ("normal", "special", "huge", "denormal", "extreme", "signed")},

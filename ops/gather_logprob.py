@@ -9,6 +9,7 @@ from porthal.ops.log_softmax import log_softmax
     "logits[T, V], ids[T] -> logp[T]",
     dtypes={"logits": FLOATS, "ids": "int32", "logp": "float32"},
     cost=lambda d, b: (5 * d.T * d.V, d.T * d.V * b.logits),
+    independent=("T",),
     cases={"V": (154880, 256, 7)},
     ranges={"ids": (0, "V")},
     values={"logits": ("normal", "large", "blocked", "rising", "seesaw")},

@@ -12,6 +12,7 @@ from porthal.hal.numerics import Array, dot
         d.M * (d.K * b.x + d.N * b.y) + min(d.E, d.M) * d.N * d.K * b.w,
     ),
     rows="M",
+    independent=("M", "N"),
     cases={"K": (6144, 2048, 96, 7), "N": (256, 96, 7), "E": (8, 1, 33), "M": (64, 0, 1, 257)},
     ranges={"counts": (0, "M+1")},
     values={

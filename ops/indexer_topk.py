@@ -11,6 +11,7 @@ from porthal.ops.topk import topk
     "iq[T, G, D], w[T, G], keys: Pages{k[D]}, batch: Batch[T, R, S] -> sel: Selection[T, k]",
     dtypes={"iq": FLOATS, "w": "float32 | iq", "keys": "iq"},
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.k),
+    independent=("T",),
     cases={"G": (32, 8, 1), "D": (128,), "k": (2048, 128, 16), "scale": (32**-0.5 * 128**-0.5,)},
     legal={"k": SELECTED, "scale": SCALE},
     choice="sel",

@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array
     "pages!: Pages{a[A], b[B]?}, batch: Batch[T], first[T, A], second[T, B]? -> pages",
     dtypes={"pages": FLOATS, "first": "pages", "second": "pages"},
     cost=lambda d, b: (0, 2 * d.T * (d.A + getattr(d, "B", 0)) * b.first),
+    independent=("T",),
     cases={"A": (512, 128), "B": (64,)},
     exact=True,
     values={"first": ("normal", "special", "huge", "denormal", "extreme", "signed")},

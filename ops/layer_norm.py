@@ -9,6 +9,7 @@ from porthal.hal.spans import EPSILON
     "x[T, H], weight[H], bias[H] -> y[T, H]",
     dtypes={"x": FLOATS, "weight": "x | float32", "bias": "x | float32", "y": "x"},
     cost=lambda d, b: (7 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * (b.weight + b.bias)),
+    independent=("T",),
     cases={"H": (128, 6144, 96, 7), "eps": (1e-6, 0.5)},
     legal={"eps": EPSILON},
     values={"x": ("normal", "small", "large", "zeros", "offset", "plateau", "seesaw", "cancel", "surge")},

@@ -6,6 +6,7 @@ from porthal.hal.numerics import Array, dot
     "x[T, K], w: Weight[N, K] -> y[T, N]",
     dtypes={"x": FLOATS, "w": "x", "y": "@out"},
     cost=lambda d, b: (2 * d.T * d.N * d.K, d.T * d.K * b.x + d.N * d.K * b.w + d.T * d.N * b.y),
+    independent=("T", "N"),
     cases={"K": (6144, 2048, 512, 96, 7), "N": (576, 256, 7), "out": ("x", "float32")},
     legal={"out": ("x", *FLOATS)},
     values={"x": ("normal", "small", "large", "huge", "integer", "cancel", "surge", "seesaw"), "w": ("weight", "pillar")},

@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array, elementary, single, softmax
     "logits[T, V] -> logp[T, V]",
     dtypes={"logits": FLOATS, "logp": "float32"},
     cost=lambda d, b: (5 * d.T * d.V, d.T * d.V * (b.logits + 4)),
+    independent=("T",),
     cases={"V": (154880, 256, 7)},
     values={"logits": ("normal", "large", "blocked", "rising", "seesaw")},
 )

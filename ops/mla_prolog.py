@@ -29,6 +29,7 @@ from porthal.ops.rope import rope
         2 * d.T * (d.H * (d.Q + d.C + d.R) + d.N * (d.Q * (d.D + d.R) + d.D * d.C)),
         b.h * (d.H * (d.Q + d.C + d.R) + d.N * (d.Q * (d.D + d.R) + d.D * d.C) + d.T * (d.H + d.Q + 2 * d.C)),
     ),
+    independent=("T",),
     cases={
         "H": (256,),
         "Q": (128,),

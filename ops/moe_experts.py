@@ -15,6 +15,7 @@ from porthal.ops.silu_mul import silu_mul
         6 * d.T * d.k * d.H * d.I,
         2 * d.T * d.H * b.x + min(d.E, d.T * d.k) * 3 * d.H * d.I * b.w13,
     ),
+    independent=("T",),
     cases={"H": (6144, 128, 96, 129), "I": (256, 128, 96, 131), "E": (8, 1, 17), "k": (8, 1, 2, 256), "first_expert": (0, 3)},
     legal={"first_expert": FIRST_EXPERT},
     values={

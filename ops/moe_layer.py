@@ -23,6 +23,7 @@ from porthal.ops.silu_mul import silu_mul
         6 * d.T * d.H * (d.k * d.I + d.S),
         2 * d.T * d.H * b.x + 3 * d.H * (min(d.E, d.T * d.k) * d.I * b.w13 + d.S * b.shared13),
     ),
+    independent=("T",),
     cases={"H": (6144, 128), "I": (256, 96), "S": (256, 96), "E": (8, 1), "k": (8, 2, 256)},
     values={"ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "even"), "x": ("normal", "seesaw")},
     profiles=("inference", "moe"),

@@ -9,6 +9,7 @@ from porthal.hal.spans import EXPERTS, FIRST_EXPERT
     "x[T, H], ids[T, k] -> sorted[T*k, H], counts[E], source[T*k]",
     dtypes={"x": FLOATS, "ids": "int32", "sorted": "x", "counts": "int32", "source": "int32"},
     cost=lambda d, b: (0, d.T * d.H * b.x * (1 + d.k) + 8 * d.T * d.k),
+    independent=("H",),
     cases={"H": (6144, 96), "k": (8, 1, 2), "E": (256, 1, 16), "first_expert": (0, 3)},
     legal={"E": EXPERTS, "first_expert": FIRST_EXPERT},
     exact=True,

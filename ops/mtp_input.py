@@ -12,6 +12,7 @@ from porthal.ops.rms_norm import rms_norm
     "e[T, H], g[T, H], enorm[H], hnorm[H], eh_proj: Weight[H, 2*H] -> u[T, H]",
     dtypes={"e": FLOATS, "g": "e", "enorm": "e | float32", "hnorm": "e | float32", "eh_proj": "e", "u": "e"},
     cost=lambda d, b: (4 * d.T * d.H * d.H, b.e * (2 * d.H * d.H + 3 * d.T * d.H)),
+    independent=("T",),
     cases={"H": (256, 96), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
     values={"e": ("normal", "seesaw"), "eh_proj": ("weight", "pillar")},

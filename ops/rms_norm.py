@@ -9,6 +9,7 @@ from porthal.hal.spans import EPSILON
     "x[T, H], weight[H] -> y[T, H]",
     dtypes={"x": FLOATS, "weight": "x | float32", "y": "x"},
     cost=lambda d, b: (4 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * b.weight),
+    independent=("T",),
     cases={"H": (6144, 512, 2048, 768, 96, 1, 7), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
     values={"x": ("normal", "small", "large", "zeros", "outlier", "seesaw")},

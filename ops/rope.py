@@ -9,6 +9,7 @@ from porthal.hal.spans import THETA
     "x[T, N, D], batch: Batch[T] -> y[T, N, D]",
     dtypes={"x": FLOATS, "y": "x"},
     cost=lambda d, b: (6 * d.T * d.N * d.width, d.T * d.N * d.D * (b.x + b.y)),
+    independent=("T", "N"),
     cases={
         "N": (64, 1, 32),
         "D": (256, 128, 64),

@@ -16,6 +16,7 @@ from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
         "ids": "int32",
     },
     cost=lambda d, b: (8 * d.T * d.V, d.T * d.V * b.logits),
+    independent=("T",),
     cases={"V": (4096, 154880, 7)},
     ranges={"top_k": (0, "V+1"), "ids": (0, "V")},
     legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE},

@@ -6,6 +6,7 @@ from porthal.hal.numerics import Array
     "sel: Selection[T, k], rows[M] -> out: Selection[M, k]",
     dtypes={"rows": "int32"},
     cost=lambda d, b: (0, 8 * d.M * d.k),
+    independent=("M",),
     cases={"k": (2048, 16), "M": (4, 1, 17)},
     ranges={"rows": (0, "T")},
     exact=True,

@@ -6,6 +6,7 @@ from porthal.hal.numerics import Array, elementary, may_round, sigmoid, single
     "x[T, 2*I] -> y[T, I]",
     dtypes={"x": FLOATS, "y": "x"},
     cost=lambda d, b: (5 * d.T * d.I, d.T * d.I * (2 * b.x + b.y)),
+    independent=("T",),
     cases={"I": (2048, 12288, 96, 7)},
     values={"x": ("normal", "large", "zeros", "seesaw")},
     profiles=("inference",),

@@ -12,6 +12,7 @@ from porthal.hal.spans import SCALE
         2 * d.T * d.N * d.k * (2 * d.C + d.R),
         d.T * d.N * (2 * d.C + d.R) * b.q_latent + d.T * d.k * (d.C + d.R) * b.kv,
     ),
+    independent=("T", "N"),
     cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
     legal={"scale": SCALE},
     values={"q_latent": ("normal", "large", "zeros", "seesaw"), "kv": ("normal", "hollow", "seesaw")},

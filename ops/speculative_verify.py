@@ -16,6 +16,7 @@ from porthal.ops.sample import candidates, kept_of
     cost=lambda d, b: (8 * d.R * (d.n + 1) * d.V, 4 * d.R * (2 * d.n + 1) * d.V),
     version=2,
     rows="R",
+    independent=("R",),
     cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
     ranges={"draft": (0, "V"), "top_k": (0, "V+1"), "tokens": (-1, "V")},
     legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE, "draft_probs": SHARE},

@@ -8,6 +8,7 @@ from porthal.hal.numerics import Array
     "x[T, H], rows[M] -> y[M, H]",
     dtypes={"x": FLOATS, "rows": "int32", "y": "x"},
     cost=lambda d, b: (0, 2 * d.M * d.H * b.x),
+    independent=("M", "H"),
     cases={"H": (6144, 96), "M": (4, 1, 0, 17)},
     ranges={"rows": (-1, "T")},
     exact=True,

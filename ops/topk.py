@@ -9,6 +9,7 @@ from porthal.hal.spans import SELECTED
     "scores[T, S], batch: Batch[T, R, S] -> sel: Selection[T, k]",
     dtypes={"scores": "float32"},
     cost=lambda d, b: (0, 4 * d.T * (d.S + d.k)),
+    independent=("T",),
     cases={"k": (2048, 128, 1, 7)},
     legal={"k": SELECTED},
     exact=True,

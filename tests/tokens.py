@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import SELECTIONS
-from porthal.conformance.cases.inputs import build
 from porthal.conformance.cases.legal import FAR, VIEWS, elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.values import RECIPES

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from porthal.conformance.cases.domain import options
-from porthal.conformance.cases.legal import LARGEST, elements, refusal
+from porthal.conformance.cases.legal import DISTINCT, LARGEST, elements, refusal
 from porthal.hal import UsageError, contracts
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.spans import worded
@@ -24,6 +24,7 @@ RESERVED = {
     "%": "quantisation schemes",
 }
 _NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider"}
+_COUNTED = {"block_size": worded(PAGE_SIZES), "distinct": DISTINCT}
 _NUMBER = f"a whole number from 0 to {LARGEST['size']}"
 
 
@@ -38,6 +39,8 @@ class Case:
     absent   optional operands and page fields that are left out
     batch    a composition's name, or its requests: "1/5+4/130/1" has one of 1 query row that sees 5 keys and one of 4
              rows that sees 130 keys and shares its first page with the request before
+    distinct where not 0: along what is independent all rows are copies of so few (see `copies`), so that a call of any size
+             has a small golden
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
     via      the provider whose kernel is to run, where the backend has several for the op
     """
@@ -50,6 +53,7 @@ class Case:
     absent: tuple[str, ...] = ()
     batch: str = ""
     block_size: int = 0
+    distinct: int = 0
     view: str = ""
     fault: str = ""
     via: str = ""
@@ -77,8 +81,8 @@ class Case:
         parts += [f"{k}:{_SHORT.get(v, v)}" for k, v in self.dtypes]
         parts += [f"{k}~{v}" for k, v in self.recipes]
         parts += [f"-{k}" for k in self.absent]
-        named = ("batch", self.batch), ("block_size", self.block_size), ("view", self.view), ("fault", self.fault)
-        parts += [f"{k}={v}" for k, v in named if v]
+        names = ("batch", "block_size", "distinct", "view", "fault")
+        parts += [f"{k}={v}" for k in names if (v := getattr(self, k))]
         return ",".join([*parts, *filter(None, [via]), str(self.seed)])
 
     @classmethod
@@ -111,10 +115,10 @@ class Case:
                 named[name] = value
                 if not value:
                     raise wrong(f"{part} names no {_NAMED[name]}")
-            elif mark == "=" and name == "block_size":
+            elif mark == "=" and name in _COUNTED:
                 named[name] = number
                 if not number:
-                    raise wrong(f"block_size is {value or 'empty'}, expected {worded(PAGE_SIZES)}")
+                    raise wrong(f"{name} is {value or 'empty'}, expected {_COUNTED[name]}")
             elif mark == "=" and name in contract.attributes:
                 parsed, expected = _parsed(contract.attributes[name].type, value)
                 found["attrs"].append((name, parsed))
@@ -130,8 +134,9 @@ class Case:
                 raise UsageError(f"case token part {part!r} does not apply to {op}: copy the token from a report")
         case = cls(op, seed=int(parts[-1]), **(named | {k: tuple(v) for k, v in found.items()}))
         why = refusal(case)
-        if not why and (n := elements(case)) > LARGEST["elements"]:
-            why = f"it holds {n} numbers, expected at most {LARGEST['elements']}"
+        most = LARGEST["copied" if case.distinct else "elements"]
+        if not why and (n := elements(case)) > most:
+            why = f"it holds {n} numbers, expected at most {most}"
         if why:
             raise wrong(why)
         return case

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from porthal.conformance.cases.values import Draw
 
 COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
 CROWD = "crowd"  # requests of 64 rows that share pages: 65536 rows in a small cache
-LONGEST = 131072
+LONG = 131072  # the keys that a long batch's first row sees
+LONGEST = 2**20  # and any request at most: GLM-5.2's max_position_embeddings
+MANY = 2**12  # requests that a composition may spell out
 DECODING = 8  # most query rows of a request that counts as decoding
-_REQUESTS = re.compile(r"\d{1,7}/\d{1,7}(/\d{1,7})?(\+\d{1,7}/\d{1,7}(/\d{1,7})?)*", re.ASCII)
+_ONE = r"(\d{1,4}\*)?\d{1,7}/\d{1,7}(/\d{1,7})?"
+_REQUESTS = re.compile(rf"{_ONE}(\+{_ONE})*", re.ASCII)
 
 
 class Request(NamedTuple):
@@ -23,10 +28,20 @@ class Request(NamedTuple):
 
 
 def requests(batch: str) -> list[Request] | None:
-    """The requests that a composition spells out, or None where it is a name."""
+    """The requests that a composition spells out, "64*1/5" being 64 alike; None where it is a name, or they are too many."""
     if not _REQUESTS.fullmatch(batch):
         return None
-    return [Request(*map(int, r.split("/"))) for r in batch.split("+")]
+    found = []
+    for part in batch.split("+"):
+        times, _, one = part.rpartition("*")
+        found += [Request(*map(int, one.split("/")))] * min(int(times or 1), MANY + 1)
+    return found if len(found) <= MANY else None
+
+
+def spelled(found: Sequence[Request]) -> str:
+    """The composition that spells these requests out, and that `requests` reads."""
+    alike = ((one, len(list(group))) for one, group in groupby(found))
+    return "+".join(f"{n}*" * (n > 1) + "/".join(map(str, one if one.shared else one[:2])) for one, n in alike)
 
 
 def shareable(before: Request, request: Request, block_size: int, written: bool) -> int:
@@ -58,6 +73,6 @@ def lengths(batch: str, T: int, k: int, block_size: int, stream: str) -> tuple[l
     if batch == "deep":
         return [min(T, 1), max(T - 1, 0)], [k + 1, k + T + 3]
     if batch == "long":
-        return [1] * T, [LONGEST - 977 * (r % 100) for r in range(T)]
+        return [1] * T, [LONG - 977 * (r % 100) for r in range(T)]
     rows = [64] * (T // 64) + [T % 64] * (T % 64 > 0)  # crowd
     return rows, [n + r % 4 for r, n in enumerate(rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Inputs:
     """A call in logical form: operands hold NumPy arrays in their own dtype.
 
     origin  where the call was observed, if it was not planned: its case gives sizes, but no values
+    copies  the small call that this one repeats, if it does
     """
 
     case: Case
@@ -33,6 +35,7 @@ class Inputs:
     attrs: Mapping[str, Any]
     spec: CallSpec
     origin: str = ""
+    copies: Copies | None = None
 
     @property
     def contract(self) -> Contract:
@@ -43,18 +46,38 @@ class Inputs:
         return next((v for v in self.operands.values() if isinstance(v, Batch)), None)
 
 
-def build(case: Case) -> Inputs:
-    """The inputs of a case: a pure function of its token."""
-    contract = case.contract
-    attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
-    sizes: dict[str, Any] = {"P": held_pages(case), **attrs, **dict(case.dims)}
-    batch = _batch(case, sizes) if contract.signature.of_kind("Batch") else None
-    for operand in contract.signature.of_kind("Batch"):
+@dataclass(frozen=True)
+class Copies:
+    """Of a call that repeats a small one: for each place along a symbol the place in the small call, or -1 where there is
+    none, because it was left out of the small call or nothing is specified there."""
+
+    small: Inputs
+    at: Mapping[str, Array]
+
+
+def sizes_of(case: Case) -> dict[str, Any]:
+    """Dims and attributes of a case, and the pages of a cache that no batch describes."""
+    return {"P": held_pages(case), **attributes_of(case), **dict(case.dims)}
+
+
+def attributes_of(case: Case) -> dict[str, Any]:
+    return {a.name: a.default for a in case.contract.attributes.values()} | dict(case.attrs)
+
+
+def drawn(case: Case, given: Mapping[str, Any] = MappingProxyType({})) -> Inputs:
+    """The inputs of a case, some of whose operands are given."""
+    contract, attrs, sizes = case.contract, attributes_of(case), sizes_of(case)
+    batches = contract.signature.of_kind("Batch")
+    batch = (given.get(batches[0].name) or _batch(case, sizes)) if batches else None
+    for operand in batches:
         assert batch
         sizes |= dict(zip(operand.dims, (batch.T, batch.R, batch.max_kv)))
     operands: dict[str, Any] = {
-        o.name: None if o.name in case.absent else MAKERS[o.kind](case, o, sizes, batch) for o in contract.signature.operands
+        o.name: None if o.name in case.absent else MAKERS[o.kind](case, o, sizes, batch)
+        for o in contract.signature.operands
+        if o.name not in given
     }
+    operands = {o.name: {**operands, **given}[o.name] for o in contract.signature.operands}
     if contract.hidden:
         for name, mask in contract.hidden(**operands).items():
             operands[name][mask] = np.nan
@@ -81,7 +104,8 @@ def _draw(case: Case, part: str, shape: tuple[int, ...], dtype: str, sizes: Mapp
     return Draw(f"{case.stream}/{part}", shape, dtype, sizes)
 
 
-def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None = None) -> Array:
+def array_of(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None = None) -> Array:
+    """An array by the operand's value generator."""
     shape = tuple(evaluate(d, sizes) for d in operand.dims)
     dtype, bounds = case.dtype(operand.name), {}
     if operand.name in case.contract.ranges:
@@ -97,7 +121,7 @@ def _array(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Ba
 
 
 def _weight(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Weight:
-    array = _array(case, operand, sizes)
+    array = array_of(case, operand, sizes)
     return Weight(WeightSpec(case.op, operand.name, array.shape, case.dtype(operand.name)), array)
 
 
@@ -166,7 +190,7 @@ def _selection(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch
 
 # What makes an operand of each kind.
 MAKERS: dict[str, Callable[[Case, OperandSpec, Mapping[str, Any], Batch | None], Any]] = {
-    ARRAY: _array,
+    ARRAY: array_of,
     "Weight": _weight,
     "Pages": _pages,
     "Selection": _selection,

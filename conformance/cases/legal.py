@@ -33,7 +33,9 @@ PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elemen
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
 PAGES = 6  # of a cache that no batch describes
-LARGEST = {"size": 2**20, "seed": 2**32, "elements": 2**27}  # what a token may ask for
+# What a token may ask for; `copied` are the elements of a call whose rows are copies of few.
+LARGEST = {"size": 2**20, "distinct": 64, "seed": 2**32, "elements": 2**27, "copied": 2**29}
+DISTINCT = f"at least 2 and at most {LARGEST['distinct']}"
 
 
 def refusal(case: Case) -> str:
@@ -52,7 +54,7 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    for check in (_refused_operands, _refused_batch, _refused_fault):
+    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies):
         if why := check(case):
             return why
     facts = SimpleNamespace(**attrs, **sizes, **({"block_size": case.block_size} if case.block_size else {}))
@@ -135,6 +137,21 @@ def _refused_fault(case: Case) -> str:
     return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is not a fault, expected one of {', '.join(FAULTS)}"
 
 
+def _refused_copies(case: Case) -> str:
+    """What is wrong with copies of few rows."""
+    if not case.distinct:
+        return ""
+    if not 2 <= case.distinct <= LARGEST["distinct"]:
+        return f"distinct is {case.distinct}, expected {DISTINCT}"
+    if not case.contract.independent:
+        return f"distinct is for ops with independent rows or columns, and {case.op} has none"
+    if case.view in ("broadcast", FAR, PAST_2G, THREADS) or case.fault:
+        return f"distinct does not go with {case.view or 'a fault'}"
+    if case.batch and requests(case.batch) is None:
+        return f"distinct needs a batch that is spelled out, such as 64*1/5, and {case.batch} is a name"
+    return ""
+
+
 def _unpaged(case: Case) -> list[str]:
     """Of batch and block_size, what the op needs and the case does not have."""
     signature = case.contract.signature
@@ -174,7 +191,8 @@ def elements(case: Case) -> int:
     if signature.of_kind("Batch"):
         q_lens, kv_lens = lengths(case.batch, sizes["T"], sizes.get("k", 0), case.block_size, case.stream)
         sizes = {"R": len(q_lens), "S": max(kv_lens, default=0), **sizes}
-        slots = max(slots, sum(kv_lens) + len(kv_lens) * case.block_size)
+        held = 2 * max(kv_lens, default=0) if case.distinct else sum(kv_lens)  # copies share pages
+        slots = max(slots, held + len(kv_lens) * case.block_size)
     for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
         if operand.name in case.absent:
             continue

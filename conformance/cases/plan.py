@@ -27,7 +27,8 @@ from porthal.conformance.cases.domain import (
     per_expert,
     takes_integers,
 )
-from porthal.conformance.cases.legal import FAULTS, LARGEST, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.legal import FAULTS, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
 from porthal.conformance.level import BRING_UP, level_of
@@ -42,17 +43,26 @@ PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
 
 
-def cases(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
-    """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them."""
-    return [case for case in _planned(contract, level) if among(case, dtypes)]
+def cases(
+    contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None, model: str = MODEL
+) -> list[Case]:
+    """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them, and
+    `model` says whose sizes the large ones have."""
+    return [case for case in _planned(contract, level, model) if among(case, dtypes)]
 
 
 @lru_cache(maxsize=256)
-def _planned(contract: Contract, level: str) -> tuple[Case, ...]:
+def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
     found: dict[str, Case] = {}
-    for case in _Plan(contract, level).cases():
+    for case in (*_Plan(contract, level).cases(), *large(contract, level, model)):
         found.setdefault(case.token, case)
     return tuple(found.values())
+
+
+@lru_cache(maxsize=256)
+def large(contract: Contract, level: str, model: str = MODEL) -> tuple[Case, ...]:
+    """The cases in a model's own sizes."""
+    return tuple(case for case, _ in profile_cases(contract, level_of(level), profile_of(model)))
 
 
 def among(case: Case, dtypes: Sequence[str] | None) -> bool:
@@ -93,15 +103,13 @@ class _Plan:
             yield from self._made(fault=fault, dtypes=self._next())
 
     def _production(self) -> Iterator[Case]:
-        """GLM-5's dims in its dtype: once whatever their size, over a cache longer than top-k; then at several row
-        counts and compositions, by which a level is reached; then pairs of other attributes. In every dtype if thorough."""
+        """GLM-5's dims in its dtype, as far as a level's means go, with all rows different: at several row counts and
+        compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
         deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
-        for combo in production:
-            yield from self._made(dims | attrs, rows=2, dtypes=combo, batch=deep, most=LARGEST["elements"])
         every = bases if self.level.thorough else []
         for combo, rows in (*product(production, self.level.production_rows), *product(every, (1, 16))):
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)

@@ -20,8 +20,8 @@ import numpy as np
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
 from porthal.conformance.execution.outcome import Outcome, bits, by_kernel, named, raised
 from porthal.conformance.execution.placing import read
+from porthal.conformance.judgement.call import judge
 from porthal.conformance.judgement.golden import Golden
-from porthal.conformance.judgement.judge import judge
 from porthal.conformance.judgement.measures import tiny
 from porthal.conformance.level import BRING_UP
 from porthal.conformance.verdicts import Judgement

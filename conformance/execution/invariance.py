@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.compositions import DECODING
+from porthal.conformance.cases.domain import per_expert
 from porthal.conformance.cases.inputs import Array, Inputs
 from porthal.hal import Batch, Operand
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import dtype, is_float
-from porthal.hal.signature import symbols
 
 LARGEST = 2048  # rows
 POISON = -1  # in an order of rows: the one that nobody judges
@@ -68,15 +68,10 @@ def restored(moved: Inputs, results: Mapping[str, Any], to: Array) -> dict[str, 
 
 
 def independent(contract: Contract) -> str:
-    """The symbol of rows that do not depend on each other, or ""."""
-    results = contract.signature.results
-    batch = next(iter(contract.signature.of_kind("Batch")), None)
-    rows = batch.dims[0] if batch else next((r.dims[0] for r in results if r.dims), "")
-    others = [o for o in contract.signature.operands if o is not batch]
-    inside = {s for o in others for d in (o.dims[1:] if o.dims[:1] == (rows,) else o.dims) for s in symbols(d)}
-    counted = {s for bounds in contract.ranges.values() for b in bounds if isinstance(b, str) for s in symbols(b)}
-    carried = all(r.mutated or r.dims[:1] == (rows,) for r in results)
-    return rows if carried and rows.isidentifier() and rows not in inside | counted else ""
+    """The symbol of rows that do not depend on each other, or ""; rows that another operand counts are not taken apart."""
+    first = next(iter(contract.independent), "")
+    leads = any(operand.dims[:1] == (first,) for operand in contract.signature.operands)
+    return first if leads and not per_expert(contract) else ""
 
 
 def _requests(batch: Batch, poisoned: bool) -> tuple[Array, Batch]:

@@ -38,15 +38,15 @@ def judge_top(golden: Golden, chosen: Any, limit: Level, tie: str) -> str:
     budget = np.zeros(value.shape)
     if spread is not None:
         budget = limit.pointwise * (U_SINGLE * np.where(np.isfinite(value), np.abs(value), 0) + spread.most)
-    best = _ids(golden.results()[name], inputs, value.shape[1])
-    got = _ids(chosen, inputs, value.shape[1])
+    best = ids_of(golden.results()[name], inputs, value.shape[1])
+    got = ids_of(chosen, inputs, value.shape[1])
     by_construction = contract.exact or _tied(inputs)
     deviates = False
     same = (got.ids == best.ids).all(1) & (got.length == best.length)
     same |= _same_sets(got, best, ~same)
     for t in np.flatnonzero(~same):
         what = f"{name} row {t}{_attributes(inputs)}"
-        row = _valid(what, got.ids[t], int(got.length[t]), int(best.length[t]), int(got.candidates[t]))
+        row = valid_ids(what, got.ids[t], int(got.length[t]), int(best.length[t]), int(got.candidates[t]))
         if not len(row):
             continue
         wanted = best.ids[t, : len(row)].astype(np.int64)
@@ -77,7 +77,7 @@ def _listed(ids: Array) -> str:
     return f"[{', '.join(map(str, ids[:LISTED]))}{', ...' if len(ids) > LISTED else ''}]"
 
 
-def _ids(chosen: Any, inputs: Inputs, columns: int) -> Ids:
+def ids_of(chosen: Any, inputs: Inputs, columns: int) -> Ids:
     if isinstance(chosen, Operand):
         chosen = chosen.parts()
     if isinstance(chosen, dict):  # a selection
@@ -97,7 +97,7 @@ def _same_sets(got: Ids, best: Ids, asked: Array) -> Array:
     return alike
 
 
-def _valid(what: str, ids: Array, length: int, expected: int, candidates: int) -> Array:
+def valid_ids(what: str, ids: Array, length: int, expected: int, candidates: int) -> Array:
     """The valid ids of a row: as many as expected, in range, distinct, followed by -1."""
     if length != expected:
         raise Failed("FAIL_VALUE", f"{what} has {length} entries, expected {expected}")

@@ -20,6 +20,7 @@ from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Known
 from porthal.hal.signature import ARRAY
 
 PIECE = 2**16  # elements of the widest operand at a time, where rows do not depend on each other
+LARGE = 2**23  # elements of what is widened where it is read
 RUNS = 8  # noisy runs of the reference behind one sigma
 
 
@@ -46,10 +47,27 @@ class Piece(NamedTuple):
     extra: tuple[Any, ...]
 
 
-def widened(operand: Any) -> Any:
-    """An operand as references take it."""
+class Widening:
+    """A large array that is widened where it is read: references index a cache by slots, and experts one by one."""
+
+    def __init__(self, array: Array) -> None:
+        self.array, self.shape = array, array.shape
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, at: Any) -> Array:
+        return widen(self.array[at])
+
+
+def widened(operand: Any, indexed: bool = False) -> Any:
+    """An operand as references take it; where they only index it, a large one is widened there."""
+
+    def wide(x: Array) -> Any:
+        return Widening(x) if indexed and x.size > LARGE else widen(x)
+
     if isinstance(operand, Operand):
-        return operand.for_reference(widen)
+        return operand.for_reference(wide)
     return widen(operand) if isinstance(operand, np.ndarray) else operand
 
 
@@ -68,7 +86,9 @@ class Golden:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.contract = inputs, inputs.contract
-        self.operands = {n: widened(v) for n, v in inputs.operands.items()}
+        kept = [o for o in self.contract.signature.operands if not o.mutated]
+        indexed = [o.name for o in kept if o.kind == "Pages" or o.dims[:1] == ("E",)]
+        self.operands = {n: widened(v, n in indexed) for n, v in inputs.operands.items()}
         # References that are used inside others name their operand x and their result y.
         first = next(iter(inputs.spec.dtypes.values()))
         self.dtypes = {"x": first, "y": first, **inputs.spec.dtypes}

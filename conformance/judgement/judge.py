@@ -21,7 +21,7 @@ from porthal.conformance.execution.outcome import Outcome, difference, differing
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.measures import Measure, tiny
-from porthal.conformance.level import BRING_UP, Level, level_of
+from porthal.conformance.level import Level
 from porthal.conformance.verdicts import Failed, Judgement, Verdict
 from porthal.hal import Operand, Pages, UsageError
 from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
@@ -46,38 +46,14 @@ MESSAGES: Mapping[str, tuple[Verdict, str]] = {
 # -- judgement -------------------------------------------------------------------------------------------------------
 
 
-def judge(inputs: Inputs, outcome: Outcome, level: str = BRING_UP.name, tie: str = "lowest") -> Judgement:
-    """Compare what a kernel did with what the contract says; `tie` is the kernel's declared order of ties."""
-    if outcome.error:
-        return Judgement("FAIL_ERROR", outcome.error)
-    golden, limit = Golden(inputs), level_of(level)
-    try:
-        judgement = _judged(golden, outcome, limit, tie)
-        _check_moved(golden, outcome, limit, tie)
-        return judgement
-    except Failed as failed:
-        return failed.judgement
-
-
-def _check_moved(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> None:
-    """Results of the same rows among others: the bits may differ, if these results pass too."""
-    if not outcome.moved or not (change := difference(outcome.results, outcome.moved)):
-        return
-    if outcome.invariant:
-        raise Failed("FAIL_VALUE", f"{change} among other rows, though the kernel declares that its results do not change")
-    try:
-        _judged(golden, replace(outcome, results=outcome.moved, again=outcome.moved), limit, tie)
-    except Failed as failed:
-        message = f"among other rows, one of them poisoned: {failed.judgement.message}"
-        raise Failed(**vars(replace(failed.judgement, message=message))) from None
-
-
-def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgement:
+def judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> tuple[Judgement, Mapping[str, Spread]]:
+    """The judgement, and what the float results were held to; raises Failed."""
     contract = golden.contract
-    parts = [part for name in golden.shapes for part in _check_form(golden, name, outcome.results.get(name))]
+    parts = check_form(golden.inputs, outcome.results)
     if outcome.trespasses:
         raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
-    spreads, note, runs = {}, "", golden.rounding_runs
+    spreads: Mapping[str, Spread] = {}
+    note, runs = "", golden.rounding_runs
     if contract.admits:
         chosen = outcome.results[contract.choice]
         _as_read(golden, outcome.flushes, lambda read: judge_admitted(read, chosen, limit))
@@ -96,9 +72,9 @@ def _judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> Judgeme
         figures.append(_judge_spread(golden, key, spread, outcome, limit, runs))
     _check_repeat(outcome)
     if not figures:
-        return Judgement("PASS", note=note)
+        return Judgement("PASS", note=note), spreads
     worst = max(figures, key=lambda f: f.worst)
-    return replace(worst, ratio=max(f.ratio for f in figures), z=max((f.z for f in figures), key=abs), note=note)
+    return replace(worst, ratio=max(f.ratio for f in figures), z=max((f.z for f in figures), key=abs), note=note), spreads
 
 
 def _as_read(golden: Golden, flushes: bool, judged: Callable[[Golden], T]) -> T:
@@ -111,20 +87,23 @@ def _as_read(golden: Golden, flushes: bool, judged: Callable[[Golden], T]) -> T:
         return judged(golden.flushed())
 
 
-def _check_form(golden: Golden, name: str, value: Any) -> list[str]:
-    """The arrays of a result by name, each of which has the shape and dtype that the contract says; raises Failed."""
-    inputs, (shape, wanted) = golden.inputs, golden.shapes[name]
-    result = next(r for r in inputs.contract.signature.results if r.name == name)
-    if result.kind == ARRAY:
-        _check_array(name, value, shape, wanted)
-        return [name]
-    kind = KINDS[result.kind]
-    if not isinstance(value, dict):
-        raise Failed("FAIL_SHAPE", f"{name} is {type(value).__name__}, expected a {result.kind}")
-    spec = inputs.operands[name].spec if result.mutated else kind.result_spec(shape)
-    for part, form in kind.form(spec).items():
-        _check_array(f"{name}.{part}", value.get(part), *form)
-    return [f"{name}.{part}" for part in kind.form(spec)]
+def check_form(inputs: Inputs, results: Mapping[str, Any]) -> list[str]:
+    """The arrays of all results by name, each of which has the shape and dtype that the contract says; raises Failed."""
+    found = []
+    for result, shape, wanted in inputs.contract.results(inputs.spec):
+        name, value = result.name, results.get(result.name)
+        if result.kind == ARRAY:
+            _check_array(name, value, shape, wanted)
+            found.append(name)
+            continue
+        kind = KINDS[result.kind]
+        if not isinstance(value, dict):
+            raise Failed("FAIL_SHAPE", f"{name} is {type(value).__name__}, expected a {result.kind}")
+        spec = inputs.operands[name].spec if result.mutated else kind.result_spec(shape)
+        for part, form in kind.form(spec).items():
+            _check_array(f"{name}.{part}", value.get(part), *form)
+            found.append(f"{name}.{part}")
+    return found
 
 
 def _check_array(name: str, value: Any, shape: tuple[int, ...], wanted: str) -> None:
@@ -159,12 +138,20 @@ def _judge_spread(
     before = inputs.operands.get(name)
     if not isinstance(before, Pages):
         return judge_floats(inputs, key, got[part], spread, limit, lambda: (r[key] for r in runs()))
+    written = check_untouched(inputs, key, got[part])
+    return judge_floats(inputs, key, got[part][written], spread, limit, lambda: (r[key] for r in runs()))
+
+
+def check_untouched(inputs: Inputs, key: str, got: Array) -> Array:
+    """The slots of a mutated cache that the call may write; raises Failed where it changed another."""
+    name, _, part = key.partition(".")
+    before = inputs.operands[name]
     written = written_slots(inputs, before)
-    touched = differing(got[part], before.native[part]).any(-1) & ~written
+    touched = differing(got, before.native[part]).any(-1) & ~written
     if touched.any():
         slot = int(np.argmax(touched))
         raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {slot} changed, though the call does not write it")
-    return judge_floats(inputs, key, got[part][written], spread, limit, lambda: (r[key] for r in runs()))
+    return written
 
 
 def judge_floats(
@@ -183,7 +170,7 @@ def judge_floats(
             what = f"{name}{first} is {y[tuple(first)]}, expected exactly {rounded[tuple(first)]}"
             raise Failed("FAIL_VALUE", what, at=f"{name}{first}")
         return Judgement("PASS", at=name)
-    g, wide, ideal, over = _beside(name, y, spread, limit)
+    g, wide, ideal, over = beside(name, y, spread, limit)
     at = np.unravel_index(int(np.argmax(over)), over.shape)
     where = f"{name}{[int(i) for i in at]}"
     figures: dict[str, Any] = {"worst": float(over[at]), "at": where}
@@ -212,7 +199,7 @@ def judge_floats(
     return Judgement("PASS", **figures)
 
 
-def _beside(name: str, y: Array, spread: Spread, limit: Level) -> tuple[Array, Array, Array, Array]:
+def beside(name: str, y: Array, spread: Spread, limit: Level) -> tuple[Array, Array, Array, Array]:
     """The reference, the result and the reference rounded once, all in float64 and finite, and how far off the result is
     in units of its budget. Raises Failed where infinities or NaN are wrong."""
     kind = dtype(y)

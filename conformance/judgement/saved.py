@@ -33,7 +33,9 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import Array, Inputs, build, observed, specified_rows, written_slots
+from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
+from porthal.conformance.judgement.copies import one_of_each
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.judge import budget, exactly_judged
 from porthal.conformance.level import BRING_UP, level_of
@@ -68,7 +70,12 @@ for name in (key[7:] for key in call if key.startswith("golden/")):
 def save(
     inputs: Inputs, results: Mapping[str, Any], folder: Path, name: str, backend: str, level: str = BRING_UP.name
 ) -> Path:
-    """Write what went in, what came out, if anything, and what the reference gives; returns the path of the .npz."""
+    """Write what went in, what came out, if anything, and what the reference gives; returns the path of the .npz.
+
+    Of a call made of copies one of each is written."""
+    if inputs.copies:
+        results = one_of_each(inputs, results) if results else {}
+        inputs = inputs.copies.small
     file, token = folder / f"{name}.npz", "" if inputs.origin else inputs.case.token
     facts = {"schema": SCHEMA, "op": inputs.contract.name, "version": inputs.contract.version}
     ran = {"call": inputs.origin or token, "token": token, "backend": backend, "level": level}

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import first_float
-from porthal.conformance.cases.inputs import build
 from porthal.conformance.cases.legal import elements
-from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.plan import cases, large
 from porthal.conformance.execution.bindings import parts
 from porthal.conformance.report.results import Result
 from porthal.hal import UsageError, contracts
@@ -72,12 +72,12 @@ def parts_of(op: str) -> tuple[str, ...]:
 
 
 def required(contract: Contract, level: str) -> list[Case]:
-    """The cases of a level that lie in the domain."""
-    return [case for case in cases(contract, level) if is_required(case)]
+    """The cases of a level that lie in the domain, and the calls in the model's own sizes."""
+    return list({c.token: c for c in (*filter(is_required, cases(contract, level)), *large(contract, level))}.values())
 
 
 def is_required(case: Case) -> bool:
-    """Whether a case lies in the domain that GLM-5 needs."""
+    """Whether a case has the dims and dtype that GLM-5 needs."""
     contract, rows = case.contract, case.contract.rows
     if case.fault:
         return False

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import Inputs, build
+from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.call import execute
 from porthal.conformance.execution.faults import refusal_of
 from porthal.conformance.execution.outcome import raised
 from porthal.conformance.execution.traits import left_out
-from porthal.conformance.judgement.judge import judge, judge_refusal
+from porthal.conformance.judgement.call import judge
+from porthal.conformance.judgement.judge import judge_refusal
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.proven import Proven

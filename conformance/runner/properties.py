@@ -15,7 +15,7 @@ from typing import Any
 
 from porthal.conformance.cases.boundaries import values
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import DECODING, LONGEST, Request, shareable
+from porthal.conformance.cases.compositions import DECODING, LONG, Request, shareable, spelled
 from porthal.conformance.cases.domain import absences, combos, free_symbols, options
 from porthal.conformance.cases.legal import FAR, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.plan import among
@@ -115,9 +115,9 @@ def calls(draw: Any, contract: Contract) -> Case:
         draw(st.sampled_from(combos(contract))),
         tuple(recipes),
         tuple(name for group in absences(contract) if draw(st.booleans()) for name in group),
-        "+".join("/".join(map(str, r if r.shared else r[:2])) for r in batch or ()),
+        spelled(batch or ()),
         block_size,
-        draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
+        view=draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
     )
     overflows = "float16" in dict(case.dtypes).values() and any(r in ONE_SIGN for _, r in recipes)
     assume(not overflows and not refusal(case) and elements(case) <= SIZE)
@@ -129,7 +129,7 @@ def requests(draw: Any, contract: Contract, block_size: int) -> list[Request]:
     """Requests that decode, prefill, do nothing or only fill a place, with pages of their own or shared."""
     signature = contract.signature
     short = bool(signature.of_kind("Pages")) or any(len(o.dims) > 1 for o in signature.of_kind("Batch"))
-    before = st.integers(0, 300) if short else st.integers(0, 300) | st.integers(0, LONGEST - 100)
+    before = st.integers(0, 300) if short else st.integers(0, 300) | st.integers(0, LONG - 100)
     q_lens = draw(st.lists(st.sampled_from((*range(DECODING + 1), *range(9, 70, 4))), min_size=1, max_size=6))
     found = []
     for q in sorted(q_lens, key=lambda q: q > DECODING):

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import absences, options
-from porthal.conformance.cases.inputs import build
 from porthal.conformance.cases.legal import THREADS, VIEWS, elements
 from porthal.conformance.cases.plan import MANY_ROWS, cases
 from porthal.conformance.cases.values import ANY_OP, FLOATING

@@ -17,7 +17,7 @@ jax = pytest.importorskip("jax", reason="JAX is not installed: pip install -e '.
 import porthal  # noqa: E402
 from porthal.cli.app import app  # noqa: E402
 from porthal.conformance.cases.case import Case  # noqa: E402
-from porthal.conformance.cases.inputs import build  # noqa: E402
+from porthal.conformance.cases.copies import build  # noqa: E402
 from porthal.conformance.cases.legal import elements  # noqa: E402
 from porthal.conformance.cases.plan import cases  # noqa: E402
 from porthal.conformance.execution.bindings import Bindings  # noqa: E402

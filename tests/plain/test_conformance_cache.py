@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from porthal.conformance import replay
-from porthal.conformance.cases.inputs import Inputs, build
+from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.judgement import golden_cache as cache
 from porthal.conformance.judgement.golden import Golden

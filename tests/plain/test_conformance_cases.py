@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build, written_slots
+from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.inputs import written_slots
 from porthal.conformance.cases.legal import FAULTS, THREADS, VIEWS, elements
 from porthal.conformance.cases.plan import MANY_ROWS, cases
 from porthal.conformance.cases.values import RECIPES, Draw

@@ -10,7 +10,7 @@ import pytest
 
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings

@@ -21,7 +21,7 @@ import pytest
 from porthal.cli.app import app
 from porthal.conformance import Report, replay, run
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.judgement.saved import read
 from porthal.conformance.report.facts import Facts

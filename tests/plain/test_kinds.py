@@ -12,7 +12,8 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import replay
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import MAKERS, build
+from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.inputs import MAKERS
 from porthal.conformance.cases.values import Draw
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.judgement.saved import read, save

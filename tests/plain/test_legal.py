@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from porthal import ops
 from porthal.conformance.cases.boundaries import GRIDS, TILES, UNEVEN, ends, values
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.runner.properties import search

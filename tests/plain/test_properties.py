@@ -12,13 +12,13 @@ from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import run
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import FAR
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.execution.call import repeated
 from porthal.conformance.execution.outcome import Outcome
-from porthal.conformance.judgement.judge import judge
+from porthal.conformance.judgement.call import judge
 from porthal.conformance.runner.check import check
 from porthal.conformance.runner.properties import search
 from porthal.hal import Batch, Pages, Selection, Unavailable, UsageError, Weight, contracts, create

@@ -12,7 +12,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import replay, run
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.execution.bindings import Bindings
 from porthal.hal import (
     CallSpec,

@@ -14,7 +14,8 @@ from porthal.backends.reference.backend import Reference
 from porthal.cli.app import app
 from porthal.conformance import replay
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import Inputs, build, observed
+from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.inputs import Inputs, observed
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.judgement.saved import read, save

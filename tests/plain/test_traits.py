@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from porthal.backends.reference.backend import Reference
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.diff.model import lockstep

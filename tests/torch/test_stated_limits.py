@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from porthal.backends.torch.backend import Torch
 from porthal.conformance import replay
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.inputs import build
+from porthal.conformance.cases.copies import build
 from porthal.hal import at_least, bind, limits, multiple_of_bytes
 
 
