@@ -577,7 +577,7 @@ DISCREPANCIES = (
         "sgl-project/sglang#35771",
         cases=("speculative_verify@2,R=9,V=256,n=3,logits~masked,u~edges,0",),
         # As well where the draft's own probability is 0, which it is outside top_k, top_p and the argmax of a greedy row.
-        family=tuple(f"speculative_verify@2,{p}*" for p in ("*logits~masked", "*u~", "*view=rows", "R=256,")),
+        family=tuple(f"speculative_verify@2,{p}*" for p in ("*logits~masked", "*u~", "*view=rows", "R=25?,")),
     ),
     Discrepancy(
         68,
