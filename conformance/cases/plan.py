@@ -13,7 +13,7 @@ from itertools import combinations, cycle, product
 from types import SimpleNamespace
 from typing import Any
 
-from porthal.conformance.cases.boundaries import TILES, UNEVEN, ends, values
+from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
 from porthal.conformance.cases.discrepancies import named
@@ -39,6 +39,8 @@ MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
+LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
+TIES = "shelves"  # values that are equal in runs longer than what is chosen
 PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
 
@@ -54,7 +56,8 @@ def cases(
 @lru_cache(maxsize=256)
 def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
     found: dict[str, Case] = {}
-    for case in (*_Plan(contract, level).cases(), *large(contract, level, model)):
+    planned = (*_Plan(contract, level).cases(), *large(contract, level, model))
+    for case in (*planned, *boundary_cases(contract, level_of(level), planned, profile_of(model))):
         found.setdefault(case.token, case)
     return tuple(found.values())
 
@@ -163,6 +166,10 @@ class _Plan:
             for rows in (few, 256) if self.level.thorough else (few,):
                 for combo in self._each():
                     yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
+        if self.contract.exact and self.has_batch and self.contract.choice:
+            for recipes in self._recipes():
+                if self.level.thorough or TIES in dict(recipes).values():
+                    yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
         for view in (*VIEWS, THREADS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
