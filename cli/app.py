@@ -371,8 +371,8 @@ def replay(
     if Path(call).is_dir():
         raise UsageError(f"{call} is a folder: give the file in it, {Path(call) / 'case.npz'}")
     inputs = saved.call(call) if save or call.endswith(".npz") else None
-    got: dict[str, Any] = {}
-    heard = {"returned": got.update} if save else {}
+    came: list[Any] = []
+    heard = {"returned": came.append} if save else {}
     with stoppable():
         result = replayed(inputs or call, name, level.value, emulated=emulated, bounds=Bounds(1, timeout, memory), **heard)
     print(result.explain())
@@ -380,6 +380,8 @@ def replay(
         text.note("nothing is saved, because the call cannot be judged")
     elif save and inputs:
         where = name + " (emulated device)" * emulated
+        got = came[-1] if came else {}
+        inputs = getattr(got, "inputs", inputs)  # of a program, the step that failed
         _note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
     return 1 if result.failed else 0 if result.tested or result.verdict == "WAIVED" else 2
 

@@ -166,7 +166,7 @@ def _refused_program(case: Case) -> str:
         return f"{case.seq!r} is not a program, expected one of {', '.join(PROGRAMS)}"
     if case.seq and case.seq not in (known := programs(case.contract)):
         return f"it has no program {case.seq!r}, expected one of {', '.join(known)}"
-    if case.seq and (other := case.view or case.fault):
+    if case.seq and (other := case.view or case.fault or "capture" * case.capture):
         return f"a program takes its operands as they are, without {other}"
     return ""
 

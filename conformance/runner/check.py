@@ -100,6 +100,7 @@ def _in_steps(bindings: Bindings, bound: Bound, case: Case, level: str, returned
             returned(Returns(step.outcome.results, step.inputs))
             return bound, replace(judged, message=f"step {n} ({step.label}): {judged.message}")
         found.append(judged)
+    returned(Returns(step.outcome.results, step.inputs))
     worst = max(found, key=lambda judged: judged.worst)
     notes = "; ".join(dict.fromkeys(judged.note for judged in found if judged.note))
     return bound, replace(worst, ratio=max(j.ratio for j in found), z=max((j.z for j in found), key=abs), note=notes)
