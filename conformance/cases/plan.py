@@ -33,7 +33,7 @@ from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, ele
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
-from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
+from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import evaluate, symbols
@@ -136,6 +136,9 @@ class _Plan:
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
         for batch, combo in product(self.level.production_batches if self.has_batch else (), production):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
+        for recipes, combo in product(self._recipes() if self.contract.choice and self.level.thorough else (), production):
+            if all(recipe in TIED for _, recipe in recipes):  # a choice among as many equals as there may be
+                yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
         for pair in combinations(self.attrs, 2):  # some attributes act only together
             yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
 
