@@ -196,6 +196,8 @@ class _Plan:
         many = self.rows if self.rows in wide else symbols(result.dims[0])[0]
         free = [s for s in (*self.free, *self.attrs) if s != many]
         sizes = {s: (max if s in wide else min)(self.contract.cases[s]) for s in free if s in self.sized}
+        if result.kind == "Selection" and self.has_batch and size == HELD[0]:  # rows that see no more than k select the same
+            sizes |= {s: sorted(self.contract.cases[s])[-2] for s in symbols(result.dims[1])}
 
         def held(rows: int) -> int:
             """Bytes in a dtype of 16 bits; a batch's longest request, where that counts, has about as many keys as rows."""

@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from threading import Barrier, BrokenBarrierError
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -165,7 +166,7 @@ def called(
     """One call on operands that are placed, whose logical form the inputs are."""
     contract, mutated = inputs.contract, {o.name for o in inputs.contract.signature.mutated}
     memory: AbstractContextManager[list[Watch]] = nullcontext([]) if abreast else poisoned(binding.backend)
-    with memory as blocks:
+    with memory as blocks, _line_by_line() if abreast else nullcontext():
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
     held = named(binding, contract, out)
     if not abreast:
@@ -230,6 +231,22 @@ def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
                 yield from list(pool.map(call, range(ABREAST)))[::2]
     finally:
         sys.setswitchinterval(interval)
+
+
+@contextmanager
+def _line_by_line() -> Iterator[None]:
+    """At every line of a kernel in Python another thread has its turn: what they share is met between any two of them."""
+
+    def turn(frame: FrameType, event: str, arg: Any) -> Any:
+        time.sleep(0)
+        return turn
+
+    before = sys.gettrace()
+    sys.settrace(turn)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _meet(abreast: Barrier | None) -> None:
