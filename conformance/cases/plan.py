@@ -169,8 +169,9 @@ class _Plan:
             wide = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
             for rows in (64, 257):
                 yield from self._made(wide, rows=rows, view=THREADS, dtypes=self._next(), most=MANY_ROWS * 64)
-        some = list(self._made(rows=64, view=THREADS, dtypes=self._next(), most=MANY_ROWS * 4))
-        yield from some or self._made(view=THREADS, dtypes=self._next())
+        for combo in [c for c in self.combos if len(c) <= 1] if self.level.thorough else [self._next()]:
+            some = list(self._made(rows=64, view=THREADS, dtypes=combo, most=MANY_ROWS * 4))
+            yield from some or self._made(view=THREADS, dtypes=combo)
 
     def _batches(self) -> Iterator[Case]:
         """Batch compositions and page sizes, which take turns at bring-up."""
@@ -187,6 +188,8 @@ class _Plan:
             sizes = [0] if name != "held" else HELD if self.level.thorough else HELD[:1]
             batch = "drafts" if name == "reuse" and self.has_batch else ""
             for size, combo in product(sizes, bases if self.level.thorough else [self._next()]):
+                if size == HELD[-1] and self.first and dict(combo).get(self.first) != "bfloat16":
+                    continue  # costly, and so in the dtype that is served
                 yield from self._holding(size, combo) if size else self._made(seq=name, dtypes=combo, batch=batch)
 
     def _holding(self, size: int, combo: Combo) -> Iterator[Case]:

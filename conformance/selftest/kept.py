@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from porthal.backends.torch.backend import Torch
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, Weight
 
-__all__ = ["Batch", "F", "Pages", "PagesSpec", "Rows", "Selection", "Weight", "np", "sys"]  # what planted methods use
+# What planted methods use.
+__all__ = ["Batch", "F", "Pages", "PagesSpec", "Rows", "Selection", "Weight", "np", "sys", "threading"]
 
 LARGEST = 2**20  # elements of an array that is kept: a trial must not run out of memory
 

@@ -8,6 +8,7 @@ Each is one more method of `kept.Kept`, which wraps a kernel of torch.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from porthal.conformance.selftest.planting import Defect
 
@@ -26,8 +27,8 @@ def methods(*lines: str) -> tuple[str, str]:
     return BEFORE, f"{text}\n{BEFORE}"
 
 
-def method(kind: str, op: str, name: str, *lines: str) -> Defect:
-    return Defect(op, name, kind, *methods(*lines), source="kept")
+def method(kind: str, op: str, name: str, *lines: str, **facts: Any) -> Defect:
+    return Defect(op, name, kind, *methods(*lines), source="kept", **facts)
 
 
 weights = partial(method, "weights that change")
@@ -95,7 +96,8 @@ DEFECTS = [
     held("add", "one-buffer-above-64-KiB", "def add(self, a, b):", "return self._in_one_buffer(super().add(a, b), 2**16)"),
     held("sparse_mla", "one-buffer-above-64-KiB", f"{ATTEND}:", "return self._in_one_buffer(super().sparse_mla(q_latent, q_rope, kv, sel, batch, scale=scale), 2**16)"),
     held("rms_norm", "one-buffer-above-1-MiB", f"{NORM}:", "return self._in_one_buffer(super().rms_norm(x, weight, eps=eps), 2**20)"),
-    held("silu_mul", "one-buffer-above-16-MiB", "def silu_mul(self, x):", "return self._in_one_buffer(super().silu_mul(x), 2**24)"),
+    held("silu_mul", "one-buffer-above-16-MiB", "def silu_mul(self, x):", "y = super().silu_mul(x)",
+         "return self._in_one_buffer(y, 2**24) if y.dtype == torch.bfloat16 else y", dtypes=("bfloat16",), why="the buffer is for the dtype that is served"),
     held("linear", "two-buffers-in-turn", f"{LINEAR}:", "return self._in_one_buffer(super().linear(x, w, out=out), 2**16, 2)"),
     held("topk", "selection-in-one-buffer", "def topk(self, scores, batch, *, k):", "sel = super().topk(scores, batch, k=k)", "return Selection(sel.spec, Rows(self._in_one_buffer(sel.native.indices, 2**16), sel.native.length))"),
     held("log_softmax", "one-workspace-for-all-shapes", "def log_softmax(self, logits):", "y = super().log_softmax(logits)", "if y.numel() < 2**14:", "    return y",
