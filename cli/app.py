@@ -278,7 +278,7 @@ def conform(
             ops=members(profile) if profile else op or None,
             level=level.value,
             dtypes=[d.value for d in dtype] if dtype else None,
-            progress=lambda done, of, result: advance(done, of, result.op),
+            progress=lambda done, of, result, left: advance(done, of, result.op, left),
             emulated=emulated,
             bounds=Bounds(workers, timeout, memory),
             journal=journal,
@@ -321,7 +321,7 @@ def self_test(
     from porthal.conformance.selftest.run import self_test as score_of
 
     with stoppable(), text.progress() as advance:
-        score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op), workers)
+        score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op, None), workers)
     if json:
         json.write_text(score.json(), encoding="utf-8")
     text.drawn(score.table())

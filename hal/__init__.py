@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         WeightSpec,
     )
     from porthal.hal.recorder import Recorder, callers, recorded
+    from porthal.hal.spans import Reals
 
 __all__ = [
     "FLOATS",
@@ -66,6 +67,7 @@ __all__ = [
     "Place",
     "PorthalError",
     "Probe",
+    "Reals",
     "Recorder",
     "Rows",
     "Selection",
@@ -108,7 +110,7 @@ __all__ = [
 ]
 
 # Where the names are, the files first that need little.
-_FILES = ("errors", "discovery", "dtypes", "limits", "operands", "contract", "backend", "binding", "recorder")
+_FILES = ("errors", "discovery", "dtypes", "limits", "operands", "spans", "contract", "backend", "binding", "recorder")
 
 
 class _Hal(ModuleType):

@@ -15,9 +15,11 @@ from porthal.hal import dtypes as dt
 from porthal.hal.errors import UsageError
 from porthal.hal.operands import KINDS, Operand
 from porthal.hal.signature import ARRAY, OperandSpec, Signature, evaluate, parse, symbols, unify
+from porthal.hal.spans import Legal, Reals, Span, worded
 
 Reference = Callable[..., Any]
 CostRule = Callable[[Any, Any], tuple[float, float]]
+PAGE_SIZES = range(1, 1025)  # slots of a page, in every op that has any
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,8 @@ class Contract:
     rules       (sentence, predicate over dims and attributes): what it must fulfil beyond shapes and dtypes
     ranges      integer operands, and results that are drawn: (lowest, one past the highest), each a number or a dim
     cases       sizes per symbol, and values per attribute; the first is GLM-5's
-    legal       attribute -> f(dims and attributes so far) -> all its legal values, where a size bounds it
+    legal       all values of each attribute, of block_size, and of float operands that may not have any: a span, or
+                f(dims and attributes) -> span, which sees those that stand before it
     values      operand -> the value generators (`conformance/cases/values.py`) worth testing; the first is the default
     """
 
@@ -101,7 +104,7 @@ class Contract:
         rules: Sequence[tuple[str, Callable[[Any], bool]]] = (),
         ranges: Mapping[str, tuple[int | str, int | str]] | None = None,
         cases: Mapping[str, Sequence[Any]] | None = None,
-        legal: Mapping[str, Callable[[Any], Sequence[int]]] | None = None,
+        legal: Mapping[str, Legal] | None = None,
         values: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.name = reference.__name__
@@ -118,7 +121,8 @@ class Contract:
         self.rules = rules
         self.ranges = ranges or {}
         self.cases = cases or {}
-        self.legal = legal or {}
+        kinds = {o.kind for o in signature.operands}
+        self.legal = {**({"block_size": PAGE_SIZES} if kinds & {"Batch", "Pages"} else {}), **(legal or {})}
         self.values = values or {}
         self.__doc__ = inspect.getdoc(reference) or ""
         self.dtypes = {name: _dtype_options(spec) for name, spec in dtypes.items()}
@@ -256,11 +260,22 @@ class Contract:
             if actual not in permitted:
                 raise UsageError(f"{self.name}: {name} is {actual}, expected {' or '.join(dict.fromkeys(permitted))}")
         facts = SimpleNamespace(**attrs, **{k: v for k, v in env.items() if k not in attrs})
-        for sentence, holds in self.rules:
-            if not holds(facts):
-                given = ", ".join(f"{k}={v}" for k, v in sorted(vars(facts).items()) if k in sentence)
-                raise UsageError(f"{self.name} requires {sentence}, got {given}")
+        if broken := self.broken(facts):
+            given = ", ".join(f"{k}={v}" for k, v in sorted(vars(facts).items()) if k in broken.split())
+            raise UsageError(f"{self.name} requires {broken}, got {given}")
         return CallSpec({k: v for k, v in env.items() if k not in attrs}, found, attrs, schemes)
+
+    def allowed(self, name: str, facts: Any) -> Span:
+        """All legal values of an attribute or of block_size, where other dims and attributes are these."""
+        span = self.legal[name]
+        return span(facts) if callable(span) else span
+
+    def broken(self, facts: Any) -> str:
+        """The first rule, legal values among them, that dims and attributes break, or ""."""
+        for name in self.legal:
+            if hasattr(facts, name) and getattr(facts, name) not in (span := self.allowed(name, facts)):
+                return f"{name} to be {worded(span)}"
+        return next((sentence for sentence, holds in self.rules if not holds(facts)), "")
 
     def results(self, spec: CallSpec) -> list[tuple[OperandSpec, tuple[int, ...], str]]:
         """Name, shape and dtype of every result ("" where it has none): a pure function of the static facts."""
@@ -283,7 +298,7 @@ class Contract:
         return dict(zip((r.name for r in self.signature.results), values))
 
     def check_values(self, operands: Mapping[str, Any], spec: CallSpec, read: Callable[[Any], Any]) -> None:
-        """Range rules of integer operands; reads data, so only checked bindings do it."""
+        """Range rules of integer operands, and legal floats; reads data, so only checked bindings do it."""
         for name in self.ranges:
             if operands.get(name) is None:
                 continue
@@ -294,6 +309,12 @@ class Contract:
                 where = tuple(int(i[0]) for i in np.nonzero(bad))
                 at = where[0] if len(where) == 1 else where
                 raise UsageError(f"{self.name}: {name}[{at}] is {data[where]}, expected {first} to {last - 1}")
+        for name, span in self.legal.items():
+            if isinstance(span, Reals) and operands.get(name) is not None:
+                data = np.asarray(read(operands[name]))
+                if not (good := span.holds(data)).all():
+                    where = tuple(int(i[0]) for i in np.nonzero(~good))
+                    raise UsageError(f"{self.name}: {name}[{', '.join(map(str, where))}] is {data[where]}, expected {span}")
 
     def bounds(self, name: str, spec: CallSpec) -> tuple[int, int]:
         """The range of an integer operand or result: the lowest, and one past the highest."""

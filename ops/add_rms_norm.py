@@ -1,5 +1,6 @@
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, may_round, single
+from porthal.hal.spans import EPSILON
 from porthal.ops.rms_norm import rms_norm
 
 
@@ -9,8 +10,8 @@ from porthal.ops.rms_norm import rms_norm
     cost=lambda d, b: (5 * d.T * d.H, 4 * d.T * d.H * b.x + d.H * b.weight),
     independent=("T",),
     cases={"H": (6144, 512, 768, 96, 7), "eps": (1e-5, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
-    values={"x": ("normal", "small", "large", "zeros")},
+    legal={"eps": EPSILON},
+    values={"x": ("normal", "small", "large", "zeros", "seesaw", "cancel")},
     profiles=("inference",),
 )
 def add_rms_norm(x: Array, residual: Array, weight: Array, *, eps: float = 1e-5) -> tuple[Array, Array]:

@@ -8,9 +8,9 @@ from porthal.hal.numerics import Array
     cost=lambda d, b: (0, d.T * d.H * (b.x + b.y)),
     independent=("T", "H"),
     cases={"H": (6144, 96, 7), "to": ("bfloat16", "float32", "float16")},
-    rules=[("to in (float32, bfloat16, float16)", lambda f: f.to in FLOATS)],
+    legal={"to": FLOATS},
     exact=True,
-    values={"x": ("normal", "large", "special", "denormal")},
+    values={"x": ("normal", "large", "special", "denormal", "extreme", "signed")},
 )
 def cast(x: Array, *, to: str) -> Array:
     """x in the dtype `to`, rounded to nearest even; overflow gives infinity, NaN stays NaN."""

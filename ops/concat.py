@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array
     independent=("T",),
     cases={"A": (6144, 512, 7), "B": (6144, 64, 1)},
     exact=True,
-    values={"a": ("normal", "special", "huge", "denormal")},
+    values={"a": ("normal", "special", "huge", "denormal", "extreme", "signed")},
 )
 def concat(a: Array, b: Array) -> Array:
     """y = [a | b] along the last axis."""

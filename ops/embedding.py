@@ -10,7 +10,7 @@ from porthal.hal.numerics import Array
     cases={"V": (4096, 256, 1, 65800), "H": (6144, 96)},
     ranges={"ids": (0, "V")},
     exact=True,
-    values={"table": ("normal", "special", "huge", "denormal")},
+    values={"table": ("normal", "special", "huge", "denormal", "extreme", "signed")},
     profiles=("inference",),
 )
 def embedding(ids: Array, table: Array) -> Array:

@@ -15,7 +15,11 @@ from porthal.hal.numerics import Array, dot
     independent=("M", "N"),
     cases={"K": (6144, 2048, 96, 7), "N": (256, 96, 7), "E": (8, 1, 33), "M": (64, 0, 1, 257)},
     ranges={"counts": (0, "M+1")},
-    values={"x": ("normal", "integer"), "counts": ("counts",)},
+    values={
+        "x": ("normal", "integer", "cancel", "surge", "seesaw"),
+        "counts": ("counts", "heap", "waist", "single", "tiled"),
+        "w": ("weight", "pillar"),
+    },
 )
 def grouped_gemm(x: Array, w: Array, counts: Array) -> Array:
     """Rows are sorted by expert; the next counts[e] rows are multiplied by w[e]: y[m] = w[e] x[m].

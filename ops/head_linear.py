@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array, dot
     ),
     independent=("T", "N", "M"),
     cases={"N": (64, 8, 1), "K": (192, 512, 7), "M": (512, 256, 7)},
-    values={"x": ("normal", "huge", "integer")},
+    values={"x": ("normal", "huge", "integer", "cancel", "surge", "seesaw"), "w": ("weight", "pillar")},
 )
 def head_linear(x: Array, w: Array) -> Array:
     """y[t, n] = w[n] x[t, n]: one matrix per head, as MLA's W_UK (absorbed into the query) and W_UV (after attention)."""

@@ -2,6 +2,7 @@ from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, contract
 from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.spans import EPSILON, THETA
 from porthal.ops.kv_write import kv_write
 from porthal.ops.layer_norm import layer_norm
 from porthal.ops.rope import rope
@@ -28,13 +29,8 @@ from porthal.ops.rope import rope
     ),
     independent=("T",),
     cases={"Q": (128,), "H": (256,), "G": (32, 1), "D": (128,), "theta": (1e6, 1e4), "width": (64, 32), "eps": (1e-6, 0.5)},
-    legal={"width": lambda f: range(2, f.D + 1, 2)},
-    rules=[
-        ("eps > 0", lambda f: f.eps > 0),
-        ("theta > 0", lambda f: f.theta > 0),
-        ("0 < width <= D", lambda f: 0 < f.width <= f.D),
-        ("width to be even", lambda f: f.width % 2 == 0),
-    ],
+    legal={"theta": THETA, "width": lambda f: range(2, f.D + 1, 2), "eps": EPSILON},
+    values={"qr": ("normal", "seesaw"), "h": ("normal", "seesaw"), "wk": ("weight", "pillar")},
     profiles=("inference",),
 )
 def index_prolog(

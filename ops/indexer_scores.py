@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, Batch, Pages, contract
 from porthal.hal.numerics import Array, dot, may_round, single
+from porthal.hal.spans import SCALE
 
 
 @contract(
@@ -10,8 +11,8 @@ from porthal.hal.numerics import Array, dot, may_round, single
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.S),
     independent=("T",),
     cases={"G": (32, 8, 1), "D": (128,), "scale": (32**-0.5 * 128**-0.5, 0.125)},
-    rules=[("scale > 0", lambda f: f.scale > 0)],
-    values={"iq": ("normal", "integer", "large"), "w": ("normal", "negative")},
+    legal={"scale": SCALE},
+    values={"iq": ("normal", "integer", "large"), "w": ("normal", "negative"), "keys": ("normal", "hollow", "seesaw")},
 )
 def indexer_scores(iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
     """scores[t, s] = scale * sum_h w[t, h] * max(0, iq[t, h] . k_s) for the visible s <= position of t, else -inf.

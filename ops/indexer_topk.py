@@ -2,6 +2,7 @@ from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, Selection, contract
 from porthal.hal.numerics import Array
+from porthal.hal.spans import SCALE, SELECTED
 from porthal.ops.indexer_scores import indexer_scores
 from porthal.ops.topk import topk
 
@@ -12,9 +13,13 @@ from porthal.ops.topk import topk
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.k),
     independent=("T",),
     cases={"G": (32, 8, 1), "D": (128,), "k": (2048, 128, 16), "scale": (32**-0.5 * 128**-0.5,)},
-    rules=[("k >= 1", lambda f: f.k >= 1), ("scale > 0", lambda f: f.scale > 0)],
+    legal={"k": SELECTED, "scale": SCALE},
     choice="sel",
-    values={"iq": ("normal", "integer", "zeros"), "w": ("normal", "negative", "integer")},
+    values={
+        "iq": ("normal", "integer", "zeros"),
+        "w": ("normal", "negative", "integer"),
+        "keys": ("normal", "hollow", "seesaw"),
+    },
     profiles=("inference",),
 )
 def indexer_topk(iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:

@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array
     independent=("T",),
     cases={"A": (512, 128), "B": (64,)},
     exact=True,
-    values={"first": ("normal", "special", "huge", "denormal")},
+    values={"first": ("normal", "special", "huge", "denormal", "extreme", "signed")},
 )
 def kv_write(pages: Pages, batch: Batch, first: Array, second: Array | None = None) -> Pages:
     """Write row t into cache slot batch.slots[t]: `first` into the first field of the pages, `second` into the second.

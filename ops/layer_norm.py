@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, may_round, single, total
+from porthal.hal.spans import EPSILON
 
 
 @contract(
@@ -10,8 +11,8 @@ from porthal.hal.numerics import Array, may_round, single, total
     cost=lambda d, b: (7 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * (b.weight + b.bias)),
     independent=("T",),
     cases={"H": (128, 6144, 96, 7), "eps": (1e-6, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
-    values={"x": ("normal", "small", "large", "zeros", "offset", "plateau")},
+    legal={"eps": EPSILON},
+    values={"x": ("normal", "small", "large", "zeros", "offset", "plateau", "seesaw", "cancel", "surge")},
 )
 def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = 1e-6) -> Array:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis (population variance).

@@ -8,8 +8,8 @@ from porthal.hal.numerics import Array, dot
     cost=lambda d, b: (2 * d.T * d.N * d.K, d.T * d.K * b.x + d.N * d.K * b.w + d.T * d.N * b.y),
     independent=("T", "N"),
     cases={"K": (6144, 2048, 512, 96, 7), "N": (576, 256, 7), "out": ("x", "float32")},
-    rules=[("out to be a float dtype or 'x'", lambda f: f.out in (*FLOATS, "x"))],
-    values={"x": ("normal", "small", "large", "huge", "integer")},
+    legal={"out": ("x", *FLOATS)},
+    values={"x": ("normal", "small", "large", "huge", "integer", "cancel", "surge", "seesaw"), "w": ("weight", "pillar")},
     profiles=("inference",),
 )
 def linear(x: Array, w: Array, *, out: str = "x") -> Array:

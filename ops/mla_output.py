@@ -13,6 +13,7 @@ from porthal.hal.numerics import Array, dot, may_round
     ),
     independent=("T", "H"),
     cases={"N": (8, 1, 64), "C": (512,), "V": (256, 64), "H": (256, 96)},
+    values={"o": ("normal", "seesaw"), "w_o": ("weight", "pillar")},
     profiles=("inference",),
 )
 def mla_output(o: Array, w_uv: Array, w_o: Array) -> Array:

@@ -2,6 +2,7 @@ from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, contract
 from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.spans import EPSILON, THETA
 from porthal.ops.kv_write import kv_write
 from porthal.ops.rms_norm import rms_norm
 from porthal.ops.rope import rope
@@ -39,11 +40,9 @@ from porthal.ops.rope import rope
         "theta": (1e6, 1e4),
         "eps": (1e-5, 0.5),
     },
-    rules=[
-        ("eps > 0", lambda f: f.eps > 0),
-        ("theta > 0", lambda f: f.theta > 0),
-        ("R to be even", lambda f: f.R % 2 == 0),
-    ],
+    legal={"theta": THETA, "eps": EPSILON},
+    rules=[("R to be even", lambda f: f.R % 2 == 0)],
+    values={"h": ("normal", "seesaw"), "q_b": ("weight", "pillar")},
     profiles=("inference",),
 )
 def mla_prolog(

@@ -4,6 +4,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, dot, may_round, single, total
+from porthal.hal.spans import FIRST_EXPERT
 from porthal.ops.silu_mul import silu_mul
 
 
@@ -16,8 +17,12 @@ from porthal.ops.silu_mul import silu_mul
     ),
     independent=("T",),
     cases={"H": (6144, 128, 96, 129), "I": (256, 128, 96, 131), "E": (8, 1, 17), "k": (8, 1, 2, 256), "first_expert": (0, 3)},
-    rules=[("first_expert >= 0", lambda f: f.first_expert >= 0)],
-    values={"x": ("normal", "small", "zeros", "offset"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
+    legal={"first_expert": FIRST_EXPERT},
+    values={
+        "x": ("normal", "small", "zeros", "offset", "seesaw"),
+        "ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
+        "w13": ("weight", "pillar"),
+    },
 )
 def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, first_expert: int = 0) -> Array:
     """y[t] = sum_j weights[t, j] * w2[e] (silu(w13[e, :I] x_t) * (w13[e, I:] x_t)), e = ids[t, j] - first_expert.

@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array
+from porthal.hal.spans import EXPERTS, FIRST_EXPERT
 
 
 @contract(
@@ -10,9 +11,12 @@ from porthal.hal.numerics import Array
     cost=lambda d, b: (0, d.T * d.H * b.x * (1 + d.k) + 8 * d.T * d.k),
     independent=("H",),
     cases={"H": (6144, 96), "k": (8, 1, 2), "E": (256, 1, 16), "first_expert": (0, 3)},
-    rules=[("E >= 1", lambda f: f.E >= 1), ("first_expert >= 0", lambda f: f.first_expert >= 0)],
+    legal={"E": EXPERTS, "first_expert": FIRST_EXPERT},
     exact=True,
-    values={"x": ("normal", "special", "huge", "denormal"), "ids": ("routed", "crowded", "deserted", "holes", "away")},
+    values={
+        "x": ("normal", "special", "huge", "denormal", "extreme", "signed"),
+        "ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
+    },
 )
 def moe_permute(x: Array, ids: Array, *, E: int, first_expert: int = 0) -> tuple[Array, Array, Array]:
     """Copy each row once per local expert it goes to, sorted by expert, then by row.

@@ -1,6 +1,6 @@
 import numpy as np
 
-from porthal.hal import contract
+from porthal.hal import Reals, contract
 from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, total
 
 
@@ -10,20 +10,17 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
     cost=lambda d, b: (8 * d.T * d.E, 4 * d.T * (d.E + 2 * d.k)),
     independent=("T",),
     cases={"E": (256, 16, 17), "k": (8, 1, 2), "scale": (2.5, 1.0), "n_group": (1, 8), "topk_group": (1, 4)},
-    rules=[
-        ("1 <= k <= E", lambda f: 1 <= f.k <= f.E),
-        ("n_group to divide E", lambda f: f.n_group >= 1 and f.E % f.n_group == 0),
-        ("1 <= topk_group <= n_group", lambda f: 1 <= f.topk_group <= f.n_group),
-        ("k <= topk_group * E / n_group", lambda f: f.k <= f.topk_group * (f.E // f.n_group)),
-        ("scale > 0", lambda f: f.scale > 0),
-    ],
     legal={
+        "scale": Reals(2.0**-6, 64.0),
         "n_group": lambda f: [n for n in range(1, f.E + 1) if f.E % n == 0],
         "topk_group": lambda f: range(1, f.n_group + 1),
         "k": lambda f: range(1, f.topk_group * (f.E // f.n_group) + 1),
     },
     choice="ids",
-    values={"logits": ("normal", "large", "ties", "negative", "sunk", "special"), "bias": ("normal", "ties")},
+    values={
+        "logits": ("normal", "large", "ties", "negative", "sunk", "special", "shelves", "rising", "summit"),
+        "bias": ("normal", "ties", "tiers"),
+    },
     profiles=("inference", "moe"),
 )
 def moe_route(

@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array, single, total
     independent=("H",),
     cases={"H": (6144, 96), "k": (8, 1, 2)},
     ranges={"source": (-1, "T*k")},
-    values={"source": ("permutation",)},
+    values={"source": ("permutation",), "sorted": ("normal", "seesaw"), "weights": ("normal", "seesaw")},
 )
 def moe_unpermute(sorted: Array, source: Array, weights: Array) -> Array:
     """y[t] = sum over m with source[m] = t*k + j of weights[t, j] * sorted[m], added in the order of j in float32.

@@ -4,6 +4,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.spans import EPSILON
 from porthal.ops.rms_norm import rms_norm
 
 
@@ -13,7 +14,8 @@ from porthal.ops.rms_norm import rms_norm
     cost=lambda d, b: (4 * d.T * d.H * d.H, b.e * (2 * d.H * d.H + 3 * d.T * d.H)),
     independent=("T",),
     cases={"H": (256, 96), "eps": (1e-5, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
+    legal={"eps": EPSILON},
+    values={"e": ("normal", "seesaw"), "eh_proj": ("weight", "pillar")},
     profiles=("inference",),
 )
 def mtp_input(e: Array, g: Array, enorm: Array, hnorm: Array, eh_proj: Array, *, eps: float) -> Array:

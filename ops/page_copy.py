@@ -13,7 +13,7 @@ from porthal.hal.numerics import Array
     cases={"A": (512, 128), "B": (64,), "M": (2, 0, 1)},
     ranges={"source": (0, "P"), "target": (0, "P")},
     exact=True,
-    values={"source": ("pages",), "target": ("pages",)},
+    values={"source": ("pages",), "target": ("pages",), "pages": ("normal", "special", "extreme", "signed")},
 )
 def page_copy(pages: Pages, source: Array, target: Array) -> Pages:
     """Copy whole pages: page target[m] becomes what page source[m] was before the call (forking and moving requests).

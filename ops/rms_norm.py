@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, may_round, single, total
+from porthal.hal.spans import EPSILON
 
 
 @contract(
@@ -10,8 +11,8 @@ from porthal.hal.numerics import Array, may_round, single, total
     cost=lambda d, b: (4 * d.T * d.H, d.T * d.H * (b.x + b.y) + d.H * b.weight),
     independent=("T",),
     cases={"H": (6144, 512, 2048, 768, 96, 1, 7), "eps": (1e-5, 0.5)},
-    rules=[("eps > 0", lambda f: f.eps > 0)],
-    values={"x": ("normal", "small", "large", "zeros", "outlier")},
+    legal={"eps": EPSILON},
+    values={"x": ("normal", "small", "large", "zeros", "outlier", "seesaw")},
     profiles=("inference",),
 )
 def rms_norm(x: Array, weight: Array, *, eps: float = 1e-5) -> Array:

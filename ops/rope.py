@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, Batch, contract
 from porthal.hal.numerics import Array, elementary, single
+from porthal.hal.spans import THETA
 
 
 @contract(
@@ -17,13 +18,13 @@ from porthal.hal.numerics import Array, elementary, single
         "start": (192, 0),
         "width": (64, 8),
     },
-    legal={"width": lambda f: range(2, f.D + 1, 2), "start": lambda f: range(f.D - f.width + 1)},
-    rules=[
-        ("layout to be 'interleaved' or 'half'", lambda f: f.layout in ("interleaved", "half")),
-        ("width to be even and positive", lambda f: f.width > 0 and f.width % 2 == 0),
-        ("0 <= start and start + width <= D", lambda f: f.start >= 0 and f.start + f.width <= f.D),
-        ("theta > 0", lambda f: f.theta > 0),
-    ],
+    legal={
+        "theta": THETA,
+        "layout": ("interleaved", "half"),
+        "width": lambda f: range(2, f.D + 1, 2),
+        "start": lambda f: range(f.D - f.width + 1),
+    },
+    values={"x": ("normal", "seesaw", "signed")},
 )
 def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Array:
     """Rotate x[..., start : start+width] by the row's position p: pair i is rotated by p * theta^(-2i/width).

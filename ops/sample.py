@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, contract
 from porthal.hal.numerics import Array, choose, softmax, softmax_slack
+from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
 
 
 @contract(
@@ -18,13 +19,14 @@ from porthal.hal.numerics import Array, choose, softmax, softmax_slack
     independent=("T",),
     cases={"V": (4096, 154880, 7)},
     ranges={"top_k": (0, "V+1"), "ids": (0, "V")},
+    legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE},
     choice="ids",
     values={
-        "logits": ("normal", "ties", "masked", "special"),
+        "logits": ("normal", "ties", "masked", "special", "blocked", "shelves", "rising", "summit"),
         "u": ("uniform",),
-        "temperature": ("temperature",),
-        "top_p": ("probability", "nucleus"),
-        "top_k": ("top_k",),
+        "temperature": ("temperature", "cold", "hot"),
+        "top_p": ("probability", "nucleus", "brink"),
+        "top_k": ("top_k", "brim"),
     },
     profiles=("inference",),
 )

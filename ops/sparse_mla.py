@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import FLOATS, Batch, Pages, Selection, contract
 from porthal.hal.numerics import Array, dot, may_round, single, softmax
+from porthal.hal.spans import SCALE
 
 
 @contract(
@@ -13,8 +14,8 @@ from porthal.hal.numerics import Array, dot, may_round, single, softmax
     ),
     independent=("T", "N"),
     cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
-    rules=[("scale > 0", lambda f: f.scale > 0)],
-    values={"q_latent": ("normal", "large", "zeros")},
+    legal={"scale": SCALE},
+    values={"q_latent": ("normal", "large", "zeros", "seesaw"), "kv": ("normal", "hollow", "seesaw")},
     profiles=("inference",),
 )
 def sparse_mla(

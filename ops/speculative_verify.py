@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import contract
 from porthal.hal.numerics import Array, softmax_slack
+from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
 from porthal.ops.sample import candidates, kept_of
 
 
@@ -18,13 +19,14 @@ from porthal.ops.sample import candidates, kept_of
     independent=("R",),
     cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
     ranges={"draft": (0, "V"), "top_k": (0, "V+1"), "tokens": (-1, "V")},
+    legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE, "draft_probs": SHARE},
     choice="tokens",
     values={
-        "logits": ("normal", "masked", "special"),
-        "u": ("uniform",),
-        "temperature": ("temperature",),
-        "top_k": ("top_k",),
-        "top_p": ("probability", "nucleus"),
+        "logits": ("normal", "masked", "special", "blocked", "shelves", "rising", "summit"),
+        "u": ("uniform", "zeros", "refused", "stopped"),
+        "temperature": ("temperature", "cold", "hot"),
+        "top_k": ("top_k", "brim"),
+        "top_p": ("probability", "nucleus", "brink"),
         "draft_probs": ("distribution",),
     },
     profiles=("inference",),

@@ -2,6 +2,7 @@ import numpy as np
 
 from porthal.hal import Batch, Rows, Selection, SelectionSpec, contract
 from porthal.hal.numerics import Array, choose
+from porthal.hal.spans import SELECTED
 
 
 @contract(
@@ -10,10 +11,10 @@ from porthal.hal.numerics import Array, choose
     cost=lambda d, b: (0, 4 * d.T * (d.S + d.k)),
     independent=("T",),
     cases={"k": (2048, 128, 1, 7)},
-    rules=[("k >= 1", lambda f: f.k >= 1)],
+    legal={"k": SELECTED},
     exact=True,
     choice="sel",
-    values={"scores": ("normal", "ties", "equal", "signed", "large", "special")},
+    values={"scores": ("normal", "ties", "equal", "signed", "large", "special", "blocked", "shelves", "rising", "summit")},
 )
 def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     """The positions of the min(k, visible[t]) highest scores among the first visible[t]: valid first, then -1.

@@ -9,9 +9,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from porthal.conformance.cases.domain import options
-from porthal.conformance.cases.legal import BLOCK_SIZES, DISTINCT, LARGEST, elements, refusal
+from porthal.conformance.cases.legal import DISTINCT, LARGEST, elements, refusal
 from porthal.hal import UsageError, contracts
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
+from porthal.hal.spans import worded
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG = {v: k for k, v in _SHORT.items()}
@@ -21,7 +22,7 @@ RESERVED = {
     "%": "quantisation schemes",
 }
 _NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider", "seq": "program"}
-_COUNTED = {"block_size": BLOCK_SIZES, "distinct": DISTINCT}
+_COUNTED = {"block_size": worded(PAGE_SIZES), "distinct": DISTINCT}
 _NUMBER = f"a whole number from 0 to {LARGEST['size']}"
 
 

@@ -63,7 +63,7 @@ DISCREPANCIES = (
             "topk,T=7,k=7,scores~ties,batch=mixed,block_size=64,0",
             "topk,T=7,k=7,scores~equal,batch=mixed,block_size=64,0",
         ),
-        family=("topk,*scores~ties*", "topk,*scores~equal*", "topk,*scores~special*", "topk,*scores~signed*"),
+        family=tuple(f"topk,*scores~{r}*" for r in ("ties", "equal", "special", "signed", "blocked", "shelves")),
     ),
     Discrepancy(
         2,
@@ -117,14 +117,14 @@ DISCREPANCIES = (
         "Dispatch left the places behind the last routed row as it found them: old expert ids were taken for real ones.",
         "sgl-project/sglang#24850",
         cases=("moe_permute,T=9,H=96,k=8,E=16,x:bf16,ids~holes,0",),
-        family=tuple(f"moe_permute,*ids~{r}*" for r in ("crowded", "holes", "away", "wild")),
+        family=tuple(f"moe_permute,*ids~{r}*" for r in ("crowded", "holes", "away", "wild", "eldest", "central")),
     ),
     Discrepancy(
         9,
         "An expert id of -1, which marks an unused place, was used as an index and changed rows of real tokens.",
         "vllm-project/vllm#57787, deepseek-ai/DeepGEMM#113",
         cases=("moe_experts,T=9,H=96,I=96,E=8,k=2,x:bf16,ids~holes,0",),
-        family=tuple(f"moe_experts,*ids~{r}*" for r in ("crowded", "holes", "away")),
+        family=tuple(f"moe_experts,*ids~{r}*" for r in ("crowded", "holes", "away", "eldest", "central")),
     ),
     Discrepancy(
         10,
@@ -467,7 +467,7 @@ DISCREPANCIES = (
         "Expert weights were renormalised twice, which undid their scale.",
         "vllm-project/vllm-ascend#9692",
         cases=("moe_route,T=7,E=256,k=8,scale=2.5,n_group=8,topk_group=4,0",),
-        family=("moe_route,*n_group=8*",),
+        family=("moe_route,*n_group=*",),
     ),
     Discrepancy(
         54,
@@ -531,6 +531,7 @@ DISCREPANCIES = (
         "Groups of one expert have no two best scores: to take two of one failed.",
         "vllm-project/vllm#29439, vllm-project/vllm#30422",
         cases=("moe_route,T=7,E=8,k=2,scale=2.5,n_group=8,topk_group=4,0",),
+        family=("moe_route,*E=16,*n_group=16*", "moe_route,*n_group=256*"),
     ),
     Discrepancy(
         63,
@@ -541,6 +542,7 @@ DISCREPANCIES = (
             "indexer_scores,T=5,G=8,D=128,scale=0.0156,iq:bf16,batch=mixed,block_size=1,0",
             "kv_write,T=7,A=128,B=64,pages:bf16,batch=mixed,block_size=1,0",
         ),
+        family=("sparse_mla,*block_size=1,*",),
     ),
     Discrepancy(
         64,
@@ -574,7 +576,7 @@ DISCREPANCIES = (
         "sgl-project/sglang#35771",
         cases=("speculative_verify@2,R=9,V=256,n=3,logits~masked,u~edges,0",),
         # As well where the draft's own probability is 0, which it is outside top_k, top_p and the argmax of a greedy row.
-        family=("speculative_verify@2,*logits~masked*", "speculative_verify@2,*u~edges*", "speculative_verify@2,R=256,*"),
+        family=tuple(f"speculative_verify@2,{p}*" for p in ("*logits~masked", "*u~", "*view=rows", "R=25?,")),
     ),
     Discrepancy(
         68,
@@ -591,14 +593,14 @@ DISCREPANCIES = (
         "Greedy rows were marked by the temperature -1, and masked logits divided by it: +inf, and NaN for the whole row.",
         "vllm-project/vllm#22180",
         cases=("sample,T=17,V=4096,logits:bf16,logits~masked,0",),
-        family=("sample,*logits~masked*", "sample,*logits~special*"),
+        family=("sample,*logits~masked*", "sample,*logits~special*", "sample,*logits~blocked*"),
     ),
     Discrepancy(
         70,
         "A top_p of 0 kept no candidate, and token 0 was drawn.",
         "google-deepmind/simply#42",
         cases=("sample,T=17,V=4096,logits:bf16,top_p~zeros,0",),
-        family=("sample,*top_p~zeros*",),
+        family=("sample,*top_p~zeros*", "sample,*top_p~brink*"),
     ),
 )
 

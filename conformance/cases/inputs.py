@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from porthal.conformance.cases import provocations  # noqa: F401  enters its generators
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import CROWD, lengths, requests, spare
 from porthal.conformance.cases.legal import PAGES, held_pages
@@ -111,7 +112,7 @@ def array_of(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: 
         low, high = (b if isinstance(b, int) else evaluate(b, sizes) for b in case.contract.ranges[operand.name])
         bounds = {"low": low, "high": high}
     chosen = case.recipe(operand.name)
-    if not is_float(dtype) and chosen in ("normal", "special", "huge", "denormal"):  # an op that copies integers too
+    if not is_float(dtype) and chosen in ("normal", "special", "huge", "denormal", "extreme"):  # an op that copies integers too
         chosen = "wide"
     values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
     if not is_float(dtype):

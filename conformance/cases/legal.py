@@ -37,8 +37,7 @@ THREADS = "threads"  # operands placed and the kernel called in several threads 
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
 PAGES = 6  # of a cache that no batch describes
 # What a token may ask for; `copied` are the elements of a call whose rows are copies of few.
-LARGEST = {"size": 2**20, "block_size": 1024, "distinct": 64, "seed": 2**32, "elements": 2**27, "copied": 2**29}
-BLOCK_SIZES = f"at least 1 and at most {LARGEST['block_size']}"
+LARGEST = {"size": 2**20, "distinct": 64, "seed": 2**32, "elements": 2**27, "copied": 2**29}
 DISTINCT = f"at least 2 and at most {LARGEST['distinct']}"
 
 
@@ -58,11 +57,13 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture):
+    checks = (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture)
+    for check in checks:
         if why := check(case):
             return why
-    facts = SimpleNamespace(**attrs, **sizes)
-    return next((f"it requires {sentence}" for sentence, holds in contract.rules if not holds(facts)), "")
+    facts = SimpleNamespace(**attrs, **sizes, **({"block_size": case.block_size} if case.block_size else {}))
+    broken = contract.broken(facts)
+    return f"it requires {broken}" if broken else ""
 
 
 def _refused_operands(case: Case) -> str:
@@ -107,8 +108,6 @@ def _refused_batch(case: Case) -> str:
         return "it takes no batch"
     if case.block_size and not (paged or batch):
         return "it takes no block_size"
-    if case.block_size > LARGEST["block_size"]:
-        return f"block_size is {case.block_size}, expected {BLOCK_SIZES}"
     if not batch:
         return ""
     if (free := requests(case.batch)) is not None:
@@ -172,8 +171,8 @@ def _refused_program(case: Case) -> str:
 
 
 def _refused_capture(case: Case) -> str:
-    if case.capture and (case.view or case.fault or case.distinct):
-        return "a captured call has neither view nor fault nor copies"
+    if case.capture and (case.view or case.fault or case.distinct or case.seq):
+        return "a captured call has no view, fault, copies nor program"
     if case.capture and (case.batch in (CROWD, "long") or dict(case.dims).get(case.contract.rows) == 0):
         return "a captured call has rows, and requests with pages of their own"
     return ""

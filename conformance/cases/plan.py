@@ -10,11 +10,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from math import prod
 from types import SimpleNamespace
 from typing import Any
 
+from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
 from porthal.conformance.cases.discrepancies import named, of_op
@@ -25,21 +26,28 @@ from porthal.conformance.cases.domain import (
     first_float,
     free_symbols,
     options,
+    per_expert,
     takes_integers,
 )
 from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
+from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
 from porthal.conformance.level import BRING_UP, level_of
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
-PAGE_SIZES = (64, 128)
 CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
+CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
+LOADED_ROWS = 100  # where experts have different loads
+LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
+TIES = "shelves"  # values that are equal in runs longer than what is chosen
+PAGE = 64  # slots, where a case is about something else
+PAGES = (PAGE, 128)  # in every composition
 
 
 def cases(
@@ -60,7 +68,8 @@ def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[st
 @lru_cache(maxsize=256)
 def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
     found: dict[str, Case] = {}
-    for case in (*_Plan(contract, level).cases(), *large(contract, level, model)):
+    planned = (*_Plan(contract, level).cases(), *large(contract, level, model))
+    for case in (*planned, *boundary_cases(contract, level_of(level), planned, profile_of(model))):
         found.setdefault(case.token, case)
     return tuple(found.values())
 
@@ -145,13 +154,40 @@ class _Plan:
             for value in self.contract.cases[name]:
                 for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
+        yield from self._legal_ends()
+
+    def _legal_ends(self) -> Iterator[Case]:
+        """Attributes at the low and high ends of their ranges, in turn and together, and in the middle; if thorough, every
+        value of each that a plan takes, also at GLM-5's dims."""
+        dims = {s: self._near(s)[0] for s in self.free if s != self.rows}
+        large = {s: self.contract.cases[s][0] for s in dims}
+        for turn in CORNERS[: None if self.level.thorough else 3] if self.attrs else ():
+            facts: dict[str, Any] = dict(dims)
+            for name, end in zip(self._in_order(), cycle(turn)):
+                found = ends(self.contract.allowed(name, SimpleNamespace(**facts)))
+                facts[name] = found[min(end, len(found) - 1)]
+            yield from self._made(facts, rows=3, dtypes=self._next())
+        if self.level.thorough:
+            for name, sizes in product(self._in_order(), (dims, large)):
+                start = self._legal(dict(sizes), 3) or {}
+                for value in values(self.contract.allowed(name, SimpleNamespace(**start))):
+                    yield from self._made({**sizes, name: value}, rows=3, dtypes=self._next())
+
+    def _in_order(self) -> list[str]:
+        """The attributes, each behind those that bound its range."""
+        return [name for name in self.contract.legal if name in self.contract.attributes]
 
     def _forms(self) -> Iterator[Case]:
         """Values, views, and optional operands left out."""
         for recipes in self._recipes():
-            for rows in (DEFAULT_ROWS, 256) if self.level.thorough else (DEFAULT_ROWS,):
+            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else DEFAULT_ROWS
+            for rows in (few, 256) if self.level.thorough else (few,):
                 for combo in self._each():
                     yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
+        if self.contract.exact and self.has_batch and self.contract.choice:
+            for recipes in self._recipes():
+                if self.level.thorough or TIES in dict(recipes).values():
+                    yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
         for view in (*VIEWS, *LAYOUTS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
@@ -174,12 +210,17 @@ class _Plan:
             yield from some or self._made(view=THREADS, dtypes=combo)
 
     def _batches(self) -> Iterator[Case]:
-        """Batch compositions and page sizes, which take turns at bring-up."""
-        every = list(product(COMPOSITIONS if self.has_batch else ("",), PAGE_SIZES))
-        for batch, size in every if self.level.thorough or not self.has_batch else [*every[::4], *every[3::4]]:
+        """Batch compositions, which take turns at bring-up, and every page size that a plan takes in one of them."""
+        compositions = COMPOSITIONS if self.has_batch else ("",)
+        for batch, size in product(compositions, PAGES if self.level.thorough else (PAGE,)):
             for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
                 for combo in self._each():
                     yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
+        turn = cycle(compositions)
+        few = (*PAGE_SIZES[:: len(PAGE_SIZES) - 1], TILES[0], UNEVEN, TILES[-1])
+        for size in values(PAGE_SIZES) if self.level.thorough else few:
+            rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 1
+            yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
 
     def _programs(self) -> Iterator[Case]:
         """Sequences of calls; results are held that are larger than what allocators treat in one way."""
@@ -239,7 +280,7 @@ class _Plan:
         if self.has_batch and not case.batch:
             case = replace(case, batch="mixed")
         if (self.has_pages or self.has_batch) and not case.block_size:
-            case = replace(case, block_size=PAGE_SIZES[0])
+            case = replace(case, block_size=PAGE)
         if not refusal(case) and elements(case) <= (most or self.level.elements):
             yield case
 
@@ -247,19 +288,19 @@ class _Plan:
         """Values for every dim and attribute that fulfil the contract's rules, as near the defaults as those allow."""
         fixed = {self.rows: rows, **fixed} if self.rows else fixed
         names = [s for s in (*self.free, *self.attrs) if s not in fixed]
-        for values in product(*(self._near(s) for s in names)):
-            facts = {**fixed, **dict(zip(names, values))}
+        for found in product(*(self._near(s) for s in names)):
+            facts = {**fixed, **dict(zip(names, found))}
             defaults = {a.name: a.default for a in self.contract.attributes.values()}
-            if all(holds(SimpleNamespace(**{**defaults, **facts})) for _, holds in self.contract.rules):
+            if not self.contract.broken(SimpleNamespace(**{**defaults, **facts})):
                 return facts
         return None
 
     def _near(self, name: str) -> list[Any]:
-        """A symbol's values, the default first: the smallest size of at least 8, the first of other attributes."""
-        values = list(self.contract.cases[name])
-        if name in self.sized:
-            values.sort(key=lambda v: (v < 8, v))
-        return values
+        """A symbol's values, the default first: the smallest size of at least 8, the first where there is none."""
+        found = list(self.contract.cases[name])
+        if name in self.sized and max(found) >= 8:
+            found.sort(key=lambda v: (v < 8, v))
+        return found
 
     def _recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
         """One value generator at a time, in every operand that lists it; integers everywhere, so that results are exact."""
@@ -267,6 +308,9 @@ class _Plan:
         others = {r: None for n in names for r in options(self.contract, n)[1:]}
         for chosen in others:
             taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
+            if chosen in COMPANIONS:
+                weights = [o.name for o in self.contract.signature.of_kind("Weight") if (o.name, chosen) not in taken]
+                taken += [(n, COMPANIONS[chosen]) for n in weights]
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
             yield tuple(taken)

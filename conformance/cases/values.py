@@ -80,17 +80,19 @@ TIED = ("integer", "ties", "equal", "zeros", "signed")
 
 # Generators of any floats, and of integers those that may replace a default.
 FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
-            "denormal", "special", "masked", "weight", "below", "abyss")  # fmt: skip
+            "denormal", "special", "masked", "weight", "below", "abyss", "blocked", "shelves", "rising", "summit", "cancel",
+            "surge", "level", "seesaw", "pillar", "hollow", "extreme", "tiers")  # fmt: skip
 # Of these, values that every op takes: larger ones may overflow where a contract permits rounding to float16.
 ANY_OP = ("zeros", "equal", "denormal")
 RELATED = {
-    "routed": ("crowded", "deserted", "holes", "away", "repeated", "wild"),
-    "counts": ("zeros", "skewed"),
+    "routed": ("crowded", "deserted", "holes", "away", "repeated", "wild", "eldest", "central", "even", "ragged"),
+    "counts": ("zeros", "skewed", "heap", "waist", "single", "tiled"),
     "permutation": ("nowhere",),
     "index": ("ascending",),
-    "uniform": ("edges",),
-    "temperature": ("cold",),
-    "probability": ("zeros",),
+    "uniform": ("edges", "zeros", "refused", "stopped"),
+    "temperature": ("cold", "hot"),
+    "probability": ("zeros", "brink"),
+    "top_k": ("zeros", "brim"),
 }
 
 

@@ -191,7 +191,7 @@ def judge_floats(
     measure = Measure(g, ideal, spread.sigma, kind)
     found, permitted = measure(wide), measure.limits(limit)
     if "denormal" in dict(inputs.case.recipes).values():  # a chip may read these as zeros
-        found |= {"zeros": 0.0, "blanks": 0.0}
+        found |= {"zeros": 0.0, "blanks": 0.0, "column": 0.0}
     if any(abs(found[test]) > permitted[test] for test in found):
         finite = np.isfinite(widen(y)) & np.isfinite(spread.value)
         others = [measure(np.where(finite & np.isfinite(m), m, g)) for m in (widen(narrow(m, kind)) for m in runs())]

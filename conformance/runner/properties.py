@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from inspect import Parameter
 from itertools import pairwise
+from math import log2
 from types import SimpleNamespace
 from typing import Any
 
+from porthal.conformance.cases.boundaries import values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import DECODING, LONG, Request, shareable, spelled
 from porthal.conformance.cases.domain import absences, combos, free_symbols, options
@@ -20,7 +22,8 @@ from porthal.conformance.cases.plan import among
 from porthal.conformance.cases.values import FLOATING, RELATED
 from porthal.conformance.report.results import Result
 from porthal.hal import Unavailable
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
+from porthal.hal.spans import Reals
 
 try:
     from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -32,12 +35,12 @@ except ImportError:
 SIZE = 2**18  # logical elements of a drawn case
 SHRINKS = 400  # executed cases after the first that fails
 ROWS = (*range(21), 31, 32, 33, 255, 256, 257)
-SIZES = range(1, 41)  # besides those that a contract lists, up to
-LARGE = 1024
-PAGE_SIZES = (16, 32, 64, 128)
+LARGE = 1024  # most of a drawn size
+FEW = 40  # numbers from the low end that are drawn as often as all others
+ROOM = 2**14  # of all sizes multiplied, besides small ones
+SMALL = 12
 MILD = ("zeros", "equal", "ties", "integer", "negative", "small", "denormal")  # values that every op takes, in any operand
 ONE_SIGN = ("equal", "negative", "offset")  # whose sums may overflow where a contract permits rounding to float16
-SCALED = (0.125, 8.0)  # factors by which a float attribute's listed values are multiplied as well
 
 
 def search(
@@ -86,17 +89,17 @@ def calls(draw: Any, contract: Contract) -> Case:
     signature, facts = contract.signature, {}
     batch, block_size = None, 0
     if signature.of_kind("Batch") or signature.of_kind("Pages"):
-        block_size = draw(st.sampled_from(PAGE_SIZES))
+        block_size = draw(whole(PAGE_SIZES))
     if signature.of_kind("Batch"):
         batch = draw(requests(contract, block_size))
         facts[contract.rows] = sum(r.q for r in batch)
     elif contract.rows:
         facts[contract.rows] = draw(st.sampled_from(ROWS))
-    for name in free_symbols(contract):
-        if name not in facts:
-            facts[name] = draw(_size(contract, name))
-    bounded = [*contract.legal]  # by other facts, which are drawn before
-    for name in (*(a for a in contract.attributes if a not in bounded), *bounded):
+    room = ROOM
+    for name in draw(st.permutations([s for s in free_symbols(contract) if s not in facts])):
+        facts[name] = draw(whole(range(1, max(SMALL, min(LARGE, room)) + 1)))
+        room //= facts[name]
+    for name in (name for name in contract.legal if name in contract.attributes):
         facts[name] = draw(_attribute(contract, name, facts))
     recipes = []
     for operand in signature.operands:
@@ -107,7 +110,7 @@ def calls(draw: Any, contract: Contract) -> Case:
     attributes = contract.attributes
     case = Case(
         contract.name,
-        tuple((n, v) for n, v in facts.items() if n not in attributes),
+        tuple((n, facts[n]) for n in dict.fromkeys((contract.rows, *free_symbols(contract))) if n in facts),
         tuple((n, facts[n]) for n in attributes if facts[n] != attributes[n].default),
         draw(st.sampled_from(combos(contract))),
         tuple(recipes),
@@ -139,22 +142,23 @@ def requests(draw: Any, contract: Contract, block_size: int) -> list[Request]:
     return [r._replace(shared=draw(st.integers(0, m))) for r, m in zip(found, most)]
 
 
-def _size(contract: Contract, name: str) -> Any:
-    return st.sampled_from(sorted({*SIZES, *(v for v in contract.cases.get(name, ()) if 0 < v <= LARGE)}))
+def whole(span: Sequence[int]) -> Any:
+    """Whole numbers of a span: few, one beside a boundary, or any."""
+    return st.sampled_from(span[:FEW]) | st.sampled_from(values(span)) | st.sampled_from(span)
 
 
 def _attribute(contract: Contract, name: str, facts: dict[str, Any]) -> Any:
+    """Any legal value, the default or the first listed one most often."""
     attribute = contract.attributes[name]
-    if name in contract.legal and (values := list(contract.legal[name](SimpleNamespace(**facts)))):
-        return st.sampled_from(values)
-    listed = [attribute.type(v) for v in contract.cases.get(name, ())]
-    if attribute.default is not Parameter.empty:
-        listed = [attribute.default, *listed]
-    if attribute.type is int:
-        listed = sorted({*listed, *range(min(*listed, 1), SIZES[-1] + 1)})
-    if attribute.type is float:
-        listed += [v * by for v in listed for by in SCALED]
-    return st.sampled_from(list(dict.fromkeys(listed)))
+    span = contract.allowed(name, SimpleNamespace(**facts))
+    assume(isinstance(span, Reals) or len(span))  # one number cannot be rotated
+    given = () if attribute.default is Parameter.empty else (attribute.default,)
+    listed = [attribute.type(v) for v in (*given, *contract.cases.get(name, ())) if v in span]
+    usual = st.sampled_from(listed) if listed else st.nothing()
+    if isinstance(span, Reals):
+        any_size = st.floats(log2(span.low), log2(span.high)).map(lambda e: float(f"{2**e:.3g}"))
+        return usual | st.sampled_from(values(span)) | any_size.filter(span.__contains__)
+    return usual | (whole(span) if attribute.type is int else st.sampled_from(span))
 
 
 def _recipes(contract: Contract, operand: str) -> Iterator[str]:

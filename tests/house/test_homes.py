@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("cases/discrepancies.py", "selftest/")
 # Value generators that are named like what they make, and the scores behind any choice.
 OTHER_THINGS = {
-    "cases/values.py": {"counts", "temperature", "weight"},
+    "cases/values.py": {"counts", "temperature", "top_k", "weight"},
     "cases/domain.py": {"weight"},
     "cases/legal.py": {"rows"},  # a view
     "execution/placing.py": {"rows"},

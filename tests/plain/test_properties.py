@@ -62,8 +62,8 @@ REFUSED = {
     f"{LINEAR},q~normal,0": "q is not an operand, expected one of x, w$",
     f"{TOPK},block_size=16,batch:fp32,0": "batch is not an operand with a dtype, expected scores$",
     f"{LINEAR},x~nope,0": "nope is not a value generator for x, expected one of normal, small, large, ",
-    f"{TOPK},block_size=0,0": "block_size is 0, expected at least 1 and at most 1024$",
-    f"{TOPK},block_size=1025,0": "block_size is 1025, expected at least 1 and at most 1024$",
+    f"{TOPK},block_size=0,0": "block_size is 0, expected 1 to 1024$",
+    f"{TOPK},block_size=1025,0": "it requires block_size to be 1 to 1024$",
     f"{TOPK},block_size=16,batch=long,0": "batch is given twice$",
     "topk,T=5,k=16,batch=nope,block_size=16,0": "'nope' is not a composition, expected one of decode, .* or requests such",
     "kv_write,T=1,A=8,B=8,batch=1/1,block_size=16,-second,0": "second cannot be left out, expected second with b$",
@@ -76,7 +76,7 @@ REFUSED = {
     "rms_norm,T=2,H=4,batch=mixed,0": "takes no batch",
     "rms_norm,T=2,H=4,-weight,0": "weight cannot be left out, expected every operand$",
     "rms_norm,T=1000000,H=1000000,0": "numbers, expected at most",
-    "rms_norm,T=2,H=4,eps=0.0,0": "requires eps > 0",
+    "rms_norm,T=2,H=4,eps=0.0,0": "requires eps to be 1e-12 to 1$",
     "topk,T=2,k=1,block_size=16,0": "lacks batch",
     "topk,T=2,k=1,batch=1/4,block_size=16,0": "1 query rows, expected T = 2",
     "topk,T=2,k=1,batch=2/1,block_size=16,0": "at least its own query rows",
@@ -86,7 +86,7 @@ REFUSED = {
     "kv_write,T=2,A=8,B=8,batch=crowd,block_size=16,0": "share pages, which this op would write",
     "take_rows,T=0,H=4,M=0,fault=range,0": "no index",
     "select_rows,M=3,T=0,k=4,0": "nothing to point to",
-    "moe_route,T=2,E=4,k=5,scale=1.0,0": "requires 1 <= k <= E",
+    "moe_route,T=2,E=4,k=5,scale=1.0,0": "requires k to be 1 to 4$",
 }
 
 
@@ -99,7 +99,7 @@ def test_refusals_say_why(token):
 def test_rotated_widths_must_be_even():
     """Found by properties: the rope inside cannot turn an odd number of elements."""
     for token, sentence in (
-        ("index_prolog,T=1,Q=8,H=8,G=1,D=8,theta=1e6,width=3,batch=1/1,block_size=16,0", "width to be even"),
+        ("index_prolog,T=1,Q=8,H=8,G=1,D=8,theta=1e6,width=3,batch=1/1,block_size=16,0", "width to be 2 to 8 in steps of 2"),
         ("mla_prolog,T=1,H=8,Q=8,N=1,D=8,C=8,R=3,theta=1e6,eps=1e-5,batch=1/1,block_size=16,0", "R to be even"),
     ):
         with pytest.raises(UsageError, match=sentence):

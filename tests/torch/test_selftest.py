@@ -227,11 +227,14 @@ def test_truncation_and_a_rounded_weight_are_seen_beside_permitted_roundings():
         "moe_experts,T=20,H=5,I=1,E=1,k=1,x:fp16,w13~small,w2~small,0",
         "mla_prolog,T=25,H=1,Q=1,N=1,D=1,C=1,R=64,theta=1000000.0,eps=1e-05,h:bf16,h~equal,q_b~equal,kv~zeros,"
         "batch=0/0+25/25,block_size=16,0",
+        "indexer_topk,T=29,G=14,D=1,k=1,scale=0.015625000000000003,iq:fp32,keys~equal,batch=0/0+29/29,block_size=1,0",
+        "linear,T=255,K=1,N=513,x:bf16,w~denormal,0",
     ],
 )
 def test_what_no_machine_can_tell_is_no_mistake(token):
     """Roundings that all results share, as every number is alike; rows that differ by rotation alone; sums that cancel, or
-    underflow where the chip may flush; groups of experts that differ by less than float32 resolves."""
+    underflow where the chip may flush; groups of experts that differ by less than float32 resolves; equal keys whose
+    products are summed in another order in the last column of a tile."""
     result = check(Case.from_token(token), Bindings(create("torch")), "standard")
     assert result.verdict == "PASS", result.explain()
 
