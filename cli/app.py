@@ -396,7 +396,11 @@ def diff(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
     save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="write the call at fault, to replay")] = None,
 ) -> int:
-    """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one."""
+    """Run a model beside the reference and name the first op and layer at fault. Exit code 1 when there is one.
+
+    Where the backend captures graphs, a decode step is captured once as well, and replayed beside the step that is called.
+    """
+    from porthal.conformance.diff.captured import replays
     from porthal.conformance.diff.model import TEXT, lockstep
     from porthal.hal import bind, create, running
     from porthal.model.load import DEMO
@@ -413,12 +417,15 @@ def diff(
     made = create(_named(backend, emulated), emulated)
     with running(made):
         found = lockstep(bind(backend=made), ids, directory, dtype.value, steps)
+        captured = replays(bind(backend=made), ids, directory, dtype.value, steps) if made.captures and steps else None
     if json:
         json.write_text(found.json(), encoding="utf-8")
     text.drawn(found.table())
+    if captured:
+        print(captured.sentence)
     if save and found.at_fault and (file := found.save(save)):
         _note_saved(file, bool(found.at_fault.returned))
-    return found.exit_code
+    return found.exit_code or int(bool(captured and not captured.ok))
 
 
 @app.command("new-backend")

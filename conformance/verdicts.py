@@ -12,7 +12,8 @@ Verdict = Literal[
     "FAIL_DTYPE",  # a result of another dtype
     "FAIL_ERROR",  # an exception, or none where there must be one
     "FAIL_NONDETERMINISTIC",  # other bits on the same inputs
-    "FAIL_WROTE_OUTSIDE",  # memory changed that the call may not write
+    "FAIL_MUTATED",  # an operand changed that the call may not change
+    "FAIL_WROTE_OUTSIDE",  # memory changed beside results and operands, or a slot that the call may not write
     "CRASH",  # the kernel ended its process
     "TIMEOUT",  # no answer in the given time
     "UNTRUSTED",  # zeros where the reference has none: perhaps nothing was computed
@@ -22,6 +23,7 @@ Verdict = Literal[
     "LEFT_OUT",  # the backend's arrays are such that the case would tell nothing
 ]
 NEUTRAL = ("PASS", "WAIVED", "UNCLAIMED", "LEFT_OUT")  # none of these is a failure
+NOT_READ = "not read back"  # begins the note on what of an operand nobody can read
 UNTESTED = ("UNCLAIMED", "LEFT_OUT", "WAIVED", "NOT_JUDGED")
 
 
@@ -31,6 +33,7 @@ class Judgement:
 
     worst   the largest |error| / budget, found `at`
     ratio   the largest ratio to an ideal chip's error, `z` the bias of the rounding direction
+    few     the statistics that were not judged, because a result has too few samples of them
     note    what to say with a passing result
     """
 
@@ -40,6 +43,7 @@ class Judgement:
     at: str = ""
     ratio: float = 0.0
     z: float = 0.0
+    few: tuple[str, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from porthal.hal import dtypes as dt
 from porthal.hal.contract import CallSpec, Contract, contracts
-from porthal.hal.errors import DataNotTaken, UsageError
+from porthal.hal.errors import DataNotTaken, NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits, Need
 from porthal.hal.operands import Batch, Operand, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
 
@@ -24,6 +24,7 @@ Array = Any
 B = TypeVar("B", bound="Backend")
 Read = Callable[[Any], np.ndarray[Any, Any]]
 NOT_TAKEN = "does not take this data"
+STATED = "limits", "provider", "tie", "batch_invariant"  # on a kernel's function
 Place = Literal["hardware", "vendor package on a stub runtime", "emulated device"]
 
 
@@ -57,6 +58,7 @@ class Kernel:
     owner    the registered backend whose class, or whose mixin, defines it
     prepare  how that class packs the contract's weights
     limits, provider, tie    what is stated about it by `@limits`
+    batch_invariant          whether it promises that a row's bits do not depend on the other rows
     inner    the kernel that it calls through super(), whose limits hold for it too
     """
 
@@ -68,6 +70,7 @@ class Kernel:
     limits: Limits = NO_LIMITS
     provider: str = ""
     tie: str = "lowest"
+    batch_invariant: bool = False
     inner: Kernel | None = None
 
     def refuses(self, spec: CallSpec) -> str | None:
@@ -78,6 +81,11 @@ class Kernel:
     def needs(self) -> list[tuple[str, Need]]:
         """Its conditions on data, each with its operand."""
         return [*self.limits.needs.items(), *(self.inner.needs if self.inner else ())]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether it may stand in a captured graph: it reads no data on the host, and does not say that it may not."""
+        return not self.needs and getattr(self.function, "capturable", True)
 
     def packs_like(self, other: Kernel) -> bool:
         """Whether both read a weight in the same packed form."""
@@ -90,8 +98,9 @@ class Backend:
 
     A kernel takes the contract's operands in order and its attributes by keyword, and returns the results in order.
     It allocates only through `self.empty`, reads no environment, and may set on its function: `limits` (by `@limits`),
-    `provider` (the library call behind it), `tie` ("lowest", or "any" where the chip's tie order is its own) and
-    `batch_invariant` (True promises that a row's bits do not depend on the other rows).
+    `provider` (the library call behind it), `tie` ("lowest", or "any" where the chip's tie order is its own),
+    `batch_invariant` (True promises that a row's bits do not depend on the other rows, nor on how many there are) and
+    `capturable` (False where it cannot stand in a captured graph, as it waits for values on the host).
 
     The kernels of one library may be a mixin, a plain class: `class Cuda(FlashMla, DeepGemm, Torch)`. Classes before
     the first registered backend in Python's order of bases are the chip's own; where several define an op, the first of
@@ -172,9 +181,25 @@ class Backend:
 
     # -- operands ----------------------------------------------------------------------------------------------------
 
-    def plan(self, batch: Batch) -> Batch:
-        """What the kernels need that depends only on the batch: called once per step."""
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
+        """What the kernels need that depends only on the batch: called once per step.
+
+        `into` is a planned batch of the same rows, requests and table width, whose memory takes the new values: asked only
+        of backends that capture graphs.
+        """
         return batch
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run`, which makes calls of kernels and nothing else, as a graph: what is returned makes the same calls again, with
+        the same numbers, on the same memory, and returns the same arrays. `run` may be called several times, or recorded
+        without being computed. Callers use `Binding.capture`. A chip without graphs leaves this as it is.
+        """
+        raise NotClaimed(f"{self} captures no graphs: call what was to be captured each time")
+
+    @property
+    def captures(self) -> bool:
+        """Whether it offers graph capture."""
+        return type(self).capture is not Backend.capture
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         """A zeroed cache in the backend's own layout."""
@@ -222,7 +247,7 @@ class Backend:
                 function = vars(cls)[op]
                 if function is None:
                     break
-                stated = {f: getattr(function, f) for f in ("limits", "provider", "tie") if hasattr(function, f)}
+                stated = {f: getattr(function, f) for f in STATED if hasattr(function, f)}
                 bound = function.__get__(self)
                 found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **stated)))
             elif "derive" in vars(cls) and cls is not Backend:

@@ -20,6 +20,7 @@ from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
+from porthal.hal.services import Services
 
 Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
@@ -27,7 +28,6 @@ Profile = Mapping[str, Sequence[CallSpec]]
 Callers = Mapping[str, Collection[str]]
 Status = Literal["own", "inherited", "composed", "fallback", "missing"]
 VIA = "via="  # before a provider's name, in an override and in a case's token
-SERVICES = ("from_numpy", "to_numpy", "plan", "alloc_pages", "from_logical")
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,22 @@ class Choice:
     provider: str
     reason: str
     tie: str = "lowest"
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, op: str, status: Status, kernel: Kernel, reason: str) -> Choice:
-        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie)
+        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie, kernel.batch_invariant)
 
 
-class Binding:
+class Binding(Services):
     """An immutable set of functions, one per op, for one backend, device, policy and profile, plus its services."""
 
-    backend: Backend
     choices: Mapping[str, Choice]
     profile: Profile | None = None
     _again: Callable[..., Binding]
 
     def __init__(self, backend: Backend, choices: Mapping[str, Choice], kernels: Mapping[str, Kernel]) -> None:
-        services = {name: _answering(backend, name) for name in SERVICES}
-        vars(self).update(services, backend=backend, choices=choices, _kernels=kernels)
+        vars(self).update(backend=backend, choices=choices, _kernels=kernels)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a binding is immutable: bind() again instead of setting {name!r}")
@@ -72,6 +71,8 @@ class Binding:
         if self.choices[spec.op].status == "composed":
             op, operand = contracts()[spec.op].weights[spec.operand]
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
+        if into is not None:
+            self._check_form(spec, into.spec)
         weight = vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
         if not isinstance(weight, Weight):
             raise Unavailable(f"{self.backend}: prepare returned {weight!r} for {spec.op}.{spec.operand}, expected a Weight")
@@ -82,6 +83,11 @@ class Binding:
         kernel = vars(self)["_kernels"].get(operand.spec.op) if isinstance(operand, Weight) else None
         owner: Backend = kernel.backend if kernel else self.backend
         return owner.to_logical(operand)
+
+    def capturable(self, op: str) -> bool:
+        """Whether an op's kernel may stand in a captured graph."""
+        kernel: Kernel | None = vars(self)["_kernels"].get(op)
+        return kernel is None or kernel.capturable
 
     def require(self, *ops: str) -> None:
         """Raise NotClaimed where one of these ops has no kernel."""
@@ -111,18 +117,6 @@ class Binding:
 
     def summary(self) -> str:
         return ", ".join(f"{n} {word}" for word, n in self.counts().items() if n or word in ("own", "inherited"))
-
-
-def _answering(backend: Backend, name: str) -> Function:
-    """A service, refused where it gives nothing: what then failed would name anything but the backend."""
-    service = getattr(backend, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if (made := service(*args, **kwargs)) is None:
-            raise Unavailable(f"{backend}: {name} returned None")
-        return made
-
-    return call
 
 
 def bind(

@@ -56,6 +56,13 @@ class Torch(Backend):
     own; `alloc_pages` for a cache layout of its own, with every field a [slots, width] view, of which nothing else is
     asked; `prepare` for packed weights."""
 
+    def __new__(cls, device: str = "") -> Torch:
+        if device == "capture" and cls is Torch:
+            from porthal.backends.torch.capture import Capturing
+
+            return Backend.__new__(Capturing)
+        return super().__new__(cls, device)
+
     def __init__(self, device: str = "") -> None:
         super().__init__(device or "cpu")
         try:
@@ -111,15 +118,19 @@ class Torch(Backend):
 
     # -- operands ----------------------------------------------------------------------------------------------------
 
-    def plan(self, batch: Batch) -> Batch:
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         table = batch.block_table if batch.block_table.shape[1] else np.full((batch.R, 1), -1, np.int32)
-        written = np.flatnonzero(batch.slots >= 0)
+        written = self._written(batch)
         long = (batch.slots, written, batch.slots[written])
         short = (batch.positions, batch.visible, batch.row_request, batch.cu_q, batch.kv_len, table.reshape(-1))
         words = [np.asarray(a, np.int64).view(np.int32) for a in long] + [np.asarray(a, np.int32) for a in short]
         packed = self.from_numpy(np.concatenate(words)).split([len(w) for w in words])
         wide = [p.view(torch.int64) for p in packed[: len(long)]]
-        return batch.with_native(Plan(*wide, *packed[len(long) : -1], packed[-1].view(table.shape)))
+        plan = Plan(*wide, *packed[len(long) : -1], packed[-1].view(table.shape))
+        return batch.with_native(plan if into is None else Plan(*map(self.write, into.native, plan)))
+
+    def _written(self, batch: Batch) -> np.ndarray[Any, Any]:
+        return np.flatnonzero(batch.slots >= 0)
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         return Pages(spec, {name: self._zeros((spec.slots, width), spec.dtype) for name, width in spec.fields})
@@ -151,6 +162,8 @@ class Torch(Backend):
 
     def grouped_gemm(self, x: Tensor, w: Weight, counts: Tensor) -> Tensor:
         return _grouped(x, w.native, counts.tolist())
+
+    grouped_gemm.capturable = False
 
     # -- row by row --------------------------------------------------------------------------------------------------
 
@@ -236,6 +249,8 @@ class Torch(Backend):
         rows = x.index_select(0, _row_of(source, ids.shape[1]))
         h = _silu_mul(_grouped(rows, w13.native, counts))
         return _combine(_grouped(h, w2.native, counts), source, weights)
+
+    moe_experts.capturable = False
 
     # -- paged cache -------------------------------------------------------------------------------------------------
 

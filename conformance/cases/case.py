@@ -19,11 +19,9 @@ _LONG = {v: k for k, v in _SHORT.items()}
 # Parts of tokens that later versions will write: what each is for.
 RESERVED = {
     "ranks": "collectives among several processes",
-    "capture": "calls that are captured as a graph and replayed",
-    "seq": "sequences of calls",
     "%": "quantisation schemes",
 }
-_NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider"}
+_NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider", "seq": "program"}
 _COUNTED = {"block_size": worded(PAGE_SIZES), "distinct": DISTINCT}
 _NUMBER = f"a whole number from 0 to {LARGEST['size']}"
 
@@ -41,7 +39,9 @@ class Case:
              rows that sees 130 keys and shares its first page with the request before
     distinct where not 0: along what is independent all rows are copies of so few (see `copies`), so that a call of any size
              has a small golden
+    seq      a program, whose steps are calls of this shape (see `programs`)
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
+    capture  the call is captured as a graph, and replayed with other values in its memory
     via      the provider whose kernel is to run, where the backend has several for the op
     """
 
@@ -55,7 +55,9 @@ class Case:
     block_size: int = 0
     distinct: int = 0
     view: str = ""
+    seq: str = ""
     fault: str = ""
+    capture: bool = False
     via: str = ""
     seed: int = 0
 
@@ -81,8 +83,9 @@ class Case:
         parts += [f"{k}:{_SHORT.get(v, v)}" for k, v in self.dtypes]
         parts += [f"{k}~{v}" for k, v in self.recipes]
         parts += [f"-{k}" for k in self.absent]
-        names = ("batch", "block_size", "distinct", "view", "fault")
+        names = ("batch", "block_size", "distinct", "view", "seq", "fault")
         parts += [f"{k}={v}" for k in names if (v := getattr(self, k))]
+        parts += ["capture"] * self.capture
         return ",".join([*parts, *filter(None, [via]), str(self.seed)])
 
     @classmethod
@@ -109,8 +112,10 @@ class Case:
                 found["dtypes"].append((name, _LONG.get(value, value)))
             elif mark == "~":
                 found["recipes"].append((name, value))
-            elif mark == "=" and name in named:
+            elif name in named:
                 raise wrong(f"{name} is given twice")
+            elif part == "capture":
+                named[part] = True
             elif mark == "=" and name in _NAMED:
                 named[name] = value
                 if not value:

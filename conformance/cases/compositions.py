@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from porthal.conformance.cases.values import Draw
 
-COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long")
+COMPOSITIONS = ("decode", "prefill", "chunked", "mixed", "padded", "idle", "deep", "long", "drafts")
+DRAFTS = "drafts"  # as mixed, with pages that rejected drafts have left behind the end of every request
 CROWD = "crowd"  # requests of 64 rows that share pages: 65536 rows in a small cache
 LONG = 131072  # the keys that a long batch's first row sees
 LONGEST = 2**20  # and any request at most: GLM-5.2's max_position_embeddings
@@ -51,6 +52,11 @@ def shareable(before: Request, request: Request, block_size: int, written: bool)
     return min(full)
 
 
+def spare(batch: str, requests: int) -> list[int]:
+    """How many pages behind its end each request of a composition holds."""
+    return [(1 + r % 3) * (batch == DRAFTS) for r in range(requests)]
+
+
 def lengths(batch: str, T: int, k: int, block_size: int, stream: str) -> tuple[list[int], list[int]]:
     """Query and key lengths per request of a composition with T query rows; `stream` names what is drawn."""
     if (free := requests(batch)) is not None:
@@ -63,6 +69,10 @@ def lengths(batch: str, T: int, k: int, block_size: int, stream: str) -> tuple[l
         return [T], [T]
     if batch == "chunked":
         return [T], [T + size + 5]
+    if batch == DRAFTS:  # an end within a page, at the end of one, and a request that only fills its place
+        decoding = min(T // 2, 8)
+        ends = [(n, -(-n // size) * size, 0)[r % 3] for r, n in enumerate(drawn[:decoding])]
+        return [1] * decoding + [T - decoding], [*ends, -(-(T - decoding + reach) // size) * size]
     if batch == "mixed":
         decoding = min(T // 2, 8)
         return [1] * decoding + [T - decoding], [*drawn[:decoding], T - decoding + 19 + reach]

@@ -52,7 +52,6 @@ class Discrepancy:
 
 
 COLLECTIVES = "collectives"
-GRAPHS = "graph capture"
 LOW = "low precision"
 
 DISCREPANCIES = (
@@ -363,8 +362,8 @@ DISCREPANCIES = (
         38,
         "A captured graph replayed the lengths of the step it was captured at.",
         "vllm-project/vllm-ascend#10895, vllm-project/vllm-ascend#9818",
-        "open",
-        by=GRAPHS,
+        cases=("indexer_topk,T=5,G=8,D=128,k=16,scale=0.0156,iq:bf16,batch=1/200+1/9+3/70,block_size=64,capture,0",),
+        family=("indexer_topk,*,capture,*",),
     ),
     Discrepancy(
         39,
@@ -376,8 +375,8 @@ DISCREPANCIES = (
         40,
         "An addition in place went wrong inside a captured graph.",
         "vllm-project/vllm-ascend#6182",
-        "open",
-        by=GRAPHS,
+        cases=("add,T=17,H=96,a:bf16,capture,0",),
+        family=("add,*,capture,*",),
     ),
     Discrepancy(
         41,
@@ -614,10 +613,10 @@ def _op(token: str) -> str:
 
 
 @cache
-def of_op(op: str) -> tuple[Case, ...]:
-    """The named cases of an op, each once."""
+def of_op(op: str, capture: bool = False) -> tuple[Case, ...]:
+    """The named cases of an op, each once: those that are captured, or the others."""
     tokens = dict.fromkeys(t for d in DISCREPANCIES for t in d.cases if _op(t) == op)
-    return tuple(Case.from_token(t) for t in tokens)
+    return tuple(case for case in map(Case.from_token, tokens) if case.capture == capture)
 
 
 def named(op: str, level: Level) -> Iterator[Case]:

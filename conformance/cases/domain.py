@@ -83,6 +83,17 @@ def per_expert(contract: Contract) -> str:
     return counted[0].name if counted else ""
 
 
+def joined(contract: Contract) -> list[str]:
+    """The arrays whose rows may lie side by side in one buffer, as a product gives them that is then cut."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for operand in contract.signature.of_kind(ARRAY):
+        alike = groups.setdefault(operand.dims[:-1], [])
+        kinds = _choices(contract, operand)
+        if len(operand.dims) > 1 and (not alike or kinds in ((alike[0],), _choices(contract, contract.signature[alike[0]]))):
+            alike.append(operand.name)
+    return next((names for names in groups.values() if len(names) > 1), [])
+
+
 def takes_integers(contract: Contract, operand: str) -> bool:
     """Whether an operand takes any floats, and so small integers."""
     plain = options(contract, operand)[0] in ("normal", "weight")

@@ -11,7 +11,7 @@ import numpy as np
 
 from porthal.conformance.cases import provocations  # noqa: F401  enters its generators
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import CROWD, lengths, requests
+from porthal.conformance.cases.compositions import CROWD, lengths, requests, spare
 from porthal.conformance.cases.legal import PAGES, held_pages
 from porthal.conformance.cases.values import RECIPES, Draw
 from porthal.hal import Batch, CallSpec, Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
@@ -144,6 +144,7 @@ def _batch(case: Case, sizes: Mapping[str, Any]) -> Batch:
     if case.batch in (CROWD, "long"):
         tables = [[(r * 7 + p) % PAGES for p in range(n)] for r, n in enumerate(need)]
     else:
+        need = [n + more for n, more in zip(need, spare(case.batch, len(need)))]
         order = Draw(f"{case.stream}/pages", (1,)).order(sum(need) + 3).tolist()
         tables = [order[end - n : end] for n, end in zip(need, np.cumsum(need))]
         for r, request in enumerate(requests(case.batch) or ()):

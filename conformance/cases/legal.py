@@ -19,15 +19,18 @@ from porthal.conformance.cases.compositions import (
     lengths,
     requests,
     shareable,
+    spare,
 )
-from porthal.conformance.cases.domain import absences, fitting, per_expert
+from porthal.conformance.cases.domain import absences, fitting, joined, per_expert
+from porthal.conformance.cases.programs import PROGRAMS, programs
 from porthal.hal.contract import Contract
-from porthal.hal.signature import evaluate, symbols
+from porthal.hal.signature import ARRAY, evaluate, symbols
 
 if TYPE_CHECKING:
     from porthal.conformance.cases.case import Case
 
 VIEWS = ("columns", "rows", "transposed", "broadcast")
+LAYOUTS = ("heads", "slices", "joint")  # of operands as other kernels hand them over, where an op has such operands
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
@@ -54,7 +57,7 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies):
+    for check in (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture):
         if why := check(case):
             return why
     facts = SimpleNamespace(**attrs, **sizes, **({"block_size": case.block_size} if case.block_size else {}))
@@ -80,8 +83,12 @@ def _refused_operands(case: Case) -> str:
     if set(case.absent) - set().union(*(g for g in groups if set(g) <= set(case.absent))):
         permitted = [" with ".join(group) for group in groups]
         return f"{', '.join(case.absent)} cannot be left out, expected {_one_of(permitted or ['every operand'])}"
-    if case.view not in ("", *(known := (*VIEWS, FAR, PAST_2G, THREADS))):
+    if case.view not in ("", *(known := (*VIEWS, *LAYOUTS, FAR, PAST_2G, THREADS))):
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
+    if case.view == "joint" and not joined(contract):
+        return "view joint needs two arrays whose rows can lie side by side"
+    if case.view in LAYOUTS[:2] and all(len(o.dims) != 3 for o in contract.signature.of_kind(ARRAY)):
+        return f"view {case.view} needs an array of 3 axes"
     kinds = {o.kind for o in operands.values()}
     if case.view == PAST_2G and not ({"Pages", "Batch"} <= kinds or per_expert(contract)):
         return f"view {PAST_2G} needs a cache with a batch, or experts' weights with counts"
@@ -152,6 +159,24 @@ def _refused_copies(case: Case) -> str:
     return ""
 
 
+def _refused_program(case: Case) -> str:
+    if case.seq and case.seq not in PROGRAMS:
+        return f"{case.seq!r} is not a program, expected one of {', '.join(PROGRAMS)}"
+    if case.seq and case.seq not in (known := programs(case.contract)):
+        return f"it has no program {case.seq!r}, expected one of {', '.join(known)}"
+    if case.seq and (other := case.view or case.fault):
+        return f"a program takes its operands as they are, without {other}"
+    return ""
+
+
+def _refused_capture(case: Case) -> str:
+    if case.capture and (case.view or case.fault or case.distinct):
+        return "a captured call has neither view nor fault nor copies"
+    if case.capture and (case.batch in (CROWD, "long") or dict(case.dims).get(case.contract.rows) == 0):
+        return "a captured call has rows, and requests with pages of their own"
+    return ""
+
+
 def _unpaged(case: Case) -> list[str]:
     """Of batch and block_size, what the op needs and the case does not have."""
     signature = case.contract.signature
@@ -192,7 +217,7 @@ def elements(case: Case) -> int:
         q_lens, kv_lens = lengths(case.batch, sizes["T"], sizes.get("k", 0), case.block_size, case.stream)
         sizes = {"R": len(q_lens), "S": max(kv_lens, default=0), **sizes}
         held = 2 * max(kv_lens, default=0) if case.distinct else sum(kv_lens)  # copies share pages
-        slots = max(slots, held + len(kv_lens) * case.block_size)
+        slots = max(slots, held + (len(kv_lens) + sum(spare(case.batch, len(kv_lens)))) * case.block_size)
     for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
         if operand.name in case.absent:
             continue

@@ -6,17 +6,19 @@ how many variations, dtypes and row counts they combine; a case does not know th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations, cycle, product
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
-from porthal.conformance.cases.discrepancies import named
+from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
     absences,
@@ -27,13 +29,14 @@ from porthal.conformance.cases.domain import (
     per_expert,
     takes_integers,
 )
-from porthal.conformance.cases.legal import FAULTS, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
+from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
-from porthal.hal.signature import symbols
+from porthal.hal.signature import evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
@@ -43,6 +46,8 @@ LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as lon
 TIES = "shelves"  # values that are equal in runs longer than what is chosen
 PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
+HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
+CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 
 
 def cases(
@@ -51,6 +56,13 @@ def cases(
     """The cases of one contract at a level, in order, each once; `dtypes` keeps those whose first float is among them, and
     `model` says whose sizes the large ones have."""
     return [case for case in _planned(contract, level, model) if among(case, dtypes)]
+
+
+def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
+    """The cases that are captured as a graph and replayed, for backends that do so."""
+    known = of_op(contract.name, capture=True)
+    found = {case.token: case for case in (*_Plan(contract, level).captured(), *known)}
+    return [case for case in found.values() if among(case, dtypes)]
 
 
 @lru_cache(maxsize=256)
@@ -96,6 +108,7 @@ class _Plan:
         yield from self._forms()
         if self.has_batch or self.has_pages:
             yield from self._batches()
+        yield from self._programs()
         for seed, combo in product(self.level.seeds, self.combos):
             yield from self._made(rows=65, dtypes=combo, seed=seed)
         if self.level.thorough:
@@ -104,6 +117,11 @@ class _Plan:
         yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())
+
+    def captured(self) -> Iterator[Case]:
+        """One call of few rows: requests that decode, one of them with two rows where there is a batch."""
+        for combo in self._each():
+            yield from self._made(rows=5, dtypes=combo, batch=CAPTURED if self.has_batch else "", capture=True)
 
     def _production(self) -> Iterator[Case]:
         """GLM-5's dims in its dtype, as far as a level's means go, with all rows different: at several row counts and
@@ -170,12 +188,25 @@ class _Plan:
             for recipes in self._recipes():
                 if self.level.thorough or TIES in dict(recipes).values():
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
-        for view in (*VIEWS, THREADS):
+        for view in (*VIEWS, *LAYOUTS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
+        yield from self._threads()
         for absent in absences(self.contract):
             for combo in self._each():
                 yield from self._made(absent=absent, dtypes=combo)
+
+    def _threads(self) -> Iterator[Case]:
+        """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as
+        GLM-5 is."""
+        if self.level.thorough:
+            for combo in self.combos:
+                yield from self._made(view=THREADS, dtypes=combo)
+            wide = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
+            for rows in (64, 257):
+                yield from self._made(wide, rows=rows, view=THREADS, dtypes=self._next(), most=MANY_ROWS * 64)
+        some = list(self._made(rows=64, view=THREADS, dtypes=self._next(), most=MANY_ROWS * 4))
+        yield from some or self._made(view=THREADS, dtypes=self._next())
 
     def _batches(self) -> Iterator[Case]:
         """Batch compositions, and every page size that a plan takes in one of them."""
@@ -189,6 +220,34 @@ class _Plan:
         for size in values(PAGE_SIZES) if self.level.thorough else few:
             rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 1
             yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
+
+    def _programs(self) -> Iterator[Case]:
+        """Sequences of calls; results are held that are larger than what allocators treat in one way."""
+        for name in programs(self.contract):
+            if name == "held":
+                continue
+            for combo in self._each() if name == "update" else [self._next()]:
+                batch = "drafts" if name == "reuse" and self.has_batch else ""
+                yield from self._made(seq=name, dtypes=combo, batch=batch)
+        for size in (HELD if self.level.thorough else HELD[:1]) if "held" in programs(self.contract) else ():
+            yield from self._holding(size)
+
+    def _holding(self, size: int) -> Iterator[Case]:
+        """The call whose first result just has more bytes than this, with as little else as there is."""
+        result = next(r for r in self.contract.signature.results if not r.mutated)
+        wide = {s for d in result.dims for s in symbols(d)}
+        many = self.rows if self.rows in wide else symbols(result.dims[0])[0]
+        free = [s for s in (*self.free, *self.attrs) if s != many]
+        sizes = {s: (max if s in wide else min)(self.contract.cases[s]) for s in free if s in self.sized}
+
+        def held(rows: int) -> int:
+            """Bytes in a dtype of 16 bits; a batch's longest request, where that counts, has about as many keys as rows."""
+            return 2 * prod(evaluate(d, {"S": rows, **sizes, many: rows}) for d in result.dims)
+
+        rows = bisect_right(range(MANY_ROWS), size, key=held)
+        few = {} if self.has_batch or size == HELD[0] or many != self.rows else {"distinct": 8}
+        if size < held(rows) and (self.level.thorough or rows < MANY_ROWS // 8):
+            yield from self._made({**sizes, many: rows}, dtypes=self._next(), seq="held", **few)
 
     def _next(self) -> Combo:
         """The dtypes that are next in turn."""

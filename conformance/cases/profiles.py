@@ -27,15 +27,17 @@ from porthal.hal.signature import evaluate
 from porthal.model import profiles as here
 
 FLOPS, BYTES, GOLDEN = 4e10, 4e9, 1.5e10  # a second of a core: what a kernel does, what memory gives, what float64 does
+SORTED = 2e-8  # seconds to sort a number among others
 CALLS = 3  # a kernel's calls in one case
 PASSES = 18  # over the reference's products for one golden
 BLOCK_SIZE = 64
 MODEL = "glm-5"  # whose sizes are tested where no other model is named
 FIXED = 512  # widths up to here are inside a head, which vendors' kernels are made for; but heads and experts vary
+LEAST = 64  # and of experts, of which there may be so many that none can be wide
 COUNTS = 256  # dims up to here count heads, experts, or what one of them holds
 DISTINCT = "distinct rows"
 PREFERRED = 0.6  # as if that cost so much less: fewer distinct rows take nothing from the kernel
-LENIENT = 4  # times what a level allows, for a call that cannot be made smaller
+LENIENT = 3  # times what a level allows, for a call that cannot be made smaller
 FEW = {"bring-up": 8, "standard": 16, "strict": 32}  # distinct rows
 
 
@@ -194,7 +196,7 @@ def _smaller(
     if rows > 16:
         yield "query rows", [r._replace(q=rows // 2) if r.q == rows else r for r in found], dims, few
     for symbol, size in dims.items():
-        varies = (size > FIXED and symbol != "k") or (symbol in ("E", "N") and size >= 16)
+        varies = (size > (LEAST if "E" in dims else FIXED) and symbol != "k") or (symbol in ("E", "N") and size >= 16)
         if varies and symbol not in kept:
             yield symbol, found, {**dims, symbol: size // 2}, few
 
@@ -231,17 +233,19 @@ def seconds(case: Case) -> float:
     contract, few = case.contract, case.distinct
     dims = dict(case.dims)
     dtype = dict(case.dtypes).get(first_float(contract), "float32")
-    flops = _flops(case, dims, requests(case.batch) or [])
+    flops, ranked = _flops(case, dims, requests(case.batch) or [])
     small = {s: min(n, few) if s in contract.independent else n for s, n in dims.items()}
     if per_expert(contract):
         small[contract.rows] = min(dims[contract.rows], 2 * dims.get("E", 1))
     kept = [r._replace(q=min(r.q, few)) for r in dict.fromkeys(requests(case.batch) or [])]
-    golden = _flops(case, small, kept)
+    golden, scored = _flops(case, small, kept)
     moved = elements(case) * itemsize(dtype)
-    return CALLS * (flops / FLOPS + 3 * moved / BYTES) + PASSES * golden / GOLDEN + 0.01
+    work = CALLS * (flops / FLOPS + 3 * moved / BYTES) + PASSES * golden / GOLDEN
+    return work + SORTED * (CALLS * ranked + scored) + 0.01
 
 
-def _flops(case: Case, dims: Mapping[str, int], found: Sequence[Request]) -> float:
+def _flops(case: Case, dims: Mapping[str, int], found: Sequence[Request]) -> tuple[float, float]:
+    """Of a call: the operations, and the numbers that it ranks."""
     contract = case.contract
     attrs: dict[str, Any] = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
     longest = {"S": max((r.kv for r in found), default=0)} if len(_batch_dims(contract)) > 1 else {}
@@ -252,7 +256,8 @@ def _flops(case: Case, dims: Mapping[str, int], found: Sequence[Request]) -> flo
     flops, _ = contract.cost(SimpleNamespace(**facts), SimpleNamespace(**sizes))
     env = {k: v for k, v in facts.items() if isinstance(v, int)}
     each = sum(_product(o.dims, env) for o in contract.signature.results if o.dims)  # what a copy costs, too
-    return float(flops) + 20.0 * each
+    ranked = _product(contract.signature.operands[0].dims, env) if contract.choice else 0.0
+    return float(flops) + 20.0 * each, ranked
 
 
 def _batch_dims(contract: Contract) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ class Lockstep(Backend):
         """The reference's values, so that every lane continues with the same tokens."""
         return np.asarray(self.ours.to_numpy(x.each[REFERENCE]))
 
-    def plan(self, batch: Batch) -> Batch:
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         planned = self.theirs.plan(batch)
         return batch.with_native(Lanes(self.ours.plan(batch), planned, planned, planned))
 

@@ -43,6 +43,11 @@ class Bound:
         """The declared order of ties: a composition's is that of its parts."""
         return "any" if any(c.tie == "any" for c in self.made_of) else "lowest"
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether it is promised that a row's bits do not depend on the other rows: of a composition, by all its parts."""
+        return all(c.batch_invariant for c in self.made_of if c.status != "composed")
+
 
 class Bindings:
     """The bindings of one backend, one per distinct call."""

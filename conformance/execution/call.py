@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -16,15 +16,17 @@ import numpy as np
 
 from porthal.conformance.cases.inputs import Inputs, specified_rows
 from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
+from porthal.conformance.cases.values import TIED
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
-from porthal.conformance.execution.invariance import disturbed, restored
+from porthal.conformance.execution.invariance import disturbed, joined, restored, split
 from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
-from porthal.conformance.execution.placing import Watch, filled, place, poisoned, read, spreads
+from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
 from porthal.hal.dtypes import dtype
 
+REPLAYS = 25  # runs of a choice among equals, as at any level while patience lasts
 PATIENCE = 0.5  # seconds, after which two runs are enough
 SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
 ABREAST = 4  # threads that call a kernel at once, and
@@ -35,8 +37,17 @@ def execute(bindings: Bindings, bound: Bound, inputs: Inputs, runs: int = 2) -> 
     """The kernel's results on a call, on the same call again, and on its rows among others."""
     same_shape = bindings.backend.traits.static_shapes
     call = disturbed(inputs, not same_shape)  # made before a kernel that writes where it must not can spoil it
-    outcome = repeated(bound.binding, inputs, runs)
-    return among_other_rows(bindings, bound, *call, outcome) if call else outcome
+    promised = bound.batch_invariant or (bound.tie == "any" and inputs.contract.choice)
+    parts = split(inputs) if promised and not same_shape else []
+    outcome = repeated(bound.binding, inputs, max(runs, REPLAYS) if _chooses(inputs) else runs)
+    outcome = among_other_rows(bindings, bound, *call, outcome) if call else outcome
+    return _apart(bindings, bound, parts, outcome) if parts else outcome
+
+
+def _chooses(inputs: Inputs) -> bool:
+    """Whether it is a choice among equals, whose order threads may decide."""
+    discrete = any(name in ("", "int32") for _, _, name in inputs.contract.results(inputs.spec))  # "" of a selection
+    return discrete and any(recipe in (*TIED, "crowded") for _, recipe in inputs.case.recipes)
 
 
 def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
@@ -63,9 +74,10 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
     except BaseException as error:  # SystemExit too must not end the run
         if isinstance(error, NotClaimed) and not by_kernel(error):
             raise
-        return Outcome(error=_told(error))
+        return Outcome(error=told(error))
     flushes = binding.backend.traits.flushes_denormals
-    return Outcome(first.results, again, tuple(trespasses), flushes=flushes)
+    unread = dict.fromkeys(what for watch in first.watches for what in watch.unread)
+    return Outcome(first.results, again, tuple(trespasses), flushes=flushes, unread=tuple(unread))
 
 
 def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
@@ -82,10 +94,29 @@ def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, 
     except BaseException as error:
         if isinstance(error, NotClaimed) and not by_kernel(error):
             return outcome
-        return Outcome(error=f"among other rows, one of them poisoned: {_told(error)}")
-    invariant = getattr(getattr(bound.binding, bound.choice.op), "batch_invariant", False)
-    trespasses = tuple(f"among other rows, one of them poisoned: {t}" for t in moved.trespasses)
-    return replace(outcome, moved=restored(call, moved.results, to), invariant=invariant, trespasses=trespasses)
+        return Outcome(error=f"among other rows, one of them poisoned: {told(error)}")
+    trespasses = tuple(type(t)(f"among other rows, one of them poisoned: {t}") for t in moved.trespasses)
+    return replace(
+        outcome, moved=restored(call, moved.results, to), invariant=bound.batch_invariant, trespasses=trespasses
+    )
+
+
+def _apart(bindings: Bindings, bound: Bound, parts: Sequence[Inputs], outcome: Outcome) -> Outcome:
+    """The outcome together with that of the same rows in several calls, where the same kernel takes these."""
+    if outcome.error or outcome.trespasses:
+        return outcome
+    try:
+        there = [bindings.bound(part) for part in parts]
+        if any(_kernel(bound) != _kernel(other) for other in there):
+            return outcome
+        found = [once(other.binding, part).results for other, part in zip(there, parts)]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, NotClaimed) and not by_kernel(error):
+            return outcome
+        return Outcome(error=f"in calls of fewer rows: {told(error)}")
+    return replace(outcome, apart=joined(parts, found))
 
 
 def _kernel(bound: Bound) -> tuple[str, str, str]:
@@ -109,17 +140,30 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
     the backend's memory, which all threads share, is not watched then.
     """
     _meet(abreast)
-    contract = inputs.contract
-    mutated = {o.name for o in contract.signature.mutated}
+    mutated = {o.name for o in inputs.contract.signature.mutated}
     operands, watches = {}, []
     distant = Distant(binding, inputs) if inputs.case.view == PAST_2G else None
     apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand takes enough memory
+    joint = jointly(binding, inputs) if inputs.case.view == "joint" else {}
     for name, value in inputs.operands.items():
         view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
-        operands[name], watch = place(binding, name, value, view, distant)
+        operands[name], watch = joint.get(name) or place(binding, name, value, view, distant)
         if watch and name not in mutated:
             watches.append(watch)
     _meet(abreast)
+    return called(binding, inputs, operands, watches, abreast, distant)
+
+
+def called(
+    binding: Binding,
+    inputs: Inputs,
+    operands: Mapping[str, Any],
+    watches: list[Watch],
+    abreast: Barrier | None = None,
+    distant: Distant | None = None,
+) -> Run:
+    """One call on operands that are placed, whose logical form the inputs are."""
+    contract, mutated = inputs.contract, {o.name for o in inputs.contract.signature.mutated}
     memory: AbstractContextManager[list[Watch]] = nullcontext([]) if abreast else poisoned(binding.backend)
     with memory as blocks:
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
@@ -128,13 +172,13 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
         _churn(binding, held)
     if distant:
         held = {name: distant.near(value) for name, value in held.items()}
-    results = _read(binding, inputs, held)
+    results = logical(binding, inputs, held)
     results = {name: value if name in mutated else _copied(value) for name, value in results.items()}
     trespasses = [t for w in (*watches, *blocks) if (t := w.trespass(binding))]
     return Run(results, trespasses, held, watches)
 
 
-def _read(binding: Binding, inputs: Inputs, held: Mapping[str, Any]) -> dict[str, Any]:
+def logical(binding: Binding, inputs: Inputs, held: Mapping[str, Any]) -> dict[str, Any]:
     """Results in logical form, with zeros in the rows that the contract leaves unspecified."""
     results = {name: read(binding, value) for name, value in held.items()}
     if (rows := specified_rows(inputs)) is None:
@@ -152,22 +196,22 @@ def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
     if binding.backend.traits.mutable:
         for watch in first.watches:
             watch.spoil(binding.backend)
-        if change := difference(first.results, _read(binding, inputs, first.held)):
+        if change := difference(first.results, logical(binding, inputs, first.held)):
             yield f"a result shares memory with an input: {change} when the inputs are overwritten"
     with suppress(DataNotTaken):
-        yield from once(binding, replace(inputs, operands=_reversed(inputs.operands))).trespasses
-    if change := difference(first.results, _read(binding, inputs, first.held)):
+        yield from once(binding, replace(inputs, operands=turned(inputs.operands))).trespasses
+    if change := difference(first.results, logical(binding, inputs, first.held)):
         yield f"the next call changed a result of this one: {change}"
 
 
-def _reversed(operands: Mapping[str, Any]) -> dict[str, Any]:
+def turned(operands: Mapping[str, Any]) -> dict[str, Any]:
     """Other legal values of the same form: the rows of every array from the last to the first."""
     return {name: v[::-1].copy() if isinstance(v, np.ndarray) else v for name, v in operands.items()}
 
 
 def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
     """Results of the call in several threads, every second with other values, switched as often as Python can."""
-    other = _reversed(inputs.operands)
+    other = turned(inputs.operands)
     for name, value in inputs.operands.items():
         if isinstance(value, Weight):
             other[name] = replace(value, native=value.native[::-1].copy())
@@ -202,7 +246,7 @@ def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
             binding.backend.write(binding.backend.empty(shape, kind), binding.from_numpy(filled(shape, kind)))
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """What was raised, and where; Failed with CRASH where memory was lacking, in the words of NumPy and PyTorch."""
     said, told = str(error).lower(), raised(error)
     if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:

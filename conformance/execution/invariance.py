@@ -4,12 +4,13 @@ Where an op works row by row (or request by request, with a Batch), its results 
 reverse, decoding requests still first, and one more row between them is not judged: NaN where the op takes any
 number, a copy of another row where it takes indices, a request without keys if there is a Batch; where a backend's
 shapes are static no row is added. The results, restored to their order, must pass the same judgement as before; bit for
-bit where a kernel sets `batch_invariant` on its function.
+bit where a kernel sets `batch_invariant` on its function, which then gets its first row, or request, in a call of its own
+too. So does a choice whose order of ties is the kernel's own: whatever that is, it may not depend on the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,22 +36,59 @@ def disturbed(inputs: Inputs, poisoned: bool = True) -> tuple[Inputs, Array] | N
     assert isinstance(count, int)  # no ranges in a call
     if not rows or inputs.case.view or not 1 <= count <= LARGEST:
         return None
-    operands = dict(inputs.operands)
     if batch:
-        order, other = _requests(batch, poisoned)
+        decoding = np.flatnonzero(batch.q_len <= DECODING)[::-1].tolist()
+        others = np.flatnonzero(batch.q_len > DECODING)[::-1].tolist()
+        order, other = _requests(batch, [*decoding, *[POISON] * poisoned, *others])
     else:
         half = count // 2
         order, other = np.array([*range(half), *[POISON] * poisoned, *range(half, count)])[::-1], None
+    moved = _call(inputs, order, other)
+    return (moved, np.argsort(order)[int(poisoned) :]) if moved else None  # the poisoned row sorts first
+
+
+def split(inputs: Inputs) -> list[Inputs]:
+    """The same rows in two calls, the first row, or request, alone; [] where rows are not independent, a view shares them,
+    or there is one alone."""
+    rows, batch = independent(inputs.contract), inputs.batch
+    count = batch.R if batch else inputs.spec.dims.get(rows, 0)
+    assert isinstance(count, int)  # no ranges in a call
+    if not rows or inputs.case.view or not 2 <= count <= LARGEST:
+        return []
+    both = [[0], list(range(1, count))]
+    calls = [_call(inputs, *(_requests(batch, part) if batch else (np.array(part), None))) for part in both]
+    return [call for call in calls if call]
+
+
+def _call(inputs: Inputs, order: Array, batch: Batch | None) -> Inputs | None:
+    """The call of these rows in this order, and of their batch; None where an operand cannot be taken apart."""
+    contract, operands = inputs.contract, dict(inputs.operands)
+    rows = independent(contract)
+    keys = next((o.dims[2] for o in contract.signature.of_kind("Batch") if len(o.dims) > 2), "")
     for operand in contract.signature.operands:
         value = operands[operand.name]
         if operand.kind == "Batch":
-            operands[operand.name] = other
+            operands[operand.name] = batch
         elif value is not None and operand.dims[:1] == (rows,):
-            operands[operand.name] = _taken(value, order, may_be_nan=not contract.admits)
-            if operands[operand.name] is None:
+            value = _taken(value, order, may_be_nan=not contract.admits)
+            if value is None:
                 return None
-    moved = replace(inputs, operands=operands, spec=contract.spec(operands, inputs.attrs))
-    return moved, np.argsort(order)[int(poisoned) :]  # the poisoned row sorts first
+            operands[operand.name] = value[:, : batch.max_kv] if batch and operand.dims[1:] == (keys,) else value
+    return replace(inputs, operands=operands, spec=contract.spec(operands, inputs.attrs))
+
+
+def joined(parts: Sequence[Inputs], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of a call that was split, those that have its rows."""
+    contract = parts[0].contract
+    rows = independent(contract)
+    found: dict[str, Any] = {}
+    for result in contract.signature.results:
+        values = [given[result.name] for given in results]
+        if result.dims[:1] == (rows,) and isinstance(values[0], dict):
+            found[result.name] = {part: np.concatenate([v[part] for v in values]) for part in values[0]}
+        elif result.dims[:1] == (rows,):
+            found[result.name] = np.concatenate(values)
+    return found
 
 
 def restored(moved: Inputs, results: Mapping[str, Any], to: Array) -> dict[str, Any]:
@@ -74,16 +112,13 @@ def independent(contract: Contract) -> str:
     return first if leads and not per_expert(contract) else ""
 
 
-def _requests(batch: Batch, poisoned: bool) -> tuple[Array, Batch]:
-    """Requests in reverse, those that decode first, then one of a single row without keys, then the others."""
-    decoding = np.flatnonzero(batch.q_len <= DECODING)[::-1].tolist()
-    others = np.flatnonzero(batch.q_len > DECODING)[::-1].tolist()
-    order = [*decoding, *[POISON] * poisoned, *others]
+def _requests(batch: Batch, order: Sequence[int]) -> tuple[Array, Batch]:
+    """Requests in this order, of which POISON is one of a single row without keys: their rows, and their batch."""
     rows = [[POISON] if r == POISON else list(range(batch.cu_q[r], batch.cu_q[r + 1])) for r in order]
     kv_lens = [0 if r == POISON else int(batch.kv_len[r]) for r in order]
     tables = [[] if r == POISON else [p for p in batch.block_table[r].tolist() if p >= 0] for r in order]
     moved = Batch.build([len(part) for part in rows], kv_lens, tables, batch.block_size)
-    return np.array([row for part in rows for row in part]), moved
+    return np.array([row for part in rows for row in part], int), moved
 
 
 def _taken(value: Any, order: Array, may_be_nan: bool) -> Any:

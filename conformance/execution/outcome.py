@@ -30,8 +30,10 @@ class Outcome:
     trespasses  what changed that the call may not write
     error       what was raised, and where
     moved       results of the same rows among others (see `invariance`), where there is such a call
+    apart       and in several calls of fewer rows, where those are promised to give the same
     invariant   whether the kernel declares that these are the same bits
     flushes     whether the backend says that it may read denormals as zero
+    unread      of operands, what cannot be read back, so that nobody knows whether it changed
     """
 
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -39,8 +41,14 @@ class Outcome:
     trespasses: tuple[str, ...] = ()
     error: str = ""
     moved: Mapping[str, Any] = field(default_factory=dict)
+    apart: Mapping[str, Any] = field(default_factory=dict)
     invariant: bool = False
     flushes: bool = False
+    unread: tuple[str, ...] = ()
+
+
+class Mutation(str):
+    """What changed of what an operand holds, among trespasses."""
 
 
 class WrongResult(UsageError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from porthal.conformance.cases.domain import joined
+from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.legal import FAR
 from porthal.conformance.execution.distant import Distant
-from porthal.conformance.execution.outcome import Array, bits, same_bits
+from porthal.conformance.execution.fingerprint import Fingerprint, beyond_logical, shown_whole
+from porthal.conformance.execution.outcome import Array, Mutation, bits, same_bits
 from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Weight
 from porthal.hal.dtypes import dtype, is_float, numpy_dtype
 from porthal.hal.errors import message_of
@@ -22,16 +26,33 @@ MARGIN = 256  # poisoned elements on both sides of what a backend allocates, whi
 
 @dataclass(frozen=True)
 class Watch:
-    """Something on the device that must keep its bits: an input with what surrounds it, or the margins of a result."""
+    """Something on the device that must keep its bits: an operand with what surrounds it, or the margins of a result.
+
+    before  the bits that it had, by the parts of its logical form
+    inner   of what lies around something, the part that may be written
+    own     which elements of an array are the operand's own; the others lie beside it
+    native  an operand in the backend's own form, as far as `before` does not show it
+    """
 
     what: str
     value: Any
     before: Mapping[str, Array]
     inner: slice | None = None
+    own: Array | None = None
+    native: Fingerprint | None = None
+
+    @classmethod
+    def over(cls, backend: Backend, what: str, placed: Operand, before: Mapping[str, Array]) -> Watch:
+        """Over an operand whose logical form is `before`."""
+        inside = beyond_logical(backend, placed)
+        native = None if inside is None else Fingerprint(backend, inside, what)
+        return cls(what, placed, {} if shown_whole(placed, native) else before, native=native)
 
     def trespass(self, binding: Binding) -> str:
-        """What changed, in words, or ""."""
-        after = self.value.parts() if isinstance(self.value, Batch) else read(binding, self.value)
+        """What changed, in words, or ""; a Mutation where it is what an operand holds."""
+        if self.native and (change := self.native.change(self._native_now())):
+            return Mutation(change)
+        after = read(binding, self.value) if self.before else {}
         for name, old in self.before.items():
             new = after[name] if isinstance(after, dict) else after
             outside = (slice(self.inner.start), slice(self.inner.stop, None)) if self.inner else (slice(None),)
@@ -41,9 +62,22 @@ class Watch:
             if self.inner:
                 changed[self.inner] = False
             if changed.any():
-                at = [int(i[0]) for i in np.nonzero(changed)]
-                return f"{self.what}{'.' * bool(name)}{name} changed at {at}"
+                inside = changed if self.own is None else changed & self.own
+                at = [int(i[0]) for i in np.nonzero(inside if inside.any() else changed)]
+                beside = self.inner or not inside.any()
+                told = f"{self.what}{'.' * bool(name)}{name} changed at {at}"
+                return f"memory beside {told}" if beside and not self.inner else told if beside else Mutation(told)
         return ""
+
+    def _native_now(self) -> Fingerprint:
+        assert self.native
+        return Fingerprint(self.native.backend, beyond_logical(self.native.backend, self.value), self.what)
+
+    @property
+    def unread(self) -> list[str]:
+        """What of an operand cannot be read, in words."""
+        kinds = Counter(self.native.unread) if self.native else {}
+        return [f"{kind} in {self.what}" for kind in kinds]
 
     def spoil(self, backend: Backend) -> None:
         """Overwrite an array on the device; operands of other kinds stay."""
@@ -72,16 +106,32 @@ def place(
             return placed, Watch(f"pages {name}", distant.near(placed), value.native) if near else None
     if isinstance(value, Operand):
         what, before = f"{type(value).__name__.lower()} {name}", value.parts()
-        if isinstance(value, Batch):  # lies on the host, so the kernel has the suite's own arrays
-            return value.place(binding), Watch(what, value, {part: array.copy() for part, array in before.items()})
+        if isinstance(value, Batch):  # lies on the host: the kernel gets no array of the suite's
+            value = Batch.of(None, {part: array.copy() for part, array in before.items()})
         placed = value.place(binding)
-        return placed, Watch(what, placed, before)
+        return placed, Watch.over(binding.backend, what, placed, before)
     if view == FAR and spreads(value):
         placed = _far(binding, value)
         return placed, Watch(f"input {name}", placed, {"": value})
     parent, cut = _parent(binding.backend, value, view)
     device = binding.from_numpy(parent.copy())
-    return cut(device), Watch(f"input {name}", device, {"": parent})
+    own = None
+    if parent.size > value.size:
+        own = np.zeros(parent.shape, bool)
+        cut(own)[...] = True
+    return cut(device), Watch(f"input {name}", device, {"": parent}, own=own)
+
+
+def jointly(binding: Binding, inputs: Inputs) -> dict[str, tuple[Any, Watch | None]]:
+    """The arrays of one dtype whose rows can lie side by side, cut from one buffer, with one watch over it."""
+    arrays = {name: inputs.operands[name] for name in joined(inputs.contract) if inputs.operands[name] is not None}
+    first = next(iter(arrays.values()))
+    arrays = {name: x for name, x in arrays.items() if x.dtype == first.dtype}
+    whole = np.concatenate(list(arrays.values()), axis=-1)
+    device, ends = binding.from_numpy(whole.copy()), np.cumsum([x.shape[-1] for x in arrays.values()]).tolist()
+    watch = Watch(f"input {' beside '.join(arrays)}", device, {"": whole})
+    watches = [watch, *[None] * (len(arrays) - 1)]
+    return {n: (device[..., end - x.shape[-1] : end], w) for (n, x), end, w in zip(arrays.items(), ends, watches)}
 
 
 def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:
@@ -98,6 +148,14 @@ def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any
         return parent, lambda a: a[1::2]
     if view == "transposed" and x.ndim > 1:
         return np.ascontiguousarray(x.swapaxes(-1, -2)), lambda a: a.swapaxes(-1, -2)
+    if view == "heads" and x.ndim == 3:
+        return np.ascontiguousarray(x.swapaxes(0, 1)), lambda a: a.swapaxes(0, 1)
+    if view == "slices" and x.ndim > 1:
+        more = (3, 3, *[0] * (x.ndim - 2)) if x.ndim == 3 else (3, *[0] * (x.ndim - 1))
+        parent = filled(tuple(n + m for n, m in zip(x.shape, more)), dtype(x))
+        inside = tuple(slice(m // 2, m // 2 + n) for n, m in zip(x.shape, more))
+        parent[inside] = x
+        return parent, lambda a: a[inside]
     if view == "broadcast" and backend.traits.strides and len(x) and is_float(dtype(x)):
         return x[:1], lambda a: backend.broadcast(a, x.shape)
     return x, lambda a: a

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.legal import FAR, PAST_2G, VIEWS
+from porthal.conformance.cases.legal import FAR, LAYOUTS, PAST_2G, VIEWS
 from porthal.hal import Backend, UsageError
 from porthal.hal.errors import message_of
 
@@ -18,10 +18,12 @@ DENSE = [view for view in VIEWS if view != "broadcast"]  # of these a copy is th
 
 def left_out(case: Case, backend: Backend) -> str:
     """Why a case would tell nothing about a backend with arrays of this kind, or ""."""
-    if case.view in (*DENSE, FAR) and not backend.traits.strides:
+    if case.view in (*DENSE, *LAYOUTS, FAR) and not backend.traits.strides:
         return f"view={case.view} is a dense copy on {backend}, whose arrays have no strides"
     if case.view == PAST_2G and not backend.traits.views_alias:
         return f"view={case.view} would have to be copied on {backend}, where slices are copies"
+    if case.capture and not backend.captures:
+        return f"{backend} captures no graphs"
     return ""
 
 
@@ -33,7 +35,9 @@ def unasked(backend: Backend) -> tuple[str, ...]:
     if not backend.traits.mutable:
         found.append("whether a result shares memory with an input, because arrays cannot be changed")
     if backend.traits.static_shapes:
-        found.append("whether a row depends on one that is added, because that is a call of another shape")
+        found.append("whether a row depends on how many there are, because that is a call of another shape")
+    if not backend.captures:
+        found.append("whether calls can be captured as a graph and replayed, because the backend captures none")
     return tuple(found)
 
 

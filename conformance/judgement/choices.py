@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def judge_top(golden: Golden, chosen: Any, limit: Level, tie: str) -> str:
         budget = limit.pointwise * (U_SINGLE * np.where(np.isfinite(value), np.abs(value), 0) + spread.most)
     best = ids_of(golden.results()[name], inputs, value.shape[1])
     got = ids_of(chosen, inputs, value.shape[1])
-    by_construction = contract.exact or _tied(inputs)
+    by_construction = _exactly_scored(inputs)
     deviates = False
     same = (got.ids == best.ids).all(1) & (got.length == best.length)
     same |= _same_sets(got, best, ~same)
@@ -58,12 +59,6 @@ def judge_top(golden: Golden, chosen: Any, limit: Level, tie: str) -> str:
                 raise Failed("FAIL_VALUE", f"{what} chose {odd}; {left}")
             deviates = True
     return "the kernel declares its own order of ties" if deviates else ""
-
-
-def _tied(inputs: Inputs) -> bool:
-    """Whether equal scores are equal in any order of summation: all their terms are zero, or all numbers are few and short."""
-    found = [inputs.case.recipe(name) for name, kind in inputs.spec.dtypes.items() if is_float(kind)]
-    return "zeros" in found or all(r in TIED for r in found)
 
 
 def _attributes(inputs: Inputs) -> str:
@@ -95,6 +90,27 @@ def _same_sets(got: Ids, best: Ids, asked: Array) -> Array:
     ids, wanted = (np.sort(np.where(beyond, -1, x.ids[at]), axis=1) for x in (got, best))
     alike[at] = (ids == wanted).all(1) & (~beyond | (got.ids[at] == -1)).all(1)
     return alike
+
+
+def other_ties(inputs: Inputs, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Where scores are exact, the first row that chose others in another call: "sel row 3 is [1, 2], then [1, 4]", or ""."""
+    name = inputs.contract.choice
+    if inputs.contract.admits or not _exactly_scored(inputs):
+        return ""
+    one, other = (ids_of(results[name], inputs, 0) for results in (first, second))
+    same = (one.ids == other.ids).all(1)
+    same |= _same_sets(other, one, ~same)
+    for t in np.flatnonzero(~same):
+        ids, others = (np.setdiff1d(a.ids[t], b.ids[t]) for a, b in ((one, other), (other, one)))
+        return f"{name} row {t} has {_listed(ids)}, then {_listed(others)} in their place"
+    return ""
+
+
+def _exactly_scored(inputs: Inputs) -> bool:
+    """Whether exactly equal scores are equal by construction, in any order of summation: none is summed, all terms are zero,
+    or all numbers are few and short."""
+    found = [inputs.case.recipe(name) for name, kind in inputs.spec.dtypes.items() if is_float(kind)]
+    return inputs.contract.exact or "zeros" in found or all(recipe in TIED for recipe in found)
 
 
 def valid_ids(what: str, ids: Array, length: int, expected: int, candidates: int) -> Array:

@@ -19,7 +19,7 @@ from porthal.conformance.cases.inputs import Array, Copies, Inputs, specified_ro
 from porthal.conformance.execution.outcome import Outcome, difference, differing
 from porthal.conformance.judgement.choices import Ids, ids_of, valid_ids
 from porthal.conformance.judgement.golden import Golden, Spread
-from porthal.conformance.judgement.judge import beside, check_form, check_untouched, exactly_judged, judged
+from porthal.conformance.judgement.judge import beside, check_form, check_kept, check_untouched, exactly_judged, judged
 from porthal.conformance.level import BRING_UP, Level
 from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import Pages
@@ -44,8 +44,7 @@ class CopiesJudge:
 
     def __call__(self, outcome: Outcome) -> Judgement:
         check_form(self.inputs, outcome.results)
-        if outcome.trespasses:
-            raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
+        check_kept(outcome)
         first = self.chosen({})
         judgement, spreads = self._one_of_each(outcome, first)
         same = self._choices(outcome, first)

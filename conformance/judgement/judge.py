@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
-from porthal.conformance.execution.outcome import Outcome, difference, differing
+from porthal.conformance.execution.outcome import Mutation, Outcome, difference, differing
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
 from porthal.conformance.judgement.golden import Golden, Spread
-from porthal.conformance.judgement.measures import Measure, tiny
+from porthal.conformance.judgement.measures import FEW, Measure, tiny
 from porthal.conformance.level import Level
 from porthal.conformance.verdicts import Failed, Judgement, Verdict
 from porthal.hal import Operand, Pages, UsageError
@@ -46,12 +46,17 @@ MESSAGES: Mapping[str, tuple[Verdict, str]] = {
 # -- judgement -------------------------------------------------------------------------------------------------------
 
 
+def check_kept(outcome: Outcome) -> None:
+    """Raise Failed where something changed that the call may not change."""
+    for trespass in outcome.trespasses:
+        raise Failed("FAIL_MUTATED" if isinstance(trespass, Mutation) else "FAIL_WROTE_OUTSIDE", str(trespass))
+
+
 def judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> tuple[Judgement, Mapping[str, Spread]]:
     """The judgement, and what the float results were held to; raises Failed."""
     contract = golden.contract
     parts = check_form(golden.inputs, outcome.results)
-    if outcome.trespasses:
-        raise Failed("FAIL_WROTE_OUTSIDE", outcome.trespasses[0])
+    check_kept(outcome)
     spreads: Mapping[str, Spread] = {}
     note, runs = "", golden.rounding_runs
     if contract.admits:
@@ -74,7 +79,9 @@ def judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> tuple[Ju
     if not figures:
         return Judgement("PASS", note=note), spreads
     worst = max(figures, key=lambda f: f.worst)
-    return replace(worst, ratio=max(f.ratio for f in figures), z=max((f.z for f in figures), key=abs), note=note), spreads
+    few = tuple(test for test in FEW if any(test in f.few for f in figures))
+    z = max((f.z for f in figures), key=abs)
+    return replace(worst, ratio=max(f.ratio for f in figures), z=z, few=few, note=note), spreads
 
 
 def _as_read(golden: Golden, flushes: bool, judged: Callable[[Golden], T]) -> T:
@@ -189,7 +196,8 @@ def judge_floats(
         finite = np.isfinite(widen(y)) & np.isfinite(spread.value)
         others = [measure(np.where(finite & np.isfinite(m), m, g)) for m in (widen(narrow(m, kind)) for m in runs())]
         permitted = measure.limits(limit, others)
-    figures |= {"ratio": max(found["whole"], found["row"]), "z": found["direction"]}
+    figures |= {"ratio": max(found.get("whole", 0.0), found.get("row", 0.0)), "z": found.get("direction", 0.0)}
+    figures["few"] = tuple(test for test in FEW if test not in found)
     for test, figure in found.items():
         if abs(figure) > permitted[test]:
             verdict, message = MESSAGES[test]

@@ -26,6 +26,7 @@ class Facts:
 
     device   the device and its driver, as the backend describes them
     sources  a digest of the files of porthal and of each backend that takes part
+    captures whether it captures graphs
     unasked  what no case is asked there, because of what the backend's arrays are like
     """
 
@@ -37,6 +38,7 @@ class Facts:
     device: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     unasked: tuple[str, ...] = ()
+    captures: bool = False
 
     @classmethod
     def of(cls, backend: Backend, providers: Mapping[str, tuple[str, ...]] | None = None) -> Facts:
@@ -49,6 +51,7 @@ class Facts:
             _described(backend),
             sources(type(backend)),
             unasked(backend),
+            backend.captures,
         )
 
 

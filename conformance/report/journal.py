@@ -42,7 +42,7 @@ class Journal:
             _check(file, _parsed(file, lines[0]), head)
             found = [_parsed(file, line) for line in lines[1:]]
             try:
-                self.known = {r["token"]: Result(**r | {"foreign": tuple(r["foreign"])}) for r in found}
+                self.known = {r["token"]: Result.read(r) for r in found}
                 if found:
                     verify_results(list(self.known.values()))
             except (KeyError, TypeError, ValueError) as error:

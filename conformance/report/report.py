@@ -20,19 +20,21 @@ from xml.etree import ElementTree
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import elements
+from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
 from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
 from porthal.conformance.report.waivers import Waiver, expired, verify, waive
+from porthal.conformance.verdicts import NOT_READ
 from porthal.hal import Backend, UsageError, contracts
 from porthal.hal.backend import NOT_TAKEN
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-SCHEMA = 3  # of the JSON
+SCHEMA = 4  # of the JSON
 LEGEND = (
     "GLM-5: passed by own kernels, of the cases in its dims and bfloat16; a level needs all, and no failure of the op anywhere"
 )
@@ -136,6 +138,18 @@ class Report:
         return list(dict.fromkeys(r.op for r in self.results if r.tie == "any"))
 
     @property
+    def unpromised(self) -> list[str]:
+        """Of which ops it is promised that a row's bits do not depend on the other rows, and that the others may."""
+        ran = [row for row in self.rows if row.determinism]
+        promised = [row.op for row in ran if row.determinism == "any batch"]
+        if not promised:
+            return ["not promised by any kernel: that the bits of a row do not depend on the other rows"] if ran else []
+        return [
+            f"the bits of a row do not depend on the other rows: promised by {', '.join(promised)}"
+            + (f", not by {len(ran) - len(promised)} other ops" if len(promised) < len(ran) else "")
+        ]
+
+    @property
     def not_run(self) -> list[str]:
         """Which inherited cases were not run again, and why."""
         notes = Counter(r.note.partition(": ")[2] for r in self.results if r.note.startswith(NOT_RUN))
@@ -143,10 +157,24 @@ class Report:
         return [f"{n} cases were {NOT_RUN}: {why.replace('passed it', 'passed them')}; {how}" for why, n in notes.items()]
 
     @property
+    def too_few(self) -> list[str]:
+        """Which statistics were not judged in cases that passed, because their results have too few numbers for them."""
+        counts = Counter(test for r in self.results if r.verdict == "PASS" for test in r.few)
+        found = [f"{words} in {counts[test]}" for test, words in FEW.items() if counts[test]]
+        return [f"not judged in passed cases, of too few numbers: {', '.join(found)}"] if found else []
+
+    @property
     def left_out(self) -> list[str]:
         """What the backend's arrays make meaningless: cases, and what no case is asked."""
         reasons = Counter(r.message for r in self.results if r.verdict == "LEFT_OUT")
         return [*(f"{n} left out: {why}" for why, n in reasons.items()), *(f"not asked: {what}" for what in self.unasked)]
+
+    @property
+    def unread(self) -> list[str]:
+        """What of operands no case could read back before and after a call."""
+        kinds = Counter((r.op, r.note.partition(f"{NOT_READ}: ")[2]) for r in self.results if NOT_READ in r.note)
+        what = f"with what is {NOT_READ} beyond its logical form, so that nobody knows whether it changed"
+        return [f"{n} cases of {op} {what}: {kind}" for (op, kind), n in kinds.items()]
 
     @property
     def untaken(self) -> list[str]:
@@ -220,7 +248,7 @@ class Report:
                 f"a report of schema {data['schema']}, expected {SCHEMA}: write it again with this porthal"
             )
         try:
-            results = tuple(Result(**r | {"foreign": tuple(r["foreign"])}) for r in data["results"])
+            results = tuple(Result.read(r) for r in data["results"])
             verify_results(results)
             levels = {op: Reached(**r) for op, r in data["levels"].items()}
             known = tuple(
@@ -276,7 +304,8 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.left_out, *self.untaken, *self.not_run, f"{self.profile}: {self.overall}", self.summary]
+        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.unread, *self.untaken, *self.not_run]
+        lines += [f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 
     def _failed(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -32,9 +32,11 @@ class Result:
     status    whose kernel ran: one of STATUSES; `owner` is the backend that wrote it, `provider` the library behind it
     worst     the largest |error| / budget, found `at`
     ratio, z  the ratio to an ideal chip's error, and the bias of the rounding direction
+    few       the statistics that were not judged, because a result has too few samples of them
     seconds   to build, execute and judge
     foreign   of a composition: the ops in it that are not the chip's own
     tie       the kernel's declared order of ties
+    invariant whether it is declared that a row's bits do not depend on the other rows: of a composition, by all its parts
     waived    what the verdict was before a waiver with this `reason` made it WAIVED
     """
 
@@ -56,10 +58,23 @@ class Result:
     tie: str = "lowest"
     waived: str = ""
     reason: str = ""
+    few: tuple[str, ...] = ()
+    invariant: bool = False
+
+    @classmethod
+    def read(cls, kept: dict[str, Any]) -> Result:
+        """A result from what JSON holds of it."""
+        return cls(**kept | {name: tuple(kept[name]) for name in ("foreign", "few")})
 
     @classmethod
     def of(
-        cls, case: Case, judged: Judgement, choice: Choice | None, seconds: float, foreign: tuple[str, ...] = ()
+        cls,
+        case: Case,
+        judged: Judgement,
+        choice: Choice | None,
+        seconds: float,
+        foreign: tuple[str, ...] = (),
+        invariant: bool = False,
     ) -> Result:
         none = "missing" if judged.verdict == "UNCLAIMED" else "unknown"
         choice, status = (None, REFUSAL) if choice and case.fault else (choice, choice.status if choice else none)
@@ -80,6 +95,8 @@ class Result:
             seconds=round(seconds, 4),
             foreign=foreign,
             tie=choice.tie if choice else "lowest",
+            few=judged.few,
+            invariant=invariant and choice is not None,
         )
 
     @property
@@ -142,7 +159,7 @@ def verify_results(results: Sequence[Result]) -> None:
     if not results:
         raise ValueError("it has no results")
     kinds = {n: get_origin(kind) or kind for n, kind in get_type_hints(Result).items()}
-    words = {str: "text", float: "a number", tuple: "a list of text"}
+    words = {str: "text", float: "a number", tuple: "a list of text", bool: "true or false"}
     closed = {"verdict": get_args(Verdict), "status": STATUSES}
     for i, result in enumerate(results, 1):
         for name, kind in kinds.items():
@@ -183,6 +200,12 @@ class Row:
     @property
     def worst(self) -> Result:
         return max(self.results, key=lambda r: r.worst)
+
+    @property
+    def determinism(self) -> str:
+        """What its kernels are held to: the same bits in every run, or of a row in any batch too; "" where none ran."""
+        promised = {r.invariant for r in self.results if r.tested and r.status != REFUSAL}
+        return "" if not promised else "run to run" if False in promised else "any batch"
 
     @property
     def seconds(self) -> float:

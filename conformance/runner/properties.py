@@ -17,7 +17,7 @@ from porthal.conformance.cases.boundaries import values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import DECODING, LONG, Request, shareable, spelled
 from porthal.conformance.cases.domain import absences, combos, free_symbols, options
-from porthal.conformance.cases.legal import FAR, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.legal import FAR, LAYOUTS, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.plan import among
 from porthal.conformance.cases.values import FLOATING, RELATED
 from porthal.conformance.report.results import Result
@@ -117,7 +117,7 @@ def calls(draw: Any, contract: Contract) -> Case:
         tuple(name for group in absences(contract) if draw(st.booleans()) for name in group),
         spelled(batch or ()),
         block_size,
-        view=draw(st.sampled_from(("", *VIEWS, FAR, THREADS))),
+        view=draw(st.sampled_from(("", *VIEWS, *LAYOUTS, FAR, THREADS))),
     )
     overflows = "float16" in dict(case.dtypes).values() and any(r in ONE_SIGN for _, r in recipes)
     assume(not overflows and not refusal(case) and elements(case) <= SIZE)

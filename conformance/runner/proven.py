@@ -48,7 +48,7 @@ class Proven:
         for owner, known in self.known.items():
             line = known.get(case.token)
             if owner != self.backend.name and line and self._kernels(list(line["kernels"]), owner) == line["kernels"]:
-                return reused(Result(**line["result"]), owner)
+                return reused(Result.read(line["result"]), owner)
         return None
 
     def keep(self, case: Case, bound: Bound, result: Result) -> None:
@@ -142,5 +142,5 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, TypeError, KeyError):
                 line = json.loads(text)
-                line["result"]["foreign"] = tuple(line["result"]["foreign"])
+                Result.read(line["result"])
                 yield line["result"]["token"], line

@@ -9,7 +9,7 @@ from pathlib import Path
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.inputs import Inputs
-from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.plan import captured, cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import BRING_UP
 from porthal.conformance.report.facts import Facts
@@ -65,6 +65,8 @@ def run(
             facts = Facts.of(bindings.backend, bindings.providers())
             one = lambda case: check(case, bindings, level)  # noqa: E731
             judged = lambda cases: map(one, cases)  # noqa: E731
+        if facts.captures:
+            plan += [case for op in ops or known for case in captured(known[op], level, dtypes)]
         kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
         if kept:
             results = {case.token: kept.known[case.token] for case in plan if case.token in kept.known}

@@ -176,12 +176,12 @@ DEFECTS = [
     head(
         "weights-prepared-in-the-wrong-order",
         "preparation",
-        old="def plan(self, batch: Batch) -> Batch:\n",
+        old="def plan(self, batch: Batch, into: Batch | None = None) -> Batch:\n",
         new="""def prepare(self, spec, read, into=None):
         array = self.from_numpy(read(slice(None)))
         return Weight(spec, array.flatten(1).unflatten(1, array.shape[:0:-1]).transpose(1, 2).contiguous())
 
-    def plan(self, batch: Batch) -> Batch:\n""",
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:\n""",
     ),
     grouped(
         "compacted-experts",

@@ -17,10 +17,13 @@ from porthal.hal import Backend, UsageError, contracts
 SOURCES = {
     "backend": ("porthal.backends.torch.backend", "Torch"),
     "ranking": ("porthal.backends.torch.ranking", "Torch"),
+    "capture": ("porthal.backends.torch.capture", "Capturing"),
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
     **dict.fromkeys(compiled.UNITS, ("porthal.backends.cpu.backend", "Cpu")),
 }
-THEMES = ("dense", "rows", "experts", "cache", "attention", "tokens", "composites", "native", "values")
+THEMES = (
+    "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "native", "values"
+)  # fmt: skip
 SCORED = ("float32", "bfloat16")
 
 

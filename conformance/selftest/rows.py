@@ -186,12 +186,12 @@ DEFECTS = [
     embed("last-row-out-of-reach", "off by one", new="return F.embedding(ids.clamp(max=max(len(table.native) - 2, 0)), table.native)\n"),
     embed("ids-in-uint16", "overflow", new="return F.embedding(ids % 65536, table.native)\n", discrepancy=21),
     embed("through-float16", "rounding", new="return F.embedding(ids, table.native).half().to(table.native.dtype)\n"),
-    embed("table-prepared-by-halves", "preparation", old="def plan(self, batch: Batch) -> Batch:\n",
+    embed("table-prepared-by-halves", "preparation", old="def plan(self, batch: Batch, into: Batch | None = None) -> Batch:\n",
           new="""def prepare(self, spec, read, into=None):
         array = self.from_numpy(read(slice(None)))
         return Weight(spec, torch.cat([array[: len(array) // 2], array[: len(array) - len(array) // 2]]))
 
-    def plan(self, batch: Batch) -> Batch:\n"""),
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:\n"""),
     logs("no-maximum-taken", "overflow", new="""def log_softmax(self, logits: Tensor) -> Tensor:
         return logits.float() - torch.log(torch.exp(logits.float()).sum(-1, keepdim=True))\n""", discrepancy=25),
     logs("in-bfloat16", "rounding", new="""def log_softmax(self, logits: Tensor) -> Tensor:

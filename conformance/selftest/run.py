@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import elements
-from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.plan import captured, cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import STANDARD
 from porthal.conformance.runner.check import check
@@ -55,9 +55,10 @@ class Trial:
 Task = tuple[str, str, str, int]  # "defect" or "variant", its key, dtype, seed
 
 
-def plan(op: str, dtype: str = "") -> list[Case]:
-    """The cases of an op that run a kernel, the cheapest first."""
-    found = [c for c in cases(contracts()[op], LEVEL, [dtype] if dtype else None) if not c.fault]
+def plan(op: str, dtype: str = "", source: str = "") -> list[Case]:
+    """The cases of an op that run a kernel, the cheapest first; those that are captured where that is what is edited."""
+    planned = captured if source == "capture" else cases
+    found = [c for c in planned(contracts()[op], LEVEL, [dtype] if dtype else None) if not c.fault]
     return sorted(found, key=elements)
 
 
@@ -67,13 +68,14 @@ def attempt(task: Task) -> Trial:
     started = time.perf_counter()
     op, _, name = key.partition("/")
     if kind == "defect":
-        bindings = Bindings(planted(next(d for d in defects() if d.key == key)))
-        chosen: Sequence[Case] = plan(op, dtype)
+        defect = next(d for d in defects() if d.key == key)
+        bindings = Bindings(planted(defect))
+        chosen: Sequence[Case] = plan(op, dtype, defect.source)
     else:
         variant = next(v for v in variants() if v.key == key)
         variant.settle()
         bindings = _bindings(variant)
-        chosen = sampled(op, seed)
+        chosen = sampled(op, seed, variant.source)
     tried = 0
     for case in chosen:
         result = check(case, bindings, LEVEL)
@@ -86,9 +88,11 @@ def attempt(task: Task) -> Trial:
     return Trial(op, name, dtype, seed, *found, tried, time.perf_counter() - started)
 
 
-def sampled(op: str, seed: int) -> list[Case]:
+def sampled(op: str, seed: int, source: str = "") -> list[Case]:
     """A variant's cases at one seed: of the cheap ones every eighth, of others every twentieth: all have their turn."""
-    found = [c for c in plan(op) if elements(c) <= COSTLY]
+    found = [c for c in plan(op, source=source) if elements(c) <= COSTLY]
+    if source == "capture":
+        return [replace(c, seed=seed) for c in found]
     cheap = [c for c in found if elements(c) <= CHEAP]
     costly = found[len(cheap) :]
     return [replace(c, seed=seed) for c in (*cheap[seed % 8 :: 8], *costly[seed::SEEDS])]

@@ -237,6 +237,8 @@ EDITED = (
     _edit("mla_prolog", "fused, in float64", (PRODUCT, "return F.linear(x.double(), w.native.double()).float()\n"), source="fused"),
     _edit("index_prolog", "fused, key rounded before the turn", (composites.key, composites.key.rstrip("\n") + ".to(h.dtype).float()\n"), source="fused"),
     _edit("index_prolog", "fused, in float64", (PRODUCT, "return F.linear(x.double(), w.native.double()).float()\n"), source="fused"),
+    _edit("moe_experts", "captured, summed in one product", ("y + weights[:, j, None] * parts[:, j].float()", "torch.einsum('tk,tkh->th', weights, parts.float())"), source="capture"),
+    _edit("sparse_mla", "captured behind a call to warm up", ("        with _NoCopies(), recorder:\n", "        run()\n        with _NoCopies(), recorder:\n"), source="capture"),
     _edit("mla_output", "fused, in float64", (composites.values, composites.values.replace(".float()", ".double()")), (PRODUCT, "return F.linear(x.double(), w.native.double())\n"), source="fused"),
     _edit("mla_output", "fused, values rounded", (composites.values, composites.values.rstrip("\n") + ".to(o.dtype).float()\n"), source="fused"),
     _edit("mtp_input", "fused, norms rounded", (composites.halves, "halves = _rms_norm(e.float(), enorm, eps).to(e.dtype), _rms_norm(g.float(), hnorm, eps).to(e.dtype)\n"), source="fused"),

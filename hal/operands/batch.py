@@ -143,6 +143,25 @@ class Batch(Operand):
             pos % self.block_size
         )
 
+    def within(self, capacity: Batch) -> Batch:
+        """This batch with the rows, requests and table columns of another, padded by requests without keys at its end.
+
+        UsageError where it needs more than the other has: a longer request, or slots of another size, as well.
+        """
+        if self.block_size != capacity.block_size:
+            raise UsageError(f"the batch has block_size {self.block_size}, expected {capacity.block_size} as it was planned")
+        mine, most = ((b.T, b.R, b.block_table.shape[1], b.max_kv) for b in (self, capacity))
+        for what, here, there in zip(("query rows", "requests", "table columns", "keys of a request"), mine, most):
+            if here > there:
+                raise UsageError(f"the batch has {here} {what}, expected at most {there}: plan one with room for more")
+        rows, requests, columns = (there - here for here, there in zip(mine[:3], most[:3]))
+        if rows and not requests:
+            raise UsageError(f"the batch has {self.T} query rows and no room for a request that pads them to {capacity.T}")
+        padded = np.arange(1, requests + 1) * rows // max(requests, 1)
+        cu_q = np.concatenate([self.cu_q, self.T + padded]).astype(np.int32)
+        table = np.pad(self.block_table, ((0, requests), (0, columns)), constant_values=-1)
+        return Batch(cu_q, np.pad(self.kv_len, (0, requests)), table, self.block_size)
+
     def with_native(self, native: Any) -> Batch:
         return replace(self, native=native)
 

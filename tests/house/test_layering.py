@@ -16,7 +16,11 @@ MAY_IMPORT = {room: set(LINE[: i + 1]) for i, room in enumerate(LINE)} | {"backe
 BY_NAME = {"hal": {"backends", "ops"}}  # hal finds chips and contracts by listing their folders
 CONFORMANCE = ("cases", "execution", "judgement", "report", "runner", "diff", "selftest")  # its rooms, from left to right
 # Methods that hand over to what is written with their class.
-SHORTCUTS = (("porthal.model.glm5", "porthal.model.generate"), ("porthal.hal.contract", "porthal.hal.binding"))
+SHORTCUTS = (
+    ("porthal.model.glm5", "porthal.model.generate"),
+    ("porthal.hal.contract", "porthal.hal.binding"),
+    ("porthal.backends.torch.backend", "porthal.backends.torch.capture"),
+)
 EDITED = "selftest/"  # of conformance: plants defects in backends' sources, so it names them
 ARRAYS_IN_MODEL = {"config.py", "checkpoint.py", "tokens.py", "demo/corpus.py", "demo/train.py"}  # files, and scripts
 

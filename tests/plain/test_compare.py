@@ -139,7 +139,7 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
         ("[]", "{} is not a conformance report: it lacks schema and results"),
         ('{"schema": 1, "results": []}', "{} is a report of schema 1, expected " + str(SCHEMA)),
         (HEAD + '[{"token": "add"}]}', "{} is a damaged report (KeyError: 'foreign'): write it again"),
-        (HEAD + '[{"foreign": []}]}', "{} is a damaged report (TypeError: "),
+        (HEAD + '[{"foreign": [], "few": []}]}', "{} is a damaged report (TypeError: "),
         (HEAD + "[]}", "{} is a damaged report (ValueError: it has no results): write it again"),
         (b"\xff\xfe", "cannot read {}: it is not text"),
     ],

@@ -211,7 +211,7 @@ def test_a_batch_must_keep_its_bits():
         return selection
 
     verdicts = [r.verdict for r in run(backend(topk=topk), ["topk"]).results if "batch=decode" in r.token]
-    assert set(verdicts) == {"FAIL_WROTE_OUTSIDE"}
+    assert set(verdicts) == {"FAIL_MUTATED"}
 
 
 def test_a_composition_has_the_tie_order_of_its_parts():

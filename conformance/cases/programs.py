@@ -1,0 +1,39 @@
+"""Programs: short sequences of calls, each judged on what it really got. `seq=update` in a token is one of them.
+
+A kernel passes a single call and fails the second where it keeps what it should read again: weights by their address, a
+plan by its shape, pages by their number, results in memory that it uses again. What a step is called with is a function of
+the token and of what the steps before have written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from porthal.hal.contract import Contract
+
+PROGRAMS: Mapping[str, str] = {
+    "update": "a call; new values written into the memory of every operand, and a new plan; the first values again",
+    "plans": "two plans of one shape in turn; one plan for two calls, and with every other attribute",
+    "rewrite": "pages are rewritten, lengths and tables unchanged",
+    "drafts": "drafts are dropped, so that requests are shorter than their tables; then they grow again",
+    "held": "a result is held while the kernel is called again, with other values and in another shape",
+    "models": "two sets of weights of one shape, and a second instance of the backend, in turn",
+    "reuse": "write, select, attend; requests grow by a row, and what was selected serves a later step and a later layer",
+}
+SELECTING = ("indexer_topk", "select_rows", "sparse_mla")
+
+
+def programs(contract: Contract) -> tuple[str, ...]:
+    """The programs that make sense for an op."""
+    signature = contract.signature
+    batch, pages = bool(signature.of_kind("Batch")), bool(signature.of_kind("Pages"))
+    applies = {
+        "update": True,
+        "plans": batch,
+        "rewrite": pages and batch and not signature.mutated,
+        "drafts": pages and batch,
+        "held": any(not r.mutated for r in signature.results),
+        "models": bool(signature.of_kind("Weight")),
+        "reuse": contract.name in SELECTING,
+    }
+    return tuple(name for name in PROGRAMS if applies[name])

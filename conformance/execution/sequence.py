@@ -1,0 +1,298 @@
+"""Runs a program: calls one after the other, on operands that stay where they are and results that are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.inputs import Inputs
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.steps import (
+    first,
+    grown,
+    other,
+    otherwise,
+    pages_of,
+    rearranged,
+    regrown,
+    scenario,
+    shorter,
+)
+from porthal.conformance.execution.bindings import Bindings, Bound
+from porthal.conformance.execution.call import Run, called, logical, told, turned
+from porthal.conformance.execution.outcome import Outcome, by_kernel, difference
+from porthal.conformance.execution.placing import Watch, place, read
+from porthal.conformance.verdicts import Failed
+from porthal.hal import (
+    Batch,
+    Binding,
+    DataNotTaken,
+    NotClaimed,
+    Operand,
+    Rows,
+    Selection,
+    SelectionSpec,
+    Weight,
+    create,
+)
+
+JUDGED = 2**18  # most elements of a large call whose values are judged, if it has no small golden: others judge its values
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a program: what it is called, what it really got, what came of it, by which kernel; `judged` by value,
+    or only watched."""
+
+    label: str
+    inputs: Inputs
+    outcome: Outcome
+    bound: Bound
+    judged: bool = True
+
+
+class Stage:
+    """The operands of one call where a backend keeps them, from call to call."""
+
+    def __init__(self, bindings: Bindings, inputs: Inputs, given: Mapping[str, Any] | None = None) -> None:
+        self.bindings, self.inputs = bindings, inputs
+        binding, there = self.bound.binding, given or {}
+        self.placed = {
+            name: there[name] if name in there else place(binding, name, value)[0] for name, value in inputs.operands.items()
+        }
+
+    @property
+    def bound(self) -> Bound:
+        return self.bindings.bound(self.inputs)
+
+    def write(self, inputs: Inputs) -> None:
+        """Other values into the same memory; what is the same object stays, a plan of the same batch too."""
+        before, self.inputs = self.inputs.operands, inputs
+        for name, value in inputs.operands.items():
+            if value is not before[name]:
+                self.placed[name] = self._written(name, before[name], value)
+
+    def _written(self, name: str, before: Any, value: Any) -> Any:
+        binding, now = self.bound.binding, self.placed[name]
+        if value is None or isinstance(value, Batch) or now is None:
+            return place(binding, name, value)[0]
+        if not isinstance(value, Operand):
+            if before.shape != value.shape or before.dtype != value.dtype:
+                return place(binding, name, value)[0]
+            return binding.backend.write(now, binding.from_numpy(value.copy()))
+        if before.spec != value.spec:
+            return place(binding, name, value)[0]
+        parts = {part: array.copy() for part, array in value.parts().items()}
+        if isinstance(value, Weight):
+            how, made = "prepare", binding.prepare(value.spec, lambda index: parts["w"][index], into=now)
+        else:
+            how, made = "from_logical", binding.from_logical(value.spec, parts, into=now)
+        if change := difference({name: value.parts()}, {name: read(binding, made)}):
+            what = change.replace(" is ", " should be ", 1).replace(", then ", ", it is ")
+            raise Failed("FAIL_VALUE", f"{how}(into=) has not written the new values: {what}")
+        return made
+
+
+@dataclass
+class Program:
+    """The calls of one program so far, and the results that are held."""
+
+    bindings: Bindings
+    case: Case
+    kept: list[tuple[str, Binding, Inputs, Run]] = field(default_factory=list)
+    count: int = 0
+
+    def stage(self, inputs: Inputs) -> Stage:
+        return Stage(self.bindings, inputs)
+
+    def call(self, stage: Stage, label: str, judged: bool = True) -> Step:
+        """One call; earlier results are looked at again, and the caches that it has written are those of the next."""
+        bound, inputs = stage.bound, stage.inputs
+        binding, mutated = bound.binding, {o.name for o in inputs.contract.signature.mutated}
+        watches = []
+        for name, value in inputs.operands.items():
+            placed = stage.placed[name]
+            if isinstance(value, Operand) and name not in mutated:
+                what = f"{type(value).__name__.lower()} {name}"
+                watches.append(Watch.over(binding.backend, what, placed, value.parts()))
+            elif value is not None and not isinstance(value, Operand):
+                watches.append(Watch(f"input {name}", placed, {"": value}))
+        try:
+            run = called(binding, inputs, stage.placed, watches)
+            trespasses = [*run.trespasses, *self._changed()]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if isinstance(error, NotClaimed) and not by_kernel(error):
+                raise
+            return Step(label, inputs, Outcome(error=told(error)), bound)
+        self.count += 1
+        held, results = ({n: v for n, v in found.items() if n not in mutated} for found in (run.held, run.results))
+        self.kept.append((f"step {self.count}", binding, inputs, replace(run, held=held, results=results)))
+        operands = dict(inputs.operands)
+        for name in mutated:
+            stage.placed[name] = run.held[name]
+            operands[name] = replace(operands[name], native=run.results[name])
+        stage.inputs = replace(inputs, operands=operands)
+        unread = tuple(dict.fromkeys(what for watch in watches for what in watch.unread))
+        flushes = binding.backend.traits.flushes_denormals
+        outcome = Outcome(run.results, run.results, tuple(trespasses), flushes=flushes, unread=unread)
+        return Step(label, inputs, outcome, bound, judged)
+
+    def _changed(self) -> Iterator[str]:
+        for label, binding, inputs, run in self.kept:
+            if change := difference(run.results, logical(binding, inputs, run.held)):
+                yield f"the call changed a result of {label} that is still held: {change}"
+
+
+# -- programs ------------------------------------------------------------------------------------------------------------
+
+
+def _second(case: Case, one: Inputs) -> Inputs:
+    return other(case, 1, one.batch and rearranged(one.batch))
+
+
+def _update(program: Program) -> Iterator[Step]:
+    one = first(program.case)
+    two, stage = _second(program.case, one), program.stage(one)
+    yield program.call(stage, "the first values")
+    stage.write(two)
+    yield program.call(stage, "new values in the same memory")
+    stage.write(one)
+    yield program.call(stage, "the first values again")
+
+
+def _plans(program: Program) -> Iterator[Step]:
+    one = first(program.case)
+    a, b = program.stage(one), program.stage(_second(program.case, one))
+    yield program.call(a, "the first plan")
+    yield program.call(b, "a second plan")
+    yield program.call(a, "the first plan again")
+    assert one.batch
+    for what, inputs in otherwise(program.case, one.batch):
+        carried = {n: v for n, v in a.inputs.operands.items() if isinstance(v, Batch)}
+        a.write(replace(inputs, operands={**inputs.operands, **carried}))
+        yield program.call(a, f"the first plan with {what}")
+
+
+def _rewrite(program: Program) -> Iterator[Step]:
+    one = first(program.case)
+    name, stage = pages_of(one.contract), program.stage(one)
+    yield program.call(stage, "the first pages")
+    two = other(program.case, 1, one.batch)
+    stage.write(replace(one, operands={**one.operands, name: two.operands[name]}))
+    yield program.call(stage, "the pages rewritten")
+
+
+def _drafts(program: Program) -> Iterator[Step]:
+    one = first(program.case)
+    name, stage = pages_of(one.contract), program.stage(one)
+    mutated = bool(one.contract.signature.mutated)
+    assert one.batch
+    long, short = one.batch, shorter(one.batch)
+    for n, batch, label in ((0, long, "with drafts"), (1, short, "drafts dropped"), (2, long, "grown again")):
+        if n:
+            inputs, before = other(program.case, n, batch), stage.inputs.operands[name]
+            pages = before if mutated or batch is short else regrown(before, inputs.operands[name], short)
+            stage.write(replace(inputs, operands={**inputs.operands, name: pages}))
+        yield program.call(stage, label)
+
+
+def _held(program: Program) -> Iterator[Step]:
+    one, case = first(program.case), program.case
+    stage = program.stage(one)
+    small = elements(case) <= JUDGED or bool(case.distinct)
+    yield program.call(stage, "a result that is held", judged=small)
+    with suppress(DataNotTaken):
+        stage.write(replace(one, operands={n: v if v is None else turned({n: v})[n] for n, v in stage.inputs.operands.items()},
+                            copies=None))  # fmt: skip
+        yield program.call(stage, "other values in the same shape", judged=False)
+    rows = case.contract.rows
+    if dict(case.dims).get(rows, 0) > 1:
+        fewer = replace(case, dims=tuple((n, v - (n == rows)) for n, v in case.dims))
+        yield program.call(program.stage(first(replace(fewer, seed=case.seed + 2))), "another shape", judged=False)
+
+
+def _models(program: Program) -> Iterator[Step]:
+    one = first(program.case)
+    stages = {"the first weights": program.stage(one), "others of their shape": program.stage(_second(program.case, one))}
+    if sibling := _sibling(program.bindings):
+        stages["a second instance of the backend"] = Stage(sibling, other(program.case, 2, one.batch))
+    for again in ("", " again"):
+        for what, stage in stages.items():
+            yield program.call(stage, what + again)
+
+
+def _sibling(bindings: Bindings) -> Bindings | None:
+    """Bindings of another instance of the backend on the same device."""
+    for make in (type(bindings.backend), lambda: create(str(bindings.backend))):
+        with suppress(Exception):
+            made = make()
+            if type(made) is type(bindings.backend) and str(made) == str(bindings.backend):
+                return Bindings(made)
+    return None
+
+
+def _reuse(program: Program) -> Iterator[Step]:
+    calls = scenario(program.case)
+    attend = first(calls["sparse_mla"])
+    batch, kv, written = attend.batch, attend.operands["kv"], first(calls["kv_write"])
+    assert batch
+    cache = _like(written, pages=kv, batch=batch)
+    writing = program.stage(cache)
+    yield program.call(writing, "kv_write")
+    plan = {"batch": writing.placed["batch"]}
+    selecting = Stage(program.bindings, other(calls["indexer_topk"], 0, batch), plan)
+    yield (chosen := program.call(selecting, "indexer_topk"))
+    sel, rows = program.kept[-1][3].held["sel"], chosen.outcome.results["sel"]
+    selection = Selection(SelectionSpec(*rows["indices"].shape), Rows(**rows))
+    kv = writing.inputs.operands["pages"]
+    inputs = _like(attend, kv=kv, sel=selection, batch=batch)
+    attending = Stage(program.bindings, inputs, {**plan, "sel": sel, "kv": writing.placed["pages"]})
+    yield program.call(attending, "sparse_mla")
+    later, last = grown(batch), batch.last_rows
+    picked = np.maximum(last, 0).astype(np.int32)
+    picking = _like(first(replace(calls["select_rows"], dims=_resized(calls["select_rows"], M=len(picked)))),
+                    sel=selection, rows=picked)  # fmt: skip
+    yield (short := program.call(Stage(program.bindings, picking, {"sel": sel}), "select_rows"))
+    out, rows = program.kept[-1][3].held["out"], short.outcome.results["out"]
+    fewer = replace(calls["sparse_mla"], dims=_resized(calls["sparse_mla"], T=later.T), batch="decode")
+    inputs = _like(other(fewer, 1, later), kv=kv, sel=Selection(SelectionSpec(*rows["indices"].shape), Rows(**rows)))
+    step = Stage(program.bindings, inputs, {"sel": out, "kv": writing.placed["pages"]})
+    yield program.call(step, "sparse_mla a step later, of the rows that were selected")
+    longer = other(replace(calls["indexer_topk"], dims=_resized(calls["indexer_topk"], T=later.T), batch="decode"), 1, later)
+    yield program.call(Stage(program.bindings, longer, {"batch": step.placed["batch"]}), "indexer_topk a step later")
+    layer = other(calls["sparse_mla"], 2, batch)
+    attending.write(_like(layer, sel=selection, kv=layer.operands["kv"], batch=attending.inputs.operands["batch"]))
+    yield program.call(attending, "sparse_mla of a later layer, which shares the selection")
+
+
+def _resized(case: Case, **sizes: int) -> tuple[tuple[str, int], ...]:
+    return tuple((name, sizes.get(name, size)) for name, size in case.dims)
+
+
+def _like(inputs: Inputs, **operands: Any) -> Inputs:
+    """A call with some of its operands replaced."""
+    found = {**inputs.operands, **operands}
+    return replace(inputs, operands=found, spec=inputs.contract.spec(found, inputs.attrs))
+
+
+STEPS: Mapping[str, Callable[[Program], Iterator[Step]]] = {
+    "update": _update,
+    "plans": _plans,
+    "rewrite": _rewrite,
+    "drafts": _drafts,
+    "held": _held,
+    "models": _models,
+    "reuse": _reuse,
+}
+
+
+def steps(bindings: Bindings, case: Case) -> Iterator[Step]:
+    """The steps of a case's program, each after it has run; Failed where new values were not written."""
+    return STEPS[case.seq](Program(bindings, case))
