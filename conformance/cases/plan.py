@@ -211,13 +211,15 @@ class _Plan:
     def _batches(self) -> Iterator[Case]:
         """Batch compositions, and every page size that a plan takes in one of them."""
         compositions = COMPOSITIONS if self.has_batch else ("",)
-        for batch, size in product(compositions, PAGES if self.level.thorough else (PAGE,)):
+        every = list(product(compositions, PAGES))
+        some = list(zip(compositions, cycle((PAGE, TILES[0], UNEVEN, TILES[-1]))))
+        for batch, size in every if self.level.thorough else some:
             for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
                 for combo in self._each():
                     yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
         turn = cycle(compositions)
-        few = (*PAGE_SIZES[:: len(PAGE_SIZES) - 1], TILES[0], UNEVEN, TILES[-1])
-        for size in values(PAGE_SIZES) if self.level.thorough else few:
+        least_and_most = PAGE_SIZES[:: len(PAGE_SIZES) - 1]
+        for size in least_and_most if self.has_batch and not self.level.thorough else values(PAGE_SIZES):
             rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 1
             yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
 
