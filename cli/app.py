@@ -279,7 +279,7 @@ def conform(
             ops=members(profile) if profile else op or None,
             level=level.value,
             dtypes=[d.value for d in dtype] if dtype else None,
-            progress=lambda done, of, result: advance(done, of, result.op),
+            progress=lambda done, of, result, left: advance(done, of, result.op, left),
             emulated=emulated,
             bounds=Bounds(workers, timeout, memory),
             journal=journal,
@@ -339,7 +339,7 @@ def self_test(
     from porthal.conformance.selftest.run import self_test as score_of
 
     with stoppable(), text.progress() as advance:
-        score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op), workers)
+        score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op, None), workers)
     if json:
         json.write_text(score.json(), encoding="utf-8")
     text.drawn(score.table())
@@ -389,8 +389,8 @@ def replay(
     if Path(call).is_dir():
         raise UsageError(f"{call} is a folder: give the file in it, {Path(call) / 'case.npz'}")
     inputs = saved.call(call) if save or call.endswith(".npz") else None
-    got: dict[str, Any] = {}
-    heard = {"returned": got.update} if save else {}
+    came: list[Any] = []
+    heard = {"returned": came.append} if save else {}
     with stoppable():
         result = replayed(inputs or call, name, level.value, emulated=emulated, bounds=Bounds(1, timeout, memory), **heard)
     print(result.explain())
@@ -398,6 +398,8 @@ def replay(
         text.note("nothing is saved, because the call cannot be judged")
     elif save and inputs:
         where = name + " (emulated device)" * emulated
+        got = came[-1] if came else {}
+        inputs = getattr(got, "inputs", inputs)  # of a program, the step that failed
         _note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
     return 1 if result.failed else 0 if result.tested or result.verdict == "WAIVED" else 2
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from porthal.hal.errors import NoReader
 if TYPE_CHECKING:
     from rich.console import Group
 
+EVERY = 10.0  # seconds between two lines on progress, and before the time left is told
 STYLES = {
     "available": "green",
     "broken": "red",
@@ -170,31 +172,36 @@ def drawn(parts: Group) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr fed by (done, total, what); where stderr is not a terminal, a line as each op begins to answer."""
-    if not sys.stderr.isatty():
-        seen = set()
+def progress() -> Iterator[Callable[[int, int, str, float | None], None]]:
+    """A bar on stderr fed by (done, total, what, seconds left); None takes the pace so far for that of the rest. Where
+    stderr is not a terminal, a line now and then."""
+    began, shown = time.monotonic(), 0.0
 
-        def line(done: int, total: int, what: str) -> None:
-            if what not in seen:
-                seen.add(what)
-                note(f"{done}/{total} {what}")
+    def remaining(done: int, total: int, left: float | None) -> str:
+        ran = time.monotonic() - began
+        minutes, seconds = divmod(round(ran * (total - done) / done if left is None else left), 60)
+        return f"{minutes}:{seconds:02} left" if ran > EVERY else ""
+
+    if not sys.stderr.isatty():
+
+        def line(done: int, total: int, what: str, left: float | None) -> None:
+            nonlocal shown
+            if not shown or time.monotonic() - shown > EVERY:
+                shown = time.monotonic()
+                note(f"{done}/{total} {what} {remaining(done, total, left)}".rstrip())
 
         yield line
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    left = TextColumn("left")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), left)
-    what = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, what, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+    what = TextColumn("{task.fields[left]} {task.description}", markup=False)
+    with Progress(
+        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), what, console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("", total=None, left="")
+
+        def advance(done: int, total: int, name: str, left: float | None) -> None:
+            bar.update(task, completed=done, total=total, description=name, left=remaining(done, total, left))
+
+        yield advance

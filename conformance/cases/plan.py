@@ -225,16 +225,14 @@ class _Plan:
 
     def _programs(self) -> Iterator[Case]:
         """Sequences of calls; results are held that are larger than what allocators treat in one way."""
+        bases = [c for c in self.combos if len(c) <= 1]
         for name in programs(self.contract):
-            if name == "held":
-                continue
-            for combo in self._each() if name == "update" else [self._next()]:
-                batch = "drafts" if name == "reuse" and self.has_batch else ""
-                yield from self._made(seq=name, dtypes=combo, batch=batch)
-        for size in (HELD if self.level.thorough else HELD[:1]) if "held" in programs(self.contract) else ():
-            yield from self._holding(size)
+            sizes = [0] if name != "held" else HELD if self.level.thorough else HELD[:1]
+            batch = "drafts" if name == "reuse" and self.has_batch else ""
+            for size, combo in product(sizes, bases if self.level.thorough else [self._next()]):
+                yield from self._holding(size, combo) if size else self._made(seq=name, dtypes=combo, batch=batch)
 
-    def _holding(self, size: int) -> Iterator[Case]:
+    def _holding(self, size: int, combo: Combo) -> Iterator[Case]:
         """The call whose first result just has more bytes than this, with as little else as there is."""
         result = next(r for r in self.contract.signature.results if not r.mutated)
         wide = {s for d in result.dims for s in symbols(d)}
@@ -249,7 +247,7 @@ class _Plan:
         rows = bisect_right(range(MANY_ROWS), size, key=held)
         few = {} if self.has_batch or size == HELD[0] or many != self.rows else {"distinct": 8}
         if size < held(rows) and (self.level.thorough or rows < MANY_ROWS // 8):
-            yield from self._made({**sizes, many: rows}, dtypes=self._next(), seq="held", **few)
+            yield from self._made({**sizes, many: rows}, dtypes=combo, seq="held", **few)
 
     def _next(self) -> Combo:
         """The dtypes that are next in turn."""

@@ -20,7 +20,19 @@ PROGRAMS: Mapping[str, str] = {
     "models": "two sets of weights of one shape, and a second instance of the backend, in turn",
     "reuse": "write, select, attend; requests grow by a row, and what was selected serves a later step and a later layer",
 }
-SELECTING = ("indexer_topk", "select_rows", "sparse_mla")
+
+
+def role_of(contract: Contract) -> str:
+    """What an op does in `reuse`, by its signature: it writes a cache, selects in one, picks rows of a selection, or attends
+    to what was selected; "" for any other."""
+    signature = contract.signature
+    batch, pages, given = (bool(signature.of_kind(kind)) for kind in ("Batch", "Pages", "Selection"))
+    gives = any(result.kind == "Selection" for result in signature.results)
+    if given:
+        return "pick" if gives else "attend"
+    if pages and batch and gives:
+        return "select"
+    return "write" if pages and batch and signature.mutated and not signature.of_kind("Weight") else ""
 
 
 def programs(contract: Contract) -> tuple[str, ...]:
@@ -34,6 +46,6 @@ def programs(contract: Contract) -> tuple[str, ...]:
         "drafts": pages and batch,
         "held": any(not r.mutated for r in signature.results),
         "models": bool(signature.of_kind("Weight")),
-        "reuse": contract.name in SELECTING,
+        "reuse": role_of(contract) in ("select", "pick", "attend"),
     }
     return tuple(name for name in PROGRAMS if applies[name])

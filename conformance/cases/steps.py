@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,13 @@ import numpy as np
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import DECODING
 from porthal.conformance.cases.copies import build
+from porthal.conformance.cases.domain import first_float, free_symbols
 from porthal.conformance.cases.inputs import Inputs, drawn
 from porthal.conformance.cases.legal import refusal
-from porthal.hal import Batch, Pages
+from porthal.conformance.cases.programs import role_of
+from porthal.hal import Batch, Pages, contracts
 from porthal.hal.contract import Contract
+from porthal.hal.signature import evaluate
 
 
 def first(case: Case) -> Inputs:
@@ -87,25 +90,32 @@ def regrown(before: Pages, after: Pages, kept: Batch) -> Pages:
 
 
 def scenario(case: Case) -> dict[str, Case]:
-    """The calls of the ops that `reuse` joins, in the sizes of its own op and the smallest of GLM-5's other dims."""
-    sizes = {"N": 8, "C": 512, "R": 64, "G": 8, "D": 128, **dict(case.dims), **dict(case.attrs)}
-    kind = next((d for _, d in case.dtypes), "float32")
-    T, k, size, batch = sizes["T"], sizes["k"], case.block_size or 64, case.batch or "drafts"
-    C, R = sizes["C"], sizes["R"]
+    """The calls that `reuse` joins, by role: with the rows, the dtype, the pages and what is selected of its own op, and the
+    smallest usual size of everything else."""
+    known = {role: contract for contract in contracts().values() if (role := role_of(contract))}
+    given = {**dict(case.dims), **dict(case.attrs)}
+    facts = {role: {s: _usual(contract.cases[s]) for s in contract.cases} for role, contract in known.items()}
+    for role, contract in known.items():
+        facts[role] |= {n: v for n, v in given.items() if contract is case.contract or n in (contract.rows, "k")}
+    cached, written = (known[role].signature.of_kind("Pages")[0].fields for role in ("attend", "write"))
+    facts["write"] |= {w: evaluate(width, facts["attend"]) for (_, w, _), (_, width, _) in zip(written, cached)}
+    found = {}
+    for role, contract in known.items():
+        batch = bool(contract.signature.of_kind("Batch"))
+        first_one = first_float(contract)
+        kind = next((kind for _, kind in case.dtypes), contract.dtypes[first_one][0] if first_one else "")
+        found[role] = Case(
+            contract.name,
+            tuple((s, facts[role][s]) for s in dict.fromkeys((contract.rows, *free_symbols(contract)))),
+            tuple((a, t.type(facts[role][a])) for a, t in contract.attributes.items()),
+            ((first_one, kind),) if first_one else (),
+            batch=(case.batch or "drafts") * batch,
+            block_size=(case.block_size or 64) * batch,
+            seed=case.seed,
+        )
+    return {role: replace(case, seq="") if known[role] is case.contract else made for role, made in found.items()}
 
-    def made(op: str, dims: Mapping[str, int], attrs: Mapping[str, Any], kinds: Mapping[str, str]) -> Case:
-        plain = tuple(dims.items()), tuple(attrs.items()), tuple(kinds.items())
-        return Case(op, *plain, batch=batch, block_size=size, seed=case.seed)
 
-    own = replace(case, seq="")
-    found = {
-        "kv_write": made("kv_write", {"T": T, "A": C, "B": R}, {}, {"pages": kind}),
-        "indexer_topk": made(
-            "indexer_topk", {"T": T, "G": sizes["G"], "D": sizes["D"]}, {"k": k, "scale": 2.0**-6}, {"iq": kind}
-        ),
-        "sparse_mla": made(
-            "sparse_mla", {"T": T, "N": sizes["N"], "C": C, "R": R, "k": k}, {"scale": 0.0625}, {"q_latent": kind}
-        ),
-        "select_rows": Case("select_rows", (("T", T), ("k", k), ("M", 1)), seed=case.seed),
-    }
-    return {**found, **({case.op: own} if case.op != "select_rows" else {})}
+def _usual(values: Sequence[Any]) -> Any:
+    """Of the values that a contract lists the smallest size of at least 8, or the first of anything else."""
+    return min(values, key=lambda v: (v < 8, v)) if all(type(v) is int for v in values) else values[0]

@@ -173,7 +173,7 @@ def called(
     if distant:
         held = {name: distant.near(value) for name, value in held.items()}
     results = logical(binding, inputs, held)
-    results = {name: value if name in mutated else _copied(value) for name, value in results.items()}
+    results = {name: value if name in mutated else copied(value) for name, value in results.items()}
     trespasses = [t for w in (*watches, *blocks) if (t := w.trespass(binding))]
     return Run(results, trespasses, held, watches)
 
@@ -186,7 +186,7 @@ def logical(binding: Binding, inputs: Inputs, held: Mapping[str, Any]) -> dict[s
     return {n: np.concatenate([y[:rows], np.zeros_like(y[rows:])]) if y.ndim else y for n, y in results.items()}
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A result in memory of its own."""
     return {part: array.copy() for part, array in value.items()} if isinstance(value, dict) else value.copy()
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.execution.bindings import Bound
-from porthal.conformance.execution.call import _copied, logical, told
+from porthal.conformance.execution.call import copied, logical, told
 from porthal.conformance.execution.outcome import Outcome, WrongResult, difference, named
-from porthal.conformance.execution.placing import Watch, filled
+from porthal.conformance.execution.placing import Watch, filled, read
 from porthal.hal import Batch, Binding, Operand, Weight
 from porthal.hal.dtypes import dtype
 
@@ -41,18 +39,14 @@ def replayed(bound: Bound, calls: Sequence[Inputs]) -> list[tuple[Inputs, Outcom
             runs: list[Held] = []
             for _ in range(2):
                 _renew(binding, operands, at.operands)
-                watches = _watches(operands, at)
-                if elsewhere := [w.what for w in watches.values() if w.trespass(binding)]:
-                    raise WrongResult(f"{elsewhere[0]} does not hold what was written into it, and the graph reads it there")
+                watches = _watches(binding, operands, at)
                 _spoil(binding, held)
                 found = named(binding, captured.contract, replay())
                 held = held or found  # where results of the first replay lie, those of all do
-                runs.append({name: _copied(value) for name, value in logical(binding, at, held).items()})
+                runs.append({name: copied(value) for name, value in logical(binding, at, held).items()})
                 if change := difference(runs[-1], logical(binding, at, found)):
                     raise WrongResult(f"results of a replay lie in new memory: {change} there")
-            for operand in at.contract.signature.mutated:
-                del watches[operand.name]
-            trespasses = tuple(t for w in watches.values() if (t := w.trespass(binding)))
+            trespasses = tuple(t for w in watches if (t := w.trespass(binding)))
             done.append((at, Outcome(runs[0], runs[1], trespasses, flushes=binding.backend.traits.flushes_denormals)))
     except KeyboardInterrupt:
         raise
@@ -68,16 +62,25 @@ def _placed(binding: Binding, value: Any) -> Any:
 
 
 def _renew(binding: Binding, operands: Held, values: Mapping[str, Any]) -> None:
-    """Write a call's values over the operands."""
+    """Write a call's values over the operands; raises WrongResult where they do not lie there afterwards."""
     for name, value in values.items():
         if isinstance(value, Batch):
             binding.plan(value, into=operands[name])
-        elif isinstance(value, Weight):
+            continue  # its memory is in a form of the backend's own
+        if value is None:
+            continue
+        if isinstance(value, Weight):
+            how, wanted = "prepare", value.parts()
             binding.prepare(value.spec, value.native.__getitem__, into=operands[name])
         elif isinstance(value, Operand):
-            binding.from_logical(value.spec, value.parts(), into=operands[name])
-        elif value is not None:
+            how, wanted = "from_logical", value.parts()
+            binding.from_logical(value.spec, {part: array.copy() for part, array in wanted.items()}, into=operands[name])
+        else:
+            how, wanted = "from_numpy", value
             binding.from_numpy(value.copy(), into=operands[name])
+        if change := difference({name: wanted}, {name: read(binding, operands[name])}):
+            what = change.replace(" is ", " should be ", 1).replace(", then ", ", it is ")
+            raise WrongResult(f"{how}(into=) has not written the new values where the captured call reads them: {what}")
 
 
 def _spoil(binding: Binding, held: Held) -> None:
@@ -87,12 +90,13 @@ def _spoil(binding: Binding, held: Held) -> None:
             binding.from_numpy(filled(tuple(value.shape), dtype(value)), into=value)
 
 
-def _watches(operands: Held, inputs: Inputs) -> dict[str, Watch]:
-    """Over all operands but batches, whose memory is the backend's own."""
-    found = {}
+def _watches(binding: Binding, operands: Held, inputs: Inputs) -> list[Watch]:
+    """Over what the call may not change."""
+    found, mutated = [], {o.name for o in inputs.contract.signature.mutated}
     for name, value in inputs.operands.items():
-        if isinstance(value, Operand) and not isinstance(value, Batch):
-            found[name] = Watch(f"{type(value).__name__.lower()} {name}", operands[name], value.parts())
-        elif isinstance(value, np.ndarray):
-            found[name] = Watch(f"input {name}", operands[name], {"": value})
+        if isinstance(value, Operand) and name not in mutated:
+            what = f"{type(value).__name__.lower()} {name}"
+            found.append(Watch.over(binding.backend, what, operands[name], value.parts()))
+        elif value is not None and name not in mutated:
+            found.append(Watch(f"input {name}", operands[name], {"": value}))
     return found

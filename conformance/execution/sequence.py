@@ -38,8 +38,10 @@ from porthal.hal import (
     Selection,
     SelectionSpec,
     Weight,
+    contracts,
     create,
 )
+from porthal.hal.signature import ARRAY
 
 JUDGED = 2**18  # most elements of a large call whose values are judged, if it has no small golden: others judge its values
 
@@ -144,6 +146,15 @@ class Program:
         outcome = Outcome(run.results, run.results, tuple(trespasses), flushes=flushes, unread=unread)
         return Step(label, inputs, outcome, bound, judged)
 
+    def selected(self, step: Step) -> tuple[Selection, Any]:
+        """The selection that the last step has made: in logical form, and as the backend holds it."""
+        (result,) = (r.name for r in step.inputs.contract.signature.results if r.kind == "Selection")
+        parts = step.outcome.results.get(result)
+        if not parts:
+            raise Failed("FAIL_ERROR", step.outcome.error or "it gave no selection")
+        spec = SelectionSpec(*parts["indices"].shape)
+        return Selection(spec, Rows(parts["indices"], parts["length"])), self.kept[-1][3].held[result]
+
     def _changed(self) -> Iterator[str]:
         for label, binding, inputs, run in self.kept:
             if change := difference(run.results, logical(binding, inputs, run.held)):
@@ -216,6 +227,8 @@ def _held(program: Program) -> Iterator[Step]:
     if dict(case.dims).get(rows, 0) > 1:
         fewer = replace(case, dims=tuple((n, v - (n == rows)) for n, v in case.dims))
         yield program.call(program.stage(first(replace(fewer, seed=case.seed + 2))), "another shape", judged=False)
+    stage.write(replace(one, operands={**one.operands}))
+    yield program.call(stage, "the first values again", judged=False)
 
 
 def _models(program: Program) -> Iterator[Step]:
@@ -240,43 +253,59 @@ def _sibling(bindings: Bindings) -> Bindings | None:
 
 def _reuse(program: Program) -> Iterator[Step]:
     calls = scenario(program.case)
-    attend = first(calls["sparse_mla"])
-    batch, kv, written = attend.batch, attend.operands["kv"], first(calls["kv_write"])
+    attend, write = first(calls["attend"]), first(calls["write"])
+    batch, cache, sel = attend.batch, pages_of(attend.contract), _named(attend, "Selection")
     assert batch
-    cache = _like(written, pages=kv, batch=batch)
-    writing = program.stage(cache)
-    yield program.call(writing, "kv_write")
-    plan = {"batch": writing.placed["batch"]}
-    selecting = Stage(program.bindings, other(calls["indexer_topk"], 0, batch), plan)
-    yield (chosen := program.call(selecting, "indexer_topk"))
-    sel, rows = program.kept[-1][3].held["sel"], chosen.outcome.results["sel"]
-    selection = Selection(SelectionSpec(*rows["indices"].shape), Rows(**rows))
-    kv = writing.inputs.operands["pages"]
-    inputs = _like(attend, kv=kv, sel=selection, batch=batch)
-    attending = Stage(program.bindings, inputs, {**plan, "sel": sel, "kv": writing.placed["pages"]})
-    yield program.call(attending, "sparse_mla")
-    later, last = grown(batch), batch.last_rows
-    picked = np.maximum(last, 0).astype(np.int32)
-    picking = _like(first(replace(calls["select_rows"], dims=_resized(calls["select_rows"], M=len(picked)))),
-                    sel=selection, rows=picked)  # fmt: skip
-    yield (short := program.call(Stage(program.bindings, picking, {"sel": sel}), "select_rows"))
-    out, rows = program.kept[-1][3].held["out"], short.outcome.results["out"]
-    fewer = replace(calls["sparse_mla"], dims=_resized(calls["sparse_mla"], T=later.T), batch="decode")
-    inputs = _like(other(fewer, 1, later), kv=kv, sel=Selection(SelectionSpec(*rows["indices"].shape), Rows(**rows)))
-    step = Stage(program.bindings, inputs, {"sel": out, "kv": writing.placed["pages"]})
-    yield program.call(step, "sparse_mla a step later, of the rows that were selected")
-    longer = other(replace(calls["indexer_topk"], dims=_resized(calls["indexer_topk"], T=later.T), batch="decode"), 1, later)
-    yield program.call(Stage(program.bindings, longer, {"batch": step.placed["batch"]}), "indexer_topk a step later")
-    layer = other(calls["sparse_mla"], 2, batch)
-    attending.write(_like(layer, sel=selection, kv=layer.operands["kv"], batch=attending.inputs.operands["batch"]))
-    yield program.call(attending, "sparse_mla of a later layer, which shares the selection")
+
+    def name(role: str, later: str = "") -> str:
+        return calls[role].op + later
+
+    def plan(stage: Stage, inputs: Inputs) -> dict[str, Any]:
+        """The plan of another stage, for a call on the same batch."""
+        return {_named(inputs, "Batch"): stage.placed[_named(stage.inputs, "Batch")]}
+
+    def like(inputs: Inputs, chosen: Any, pages: Any) -> Inputs:
+        return _with(inputs, {sel: chosen, cache: pages, _named(inputs, "Batch"): inputs.batch})
+
+    writing = program.stage(_with(write, {pages_of(write.contract): attend.operands[cache], _named(write, "Batch"): batch}))
+    yield program.call(writing, name("write"))
+    pages, there = (where[pages_of(write.contract)] for where in (writing.inputs.operands, writing.placed))
+    select = other(calls["select"], 0, batch)
+    selecting = Stage(program.bindings, select, plan(writing, select))
+    yield (step := program.call(selecting, name("select")))
+    chosen, on_chip = program.selected(step)
+    attend = like(attend, chosen, pages)
+    attending = Stage(program.bindings, attend, {**plan(writing, attend), sel: on_chip, cache: there})
+    yield program.call(attending, name("attend"))
+
+    later = grown(batch)
+    rows = np.maximum(batch.last_rows, 0).astype(np.int32)
+    (many,) = (o for o in contracts()[calls["pick"].op].signature.of_kind(ARRAY))
+    pick = first(_sized(calls["pick"], **{many.dims[0]: len(rows)}))
+    pick = _with(pick, {_named(pick, "Selection"): chosen, many.name: rows})
+    yield (step := program.call(Stage(program.bindings, pick, {_named(pick, "Selection"): on_chip}), name("pick")))
+    picked, held = program.selected(step)
+    few = {attend.contract.rows: later.T}
+    after = like(other(replace(_sized(calls["attend"], **few), batch="decode"), 1, later), picked, pages)
+    stage = Stage(program.bindings, after, {sel: held, cache: there})
+    yield program.call(stage, name("attend", " a step later, with the rows that were selected"))
+    longer = other(replace(_sized(calls["select"], **few), batch="decode"), 1, later)
+    yield program.call(Stage(program.bindings, longer, plan(stage, longer)), name("select", " a step later"))
+    layer = other(calls["attend"], 2, attending.inputs.batch)
+    attending.write(like(layer, chosen, layer.operands[cache]))
+    yield program.call(attending, name("attend", " of a later layer, which shares the selection"))
 
 
-def _resized(case: Case, **sizes: int) -> tuple[tuple[str, int], ...]:
-    return tuple((name, sizes.get(name, size)) for name, size in case.dims)
+def _named(inputs: Inputs, kind: str) -> str:
+    """The name of a call's operand of a kind."""
+    return inputs.contract.signature.of_kind(kind)[0].name
 
 
-def _like(inputs: Inputs, **operands: Any) -> Inputs:
+def _sized(case: Case, **sizes: int) -> Case:
+    return replace(case, dims=tuple((name, sizes.get(name, size)) for name, size in case.dims))
+
+
+def _with(inputs: Inputs, operands: Mapping[str, Any]) -> Inputs:
     """A call with some of its operands replaced."""
     found = {**inputs.operands, **operands}
     return replace(inputs, operands=found, spec=inputs.contract.spec(found, inputs.attrs))
@@ -295,4 +324,8 @@ STEPS: Mapping[str, Callable[[Program], Iterator[Step]]] = {
 
 def steps(bindings: Bindings, case: Case) -> Iterator[Step]:
     """The steps of a case's program, each after it has run; Failed where new values were not written."""
-    return STEPS[case.seq](Program(bindings, case))
+    program = Program(bindings, case)
+    try:
+        yield from STEPS[case.seq](program)
+    except Failed as failed:
+        raise Failed(failed.judgement.verdict, f"step {program.count + 1}: {failed}") from None

@@ -12,7 +12,6 @@ import os
 import platform
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -30,6 +29,7 @@ IN_MEMORY = 2**26  # bytes that a process keeps in memory, and
 IN_MEMORY_EACH = 2**20  # of one entry
 SLICE = 2**28  # bytes written between two checks of the limit
 WORTH = 0.008  # seconds of computing, for an entry and again for each MiB of it, below which keeping it saves nothing
+NAMES = "names"  # an array of those of all others: the archive's own list of them has no checksum
 Arrays = dict[str, Array]
 _written = 0
 
@@ -73,11 +73,12 @@ _memory = _Memory()
 
 
 def _from_disk(file: Path, compute: Callable[[], Arrays]) -> Arrays:
-    with suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    with suppress(Exception):  # zip and NumPy raise many kinds
         with np.load(file) as kept:  # checks each array's checksum; objects are refused
             found = dict(kept)
         os.utime(file)
-        return found
+        if found.pop(NAMES).tolist() == list(found):
+            return found
     started = time.process_time()
     found = compute()
     if time.process_time() - started > WORTH * (1 + _size(found) / 2**20):
@@ -130,7 +131,7 @@ def _keep(file: Path, arrays: Arrays) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
             try:
-                np.savez(out, **arrays)  # type: ignore[arg-type]  # for its stub a name may be allow_pickle
+                np.savez(out, **arrays, **{NAMES: np.array(list(arrays), str)})  # type: ignore[arg-type]  # allow_pickle
                 out.close()
                 os.replace(out.name, file)
             except BaseException:

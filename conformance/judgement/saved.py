@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
+from porthal.conformance.cases.steps import first
 from porthal.conformance.judgement.copies import one_of_each
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.judge import budget, exactly_judged
@@ -219,7 +219,7 @@ def call(name: str) -> Inputs:
         raise UsageError(f"case token {name!r} is a deliberate mistake, with nothing to save: take one without fault=")
     if case.capture:
         raise UsageError(f"case token {name!r} is several calls in one memory: save one of them, as `replay` names it")
-    return build(case)
+    return replace(first(case), case=case)  # of a program, the first step
 
 
 def read(file: Path | str) -> Inputs:

@@ -89,6 +89,18 @@ def _judged(bindings: Bindings, bound: Bound, inputs: Inputs, level: str, return
     return judge(inputs, outcome, level, bound.tie)
 
 
+def _replayed(bound: Bound, case: Case, level: str) -> Judgement:
+    """The judgement of the first replay that does not pass, else of the one with the largest error."""
+    found = []
+    for inputs, outcome in replayed(bound, calls(case)):
+        judged = judge(inputs, outcome, level, bound.tie)
+        if judged.verdict != "PASS":
+            where = "when captured" if inputs.case.capture else f"replayed as {inputs.case.token}"
+            return replace(judged, message=f"{where}: {judged.message}")
+        found.append(judged)
+    return max(found, key=lambda judged: judged.worst)
+
+
 def _in_steps(bindings: Bindings, bound: Bound, case: Case, level: str, returned: Returned) -> tuple[Bound, Judgement]:
     """A program's first step that fails, or its worst; bound to a kernel that is not the chip's own if any step was."""
     found = [Judgement("PASS")]
@@ -100,21 +112,10 @@ def _in_steps(bindings: Bindings, bound: Bound, case: Case, level: str, returned
             returned(Returns(step.outcome.results, step.inputs))
             return bound, replace(judged, message=f"step {n} ({step.label}): {judged.message}")
         found.append(judged)
+    returned(Returns(step.outcome.results, step.inputs))
     worst = max(found, key=lambda judged: judged.worst)
     notes = "; ".join(dict.fromkeys(judged.note for judged in found if judged.note))
     return bound, replace(worst, ratio=max(j.ratio for j in found), z=max((j.z for j in found), key=abs), note=notes)
-
-
-def _replayed(bound: Bound, case: Case, level: str) -> Judgement:
-    """The judgement of the first replay that does not pass, else of the one with the largest error."""
-    found = []
-    for inputs, outcome in replayed(bound, calls(case)):
-        judged = judge(inputs, outcome, level, bound.tie)
-        if judged.verdict != "PASS":
-            where = "when captured" if inputs.case.capture else f"replayed as {inputs.case.token}"
-            return replace(judged, message=f"{where}: {judged.message}")
-        found.append(judged)
-    return max(found, key=lambda judged: judged.worst)
 
 
 def _refused(bound: Bound, inputs: Inputs) -> Judgement:

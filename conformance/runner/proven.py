@@ -66,8 +66,9 @@ class Proven:
         self.known[owner][case.token] = kept = {"result": vars(result), "kernels": kernels}
         with suppress(OSError):
             self.files[owner].parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(kept)
             with self.files[owner].open("a", encoding="utf-8") as file:
-                file.write(json.dumps(kept) + "\n")
+                file.write(f"{_checksum(text)} {text}\n")
 
     def _kernels(self, ops: list[str], owner: str) -> Kernels | None:
         """All kernels that the backend has for these ops, which decide what each call gets; None if one calls its own."""
@@ -137,10 +138,14 @@ def sources(base: type[Backend]) -> Iterator[Path]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is kept, by token; a line that was cut off is left out."""
+    """What is kept, by token; a line that was cut off or changed is left out."""
     with suppress(OSError):
         for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                line = json.loads(text)
-                Result.read(line["result"])
+            checksum, _, kept = text.partition(" ")
+            if checksum == _checksum(kept):
+                line = json.loads(kept)
                 yield line["result"]["token"], line
+
+
+def _checksum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -18,11 +19,12 @@ from porthal.conformance.report.report import Report
 from porthal.conformance.report.results import Result
 from porthal.conformance.report.waivers import waive, waivers
 from porthal.conformance.runner.check import Returned, check
+from porthal.conformance.runner.remaining import Remaining
 from porthal.conformance.runner.workers import Bounds, Pool
 from porthal.hal import Backend, UsageError, contracts, create
 from porthal.hal.contract import Contract
 
-Progress = Callable[[int, int, Result], None]
+Progress = Callable[[int, int, Result, float], None]
 
 
 def run(
@@ -40,7 +42,8 @@ def run(
     properties: int = 0,
     seed: int = 0,
 ) -> Report:
-    """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result)` after each.
+    """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result, left)` after each, with
+    the seconds left as far as is known: cases that show how long an op takes come first.
     Raises UsageError for an unknown op, and for dtypes that choose nothing in one of the ops.
 
     A backend given by name runs in worker processes within `bounds`, unless `isolate` is False; an instance runs here.
@@ -72,12 +75,13 @@ def run(
             results = {case.token: kept.known[case.token] for case in plan if case.token in kept.known}
 
         def settle(plan: Sequence[Case]) -> None:
-            for result in judged([case for case in plan if case.token not in results]):
+            left = Remaining([case for case in plan if case.token not in results])
+            for result in judged(left.cases):
                 results[result.token] = result
                 if kept:
                     kept.add(result)
                 if progress:
-                    progress(len(results), len(plan), result)
+                    progress(len(results), len(plan), result, left.after(result))
 
         settle(plan)
         plan = [each for case in plan for each in (case, *_further(case, results[case.token], facts))]
@@ -116,10 +120,12 @@ def _drawn(
     from porthal.conformance.runner.properties import search  # needs hypothesis
 
     found: list[Result] = []
+    began = time.monotonic()
     for at, op in enumerate(names := list(ops)):
         found += search(contracts()[op], n, one, seed, dtypes)
         if progress and found:
-            progress((at + 1) * n, len(names) * n, found[-1])
+            each = (time.monotonic() - began) / (at + 1)
+            progress((at + 1) * n, len(names) * n, found[-1], each * (len(names) - at - 1))
     return found
 
 

@@ -19,10 +19,12 @@ SOURCES = {
     "ranking": ("porthal.backends.torch.ranking", "Torch"),
     "capture": ("porthal.backends.torch.capture", "Capturing"),
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
+    "kept": ("porthal.conformance.selftest.kept", "Kept"),
     **dict.fromkeys(compiled.UNITS, ("porthal.backends.cpu.backend", "Cpu")),
 }
 THEMES = (
-    "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "native", "values"
+    "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "state", "native",
+    "values",
 )  # fmt: skip
 SCORED = ("float32", "bfloat16")
 

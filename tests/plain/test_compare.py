@@ -188,7 +188,7 @@ def tables(text):
     return found
 
 
-NAMES = {dict: "object", list: "array", str: "string", int: "integer", float: "number", type(None): "null"}
+NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 def conforms(value, fields):

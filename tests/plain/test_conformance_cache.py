@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from porthal.conformance import replay
+from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.cases.plan import cases
@@ -133,6 +134,35 @@ def test_a_broken_entry_is_computed_again(folder: Path, calls: list[str], damage
     assert same(Golden(inputs("rms_norm")).spread(), cold) and calls
     calls.clear()
     assert same(Golden(inputs("rms_norm")).spread(), cold) and calls == []  # and mended
+
+
+def test_no_changed_byte_of_an_entry_is_trusted(folder: Path, calls: list[str]) -> None:
+    given = build(Case.from_token("rms_norm,T=1,H=7,x:bf16,0"))
+    cold = Golden(given).spread()
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    for at in (*range(0, len(content), 9), *range(content.index(b"PK\1\2"), len(content))):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        assert same(Golden(given).spread(), cold), at
+    for end in range(0, len(content), 25):
+        file.write_bytes(content[:end])
+        assert same(Golden(given).spread(), cold), end
+    np.savez(file)
+    assert same(Golden(given).spread(), cold)
+
+
+def test_an_entry_is_whole_or_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written beside, under a name that nobody reads."""
+
+    def interrupted(out: Any, **arrays: Any) -> None:
+        out.write(b"PK")
+        assert [path.suffix for path in folder.iterdir()] == [".part"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Golden(inputs("rms_norm")).spread()
+    assert list(folder.iterdir()) == []
 
 
 def test_what_is_used_least_goes_first(folder: Path) -> None:

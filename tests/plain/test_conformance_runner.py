@@ -178,9 +178,10 @@ def test_far_caches_and_experts_give_what_near_ones_do(token, monkeypatch):
 
 def test_progress_sees_every_case():
     seen = []
-    report = run("reference", ["add"], progress=lambda done, of, result: seen.append((done, of, result)))
-    assert {r.token for _, _, r in seen} == {r.token for r in report.results}
-    assert [d for d, _, _ in seen] == list(range(1, len(seen) + 1)) and {of for _, of, _ in seen} == {len(seen)}
+    report = run("reference", ["add"], progress=lambda done, of, result, left: seen.append((done, of, result, left)))
+    assert {r.token for _, _, r, _ in seen} == {r.token for r in report.results}
+    assert [d for d, *_ in seen] == list(range(1, len(seen) + 1)) and {of for _, of, *_ in seen} == {len(seen)}
+    assert all(left > 0 for *_, left in seen[:-1]) and abs(seen[-1][3]) < 1e-6
 
 
 def test_unknown_op_is_refused():

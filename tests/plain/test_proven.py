@@ -274,3 +274,19 @@ def test_the_report_says_what_was_not_run() -> None:
         "set PORTHAL_CACHE to an empty folder to run them"
     ]
     assert report.not_run[0] in report.html()
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed"])
+def test_a_damaged_line_proves_nothing(folder: Path, damage: str) -> None:
+    ran(Near(), ADD)
+    (file,) = folder.glob("*.jsonl")
+    whole = file.read_bytes()
+    assert ran(Far(), ADD)[1] is False
+    line = whole.rstrip(b"\n")
+    for at in range(1, len(line), 41):
+        changed = line[:at] + bytes([line[at] ^ 1]) + line[at + 1 :]
+        file.write_bytes({"cut": line[:at], "emptied": b"", "changed": changed}[damage])
+        assert Proven(Far(), "bring-up").recall(Case.from_token(ADD)) is None, at
+    assert ran(Far(), ADD)[1] is True  # what is kept of it, behind a line without an end, shares its fate
+    ran(Near(), ADD)
+    assert ran(Far(), ADD)[1] is False

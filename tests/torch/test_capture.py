@@ -165,8 +165,8 @@ def test_replays_vary_what_they_say():
 @pytest.mark.parametrize(
     ("token", "sentence"),
     [
-        ("add,T=3,H=8,a:bf16,view=rows,capture,0", "a captured call has neither view nor fault nor copies"),
-        ("add,T=3,H=8,a:bf16,fault=shape,capture,0", "a captured call has neither view nor fault nor copies"),
+        ("add,T=3,H=8,a:bf16,view=rows,capture,0", "a captured call has no view, fault, copies nor program"),
+        ("add,T=3,H=8,a:bf16,fault=shape,capture,0", "a captured call has no view, fault, copies nor program"),
         ("add,T=0,H=8,a:bf16,capture,0", "a captured call has rows, and requests with pages of their own"),
         ("add,T=3,H=8,a:bf16,capture,capture,0", "capture is given twice"),
         ("add,T=3,H=8,a:bf16,capture=1,0", "capture is not one of its sizes, expected one of T, H"),
