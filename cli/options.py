@@ -39,7 +39,7 @@ def _one_of(kind: type[Chosen], text: str) -> Chosen:
 
 
 Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
-LOWEST = Level("bring-up")
+LOWEST, HIGHER = Level("bring-up"), Level("standard")
 
 BackendOption = Annotated[
     str | None,

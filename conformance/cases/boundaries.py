@@ -67,8 +67,9 @@ REQUESTS = 1024  # of one step at most
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
 EACH = 64  # rows of a request, where many are wanted
-SHARE = 8  # of what a level allows one call, a case for boundaries takes no more than one in so many
-TABLE = "B"  # columns of the block table
+SHARE = 2  # of the time that a level allows one call, a case for boundaries takes at most one in so many
+STEP = "requests"  # of a batch
+TABLE = "columns"  # of its block table
 
 
 @lru_cache(maxsize=256)
@@ -76,12 +77,12 @@ def counts(contract: Contract) -> tuple[str, ...]:
     """Expressions in the symbols of a contract: sizes, and products of them by which a kernel counts."""
     found: list[str] = []
     for o in (*contract.signature.operands, *contract.signature.results):
-        found += [*o.dims] if o.kind == "Batch" else [*o.dims, _product(o.dims[:-1])]
+        found += [*o.dims, _product(o.dims[:-1])] if o.kind != "Batch" else []
         found += [w for _, w, _ in o.fields]
     kinds = {o.kind for o in contract.signature.operands}
-    found += ["R", "S", TABLE] * ("Batch" in kinds) + ["P", "P*block_size"] * ("Pages" in kinds)
+    found += [contract.rows, STEP, "S", TABLE] * ("Batch" in kinds) + ["P", "P*block_size"] * ("Pages" in kinds)
     found += ["block_size"] * ("block_size" in contract.legal)
-    return tuple(e for e in dict.fromkeys(found) if symbols(e))
+    return tuple(e for e in dict.fromkeys(found) if e)
 
 
 @lru_cache(maxsize=256)
@@ -110,9 +111,7 @@ def sizes_of(case: Case) -> dict[str, int]:
     if case.batch:
         q_lens, kv_lens = lengths(case.batch, env[contract.rows], env.get("k", 0), size, case.stream)
         need = [-(-n // size) for n in kv_lens]
-        env |= {"S": max(kv_lens, default=0), TABLE: max(need, default=0)}
-        if contract.signature.of_kind("Pages") or "R" not in env:
-            env.setdefault("R", len(q_lens))
+        env |= {STEP: len(q_lens), "S": max(kv_lens, default=0), TABLE: max(need, default=0)}
         pages = sum(need) + 3
         if case.batch in (CROWD, "long"):
             pages = PAGES
@@ -188,9 +187,7 @@ def most_of(contract: Contract, profile: Profile) -> dict[str, int]:
         most[rows] = REQUESTS * max(most.get(rows, 1), 1)
     size = most.get("block_size", 64)
     if contract.signature.of_kind("Batch"):
-        most |= {"S": max(most.get("S", 0), profile.context), TABLE: -(-profile.context // size)}
-        if "R" not in {s for o in contract.signature.operands if o.kind != "Batch" for s in o.symbols()}:
-            most["R"] = REQUESTS
+        most |= {STEP: REQUESTS, "S": max(most.get("S", 0), profile.context), TABLE: -(-profile.context // size)}
     most["P"] = REQUESTS * -(-profile.context // size)
     if "block_size" in contract.legal:
         most["block_size"] = max(most.get("block_size", 0), contract.legal["block_size"][-1])  # type: ignore[index]
@@ -226,9 +223,9 @@ def _reason(contract: Contract, level: Level, what: str, n: int, above: bool, mo
     case = next(_joint(contract, _crossing(what, n, most)), None)
     if case is None:
         return ""
-    if elements(case) > level.copied // SHARE:
-        return f"{MEMORY}: {elements(case) * 4 / 2**30:.1f} GiB"
-    return f"{TIME}: {_seconds(case):.1f} s" if _seconds(case) > level.seconds / SHARE else ""
+    if elements(case) > level.copied:
+        return f"{MEMORY}: {elements(case) * 2 / 2**30:.1f} GiB"
+    return f"{TIME}: {_flop(case) / 1e9:.0f} GFLOP" if _seconds(case) > level.seconds / SHARE else ""
 
 
 # -- cases for what is not ---------------------------------------------------------------------------------------------
@@ -266,7 +263,7 @@ def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cheap(case: Case, level: Level) -> bool:
-    return _seconds(case) <= level.seconds / SHARE and elements(case) <= level.copied // SHARE
+    return _seconds(case) <= level.seconds / SHARE and elements(case) <= level.copied
 
 
 def _afforded(contract: Contract, level: Level, wanted: list[str], v: int) -> Iterator[Case]:
@@ -284,7 +281,7 @@ def _afforded(contract: Contract, level: Level, wanted: list[str], v: int) -> It
 
 def _chosen(contract: Contract) -> list[str]:
     """The symbols that a case may choose."""
-    batch = ["R", "S", TABLE] * bool(contract.signature.of_kind("Batch")) + ["P"] * bool(contract.signature.of_kind("Pages"))
+    batch = [STEP, "S", TABLE] * bool(contract.signature.of_kind("Batch")) + ["P"] * bool(contract.signature.of_kind("Pages"))
     counted = [e for e in counts(contract) if e in contract.attributes]
     return list(dict.fromkeys([contract.rows, *free_symbols(contract), *counted, *batch]))
 
@@ -308,10 +305,10 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
             size = sizes.get("block_size", 1 if "P" in sizes else 16)
         if contract.signature.of_kind("Batch"):
             keys = max(sizes.get("S", 9), size * sizes.get(TABLE, 0), size * -(-sizes.get("P", 0) // ALTERNATIVES))
-            rows = max(rows, sizes.get("R", 1))
+            rows = max(rows, sizes.get(STEP, 1))
             if contract.signature.mutated and "P" in sizes:
                 keys = rows = max(rows, size * (sizes["P"] - SHARED))
-            batch = spelled(_requests(rows, min(keys, LONGEST), sizes.get("R", 0)))
+            batch = spelled(_requests(rows, min(keys, LONGEST), sizes.get(STEP, 0)))
         elif "P" in sizes:
             rows = max(rows, sizes["P"] - 2)
         attributes = contract.attributes
@@ -334,6 +331,11 @@ def _requests(rows: int, keys: int, count: int) -> list[Request]:
     whole, left = divmod(rows, EACH)
     found = [Request(left, max(9, left))] * (left > 0) + [Request(EACH, EACH)] * whole
     return [*found[:-1], found[-1]._replace(kv=max(keys, found[-1].q))]
+
+
+def _flop(case: Case) -> float:
+    env, bytes_of = sizes_of(case), SimpleNamespace(**dict.fromkeys(case.contract.dtypes, 2))
+    return float(case.contract.cost(SimpleNamespace(**{"R": env.get(STEP), **env}), bytes_of)[0])
 
 
 def _seconds(case: Case) -> float:

@@ -40,14 +40,14 @@ from porthal.hal.signature import evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
-HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
-CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
 TIES = "shelves"  # values that are equal in runs longer than what is chosen
 PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
+HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
+CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 
 
 def cases(
@@ -213,15 +213,17 @@ class _Plan:
             yield from some or self._made(view=THREADS, dtypes=combo)
 
     def _batches(self) -> Iterator[Case]:
-        """Batch compositions, which take turns at bring-up, and every page size that a plan takes in one of them."""
+        """Batch compositions, and every page size that a plan takes in one of them."""
         compositions = COMPOSITIONS if self.has_batch else ("",)
-        for batch, size in product(compositions, PAGES if self.level.thorough else (PAGE,)):
+        every = list(product(compositions, PAGES))
+        some = list(zip(compositions, cycle((PAGE, TILES[0], UNEVEN, TILES[-1]))))
+        for batch, size in every if self.level.thorough else some:
             for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
                 for combo in self._each():
                     yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
         turn = cycle(compositions)
-        few = (*PAGE_SIZES[:: len(PAGE_SIZES) - 1], TILES[0], UNEVEN, TILES[-1])
-        for size in values(PAGE_SIZES) if self.level.thorough else few:
+        least_and_most = PAGE_SIZES[:: len(PAGE_SIZES) - 1]
+        for size in least_and_most if self.has_batch and not self.level.thorough else values(PAGE_SIZES):
             rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 1
             yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
 
