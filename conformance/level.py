@@ -82,7 +82,7 @@ STANDARD = Level(
         "250*1/1024+5*4/40000+2*1/0+300/131072",
     ),
     turns=3,
-    seconds=2.0,
+    seconds=1.2,
     copied=2**27,
     thorough=True,
     seeds=(),

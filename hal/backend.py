@@ -57,8 +57,7 @@ class Kernel:
     backend  whose kernel it is, and
     owner    the registered backend whose class, or whose mixin, defines it
     prepare  how that class packs the contract's weights
-    limits, provider, tie    what is stated about it by `@limits`
-    batch_invariant          whether it promises that a row's bits do not depend on the other rows
+    limits, provider, tie, batch_invariant    what is stated about it by `@limits`
     inner    the kernel that it calls through super(), whose limits hold for it too
     """
 

@@ -168,13 +168,15 @@ def limits(
     *,
     provider: str = "",
     tie: str = "lowest",
+    batch_invariant: bool = False,
     dtypes: Mapping[str, Limit | str] | None = None,
     needs: Mapping[str, Need] | None = None,
     **facts: Limit | int | str | bool,
 ) -> Callable[[F], F]:
     """State what a kernel takes: `@limits(provider="torch_npu.npu_x", dtypes={"x": one_of("bfloat16")}, D=128)`.
 
-    provider is the library call behind it; tie="any" declares that equal scores are chosen in an order of the chip's own.
+    provider is the library call behind it; tie="any" declares that equal scores are chosen in an order of the chip's own;
+    batch_invariant promises that a row's bits do not depend on the other rows, nor on how many there are.
     needs are conditions on values, by operand, which are looked at before every call.
     """
     if tie not in TIES:
@@ -182,7 +184,7 @@ def limits(
     stated = Limits(_limited(dtypes or {}), _limited(facts), dict(needs or {}))
 
     def attach(f: F) -> F:
-        vars(f).update(limits=stated, provider=provider, tie=tie)
+        vars(f).update(limits=stated, provider=provider, tie=tie, batch_invariant=batch_invariant)
         return f
 
     return attach

@@ -36,13 +36,13 @@ class Cpu(Reference):
             operand.native.get(e, w[e])
         return {"w": w}
 
-    @limits(provider="C++", dtypes={"x": NATIVE, "weight": NATIVE})
+    @limits(provider="C++", batch_invariant=True, dtypes={"x": NATIVE, "weight": NATIVE})
     def rms_norm(self, x: Array, weight: Array, *, eps: float = 1e-5) -> Array:
         y = self.empty(x.shape, x.dtype.name)
         _native.rms_norm(x, weight, y, eps)
         return y
 
-    @limits(provider="C++")
+    @limits(provider="C++", batch_invariant=True)
     def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:
         length = np.minimum(batch.visible, k)
         indices = self.empty((batch.T, k), "int32")

@@ -33,7 +33,7 @@ from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, ele
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
-from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED
+from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import evaluate, symbols
@@ -136,6 +136,9 @@ class _Plan:
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
         for batch, combo in product(self.level.production_batches if self.has_batch else (), production):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
+        for recipes, combo in product(self._recipes() if self.contract.choice and self.level.thorough else (), production):
+            if all(recipe in TIED for _, recipe in recipes):  # a choice among as many equals as there may be
+                yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
         for pair in combinations(self.attrs, 2):  # some attributes act only together
             yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
 
@@ -205,8 +208,9 @@ class _Plan:
             wide = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
             for rows in (64, 257):
                 yield from self._made(wide, rows=rows, view=THREADS, dtypes=self._next(), most=MANY_ROWS * 64)
-        some = list(self._made(rows=64, view=THREADS, dtypes=self._next(), most=MANY_ROWS * 4))
-        yield from some or self._made(view=THREADS, dtypes=self._next())
+        for combo in [c for c in self.combos if len(c) <= 1] if self.level.thorough else [self._next()]:
+            some = list(self._made(rows=64, view=THREADS, dtypes=combo, most=MANY_ROWS * 4))
+            yield from some or self._made(view=THREADS, dtypes=combo)
 
     def _batches(self) -> Iterator[Case]:
         """Batch compositions, and every page size that a plan takes in one of them."""
@@ -230,6 +234,8 @@ class _Plan:
             sizes = [0] if name != "held" else HELD if self.level.thorough else HELD[:1]
             batch = "drafts" if name == "reuse" and self.has_batch else ""
             for size, combo in product(sizes, bases if self.level.thorough else [self._next()]):
+                if size == HELD[-1] and self.first and dict(combo).get(self.first) != "bfloat16":
+                    continue  # costly, and so in the dtype that is served
                 yield from self._holding(size, combo) if size else self._made(seq=name, dtypes=combo, batch=batch)
 
     def _holding(self, size: int, combo: Combo) -> Iterator[Case]:
@@ -239,6 +245,8 @@ class _Plan:
         many = self.rows if self.rows in wide else symbols(result.dims[0])[0]
         free = [s for s in (*self.free, *self.attrs) if s != many]
         sizes = {s: (max if s in wide else min)(self.contract.cases[s]) for s in free if s in self.sized}
+        if result.kind == "Selection" and self.has_batch and size == HELD[0]:  # rows that see no more than k select the same
+            sizes |= {s: sorted(self.contract.cases[s])[-2] for s in symbols(result.dims[1])}
 
         def held(rows: int) -> int:
             """Bytes in a dtype of 16 bits; a batch's longest request, where that counts, has about as many keys as rows."""

@@ -27,7 +27,8 @@ from porthal.hal.signature import evaluate
 from porthal.model import profiles as here
 
 FLOPS, BYTES, GOLDEN = 4e10, 4e9, 1.5e10  # a second of a core: what a kernel does, what memory gives, what float64 does
-SORTED = 2e-8  # seconds to sort a number among others
+SORTED = 8e-8  # seconds to sort a number among others
+WIDENED = 2e-9  # and to read one in float64
 CALLS = 3  # a kernel's calls in one case
 PASSES = 18  # over the reference's products for one golden
 BLOCK_SIZE = 64
@@ -237,10 +238,13 @@ def seconds(case: Case) -> float:
     small = {s: min(n, few) if s in contract.independent else n for s, n in dims.items()}
     if per_expert(contract):
         small[contract.rows] = min(dims[contract.rows], 2 * dims.get("E", 1))
-    kept = [r._replace(q=min(r.q, few)) for r in dict.fromkeys(requests(case.batch) or [])]
+    alike = Counter(requests(case.batch) or [])
+    kept = [r._replace(q=min(r.q * n, few)) for r, n in alike.items()]
     golden, scored = _flops(case, small, kept)
     moved = elements(case) * itemsize(dtype)
-    work = CALLS * (flops / FLOPS + 3 * moved / BYTES) + PASSES * golden / GOLDEN
+    env = {**small, **{k: v for k, v in case.attrs if isinstance(v, int)}}
+    read = sum(_product(o.dims, env) for o in contract.signature.of_kind("Weight"))
+    work = CALLS * (flops / FLOPS + 3 * moved / BYTES) + PASSES * (golden / GOLDEN + read * WIDENED)
     return work + SORTED * (CALLS * ranked + scored) + 0.01
 
 

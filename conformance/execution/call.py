@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from math import prod
 from threading import Barrier, BrokenBarrierError
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,8 @@ REPLAYS = 25  # runs of a choice among equals, as at any level while patience la
 PATIENCE = 0.5  # seconds, after which two runs are enough
 SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
 ABREAST = 4  # threads that call a kernel at once, and
-ROUNDS = 3  # how often
+ROUNDS = range(3, 8)  # how often at least, and at most while PATIENCE lasts
+WAIT, WAITING = 1e-4, 12  # seconds at each of so many lines
 
 
 def execute(bindings: Bindings, bound: Bound, inputs: Inputs, runs: int = 2) -> Outcome:
@@ -165,7 +168,7 @@ def called(
     """One call on operands that are placed, whose logical form the inputs are."""
     contract, mutated = inputs.contract, {o.name for o in inputs.contract.signature.mutated}
     memory: AbstractContextManager[list[Watch]] = nullcontext([]) if abreast else poisoned(binding.backend)
-    with memory as blocks:
+    with memory as blocks, _line_by_line() if abreast else nullcontext():
         out = getattr(binding, contract.name)(*operands.values(), **inputs.attrs)
     held = named(binding, contract, out)
     if not abreast:
@@ -224,12 +227,33 @@ def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
         return {}
 
     sys.setswitchinterval(1e-6)
+    until = time.perf_counter() + PATIENCE
     try:
         with ThreadPoolExecutor(ABREAST) as pool:
-            for _ in range(ROUNDS):
+            for done in range(ROUNDS.stop):
+                if done >= ROUNDS.start and time.perf_counter() > until:
+                    return
                 yield from list(pool.map(call, range(ABREAST)))[::2]
     finally:
         sys.setswitchinterval(interval)
+
+
+@contextmanager
+def _line_by_line() -> Iterator[None]:
+    """At every line of a kernel in Python another thread has its turn, so that what they share is met between any two; at the
+    first lines they wait for each other."""
+    lines = count()
+
+    def turn(frame: FrameType, event: str, arg: Any) -> Any:
+        time.sleep(WAIT if next(lines) < WAITING else 0)
+        return turn
+
+    before = sys.gettrace()
+    sys.settrace(turn)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _meet(abreast: Barrier | None) -> None:

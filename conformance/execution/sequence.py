@@ -227,8 +227,7 @@ def _held(program: Program) -> Iterator[Step]:
     if dict(case.dims).get(rows, 0) > 1:
         fewer = replace(case, dims=tuple((n, v - (n == rows)) for n, v in case.dims))
         yield program.call(program.stage(first(replace(fewer, seed=case.seed + 2))), "another shape", judged=False)
-    stage.write(replace(one, operands={**one.operands}))
-    yield program.call(stage, "the first values again", judged=False)
+    yield program.call(stage, "the second call again", judged=False)
 
 
 def _models(program: Program) -> Iterator[Step]:
@@ -286,8 +285,12 @@ def _reuse(program: Program) -> Iterator[Step]:
     yield (step := program.call(Stage(program.bindings, pick, {_named(pick, "Selection"): on_chip}), name("pick")))
     picked, held = program.selected(step)
     few = {attend.contract.rows: later.T}
+    more = other(replace(_sized(calls["write"], **few), batch="decode"), 1, later)
+    writing.write(_with(more, {pages_of(more.contract): pages}))
+    yield program.call(writing, name("write", " a step later"))
+    pages, there = (where[pages_of(write.contract)] for where in (writing.inputs.operands, writing.placed))
     after = like(other(replace(_sized(calls["attend"], **few), batch="decode"), 1, later), picked, pages)
-    stage = Stage(program.bindings, after, {sel: held, cache: there})
+    stage = Stage(program.bindings, after, {**plan(writing, after), sel: held, cache: there})
     yield program.call(stage, name("attend", " a step later, with the rows that were selected"))
     longer = other(replace(_sized(calls["select"], **few), batch="decode"), 1, later)
     yield program.call(Stage(program.bindings, longer, plan(stage, longer)), name("select", " a step later"))

@@ -172,12 +172,11 @@ class CopiesJudge:
                     worst=worst,
                     at=f"{key}{place}",
                 )
-        self._elsewhere(key, y, moved, spread)
+        self._elsewhere(key, y, moved, axes, spread)
 
-    def _elsewhere(self, key: str, y: Array, moved: Array, spread: Spread) -> None:
+    def _elsewhere(self, key: str, y: Array, moved: Array, axes: Axes, spread: Spread) -> None:
         """Rows that are not computed are finite, and hardly depend on the others."""
-        rows = self.inputs.contract.rows
-        unknown = np.flatnonzero(self.copies.at.get(rows, np.zeros(0)) < 0)
+        unknown = np.flatnonzero(next((places for axis, places in axes if axis == 0), np.zeros(0)) < 0)
         if not unknown.size or specified_rows(self.inputs) is not None or not np.isfinite(spread.value).all():
             return
         slack = 4 * self.limit.pointwise * float(spread.most.max(initial=0))

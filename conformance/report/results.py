@@ -203,8 +203,10 @@ class Row:
 
     @property
     def determinism(self) -> str:
-        """What its kernels are held to: the same bits in every run, or of a row in any batch too; "" where none ran."""
-        promised = {r.invariant for r in self.results if r.tested and r.status != REFUSAL}
+        """What its kernels, own ones if there are any, are held to: the same bits in every run, or of a row in any batch
+        too; "" where none ran."""
+        ran = [r for r in self.results if r.tested and r.status != REFUSAL]
+        promised = {r.invariant for r in [r for r in ran if r.own] or ran}
         return "" if not promised else "run to run" if False in promised else "any batch"
 
     @property

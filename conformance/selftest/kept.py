@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ import torch.nn.functional as F
 from porthal.backends.torch.backend import Torch
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, Weight
 
-__all__ = ["Batch", "F", "Pages", "PagesSpec", "Rows", "Selection", "Weight", "np"]  # what planted methods use
+# What planted methods use.
+__all__ = ["Batch", "F", "Pages", "PagesSpec", "Rows", "Selection", "Weight", "np", "sys", "threading"]
+
+LARGEST = 2**20  # elements of an array that is kept: a trial must not run out of memory
 
 
 class Kept(Torch):
@@ -24,6 +29,8 @@ class Kept(Torch):
 
     def _by_address(self, x: torch.Tensor) -> torch.Tensor:
         """A copy of what an array held when its memory was seen first; the array is held, so that no other gets its place."""
+        if x.numel() > LARGEST:
+            return x
         copied: torch.Tensor = self._mine().setdefault((x.data_ptr(), x.shape, x.dtype), (x.clone(), x))[0]
         return copied
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 
-from porthal.conformance.selftest import attention, composites, dense, experts, rows, tokens
+from porthal.conformance.selftest import attention, composites, dense, experts, rows, state, tokens
 from porthal.conformance.selftest.planting import plant, plantable
 from porthal.hal import Backend, contracts, create, probe
 
@@ -177,7 +177,7 @@ EDITED = (
         return y, counts, source\n""")),
     _edit("moe_unpermute", "last choice first", ("for j in range(k):\n", "for j in reversed(range(k)):\n")),
     _edit("moe_unpermute", "in float64", ("y = torch.zeros((T, sorted.shape[1]), dtype=torch.float32", "y = torch.zeros((T, sorted.shape[1]), dtype=torch.float64")),
-    _edit("moe_experts", "composed", ("    def moe_experts(\n", "    moe_experts = None\n\n    def _other(\n")),
+    _edit("moe_experts", "composed", ("    def moe_experts(\n", "    def _other(\n"), ("    moe_experts.capturable = False\n", "    moe_experts = None\n")),
     _edit("moe_experts", "last choice first", ("for j in range(k):\n", "for j in reversed(range(k)):\n")),
     _edit("moe_experts", "products unrounded", (experts.h, """wide = [F.linear(r.float(), m.float()) for r, m in zip(rows.split(counts), w13.native.unbind())]
         h = _silu_mul(torch.cat(wide)).to(x.dtype)\n""")),
@@ -245,4 +245,19 @@ EDITED = (
     _edit("mtp_input", "fused, summed from the end", (PRODUCT, "return F.linear(x.float().flip(1), w.native.float().flip(1))\n"), source="fused"),
     _edit("moe_layer", "fused, shared rounded", (composites.shared, composites.shared.rstrip("\n") + "\n        y = y.to(x.dtype).float()\n"), source="fused"),
     _edit("moe_layer", "fused, in float64", ("y = _gated(x.float(), shared13.native) @ shared2.native.float().T\n", "y = (_gated(x.float(), shared13.native).double() @ shared2.native.double().T).float()\n"), source="fused"),
+    _edit("head_linear", "packed in a second form, renewed by prepare", state.methods(*state.PACK,
+          "return Weight(spec, {'w': w.native, 'turned': w.native.transpose(1, 2).contiguous()})", *state.PACKED,
+          "def head_linear(self, x, w):", "return super().head_linear(x, Weight(w.spec, w.native['turned'].transpose(1, 2)))"), source="kept"),
+    _edit("linear", "prepared in new memory each time", state.methods("def prepare(self, spec, read, into=None):", "return super().prepare(spec, read)",
+          f"{state.LINEAR}:", state.PLAIN.strip()), source="kept"),
+    _edit("rope", "table kept in the plan by all that it depends on", state.methods("def rope(self, x, batch, *, theta, layout, **attrs):",
+          "memo = vars(batch).setdefault('_tables', {})", "theta, layout = memo.setdefault((theta, layout, *attrs.items()), (theta, layout))",
+          "return super().rope(x, batch, theta=theta, layout=layout, **attrs)"), source="kept"),
+    _edit("topk", "plans kept by their object", state.methods("def topk(self, scores, batch, *, k):", "held = self._mine().setdefault(id(batch), batch)",
+          "[self._mine().pop(first, None) for first in list(self._mine())[:-8]]", "return super().topk(scores, held if held is batch else batch, k=k)"), source="kept"),
+    _edit("add", "memory used again when nobody holds it", state.methods("def add(self, a, b):", "y = super().add(a, b)",
+          "pool = self._mine().setdefault((threading.get_ident(), y.shape, y.dtype), [])", "free = next((n for n in range(len(pool)) if sys.getrefcount(pool[n]) == 2), None)",
+          "if free is None or y.numel() > 2**18:", "    pool += [y] * (y.numel() <= 2**18)", "    return y", "return pool[free].copy_(y)"), source="kept"),
+    _edit("sparse_mla", "of a dense copy of the pages", state.methods(f"{state.ATTEND}:", "native = {name: kv[name].clone() for name, _ in kv.spec.fields}",
+          "return super().sparse_mla(q_latent, q_rope, Pages(kv.spec, native), sel, batch, scale=scale)"), source="kept"),
 )
