@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from porthal.hal import UsageError
+from porthal.hal.spans import TEMPERATURE
 from porthal.model.tokens import check_count, check_number
 
-HOTTEST = 2.0**127  # of a temperature, which ops take as float32
+HOTTEST = TEMPERATURE.high
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Sampling:
     def but(self, temperature: float | None, top_p: float | None, top_k: int | None) -> Sampling:
         """This with what is given in its place; UsageError for a bad number, or where it would have no effect."""
         heat = self.temperature if temperature is None else check_number("temperature", temperature, HOTTEST)
+        if heat not in TEMPERATURE:
+            raise UsageError(f"temperature is {heat!r}: expected {TEMPERATURE}, which chips can divide by")
         given = {"top_p": top_p, "top_k": top_k}
         for name, value in given.items():
             if value is not None and heat == 0:

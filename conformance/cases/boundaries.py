@@ -305,10 +305,12 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
             size = sizes.get("block_size", 1 if "P" in sizes else 16)
         if contract.signature.of_kind("Batch"):
             keys = max(sizes.get("S", 9), size * sizes.get(TABLE, 0), size * -(-sizes.get("P", 0) // ALTERNATIVES))
-            rows = max(rows, sizes.get(STEP, 1))
-            if contract.signature.mutated and "P" in sizes:
+            step = sizes.get(STEP, 0)
+            rows = max(rows, step)
+            if contract.signature.mutated and "P" in sizes:  # what is written lies in pages of its own
                 keys = rows = max(rows, size * (sizes["P"] - SHARED))
-            batch = spelled(_requests(rows, min(keys, LONGEST), sizes.get(STEP, 0)))
+                step = max(step, 1)
+            batch = spelled(_requests(rows, min(keys, LONGEST), step))
         elif "P" in sizes:
             rows = max(rows, sizes["P"] - 2)
         attributes = contract.attributes

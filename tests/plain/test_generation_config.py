@@ -158,6 +158,7 @@ def test_few_candidates_leave_the_greedy_text(configured: Glm5) -> None:
         ({"temperature": 1, "top_p": "x"}, "top_p is 'x': expected a number from 0 to 1"),
         ({"temperature": 1, "top_k": -1}, "top_k is -1: expected a whole number of at least 0"),
         ({"temperature": 10**400}, "temperature is 10+: expected a number from 0 to"),
+        ({"temperature": 1e-6}, r"temperature is 1e-06: expected 0 or 1e-05 to 10000, which chips can divide by"),
     ],
 )
 def test_bad_settings(configured: Glm5, given: dict[str, Any], message: str) -> None:
