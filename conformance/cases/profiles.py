@@ -38,7 +38,7 @@ LEAST = 64  # and of experts, of which there may be so many that none can be wid
 COUNTS = 256  # dims up to here count heads, experts, or what one of them holds
 DISTINCT = "distinct rows"
 PREFERRED = 0.6  # as if that cost so much less: fewer distinct rows take nothing from the kernel
-LENIENT = 3  # times what a level allows, for a call that cannot be made smaller
+LENIENT = 6  # times what a level allows, for a call that cannot be made smaller
 FEW = {"bring-up": 8, "standard": 16, "strict": 32}  # distinct rows
 
 
@@ -154,10 +154,11 @@ def _affordable(
         why = "time" if cost > level.seconds else "memory"
         smaller = list(_smaller(contract, found, dims, few, kept))
         options = [_case(contract, spec, f, d, n) for _, f, d, n in smaller]
-        worth = sorted((_price(c, level) * (PREFERRED if c.distinct < few else 1), n) for n, c in enumerate(options))
-        best = next((n for _, n in worth if not refusal(options[n])), -1)
-        if best < 0 or _price(options[best], level) >= _price(case, level) * 0.95:
-            return (case if _price(case, level) < LENIENT else None), list(cuts.values())
+        now, prices = _price(case, level), [_price(c, level) for c in options]
+        cheaper = sorted((p * (PREFERRED if options[n].distinct < few else 1), n) for n, p in enumerate(prices) if p < now * 0.95)
+        best = next((n for _, n in cheaper if not refusal(options[n])), -1)
+        if best < 0:
+            return (case if now < LENIENT else None), list(cuts.values())
         before, case = (found, dims), options[best]
         name, found, dims, few = smaller[best]
         if name == DISTINCT:  # takes nothing from the kernel
