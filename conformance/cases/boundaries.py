@@ -67,7 +67,6 @@ REQUESTS = 1024  # of one step at most
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
 EACH = 64  # rows of a request, where many are wanted
-SHARE = 2  # of the time that a level allows one call, a case for boundaries takes at most one in so many
 STEP = "requests"  # of a batch
 TABLE = "columns"  # of its block table
 
@@ -225,7 +224,7 @@ def _reason(contract: Contract, level: Level, what: str, n: int, above: bool, mo
         return ""
     if elements(case) > level.copied:
         return f"{MEMORY}: {elements(case) * 2 / 2**30:.1f} GiB"
-    return f"{TIME}: {_flop(case) / 1e9:.0f} GFLOP" if _seconds(case) > level.seconds / SHARE else ""
+    return f"{TIME}: {_flop(case) / 1e9:.1f} GFLOP" if _seconds(case) > level.seconds else ""
 
 
 # -- cases for what is not ---------------------------------------------------------------------------------------------
@@ -263,7 +262,7 @@ def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cheap(case: Case, level: Level) -> bool:
-    return _seconds(case) <= level.seconds / SHARE and elements(case) <= level.copied
+    return _seconds(case) <= level.seconds and elements(case) <= level.copied
 
 
 def _afforded(contract: Contract, level: Level, wanted: list[str], v: int) -> Iterator[Case]:
@@ -308,8 +307,7 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
             step = sizes.get(STEP, 0)
             rows = max(rows, step)
             if contract.signature.mutated and "P" in sizes:  # what is written lies in pages of its own
-                keys = rows = max(rows, size * (sizes["P"] - SHARED))
-                step = max(step, 1)
+                rows, step = max(rows, size * (sizes["P"] - SHARED)), max(step, 1)
             batch = spelled(_requests(rows, min(keys, LONGEST), step))
         elif "P" in sizes:
             rows = max(rows, sizes["P"] - 2)
