@@ -30,7 +30,8 @@ from porthal.hal.signature import evaluate, symbols
 from porthal.hal.spans import Reals, Span
 
 TILES = (16, 32, 64, 128, 256)
-GRIDS = (2**10, 2**11, 2**12, 2**15, 2**16)
+GRIDS = (2**10, 2**11, 2**12, 2**15, 2**16, 2**17)
+FIRST = (2**8, 2**10, 2**16)  # at bring-up: where most kernels break, crossed by one
 UNEVEN = 48  # full tiles, but no power of two
 
 
@@ -63,7 +64,8 @@ def beside(span: Sequence[int], n: int) -> list[int]:
 # -- what a call counts ------------------------------------------------------------------------------------------------
 
 ADDRESSES = (2**31, 2**32)  # elements behind which 32-bit offsets wrap
-REQUESTS = 1024  # of one step at most
+REQUESTS = 1024  # of one step at most,
+ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
 EACH = 64  # rows of a request, where many are wanted
@@ -182,8 +184,8 @@ def most_of(contract: Contract, profile: Profile) -> dict[str, int]:
             if type(v) is int:
                 most[name] = max(most.get(name, 0), v)
     rows = contract.rows
-    if rows and most.get(rows, 0) < REQUESTS:
-        most[rows] = REQUESTS * max(most.get(rows, 1), 1)
+    for symbol in {rows, *contract.independent[:1]} - {""}:
+        most[symbol] = max(most.get(symbol, 0), ROWS)
     size = most.get("block_size", 64)
     if contract.signature.of_kind("Batch"):
         most |= {STEP: REQUESTS, "S": max(most.get("S", 0), profile.context), TABLE: -(-profile.context // size)}
@@ -245,10 +247,10 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
     named = [s for s in _chosen(contract) if s in most]
     if level.thorough:
         yield from islice(_joint(contract, dict.fromkeys(named, 2)), 1)
-    for n in (*TILES, *GRIDS) if level.thorough else (TILES[3],):
-        for v, there in ((n, met.below), (n + 1, met.above)):
+    for n in (*TILES, *GRIDS) if level.thorough else FIRST:
+        for v, there in ((n, met.below), (n + 1, met.above))[not level.thorough :]:
             yield from _afforded(contract, level, [s for s in named if (s, n) not in there and v <= most[s]], v)
-    for what, n in product(counts(contract), (*TILES, *GRIDS)) if level.thorough else ():
+    for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-1:]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
             yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level))
 
@@ -292,7 +294,9 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
     for more in (0, 1, 3):
         sizes = {s: v + more * (v % 2) if s != contract.rows else v for s, v in wanted.items()}
         dims = {s: sizes.get(s, least[s]) for s in free_symbols(contract) if s != contract.rows}
-        facts = {a.name: contract.cases.get(a.name, (a.default,))[0] for a in contract.attributes.values()}
+        listed = {a.name: contract.cases.get(a.name, (a.default,)) for a in contract.attributes.values()}
+        facts = {a: min(values) if a in contract.legal and type(values[0]) is int else values[0]
+                 for a, values in listed.items()}  # fmt: skip
         facts |= {a: sizes[a] for a in contract.attributes if a in sizes}
         for name in contract.legal:
             if name in contract.attributes and name not in sizes:

@@ -260,7 +260,8 @@ def _flops(case: Case, dims: Mapping[str, int], found: Sequence[Request]) -> tup
     flops, _ = contract.cost(SimpleNamespace(**facts), SimpleNamespace(**sizes))
     env = {k: v for k, v in facts.items() if isinstance(v, int)}
     each = sum(_product(o.dims, env) for o in contract.signature.results if o.dims)  # what a copy costs, too
-    ranked = _product(contract.signature.operands[0].dims, env) if contract.choice else 0.0
+    sorts = contract.admits or (contract.choice and "k" in facts)
+    ranked = _product(contract.signature.operands[0].dims, env) if sorts else 0.0
     return float(flops) + 20.0 * each, ranked
 
 

@@ -32,7 +32,7 @@ REPLAYS = 25  # runs of a choice among equals, as at any level while patience la
 PATIENCE = 0.5  # seconds, after which two runs are enough
 SMALL = 2**17  # most elements of a case that another call follows, to see that results keep their bits
 ABREAST = 4  # threads that call a kernel at once, and
-ROUNDS = range(3, 8)  # how often at least, and at most while PATIENCE lasts
+ROUNDS = range(3, 8)  # how often at least, and at most while a fifth of PATIENCE lasts
 WAIT, WAITING = 1e-4, 12  # seconds at each of so many lines
 
 
@@ -227,7 +227,7 @@ def _abreast(binding: Binding, inputs: Inputs) -> Iterator[dict[str, Any]]:
         return {}
 
     sys.setswitchinterval(1e-6)
-    until = time.perf_counter() + PATIENCE
+    until = time.perf_counter() + PATIENCE / 5
     try:
         with ThreadPoolExecutor(ABREAST) as pool:
             for done in range(ROUNDS.stop):

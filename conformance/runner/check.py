@@ -110,7 +110,8 @@ def _in_steps(bindings: Bindings, bound: Bound, case: Case, level: str, returned
         judged = judge(step.inputs, step.outcome, level, step.bound.tie) if step.judged else watched(step.inputs, step.outcome)
         if judged.verdict != "PASS":
             returned(Returns(step.outcome.results, step.inputs))
-            return bound, replace(judged, message=f"step {n} ({step.label}): {judged.message}")
+            where = f"step {n} ({step.label}): " if n > 1 else ""  # the first is a plain call, and fails like one
+            return bound, replace(judged, message=where + judged.message)
         found.append(judged)
     returned(Returns(step.outcome.results, step.inputs))
     worst = max(found, key=lambda judged: judged.worst)

@@ -249,7 +249,8 @@ def test_a_result_that_is_a_view_of_an_input_is_refused():
 
     failures = run(backend(cast=cast), ["cast"]).failures
     assert failures and {r.verdict for r in failures} == {"FAIL_WROTE_OUTSIDE"}
-    assert all(r.message.startswith("a result shares memory with an input: y[0, 0] is ") for r in failures)
+    plain = [r.message for r in failures if "seq=" not in r.token]
+    assert plain and all(message.startswith("a result shares memory with an input: y[0, 0] is ") for message in plain)
 
 
 def test_memory_that_a_result_gives_back_early_is_overwritten():

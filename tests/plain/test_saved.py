@@ -34,7 +34,8 @@ def cheapest(op: str) -> list[str]:
     """The smallest case of every combination of dtypes and left out operands."""
     found: dict[Any, Case] = {}
     for case in sorted(cases(contracts()[op]), key=elements):
-        if not case.fault and dict(case.dims).get(case.contract.rows, 1):
+        plain = not (case.fault or case.distinct or case.seq or case.capture)
+        if plain and dict(case.dims).get(case.contract.rows, 1):
             found.setdefault((case.dtypes, case.absent), case)
     return [case.token for case in found.values()]
 
