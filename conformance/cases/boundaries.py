@@ -305,7 +305,7 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
                     facts[name] = span[-1]
         size, batch, rows = 0, "", sizes.get(contract.rows, 3)
         if "block_size" in contract.legal:
-            size = sizes.get("block_size", 1 if "P" in sizes else 16)
+            size = sizes.get("block_size", 16 if contract.signature.of_kind("Batch") and "P" not in sizes else 1)
         if contract.signature.of_kind("Batch"):
             keys = max(sizes.get("S", 9), size * sizes.get(TABLE, 0), size * -(-sizes.get("P", 0) // ALTERNATIVES))
             step = sizes.get(STEP, 0)
