@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -399,7 +399,9 @@ def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
         made = Contract(reference, parse(signature), **facts)
         if made.name in _contracts and _contracts[made.name].reference.__module__ != reference.__module__:
             raise UsageError(f"contract {made.name!r} exists already, in {_contracts[made.name].reference.__module__}")
-        _contracts[made.name] = made
+        known = sorted({**_contracts, made.name: made}.items())
+        _contracts.clear()
+        _contracts.update(known)
         return made
 
     return make
@@ -410,4 +412,4 @@ def contracts() -> Mapping[str, Contract]:
     import importlib
 
     importlib.import_module("porthal.ops")
-    return dict(sorted(_contracts.items()))
+    return MappingProxyType(_contracts)

@@ -217,7 +217,9 @@ def elements(case: Case) -> int:
     if signature.of_kind("Batch"):
         q_lens, kv_lens = lengths(case.batch, sizes["T"], sizes.get("k", 0), case.block_size, case.stream)
         sizes = {"R": len(q_lens), "S": max(kv_lens, default=0), **sizes}
-        held = 2 * max(kv_lens, default=0) if case.distinct else sum(kv_lens)  # copies share pages
+        held = sum(kv_lens)
+        if case.distinct:  # copies share pages: two for each place, or 64 in all where a step writes elsewhere
+            held = 64 * case.block_size + sum(q_lens) if signature.mutated else 2 * max(kv_lens, default=0)
         slots = max(slots, held + (len(kv_lens) + sum(spare(case.batch, len(kv_lens)))) * case.block_size)
     for operand in (*signature.operands, *(r for r in signature.results if not r.mutated)):
         if operand.name in case.absent:

@@ -128,6 +128,8 @@ class _Plan:
         compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
+        if not self.level.thorough and self.contract.independent:
+            production = []  # the calls in a model's own sizes are as wide
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
         deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
@@ -153,8 +155,9 @@ class _Plan:
             yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
             for combo in self.combos:
                 yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
+        large = () if self.level.thorough or not self.contract.independent else self.free  # whose first value a model's calls have
         for name in (*self.free, *self.attrs):
-            for value in self.contract.cases[name]:
+            for value in self.contract.cases[name][name in large and len(self.contract.cases[name]) > 1 :]:
                 for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
         yield from self._legal_ends()

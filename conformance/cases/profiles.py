@@ -121,8 +121,8 @@ def profile_cases(contract: Contract, level: Level, profile: Profile) -> Iterato
                 if case and case.token not in seen:
                     seen.add(case.token)
                     yield case, cuts
-                if not any(c.name in spec.dims for c in cuts):
-                    break  # no dim was cut that the other variant would keep
+                if not level.thorough or not any(c.name in spec.dims for c in cuts):
+                    break  # the first will do, or no dim was cut that the other variant would keep
 
 
 def _variants(contract: Contract, spec: CallSpec) -> list[frozenset[str]]:
