@@ -69,7 +69,6 @@ ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
 EACH = 64  # rows of a request, where many are wanted
-SHARE = 2  # of the time that a level allows one call, a case for boundaries takes at most one in so many
 STEP = "requests"  # of a batch
 TABLE = "columns"  # of its block table
 
@@ -227,7 +226,7 @@ def _reason(contract: Contract, level: Level, what: str, n: int, above: bool, mo
         return ""
     if elements(case) > level.copied:
         return f"{MEMORY}: {elements(case) * 2 / 2**30:.1f} GiB"
-    return f"{TIME}: {_flop(case) / 1e9:.0f} GFLOP" if _seconds(case) > level.seconds / SHARE else ""
+    return f"{TIME}: {_flop(case) / 1e9:.1f} GFLOP" if _seconds(case) > level.seconds else ""
 
 
 # -- cases for what is not ---------------------------------------------------------------------------------------------
@@ -265,7 +264,7 @@ def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cheap(case: Case, level: Level) -> bool:
-    return _seconds(case) <= level.seconds / (SHARE if level.thorough else 1) and elements(case) <= level.copied
+    return _seconds(case) <= level.seconds and elements(case) <= level.copied
 
 
 def _afforded(contract: Contract, level: Level, wanted: list[str], v: int) -> Iterator[Case]:
@@ -306,14 +305,13 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
                     facts[name] = span[-1]
         size, batch, rows = 0, "", sizes.get(contract.rows, 3)
         if "block_size" in contract.legal:
-            size = sizes.get("block_size", 1 if "P" in sizes else 16)
+            size = sizes.get("block_size", 16 if contract.signature.of_kind("Batch") and "P" not in sizes else 1)
         if contract.signature.of_kind("Batch"):
             keys = max(sizes.get("S", 9), size * sizes.get(TABLE, 0), size * -(-sizes.get("P", 0) // ALTERNATIVES))
             step = sizes.get(STEP, 0)
             rows = max(rows, step)
             if contract.signature.mutated and "P" in sizes:  # what is written lies in pages of its own
-                keys = rows = max(rows, size * (sizes["P"] - SHARED))
-                step = max(step, 1)
+                rows, step = max(rows, size * (sizes["P"] - SHARED)), max(step, 1)
             batch = spelled(_requests(rows, min(keys, LONGEST), step))
         elif "P" in sizes:
             rows = max(rows, sizes["P"] - 2)

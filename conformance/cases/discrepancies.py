@@ -158,6 +158,7 @@ DISCREPANCIES = (
             "moe_experts,T=7,H=96,I=96,E=32,k=8,x:bf16,0",
             "moe_experts,T=7,H=96,I=96,E=128,k=8,x:bf16,0",
         ),
+        family=("moe_experts,*distinct=*",),
     ),
     Discrepancy(
         14,
@@ -184,6 +185,7 @@ DISCREPANCIES = (
             "moe_permute,T=3,H=576,k=8,E=16,x:bf16,0",
             "moe_permute,T=3,H=7176,k=8,E=16,x:bf16,0",
         ),
+        family=("moe_permute,*distinct=*",),
     ),
     Discrepancy(
         17,
@@ -211,6 +213,7 @@ DISCREPANCIES = (
             f"rope,T=5,N=8,D={d},theta=1000000.0,layout=half,start=0,width={w},x:bf16,batch=mixed,block_size=64,0"
             for d, w in ((40, 40), (72, 64), (80, 64), (576, 64))
         ),
+        family=("rope,*,D=17,*",),
     ),
     Discrepancy(
         20,
@@ -291,7 +294,7 @@ DISCREPANCIES = (
         "A masked load left what lies behind the row in the tail of a block: zero times NaN is NaN.",
         "vllm-project/vllm-ascend#10276, flagos-ai/FlagGems#4631",
         cases=("rms_norm,T=7,H=100,x:bf16,view=columns,0",),
-        family=("rms_norm,*,H=1,*", "rms_norm,*,H=7,*"),
+        family=("rms_norm,*,H=1,*", "rms_norm,*,H=7,*", "rms_norm,*distinct=*"),
     ),
     Discrepancy(
         30,
@@ -317,7 +320,7 @@ DISCREPANCIES = (
         cases=(
             "rope,T=5,N=8,D=64,theta=1000000.0,layout=interleaved,start=0,width=64,x:bf16,batch=long,block_size=64,0",
         ),
-        family=("rope,*batch=long*",),
+        family=("rope,*batch=long*", "rope,*distinct=*"),
     ),
     Discrepancy(
         33,
@@ -555,7 +558,7 @@ DISCREPANCIES = (
             "indexer_scores,T=9,G=8,D=128,scale=0.0156,iq:bf16,batch=3/41+3/70+3/9,block_size=64,0",
             "kv_write,T=9,A=128,B=64,pages:bf16,batch=3/41+3/70+3/9,block_size=64,0",
         ),
-        family=("sparse_mla,T=7,*batch=prefill*", "sparse_mla,T=7,*batch=chunked*"),
+        family=("sparse_mla,T=7,*batch=prefill*", "sparse_mla,T=7,*batch=chunked*", "sparse_mla,T=3,*distinct=*"),
     ),
     Discrepancy(
         65,

@@ -156,7 +156,6 @@ EXEMPT = {
     "grouped_gemm": {"permute and pad"},
     "moe_permute": {"permute and pad"},
     "moe_unpermute": {"permute and pad"},
-    "take_rows": {"permute and pad"},
 }
 
 
