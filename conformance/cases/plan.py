@@ -155,9 +155,10 @@ class _Plan:
             yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
             for combo in self.combos:
                 yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
-        large = () if self.level.thorough or not self.contract.independent else self.free  # whose first value a model's calls have
+        large = self.contract.independent and not self.level.thorough  # a model's own calls have the first of a dim's values
         for name in (*self.free, *self.attrs):
-            for value in self.contract.cases[name][name in large and len(self.contract.cases[name]) > 1 :]:
+            values = self.contract.cases[name]
+            for value in values[1:] if large and name in self.free and values[1:] else values:
                 for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
         yield from self._legal_ends()

@@ -155,7 +155,8 @@ def _affordable(
         smaller = list(_smaller(contract, found, dims, few, kept))
         options = [_case(contract, spec, f, d, n) for _, f, d, n in smaller]
         now, prices = _price(case, level), [_price(c, level) for c in options]
-        cheaper = sorted((p * (PREFERRED if options[n].distinct < few else 1), n) for n, p in enumerate(prices) if p < now * 0.95)
+        shown = [price * (PREFERRED if options[n].distinct < few else 1) for n, price in enumerate(prices)]
+        cheaper = sorted((shown[n], n) for n, price in enumerate(prices) if price < now * 0.95)
         best = next((n for _, n in cheaper if not refusal(options[n])), -1)
         if best < 0:
             return (case if now < LENIENT else None), list(cuts.values())
