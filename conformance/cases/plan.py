@@ -155,7 +155,7 @@ class _Plan:
             yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
             for combo in self.combos:
                 yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
-        large = () if self.level.thorough or not self.contract.independent else self.free  # whose first value a model's calls have
+        large = () if self.level.thorough or not self.contract.independent else self.free  # whose first value a model has
         for name in (*self.free, *self.attrs):
             for value in self.contract.cases[name][name in large and len(self.contract.cases[name]) > 1 :]:
                 for combo in self._each():
