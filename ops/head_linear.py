@@ -10,7 +10,7 @@ from porthal.hal.numerics import Array, dot
         d.T * d.N * (d.K * b.x + d.M * b.y) + d.N * d.M * d.K * b.w,
     ),
     independent=("T", "N", "M"),
-    cases={"N": (64, 8, 1), "K": (192, 512, 7), "M": (512, 256, 7)},
+    cases={"N": (64, 8, 1, 72), "K": (192, 512, 7), "M": (512, 256, 7)},
     values={"x": ("normal", "huge", "integer", "cancel", "surge", "seesaw"), "w": ("weight", "pillar")},
 )
 def head_linear(x: Array, w: Array) -> Array:

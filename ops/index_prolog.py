@@ -28,7 +28,7 @@ from porthal.ops.rope import rope
         b.h * (d.Q * d.G * d.D + d.H * (d.D + d.G) + d.T * (d.Q + d.H + d.G * d.D + d.D)) + 4 * d.T * d.G,
     ),
     independent=("T",),
-    cases={"Q": (128,), "H": (256,), "G": (32, 1), "D": (128,), "theta": (1e6, 1e4), "width": (64, 32), "eps": (1e-6, 0.5)},
+    cases={"Q": (128,), "H": (256,), "G": (32, 1, 40), "D": (128,), "theta": (1e6, 1e4), "width": (64, 32), "eps": (1e-6, 0.5)},
     legal={"theta": THETA, "width": lambda f: range(2, f.D + 1, 2), "eps": EPSILON},
     values={"qr": ("normal", "seesaw"), "h": ("normal", "seesaw"), "wk": ("weight", "pillar")},
     profiles=("inference",),

@@ -12,7 +12,7 @@ from porthal.hal.numerics import Array, dot, may_round
         b.o * (d.N * d.V * (d.C + d.H) + d.T * (d.N * d.C + d.H)),
     ),
     independent=("T", "H"),
-    cases={"N": (8, 1, 64), "C": (512,), "V": (256, 64), "H": (256, 96)},
+    cases={"N": (8, 1, 64, 20), "C": (512,), "V": (256, 64), "H": (256, 96)},
     values={"o": ("normal", "seesaw"), "w_o": ("weight", "pillar")},
     profiles=("inference",),
 )

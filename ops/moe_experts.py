@@ -20,7 +20,7 @@ from porthal.ops.silu_mul import silu_mul
     legal={"first_expert": FIRST_EXPERT},
     values={
         "x": ("normal", "small", "zeros", "offset", "seesaw"),
-        "ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
+        "ids": ("routed", "crowded", "nowhere", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
         "w13": ("weight", "pillar"),
     },
 )

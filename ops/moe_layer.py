@@ -25,7 +25,7 @@ from porthal.ops.silu_mul import silu_mul
     ),
     independent=("T",),
     cases={"H": (6144, 128), "I": (256, 96), "S": (256, 96), "E": (8, 1), "k": (8, 2, 256)},
-    values={"ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "even"), "x": ("normal", "seesaw")},
+    values={"ids": ("routed", "crowded", "nowhere", "deserted", "holes", "away", "eldest", "even"), "x": ("normal", "seesaw")},
     profiles=("inference", "moe"),
 )
 def moe_layer(

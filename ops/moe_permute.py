@@ -15,7 +15,7 @@ from porthal.hal.spans import EXPERTS, FIRST_EXPERT
     exact=True,
     values={
         "x": ("normal", "special", "huge", "denormal", "extreme", "signed"),
-        "ids": ("routed", "crowded", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
+        "ids": ("routed", "crowded", "nowhere", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
     },
 )
 def moe_permute(x: Array, ids: Array, *, E: int, first_expert: int = 0) -> tuple[Array, Array, Array]:

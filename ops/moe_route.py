@@ -9,7 +9,7 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
     dtypes={"logits": "float32", "bias": "float32", "ids": "int32", "weights": "float32"},
     cost=lambda d, b: (8 * d.T * d.E, 4 * d.T * (d.E + 2 * d.k)),
     independent=("T",),
-    cases={"E": (256, 16, 17), "k": (8, 1, 2), "scale": (2.5, 1.0), "n_group": (1, 8), "topk_group": (1, 4)},
+    cases={"E": (256, 16, 17), "k": (8, 1, 2, 24), "scale": (2.5, 1.0), "n_group": (1, 8), "topk_group": (1, 4)},
     legal={
         "scale": Reals(2.0**-6, 64.0),
         "n_group": lambda f: [n for n in range(1, f.E + 1) if f.E % n == 0],

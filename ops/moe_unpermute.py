@@ -9,7 +9,7 @@ from porthal.hal.numerics import Array, single, total
     dtypes={"sorted": FLOATS, "source": "int32", "weights": "float32", "y": "sorted"},
     cost=lambda d, b: (2 * d.T * d.k * d.H, d.T * d.H * (d.k * b.sorted + b.y)),
     independent=("H",),
-    cases={"H": (6144, 96), "k": (8, 1, 2)},
+    cases={"H": (6144, 96), "k": (8, 1, 2, 16)},
     ranges={"source": (-1, "T*k")},
     values={"source": ("permutation",), "sorted": ("normal", "seesaw"), "weights": ("normal", "seesaw")},
 )

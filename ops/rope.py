@@ -16,7 +16,7 @@ from porthal.hal.spans import THETA
         "theta": (1e6, 1e4),
         "layout": ("interleaved", "half"),
         "start": (192, 0),
-        "width": (64, 8),
+        "width": (64, 8, 128),
     },
     legal={
         "theta": THETA,

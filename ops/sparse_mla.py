@@ -13,9 +13,9 @@ from porthal.hal.spans import SCALE
         d.T * d.N * (2 * d.C + d.R) * b.q_latent + d.T * d.k * (d.C + d.R) * b.kv,
     ),
     independent=("T", "N"),
-    cases={"N": (64, 8, 1), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25)},
+    cases={"N": (64, 8, 1, 20), "C": (512,), "R": (64,), "k": (2048, 128, 16), "scale": (0.0625, 0.25, 0.1021)},
     legal={"scale": SCALE},
-    values={"q_latent": ("normal", "large", "zeros", "seesaw"), "kv": ("normal", "hollow", "seesaw")},
+    values={"q_latent": ("normal", "large", "zeros", "seesaw", "sinking"), "kv": ("normal", "hollow", "seesaw")},
     profiles=("inference",),
 )
 def sparse_mla(

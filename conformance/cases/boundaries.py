@@ -31,7 +31,7 @@ from porthal.hal.spans import Reals, Span
 
 TILES = (16, 32, 64, 128, 256)
 GRIDS = (2**10, 2**11, 2**12, 2**15, 2**16, 2**17)
-FIRST = (2**8, 2**10, 2**16)  # at bring-up: where most kernels break, crossed by one
+FIRST = (2**8, 2**10, 2**12, 2**16, 2**17)  # at bring-up: where most kernels break, crossed by one
 UNEVEN = 48  # full tiles, but no power of two
 
 
@@ -68,7 +68,8 @@ REQUESTS = 1024  # of one step at most,
 ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
-EACH = 64  # rows of a request, where many are wanted
+EACH = 64  # rows of a request, where more are wanted than
+WHOLE = 2**11  # one has
 STEP = "requests"  # of a batch
 TABLE = "columns"  # of its block table
 
@@ -250,7 +251,7 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
     for n in (*TILES, *GRIDS) if level.thorough else FIRST:
         for v, there in ((n, met.below), (n + 1, met.above))[not level.thorough :]:
             yield from _afforded(contract, level, [s for s in named if (s, n) not in there and v <= most[s]], v)
-    for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-1:]):
+    for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-2:-1]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
             yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level))
 
@@ -332,6 +333,8 @@ def _requests(rows: int, keys: int, count: int) -> list[Request]:
     """As many requests, or any number of them, with so many rows; the last one sees the keys."""
     if count:
         return [*[Request(1, 9)] * (count - 1), Request(rows - count + 1, max(keys, rows - count + 1))]
+    if rows < WHOLE:
+        return [Request(rows, max(keys, rows))]
     whole, left = divmod(rows, EACH)
     found = [Request(left, max(9, left))] * (left > 0) + [Request(EACH, EACH)] * whole
     return [*found[:-1], found[-1]._replace(kv=max(keys, found[-1].q))]

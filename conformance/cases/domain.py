@@ -59,6 +59,11 @@ def combos(contract: Contract) -> list[Combo]:
     return found
 
 
+def mixed(contract: Contract) -> list[Combo]:
+    """One operand alone in a dtype of its own, where several can be."""
+    return [(combo[0], one) for combo in combos(contract) if combo[2:] for one in combo[1:]]
+
+
 def absences(contract: Contract) -> list[tuple[str, ...]]:
     """Each optional operand left out, together with the optional page fields of the same width."""
     operands = contract.signature.operands

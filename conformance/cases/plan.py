@@ -25,6 +25,7 @@ from porthal.conformance.cases.domain import (
     combos,
     first_float,
     free_symbols,
+    mixed,
     options,
     per_expert,
     takes_integers,
@@ -102,7 +103,7 @@ class _Plan:
 
     def cases(self) -> Iterator[Case]:
         yield from self._production()
-        for combo in self.combos:
+        for combo in (*self.combos, *mixed(self.contract)):
             yield from self._made(dtypes=combo)
         yield from self._sizes()
         yield from self._forms()
@@ -198,6 +199,11 @@ class _Plan:
         for view in (*VIEWS, *LAYOUTS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
+        least = {s: min(v for v in self.contract.cases[s] if v) for s in self.free if s != self.rows}
+        for view in ("columns", *LAYOUTS):  # one row, and so many of one request that another kernel may serve them
+            for rows in (1, 300):
+                batch = "prefill" if self.has_batch and rows > 1 else ""
+                yield from self._made(least if rows > 1 else None, rows=rows, view=view, dtypes=self._next(), batch=batch)
         yield from self._threads()
         for absent in absences(self.contract):
             for combo in self._each():
@@ -314,12 +320,12 @@ class _Plan:
     def _recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
         """One value generator at a time, in every operand that lists it; integers everywhere, so that results are exact."""
         names = [o.name for o in self.contract.signature.operands if o.kind != "Batch"]
-        others = {r: None for n in names for r in options(self.contract, n)[1:]}
-        for chosen in others:
+        for chosen in {r: None for n in names for r in options(self.contract, n)[1:]}:
             taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
             if chosen in COMPANIONS:
-                weights = [o.name for o in self.contract.signature.of_kind("Weight") if (o.name, chosen) not in taken]
-                taken += [(n, COMPANIONS[chosen]) for n in weights]
+                kind, beside = COMPANIONS[chosen]
+                others = [o.name for o in self.contract.signature.operands if kind in (o.kind, o.name)]
+                taken += [(n, beside) for n in others if (n, chosen) not in taken]
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
             yield tuple(taken)

@@ -35,6 +35,7 @@ BLOCK_SIZE = 64
 MODEL = "glm-5"  # whose sizes are tested where no other model is named
 FIXED = 512  # widths up to here are inside a head, which vendors' kernels are made for; but heads and experts vary
 LEAST = 64  # and of experts, of which there may be so many that none can be wide
+WORDS = 2**16
 COUNTS = 256  # dims up to here count heads, experts, or what one of them holds
 DISTINCT = "distinct rows"
 PREFERRED = 0.6  # as if that cost so much less: fewer distinct rows take nothing from the kernel
@@ -121,8 +122,8 @@ def profile_cases(contract: Contract, level: Level, profile: Profile) -> Iterato
                 if case and case.token not in seen:
                     seen.add(case.token)
                     yield case, cuts
-                if not level.thorough or not any(c.name in spec.dims for c in cuts):
-                    break  # the first will do, or no dim was cut that the other variant would keep
+                if not any(c.name in spec.dims for c in cuts):
+                    break  # no dim was cut that the other variant would keep
 
 
 def _variants(contract: Contract, spec: CallSpec) -> list[frozenset[str]]:
@@ -130,7 +131,13 @@ def _variants(contract: Contract, spec: CallSpec) -> list[frozenset[str]]:
     fixed = {s: n for s in _sizes(contract, spec) if isinstance(n := spec.dims[s], int)}
     if not fixed:
         return [frozenset()]
-    return [frozenset(s for s, n in fixed.items() if n <= COUNTS), frozenset([max(fixed, key=lambda s: fixed[s])])]
+    counts, longest = frozenset(s for s, n in fixed.items() if n <= COUNTS), frozenset([max(fixed, key=lambda s: fixed[s])])
+    return [longest, counts] if _vast(fixed) else [counts, longest]
+
+
+def _vast(dims: Mapping[str, int]) -> bool:
+    """Whether there are so many experts or words of a vocabulary that nothing beside them can be wide."""
+    return "E" in dims or max(dims.values(), default=0) > WORDS
 
 
 def _sizes(contract: Contract, spec: CallSpec) -> list[str]:
@@ -145,7 +152,7 @@ def _affordable(
     """The call in this regime, made smaller, step by step, where it helps most, until it is within time and memory."""
     found = list(requests(batch) or ())
     dims = {s: n for s in _sizes(contract, spec) if isinstance(n := spec.dims[s], int)}
-    few = FEW[level.name]
+    few = 4 * FEW[level.name] if "E" in dims else FEW[level.name]  # so that most of the experts are chosen
     case = _case(contract, spec, found, dims, few)
     if refusal(case):
         return None, []
@@ -199,7 +206,7 @@ def _smaller(
     if rows > 16:
         yield "query rows", [r._replace(q=rows // 2) if r.q == rows else r for r in found], dims, few
     for symbol, size in dims.items():
-        varies = (size > (LEAST if "E" in dims else FIXED) and symbol != "k") or (symbol in ("E", "N") and size >= 16)
+        varies = (size > (LEAST if _vast(dims) else FIXED) and symbol != "k") or (symbol in ("E", "N") and size >= 16)
         if varies and symbol not in kept:
             yield symbol, found, {**dims, symbol: size // 2}, few
 

@@ -94,8 +94,19 @@ def level(draw: Draw) -> Array:
     return x
 
 
-# What the other operands of a product hold, so that a provocation in one comes through.
-COMPANIONS = {"cancel": "level", "surge": "level"}
+@spelled("sinking")
+def scores_far_below_zero(draw: Draw) -> Array:
+    """All negative: with keys far above zero every score is some -10^4, and a maximum that starts higher is never left."""
+    return -8 - np.abs(draw.bell())
+
+
+# What other operands, of a kind or a name, hold so that a provocation in one comes through.
+COMPANIONS = {
+    "cancel": ("Weight", "level"),
+    "surge": ("Weight", "level"),
+    "sinking": ("Pages", "offset"),
+    "cold": ("logits", "small"),
+}
 
 
 # -- magnitudes ------------------------------------------------------------------------------------------------------
@@ -125,6 +136,12 @@ def blocks_of_zeros(draw: Draw) -> Array:
     x = draw.bell()
     x[np.arange(len(x)) // 16 % 2 == 0] = 0
     return x
+
+
+@recipe
+def faint(draw: Draw) -> Array:
+    """Denormal in float16, and normal in the others."""
+    return draw.bell() * 2.0**-18
 
 
 @spelled("extreme")

@@ -81,11 +81,12 @@ TIED = ("integer", "ties", "equal", "zeros", "signed")
 # Generators of any floats, and of integers those that may replace a default.
 FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
             "denormal", "special", "masked", "weight", "below", "abyss", "blocked", "shelves", "rising", "summit", "cancel",
-            "surge", "level", "seesaw", "pillar", "hollow", "extreme", "tiers")  # fmt: skip
+            "surge", "level", "seesaw", "pillar", "hollow", "extreme", "tiers",
+            "sinking", "faint")  # fmt: skip
 # Of these, values that every op takes: larger ones may overflow where a contract permits rounding to float16.
 ANY_OP = ("zeros", "equal", "denormal")
 RELATED = {
-    "routed": ("crowded", "deserted", "holes", "away", "repeated", "wild", "eldest", "central", "even", "ragged"),
+    "routed": ("crowded", "nowhere", "deserted", "holes", "away", "repeated", "wild", "eldest", "central", "even", "ragged"),
     "counts": ("zeros", "skewed", "heap", "waist", "single", "tiled"),
     "permutation": ("nowhere",),
     "index": ("ascending",),
@@ -233,6 +234,7 @@ def special(draw: Draw) -> Array:
     if x.size:
         rows = x.reshape(-1, x.shape[-1])
         at = Draw(draw.key, (len(rows),)).integers(0, x.shape[-1], "at")
+        at[2::3] = x.shape[-1] - 1
         for r, column in enumerate(at):
             rows[r, column] = (-0.0, np.nan, np.inf, -np.inf, np.nan)[r % 5]
             if r % 5 == 4:
