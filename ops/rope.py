@@ -15,7 +15,7 @@ from porthal.hal.spans import THETA
         "D": (256, 128, 64),
         "theta": (1e6, 1e4),
         "layout": ("interleaved", "half"),
-        "start": (192, 0),
+        "start": (192, 0, 3),
         "width": (64, 8, 128),
     },
     legal={

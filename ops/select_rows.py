@@ -9,6 +9,7 @@ from porthal.hal.numerics import Array
     independent=("M",),
     cases={"k": (2048, 16), "M": (4, 1, 17)},
     ranges={"rows": (0, "T")},
+    values={"rows": ("index", "ascending")},
     exact=True,
 )
 def select_rows(sel: Selection, rows: Array) -> Selection:

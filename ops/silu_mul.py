@@ -8,7 +8,7 @@ from porthal.hal.numerics import Array, elementary, may_round, sigmoid, single
     cost=lambda d, b: (5 * d.T * d.I, d.T * d.I * (2 * b.x + b.y)),
     independent=("T",),
     cases={"I": (2048, 12288, 96, 7)},
-    values={"x": ("normal", "large", "zeros", "seesaw")},
+    values={"x": ("normal", "large", "zeros", "seesaw", "huge")},
     profiles=("inference",),
 )
 def silu_mul(x: Array) -> Array:

@@ -17,7 +17,7 @@ from porthal.ops.sample import candidates, kept_of
     version=2,
     rows="R",
     independent=("R",),
-    cases={"V": (4096, 256), "n": (3, 1, 7), "R": (4, 1)},
+    cases={"V": (4096, 256), "n": (3, 1, 7, 9), "R": (4, 1)},
     ranges={"draft": (0, "V"), "top_k": (0, "V+1"), "tokens": (-1, "V")},
     legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE, "draft_probs": SHARE},
     choice="tokens",

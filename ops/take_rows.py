@@ -12,7 +12,7 @@ from porthal.hal.numerics import Array
     cases={"H": (6144, 96), "M": (4, 1, 0, 17)},
     ranges={"rows": (-1, "T")},
     exact=True,
-    values={"x": ("normal", "special", "huge", "denormal", "extreme", "signed")},
+    values={"x": ("normal", "special", "huge", "denormal", "extreme", "signed"), "rows": ("index", "ascending")},
     profiles=("inference",),
 )
 def take_rows(x: Array, rows: Array) -> Array:

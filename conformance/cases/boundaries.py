@@ -20,7 +20,7 @@ from typing import Any
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, lengths, requests, spelled
 from porthal.conformance.cases.copies import ALTERNATIVES, SHARED
-from porthal.conformance.cases.domain import combos, first_float, free_symbols, per_expert
+from porthal.conformance.cases.domain import combos, first_float, free_symbols, options, per_expert
 from porthal.conformance.cases.legal import PAGES, PAST_2G, elements, held_pages, refusal
 from porthal.conformance.cases.profiles import Profile, seconds
 from porthal.conformance.level import Level
@@ -64,6 +64,7 @@ def beside(span: Sequence[int], n: int) -> list[int]:
 # -- what a call counts ------------------------------------------------------------------------------------------------
 
 ADDRESSES = (2**31, 2**32)  # elements behind which 32-bit offsets wrap
+TELLING = ("special", "shelves", "outlier", "summit")
 REQUESTS = 1024  # of one step at most,
 ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
@@ -186,7 +187,7 @@ def most_of(contract: Contract, profile: Profile) -> dict[str, int]:
                 most[name] = max(most.get(name, 0), v)
     rows = contract.rows
     for symbol in {rows, *contract.independent[:1]} - {""}:
-        most[symbol] = max(most.get(symbol, 0), ROWS)
+        most[symbol] = max(most.get(symbol, 0), ROWS if symbol in contract.independent else REQUESTS)
     size = most.get("block_size", 64)
     if contract.signature.of_kind("Batch"):
         most |= {STEP: REQUESTS, "S": max(most.get("S", 0), profile.context), TABLE: -(-profile.context // size)}
@@ -237,11 +238,21 @@ def boundary_cases(contract: Contract, level: Level, planned: Iterable[Case], pr
     """Cases at the boundaries that no other planned case covers: at them and one above, as many sizes in one call as a level
     can afford; in all dtypes in turn."""
     met, most, turn = _Met(contract), most_of(contract, profile), cycle(combos(contract))
+    telling = cycle(_telling(contract))
     for case in planned:
         met.add(case)
     for case in _wanted(contract, level, met, most):
         met.add(case)
-        yield replace(case, dtypes=next(turn))
+        yield replace(case, dtypes=next(turn), recipes=next(telling))
+
+
+def _telling(contract: Contract) -> list[tuple[tuple[str, str], ...]]:
+    """Values in turn, in the first operand that lists some: the default, and those by which a column, a tie or a number that
+    is none is seen wherever it stands; always these where the result is an id."""
+    first = next(o.name for o in contract.signature.operands if o.kind != "Batch")
+    listed: list[tuple[tuple[str, str], ...]] = [((first, recipe),) for recipe in TELLING if recipe in options(contract, first)]
+    ids = contract.choice or (contract.exact and contract.dtypes.get(contract.signature.results[0].name) == ("int32",))
+    return listed if ids and listed else [(), *listed]
 
 
 def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]) -> Iterator[Case]:
@@ -308,7 +319,8 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
         if "block_size" in contract.legal:
             size = sizes.get("block_size", 16 if contract.signature.of_kind("Batch") and "P" not in sizes else 1)
         if contract.signature.of_kind("Batch"):
-            keys = max(sizes.get("S", 9), size * sizes.get(TABLE, 0), size * -(-sizes.get("P", 0) // ALTERNATIVES))
+            pages = -(-sizes.get("P", 0) // ALTERNATIVES)
+            keys = max(sizes.get("S", 9), sizes.get("k", 0) + 9, size * max(sizes.get(TABLE, 0), pages))
             step = sizes.get(STEP, 0)
             rows = max(rows, step)
             if contract.signature.mutated and "P" in sizes:  # what is written lies in pages of its own

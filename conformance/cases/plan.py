@@ -39,12 +39,15 @@ from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import evaluate, symbols
 
+MANY = 520  # rows of one request
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
+EXPERTS = 256  # of GLM-5
+FAINT = "faint"
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
-TIES = "shelves"  # values that are equal in runs longer than what is chosen
+LONG_TIES = ("shelves", "equal", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PAGE = 64  # slots, where a case is about something else
 PAGES = (PAGE, 128)  # in every composition
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
@@ -106,6 +109,7 @@ class _Plan:
         for combo in (*self.combos, *mixed(self.contract)):
             yield from self._made(dtypes=combo)
         yield from self._sizes()
+        yield from self._loads()
         yield from self._forms()
         if self.has_batch or self.has_pages:
             yield from self._batches()
@@ -163,6 +167,30 @@ class _Plan:
                 for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
         yield from self._legal_ends()
+        yield from self._words()
+
+    def _words(self) -> Iterator[Case]:
+        """Every word that an attribute may be, in every dtype, and written in place; of what float16 holds as denormals, too."""
+        words = [a for a in self.attrs if self.contract.attributes[a].type is str]
+        faint = tuple((n, FAINT) for n in (self.first,) if n and FAINT in options(self.contract, n))
+        for name in words:
+            for value in ends(self.contract.allowed(name, SimpleNamespace())):
+                for combo in self.combos:
+                    yield from self._made({name: value}, rows=3, dtypes=combo)
+                    if faint:
+                        yield from self._made({name: value}, rows=3, dtypes=combo, recipes=faint)
+                yield from self._made({name: value}, dtypes=self._next(), seq="update")
+
+    def _loads(self) -> Iterator[Case]:
+        """As many experts as GLM-5 has, all with rows, one with most of them, and most without any."""
+        experts = self.contract.cases.get("E", (0,))[0]
+        ids = [o.name for o in self.contract.signature.operands if "even" in options(self.contract, o.name)]
+        counted = per_expert(self.contract)
+        least = {s: min(v for v in self.contract.cases[s] if v) for s in (*self.free, *self.attrs) if s != self.rows}
+        sizes = {**least, "E": EXPERTS, **({"k": 8} if "k" in least else {})}
+        for name in (*ids, *filter(None, [counted])) if experts else ():
+            for recipe in options(self.contract, name):
+                yield from self._made(sizes, rows=LOADED_ROWS * 3, recipes=((name, recipe),), dtypes=self._next())
 
     def _legal_ends(self) -> Iterator[Case]:
         """Attributes at the low and high ends of their ranges, in turn and together, and in the middle; if thorough, every
@@ -194,16 +222,17 @@ class _Plan:
                     yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
         if self.contract.exact and self.has_batch and self.contract.choice:
             for recipes in self._recipes():
-                if self.level.thorough or TIES in dict(recipes).values():
+                if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
         for view in (*VIEWS, *LAYOUTS):
             for combo in self._each():
                 yield from self._made(view=view, dtypes=combo)
         least = {s: min(v for v in self.contract.cases[s] if v) for s in self.free if s != self.rows}
         for view in ("columns", *LAYOUTS):  # one row, and so many of one request that another kernel may serve them
-            for rows in (1, 300):
-                batch = "prefill" if self.has_batch and rows > 1 else ""
-                yield from self._made(least if rows > 1 else None, rows=rows, view=view, dtypes=self._next(), batch=batch)
+            yield from self._made(rows=1, view=view, dtypes=self._next())
+            many: dict[str, Any] = {"distinct": 4} if self.contract.independent else {}
+            batch = f"{MANY}/{MANY}" if self.has_batch and many else ""
+            yield from self._made(least, rows=MANY, view=view, dtypes=self._next(), batch=batch, **many)
         yield from self._threads()
         for absent in absences(self.contract):
             for combo in self._each():

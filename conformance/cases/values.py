@@ -190,11 +190,11 @@ def most_negative(draw: Draw) -> Array:
 
 @recipe
 def outlier(draw: Draw) -> Array:
-    """One element of each row is 256 times the others."""
+    """One element of each row, in every second row the last, is 256 times the others."""
     x = draw.bell()
     if x.size:
         rows = x.reshape(-1, x.shape[-1])
-        rows[np.arange(len(rows)), np.arange(len(rows)) * 7 % x.shape[-1]] *= 256
+        rows[np.arange(len(rows)), np.where(np.arange(len(rows)) % 2, -1, np.arange(len(rows)) * 7 % x.shape[-1])] *= 256
     return x
 
 

@@ -25,7 +25,7 @@ from porthal.conformance.execution.invariance import disturbed, joined, restored
 from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
 from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads
 from porthal.conformance.verdicts import Failed
-from porthal.hal import Binding, DataNotTaken, NotClaimed, Weight
+from porthal.hal import Binding, DataNotTaken, NotClaimed, Pages, Weight
 from porthal.hal.dtypes import dtype
 
 REPLAYS = 25  # runs of a choice among equals, as at any level while patience lasts
@@ -201,6 +201,9 @@ def _kept(binding: Binding, inputs: Inputs, first: Run) -> Iterator[str]:
             watch.spoil(binding.backend)
         if change := difference(first.results, logical(binding, inputs, first.held)):
             yield f"a result shares memory with an input: {change} when the inputs are overwritten"
+    for name, value in inputs.operands.items():
+        if isinstance(value, Pages) and any(a.any() for a in read(binding, binding.alloc_pages(value.spec)).values()):
+            yield f"a new cache of the form of {name} is not zero: it holds what one had that is gone"
     with suppress(DataNotTaken):
         yield from once(binding, replace(inputs, operands=turned(inputs.operands))).trespasses
     if change := difference(first.results, logical(binding, inputs, first.held)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from porthal.conformance.cases.legal import FAR
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.fingerprint import Fingerprint, beyond_logical, shown_whole
 from porthal.conformance.execution.outcome import Array, Mutation, bits, same_bits
-from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Weight
+from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Selection, Weight
 from porthal.hal.dtypes import dtype, is_float, numpy_dtype
 from porthal.hal.errors import message_of
 
@@ -80,13 +80,18 @@ class Watch:
         return [f"{kind} in {self.what}" for kind in kinds]
 
     def spoil(self, backend: Backend) -> None:
-        """Overwrite an array on the device; operands of other kinds stay."""
-        if not isinstance(self.value, Operand):
+        """Overwrite an array or a selection on the device; operands of other kinds stay."""
+        if isinstance(self.value, Selection):
+            form = Selection.form(self.value.spec)
+            backend.from_logical(self.value.spec, {part: filled(*of) for part, of in form.items()}, self.value)
+        elif not isinstance(self.value, Operand):
             backend.write(self.value, backend.from_numpy(filled(self.before[""].shape, dtype(self.before[""]))))
 
 
 def read(binding: Binding, value: Any) -> Any:
     """A value of a backend in logical form: an array, or an operand's parts."""
+    if isinstance(value, Batch):  # lies on the host
+        return value.parts()
     if isinstance(value, Operand):
         return {name: np.asarray(array) for name, array in binding.to_logical(value).items()}
     return np.asarray(binding.to_numpy(value))
@@ -109,7 +114,8 @@ def place(
         if isinstance(value, Batch):  # lies on the host: the kernel gets no array of the suite's
             value = Batch.of(None, {part: array.copy() for part, array in before.items()})
         placed = value.place(binding)
-        return placed, Watch.over(binding.backend, what, placed, before)
+        watch = Watch.over(binding.backend, what, placed, before)
+        return placed, replace(watch, before=before) if isinstance(value, Batch) else watch  # planning, too, changes nothing
     if view == FAR and spreads(value):
         placed = _far(binding, value)
         return placed, Watch(f"input {name}", placed, {"": value})
