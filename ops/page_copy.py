@@ -10,10 +10,10 @@ from porthal.hal.numerics import Array
     cost=lambda d, b: (0, 2 * d.M * d.block_size * (d.A + getattr(d, "B", 0)) * b.pages),
     rows="M",
     writes="target",
-    cases={"A": (512, 128), "B": (64,), "M": (2, 0, 1)},
+    cases={"A": (512, 128), "B": (64,), "M": (2, 0, 1, 17)},
     ranges={"source": (0, "P"), "target": (0, "P")},
     exact=True,
-    values={"source": ("pages",), "target": ("pages",), "pages": ("normal", "special", "extreme", "signed")},
+    values={"source": ("pages", "lone"), "target": ("pages",), "pages": ("normal", "special", "extreme", "signed")},
 )
 def page_copy(pages: Pages, source: Array, target: Array) -> Pages:
     """Copy whole pages: page target[m] becomes what page source[m] was before the call (forking and moving requests).

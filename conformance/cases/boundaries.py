@@ -186,14 +186,17 @@ def most_of(contract: Contract, profile: Profile) -> dict[str, int]:
             if type(v) is int:
                 most[name] = max(most.get(name, 0), v)
     rows = contract.rows
+    by_one = contract.signature.of_kind("Selection")  # whose rows are drawn one by one
     for symbol in {rows, *contract.independent[:1]} - {""}:
-        most[symbol] = max(most.get(symbol, 0), ROWS if symbol in contract.independent else REQUESTS)
+        most[symbol] = max(most.get(symbol, 0), REQUESTS if by_one and symbol not in contract.independent else ROWS)
     size = most.get("block_size", 64)
     if contract.signature.of_kind("Batch"):
         most |= {STEP: REQUESTS, "S": max(most.get("S", 0), profile.context), TABLE: -(-profile.context // size)}
     most["P"] = REQUESTS * -(-profile.context // size)
     if "block_size" in contract.legal:
         most["block_size"] = max(most.get("block_size", 0), contract.legal["block_size"][-1])  # type: ignore[index]
+    if "k" in most:
+        most["k"] *= 4  # a new model may choose more
     return {s: max(n, *contract.cases.get(s, (0,))) if s not in contract.attributes else n for s, n in most.items()}
 
 
@@ -238,15 +241,15 @@ def boundary_cases(contract: Contract, level: Level, planned: Iterable[Case], pr
     """Cases at the boundaries that no other planned case covers: at them and one above, as many sizes in one call as a level
     can afford; in all dtypes in turn."""
     met, most, turn = _Met(contract), most_of(contract, profile), cycle(combos(contract))
-    telling = cycle(_telling(contract))
+    recipes = cycle(telling(contract))
     for case in planned:
         met.add(case)
     for case in _wanted(contract, level, met, most):
         met.add(case)
-        yield replace(case, dtypes=next(turn), recipes=next(telling))
+        yield replace(case, dtypes=next(turn), recipes=next(recipes))
 
 
-def _telling(contract: Contract) -> list[tuple[tuple[str, str], ...]]:
+def telling(contract: Contract) -> list[tuple[tuple[str, str], ...]]:
     """Values in turn, in the first operand that lists some: the default, and those by which a column, a tie or a number that
     is none is seen wherever it stands; always these where the result is an id."""
     first = next(o.name for o in contract.signature.operands if o.kind != "Batch")
@@ -260,7 +263,8 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
     if level.thorough:
         yield from islice(_joint(contract, dict.fromkeys(named, 2)), 1)
     for n in (*TILES, *GRIDS) if level.thorough else FIRST:
-        for v, there in ((n, met.below), (n + 1, met.above))[not level.thorough :]:
+        more = 1 if level.thorough or n in FIRST[::2] else 4  # a tail of one, or of half of what is loaded at once
+        for v, there in ((n, met.below), (n + more, met.above))[not level.thorough :]:
             yield from _afforded(contract, level, [s for s in named if (s, n) not in there and v <= most[s]], v)
     for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-2:-1]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
@@ -345,8 +349,8 @@ def _requests(rows: int, keys: int, count: int) -> list[Request]:
     """As many requests, or any number of them, with so many rows; the last one sees the keys."""
     if count:
         return [*[Request(1, 9)] * (count - 1), Request(rows - count + 1, max(keys, rows - count + 1))]
-    if rows < WHOLE:
-        return [Request(rows, max(keys, rows))]
+    if rows < WHOLE:  # behind one that sees few keys
+        return [Request(1, min(9, keys))] * (rows > 1) + [Request(max(rows - 1, 1), max(keys, rows))]
     whole, left = divmod(rows, EACH)
     found = [Request(left, max(9, left))] * (left > 0) + [Request(EACH, EACH)] * whole
     return [*found[:-1], found[-1]._replace(kv=max(keys, found[-1].q))]

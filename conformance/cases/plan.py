@@ -15,7 +15,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
-from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, values
+from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, telling, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
 from porthal.conformance.cases.discrepancies import named, of_op
@@ -44,6 +44,7 @@ MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
+FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
 EXPERTS = 256  # of GLM-5
 FAINT = "faint"
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
@@ -80,8 +81,10 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
 
 @lru_cache(maxsize=256)
 def large(contract: Contract, level: str, model: str = MODEL) -> tuple[Case, ...]:
-    """The cases in a model's own sizes."""
-    return tuple(case for case, _ in profile_cases(contract, level_of(level), profile_of(model)))
+    """The cases in a model's own sizes; values and layouts in turn, but the first of each is plain."""
+    found = [case for case, _ in profile_cases(contract, level_of(level), profile_of(model))]
+    values, views = cycle(telling(contract)), cycle(("", "columns", "slices", "heads"))
+    return tuple(replace(case, recipes=next(values), view=next(views)) for case in found)
 
 
 def among(case: Case, dtypes: Sequence[str] | None) -> bool:
@@ -170,7 +173,7 @@ class _Plan:
         yield from self._words()
 
     def _words(self) -> Iterator[Case]:
-        """Every word that an attribute may be, in every dtype, and written in place; of what float16 holds as denormals, too."""
+        """Every word that an attribute may be, in every dtype, and written in place; also of numbers too faint for float16."""
         words = [a for a in self.attrs if self.contract.attributes[a].type is str]
         faint = tuple((n, FAINT) for n in (self.first,) if n and FAINT in options(self.contract, n))
         for name in words:
@@ -189,8 +192,10 @@ class _Plan:
         least = {s: min(v for v in self.contract.cases[s] if v) for s in (*self.free, *self.attrs) if s != self.rows}
         sizes = {**least, "E": EXPERTS, **({"k": 8} if "k" in least else {})}
         for name in (*ids, *filter(None, [counted])) if experts else ():
-            for recipe in options(self.contract, name):
-                yield from self._made(sizes, rows=LOADED_ROWS * 3, recipes=((name, recipe),), dtypes=self._next())
+            for recipe in [r for r in options(self.contract, name) if self.level.thorough or r in FIRST_LOADS]:
+                yield from self._made(
+                    sizes, rows=LOADED_ROWS * 3, recipes=((name, recipe),), dtypes=self._next(), most=MANY_ROWS * 128
+                )
 
     def _legal_ends(self) -> Iterator[Case]:
         """Attributes at the low and high ends of their ranges, in turn and together, and in the middle; if thorough, every

@@ -274,7 +274,9 @@ def edges(draw: Draw) -> Array:
 
 @recipe
 def temperature(draw: Draw) -> Array:
-    return np.array([0.0, 0.5, 1.0, 1.5])[draw.integers(0, 4)]
+    heat = np.array([0.0, 0.5, 1.0, 1.5])[draw.integers(0, 4)]
+    heat[:1] = 0  # a greedy row first
+    return heat
 
 
 @spelled("cold")
@@ -336,6 +338,12 @@ def top_k(draw: Draw) -> Array:
 def pages(draw: Draw) -> Array:
     """Distinct pages."""
     return draw.order(draw.sizes["P"])[: draw.shape[0]]
+
+
+@recipe
+def lone(draw: Draw) -> Array:
+    """One page, as often as there are places."""
+    return np.full(draw.shape, draw.order(draw.sizes["P"])[0])
 
 
 @recipe
