@@ -103,7 +103,7 @@ def _check_model(model: str, level: str, ops: Iterable[str]) -> None:
         contract = contracts()[op]
         if op in called and contract.independent and not large(contract, level, model):
             raise UsageError(
-                f"{model} calls {op} in sizes of which no part fits {level} in time and memory: take a higher level, or other ops"
+                f"{model} calls {op} in sizes of which no part fits {level} in time and memory: take a higher level, or others"
             )
 
 
