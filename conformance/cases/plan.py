@@ -136,7 +136,7 @@ class _Plan:
         compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        if not self.level.thorough and self.contract.independent:
+        if not self.level.thorough and large(self.contract, self.level.name):
             production = []  # the calls in a model's own sizes are as wide
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
