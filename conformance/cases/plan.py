@@ -358,7 +358,7 @@ class _Plan:
             taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
             if chosen in COMPANIONS:
                 kind, beside = COMPANIONS[chosen]
-                others = [o.name for o in self.contract.signature.operands if kind in (o.kind, o.name)]
+                others = [n for n in names if kind in (self.contract.signature[n].kind, options(self.contract, n)[0])]
                 taken += [(n, beside) for n in others if (n, chosen) not in taken]
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
