@@ -136,7 +136,7 @@ class _Plan:
         compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        if not self.level.thorough and self.contract.independent:
+        if not self.level.thorough and large(self.contract, self.level.name):
             production = []  # the calls in a model's own sizes are as wide
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
@@ -358,7 +358,7 @@ class _Plan:
             taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
             if chosen in COMPANIONS:
                 kind, beside = COMPANIONS[chosen]
-                others = [o.name for o in self.contract.signature.operands if kind in (o.kind, o.name)]
+                others = [n for n in names if kind in (self.contract.signature[n].kind, options(self.contract, n)[0])]
                 taken += [(n, beside) for n in others if (n, chosen) not in taken]
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
