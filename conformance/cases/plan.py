@@ -157,7 +157,8 @@ class _Plan:
         """Row counts, then every value of every dim and attribute."""
         for rows in self.level.rows:
             for combo in self._each():
-                yield from self._many({}, rows, 64, dtypes=combo) if rows > 2 * MANY_EACH else self._made(rows=rows, dtypes=combo)
+                many = rows > 2 * MANY_EACH
+                yield from self._many({}, rows, 64, dtypes=combo) if many else self._made(rows=rows, dtypes=combo)
         if self.level.thorough:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
             yield from self._many(least, MANY_ROWS - 1, 4, dtypes=self._next())
