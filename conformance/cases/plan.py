@@ -84,8 +84,9 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
 def large(contract: Contract, level: str, model: str = MODEL) -> tuple[Case, ...]:
     """The cases in a model's own sizes; values and layouts in turn, but the first of each is plain."""
     found = [case for case, _ in profile_cases(contract, level_of(level), profile_of(model))]
-    values, views = cycle(telling(contract)), cycle(("", "columns", "slices", "heads"))
-    return tuple(replace(case, recipes=next(values), view=next(views)) for case in found)
+    views = [v for v in ("", "columns", "slices", "heads") if found and not refusal(replace(found[0], view=v))]
+    turns = zip(found, cycle(telling(contract)), cycle(views))
+    return tuple(replace(case, recipes=recipes, view=view) for case, recipes, view in turns)
 
 
 def among(case: Case, dtypes: Sequence[str] | None) -> bool:

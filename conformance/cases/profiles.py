@@ -39,7 +39,7 @@ WORDS = 2**16
 COUNTS = 256  # dims up to here count heads, experts, or what one of them holds
 DISTINCT = "distinct rows"
 PREFERRED = 0.6  # as if that cost so much less: fewer distinct rows take nothing from the kernel
-LENIENT = 6  # times what a level allows, for a call that cannot be made smaller
+LENIENT = 9  # times what a level allows, for a call that cannot be made smaller
 FEW = {"bring-up": 8, "standard": 16, "strict": 32}  # distinct rows
 
 
@@ -126,7 +126,7 @@ def profile_cases(contract: Contract, level: Level, profile: Profile) -> Iterato
                 elif case and case.token not in seen:
                     seen.add(case.token)
                     yield case, cuts
-                if not any(c.name in spec.dims for c in cuts):
+                if case and not any(c.name in spec.dims for c in cuts):
                     break  # no dim was cut that the other variant would keep
     if over and not seen and elements(min(over)[2]) <= LENIENT * level.copied:
         yield min(over)[2:]
