@@ -25,6 +25,23 @@ order of summation, another rounding, another structure, another instruction set
 
 | op | caught in float32 | in bfloat16 | where dtypes are fixed | honest runs passed | of so many cases |
 |---|---|---|---|---|---|"""
+OUTSIDE = """## By somebody else's eye
+
+Two engineers who had seen no case and no rule of judgement planted {planted} more defects: {open} open and {held} held ones. They
+took them from public bug trackers, from the limits that vendors state, and from how kernels of such chips are built: tiles,
+launch grids, narrow counters, workspaces, caches of plans. Each was shown to change results, by a call of its author's own, before
+any case met it. It counts as caught when one case of its op fails. This is `porthal self-test --outside --json G`: {summary}.
+
+Cases were added for what escaped of the open ones, so the score of these says how well that went. The held third was kept out of
+it, is told by family alone, and says what to expect of a mistake that nobody looked at. They are not a sample of the bugs of
+any one chip: nobody knows how often each kind occurs, so a share of them is no probability. They are edits of this project's
+kernels, each in one place, and say nothing of compilers, drivers or memory that fails.
+"""
+ESCAPES = """
+At the standard level these open ones escape, and so many held ones: {held}.
+
+| defect | what it is | why no case meets it |
+|---|---|---|"""
 DISCREPANCIES_HEAD = """# Discrepancies
 
 What went wrong when others brought mixture-of-experts and sparse-attention models to a chip, and what finds it here. This
