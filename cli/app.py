@@ -327,7 +327,7 @@ def coverage(
 def self_test(
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a part, in a few minutes")] = False,
-    by_others: Annotated[bool, typer.Option("--outside", help="defects by people who had seen no case, by level")] = False,
+    by_others: Annotated[bool, typer.Option("--outside", help="defects by authors who had seen no case, by level")] = False,
     workers: WorkersOption = WORKERS,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every trial as JSON")] = None,
 ) -> int:

@@ -1,4 +1,4 @@
-"""By somebody else's eye: defects planted by people who had seen no case, and how many of them the cases of a level find.
+"""By somebody else's eye: defects planted by authors who had seen no case, and how many of them the cases of a level find.
 
 They stand in outside/open.json and outside/held.json: edits of kernels after public bugs and vendors' limits, none of them
 written for a case. Cases may be added for what escapes of the open ones. The held ones are kept out of that, so that their
@@ -175,7 +175,7 @@ class Score:
         for line in lines:
             table.add_row(*line)
         said = [Text(f"ESCAPED {t.level}: {t.defect.key} after {t.cases} cases ({t.defect.kind})") for t in self.escaped]
-        return Group(Text("defects by people who had seen no case"), table, *said, Text(self.summary))
+        return Group(Text("defects by authors who had seen no case"), table, *said, Text(self.summary))
 
     @classmethod
     def from_json(cls, text: str) -> Score:
