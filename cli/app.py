@@ -25,7 +25,10 @@ from porthal.cli.options import (
     LevelOption,
     MemoryOption,
     ModelOption,
+    PropertiesOption,
     SampleFlag,
+    SeedOption,
+    SizesOption,
     TemperatureOption,
     TimeoutOption,
     TopKOption,
@@ -246,10 +249,9 @@ def conform(
     workers: WorkersOption = WORKERS,
     timeout: TimeoutOption = 300,
     memory: MemoryOption = 3,
-    properties: Annotated[
-        int, typer.Option("--properties", metavar="N", min=0, help="also draw N cases per op; needs hypothesis")
-    ] = 0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="of what --properties draws")] = 0,
+    properties: PropertiesOption = 0,
+    seed: SeedOption = 0,
+    model: SizesOption = None,
     self_test: Annotated[bool, typer.Option("--self-test", hidden=True)] = False,
     compare: Annotated[tuple[str, str] | None, typer.Option("--compare", hidden=True)] = None,
 ) -> int:
@@ -286,6 +288,7 @@ def conform(
             resume=resume is not None,
             properties=properties,
             seed=seed,
+            **({"model": str(model)} if model else {}),
         )
     if profile:
         report = replace(report, profile=profile)
@@ -401,7 +404,7 @@ def replay(
         where = name + " (emulated device)" * emulated
         got = came[-1] if came else {}
         inputs = getattr(got, "inputs", inputs)  # of a program, the step that failed
-        _note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
+        text.note_saved(saved.save(inputs, got, save, "case", where, level.value), bool(got))
     return 1 if result.failed else 0 if result.tested or result.verdict == "WAIVED" else 2
 
 
@@ -445,7 +448,7 @@ def diff(
     if captured:
         print(captured.sentence)
     if save and found.at_fault and (file := found.save(save)):
-        _note_saved(file, bool(found.at_fault.returned))
+        text.note_saved(file, bool(found.at_fault.returned))
     return found.exit_code or int(bool(captured and not captured.ok))
 
 
@@ -462,12 +465,6 @@ def new_backend(
 
     made = write(name, base.value, folder)
     print(f"{made}: a backend with 0 ops of its own\n\npip install -e {made}\nporthal conform --backend {name}")
-
-
-def _note_saved(file: Path, returned: bool) -> None:
-    """Say how a saved call is used."""
-    lacks = "" if returned else " without results, because none came back"
-    text.note(f"saved{lacks}: `python {file.with_suffix('.py')}` measures it, `porthal replay {file}` judges it again")
 
 
 def _named(backend: str | None, emulated: bool) -> str:

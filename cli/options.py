@@ -46,6 +46,14 @@ BackendOption = Annotated[
     typer.Option("--backend", metavar="NAME[:DEVICE]", help="default: PORTHAL_BACKEND, else the first available"),
 ]
 ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="default: the demo checkpoint")]
+SizesOption = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="whose sizes the large calls have, or glm-5, glm-5.2; default: glm-5"),
+]
+PropertiesOption = Annotated[
+    int, typer.Option("--properties", metavar="N", min=0, help="also draw N cases per op; needs hypothesis")
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="of what --properties draws")]
 DTYPES = "[float32|bfloat16|float16]"
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", parser=dtype_of, metavar=DTYPES, help="of activations, weights and caches")

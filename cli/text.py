@@ -205,3 +205,9 @@ def progress() -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, description=name, left=remaining(done, total, left))
 
         yield advance
+
+
+def note_saved(file: Path, returned: bool) -> None:
+    """Say how a saved call is used."""
+    lacks = "" if returned else " without results, because none came back"
+    note(f"saved{lacks}: `python {file.with_suffix('.py')}` measures it, `porthal replay {file}` judges it again")

@@ -17,7 +17,7 @@ from typing import Any
 
 from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, telling, values
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD
+from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD, DECODING, Request, spelled
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
@@ -39,6 +39,7 @@ from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import evaluate, symbols
 
+MANY_EACH = 64  # rows of each of many requests
 MANY = 520  # rows of one request
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
@@ -83,8 +84,9 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
 def large(contract: Contract, level: str, model: str = MODEL) -> tuple[Case, ...]:
     """The cases in a model's own sizes; values and layouts in turn, but the first of each is plain."""
     found = [case for case, _ in profile_cases(contract, level_of(level), profile_of(model))]
-    values, views = cycle(telling(contract)), cycle(("", "columns", "slices", "heads"))
-    return tuple(replace(case, recipes=next(values), view=next(views)) for case in found)
+    views = [v for v in ("", "columns", "slices", "heads") if found and not refusal(replace(found[0], view=v))]
+    turns = zip(found, cycle(telling(contract)), cycle(views))
+    return tuple(replace(case, recipes=recipes, view=view) for case, recipes, view in turns)
 
 
 def among(case: Case, dtypes: Sequence[str] | None) -> bool:
@@ -132,19 +134,19 @@ class _Plan:
             yield from self._made(rows=5, dtypes=combo, batch=CAPTURED if self.has_batch else "", capture=True)
 
     def _production(self) -> Iterator[Case]:
-        """GLM-5's dims in its dtype, as far as a level's means go, with all rows different: at several row counts and
-        compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
+        """GLM-5's dims in its dtype with all rows different, where no calls in a model's own sizes have them: at several row
+        counts and compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        if not self.level.thorough and self.contract.independent:
-            production = []  # the calls in a model's own sizes are as wide
+        wide = bool(large(self.contract, self.level.name))
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
         deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
         every = bases if self.level.thorough else []
-        for combo, rows in (*product(production, self.level.production_rows), *product(every, (1, 16))):
+        once = [] if wide else production
+        for combo, rows in (*product(once, self.level.production_rows), *product(every, (1,) if wide else (1, 16))):
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
-        for batch, combo in product(self.level.production_batches if self.has_batch else (), production):
+        for batch, combo in product(self.level.production_batches if self.has_batch else (), once):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
         for recipes, combo in product(self._recipes() if self.contract.choice and self.level.thorough else (), production):
             if all(recipe in TIED for _, recipe in recipes):  # a choice among as many equals as there may be
@@ -156,13 +158,13 @@ class _Plan:
         """Row counts, then every value of every dim and attribute."""
         for rows in self.level.rows:
             for combo in self._each():
-                yield from self._made(rows=rows, dtypes=combo)
+                many = rows > 2 * MANY_EACH
+                yield from self._many({}, rows, 64, dtypes=combo) if many else self._made(rows=rows, dtypes=combo)
         if self.level.thorough:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
-            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
-            yield from self._made(least, rows=MANY_ROWS - 1, dtypes=self._next(), batch=batch)
+            yield from self._many(least, MANY_ROWS - 1, 4, dtypes=self._next())
             for combo in self.combos:
-                yield from self._made(least, rows=MANY_ROWS, dtypes=combo, batch=batch)
+                yield from self._many(least, MANY_ROWS, 4, dtypes=combo)
         large = self.contract.independent and not self.level.thorough  # a model's own calls have the first of a dim's values
         for name in (*self.free, *self.attrs):
             values = self.contract.cases[name]
@@ -222,9 +224,10 @@ class _Plan:
         """Values, views, and optional operands left out."""
         for recipes in self._recipes():
             few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else DEFAULT_ROWS
-            for rows in (few, 256) if self.level.thorough else (few,):
-                for combo in self._each():
-                    yield from self._made(recipes=recipes, dtypes=combo, rows=rows)
+            for combo in self._each():
+                yield from self._made(recipes=recipes, dtypes=combo, rows=few)
+                if self.level.thorough:
+                    yield from self._many({}, 256, 64, recipes=recipes, dtypes=combo)
         if self.contract.exact and self.has_batch and self.contract.choice:
             for recipes in self._recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
@@ -301,6 +304,16 @@ class _Plan:
         if size < held(rows) and (self.level.thorough or rows < MANY_ROWS // 8):
             yield from self._made({**sizes, many: rows}, dtypes=combo, seq="held", **few)
 
+    def _many(self, fixed: Mapping[str, Any], rows: int, few: int, **fields: Any) -> Iterator[Case]:
+        """The case with many rows, few of which differ where rows are independent: of requests of 64, and what is left."""
+        if not self.contract.independent:
+            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
+            return self._made(fixed, rows=rows, batch=batch, **fields)
+        left = [Request(rows % MANY_EACH, rows % MANY_EACH + 40)] * (rows % MANY_EACH > 0)
+        step = [*left, *[Request(MANY_EACH, MANY_EACH + 40)] * (rows // MANY_EACH)]
+        step.sort(key=lambda r: r.q > DECODING)
+        return self._made(fixed, rows=rows, batch=spelled(step) if self.has_batch else "", distinct=few, **fields)
+
     def _next(self) -> Combo:
         """The dtypes that are next in turn."""
         self.turn += 1
@@ -358,7 +371,7 @@ class _Plan:
             taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
             if chosen in COMPANIONS:
                 kind, beside = COMPANIONS[chosen]
-                others = [o.name for o in self.contract.signature.operands if kind in (o.kind, o.name)]
+                others = [n for n in names if kind in (self.contract.signature[n].kind, options(self.contract, n)[0])]
                 taken += [(n, beside) for n in others if (n, chosen) not in taken]
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]

@@ -39,7 +39,7 @@ WORDS = 2**16
 COUNTS = 256  # dims up to here count heads, experts, or what one of them holds
 DISTINCT = "distinct rows"
 PREFERRED = 0.6  # as if that cost so much less: fewer distinct rows take nothing from the kernel
-LENIENT = 6  # times what a level allows, for a call that cannot be made smaller
+LENIENT = 9  # times what a level allows, for a call that cannot be made smaller
 FEW = {"bring-up": 8, "standard": 16, "strict": 32}  # distinct rows
 
 
@@ -108,10 +108,12 @@ def regimes(level: Level, context: int) -> list[str]:
 
 def profile_cases(contract: Contract, level: Level, profile: Profile) -> Iterator[tuple[Case, list[Cut]]]:
     """The calls of an op at a level, each once, with what was cut from them. An op whose rows alone count meets each of its
-    shapes in some regimes, all in turn, and in all at the thorough end; one that sees contexts meets all regimes."""
+    shapes in some regimes, all in turn, and in all at the thorough end; one that sees contexts meets all regimes. Where every
+    call is over the time of a level, the cheapest stands for all."""
     if not contract.independent:
         return
     seen: set[str] = set()
+    over: list[tuple[float, str, Case, list[Cut]]] = []
     for at, spec in enumerate(profile.of(contract)):
         batches = regimes(level, profile.context)
         if not contract.signature.of_kind("Batch"):
@@ -119,11 +121,15 @@ def profile_cases(contract: Contract, level: Level, profile: Profile) -> Iterato
         for batch in batches:
             for kept in _variants(contract, spec):
                 case, cuts = _affordable(contract, spec, batch, level, kept)
-                if case and case.token not in seen:
+                if case and (price := _price(case, level)) >= LENIENT:
+                    over.append((price, case.token, case, cuts))
+                elif case and case.token not in seen:
                     seen.add(case.token)
                     yield case, cuts
-                if not any(c.name in spec.dims for c in cuts):
+                if case and not any(c.name in spec.dims for c in cuts):
                     break  # no dim was cut that the other variant would keep
+    if over and not seen and elements(min(over)[2]) <= LENIENT * level.copied:
+        yield min(over)[2:]
 
 
 def _variants(contract: Contract, spec: CallSpec) -> list[frozenset[str]]:
@@ -166,7 +172,7 @@ def _affordable(
         cheaper = sorted((shown[n], n) for n, price in enumerate(prices) if price < now * 0.95)
         best = next((n for _, n in cheaper if not refusal(options[n])), -1)
         if best < 0:
-            return (case if now < LENIENT else None), list(cuts.values())
+            break
         before, case = (found, dims), options[best]
         name, found, dims, few = smaller[best]
         if name == DISTINCT:  # takes nothing from the kernel

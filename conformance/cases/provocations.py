@@ -100,12 +100,12 @@ def scores_far_below_zero(draw: Draw) -> Array:
     return -8 - np.abs(draw.bell())
 
 
-# What other operands, of a kind or a name, hold so that a provocation in one comes through.
+# What other operands, of a kind or by their default generator, hold so that a provocation in one comes through.
 COMPANIONS = {
     "cancel": ("Weight", "level"),
     "surge": ("Weight", "level"),
     "sinking": ("Pages", "offset"),
-    "cold": ("logits", "small"),
+    "cold": ("normal", "small"),
 }
 
 

@@ -137,7 +137,8 @@ def jointly(binding: Binding, inputs: Inputs) -> dict[str, tuple[Any, Watch | No
     device, ends = binding.from_numpy(whole.copy()), np.cumsum([x.shape[-1] for x in arrays.values()]).tolist()
     watch = Watch(f"input {' beside '.join(arrays)}", device, {"": whole})
     watches = [watch, *[None] * (len(arrays) - 1)]
-    return {n: (device[..., end - x.shape[-1] : end], w) for (n, x), end, w in zip(arrays.items(), ends, watches)}
+    cuts = [(*[slice(None)] * (whole.ndim - 1), slice(end - x.shape[-1], end)) for x, end in zip(arrays.values(), ends)]
+    return {name: (device[cut], watch) for name, cut, watch in zip(arrays, cuts, watches)}
 
 
 def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any], Any]]:

@@ -17,6 +17,7 @@ from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases, large
+from porthal.conformance.cases.profiles import MODEL
 from porthal.conformance.execution.bindings import parts
 from porthal.conformance.report.results import Result
 from porthal.hal import UsageError, contracts
@@ -71,9 +72,10 @@ def parts_of(op: str) -> tuple[str, ...]:
     return tuple(parts(build(min((c for c in cases(contract) if not c.fault), key=elements))))
 
 
-def required(contract: Contract, level: str) -> list[Case]:
+def required(contract: Contract, level: str, model: str = MODEL) -> list[Case]:
     """The cases of a level that lie in the domain, and the calls in the model's own sizes."""
-    return list({c.token: c for c in (*filter(is_required, cases(contract, level)), *large(contract, level))}.values())
+    within = [*filter(is_required, cases(contract, level, model=model)), *large(contract, level, model)]
+    return list({case.token: case for case in within}.values())
 
 
 def is_required(case: Case) -> bool:
@@ -91,13 +93,13 @@ def is_required(case: Case) -> bool:
     )
 
 
-def reached(op: str, level: str, results: Sequence[Result]) -> Reached:
+def reached(op: str, level: str, results: Sequence[Result], model: str = MODEL) -> Reached:
     """The level of one op: reached when own kernels passed all required cases, or compositions of own kernels alone, and
     nothing of the op failed, in that domain or outside it, by whichever provider; a waiver does not change that.
     """
     mine = [r for r in results if r.op == op]
     left = {r.token for r in mine if r.verdict == "LEFT_OUT"}
-    wanted = {case.token for case in required(contracts()[op], level)} - left
+    wanted = {case.token for case in required(contracts()[op], level, model)} - left
     within = [r for r in mine if r.token in wanted]
     own = [r for r in within if r.own and r.verdict != "UNCLAIMED"]
     passed = sum(r.verdict == "PASS" for r in own)

@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.profiles import MODEL
 from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
@@ -60,6 +61,7 @@ class Report:
     date: str = ""
     command: str = ""
     bounds: str = ""
+    model: str = MODEL
     schema: int = SCHEMA
     suite: int = SUITE
 
@@ -71,13 +73,14 @@ class Report:
         results: Sequence[Result],
         profile: str = "inference",
         bounds: str = "",
+        model: str = MODEL,
     ) -> Report:
         """The report of a run, with the waivers of the backend's own package applied."""
         facts = backend if isinstance(backend, Facts) else Facts.of(backend)
         results = tuple(waive(result, facts.waivers) for result in results)
         ops = dict.fromkeys(r.op for r in results)
         versions = {op: contracts()[op].version for op in ops}
-        levels = {op: reached(op, level, results) for op in ops}
+        levels = {op: reached(op, level, results, model) for op in ops}
         return cls(
             backend=facts.backend,
             place=facts.place,
@@ -92,6 +95,7 @@ class Report:
             sources=facts.sources,
             unasked=facts.unasked,
             bounds=bounds,
+            model=model,
             date=datetime.now().astimezone().isoformat(timespec="seconds"),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )

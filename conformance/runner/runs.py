@@ -10,7 +10,8 @@ from pathlib import Path
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.inputs import Inputs
-from porthal.conformance.cases.plan import captured, cases
+from porthal.conformance.cases.plan import captured, cases, large
+from porthal.conformance.cases.profiles import MODEL, profile_of
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import BRING_UP
 from porthal.conformance.report.facts import Facts
@@ -41,6 +42,7 @@ def run(
     resume: bool = False,
     properties: int = 0,
     seed: int = 0,
+    model: str = MODEL,
 ) -> Report:
     """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result, left)` after each, with
     the seconds left as far as is known: cases that show how long an op takes come first.
@@ -49,13 +51,15 @@ def run(
     A backend given by name runs in worker processes within `bounds`, unless `isolate` is False; an instance runs here.
     `journal` keeps each verdict as it comes, and with `resume` those already there are not run again.
     `properties` draws that many further cases per op, the same for the same `seed`, and reports the smallest that fails.
+    `model` says whose sizes the large calls have: a directory with a config.json, or the name of a published model.
     """
     known = contracts()
     for op in ops or ():
         if op not in known:
             raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
         _check_dtypes(known[op], dtypes or ())
-    plan = [case for op in ops or known for case in cases(known[op], level, dtypes)]
+    _check_model(model, level, ops or known)
+    plan = [case for op in ops or known for case in cases(known[op], level, dtypes, model)]
     results: dict[str, Result] = {}
     one: Callable[[Case], Result]
     judged: Callable[[Sequence[Case]], Iterable[Result]]
@@ -89,7 +93,18 @@ def run(
         plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
         drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
     ran = [*(results[case.token] for case in plan), *drawn]
-    return Report.of(facts, level, ran, bounds=bounds.options if bounds else "")
+    return Report.of(facts, level, ran, bounds=bounds.options if bounds else "", model=model)
+
+
+def _check_model(model: str, level: str, ops: Iterable[str]) -> None:
+    """Raise UsageError for what is no model, and where a level affords no call in its sizes."""
+    called = dict(profile_of(model).calls)
+    for op in ops:
+        contract = contracts()[op]
+        if op in called and contract.independent and not large(contract, level, model):
+            raise UsageError(
+                f"{model} calls {op} in sizes of which no part fits {level} in time and memory: take a higher level, or others"
+            )
 
 
 def _check_dtypes(contract: Contract, dtypes: Sequence[str]) -> None:

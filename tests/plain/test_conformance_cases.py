@@ -10,7 +10,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.inputs import written_slots
 from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, elements
-from porthal.conformance.cases.plan import MANY_ROWS, cases
+from porthal.conformance.cases.plan import MANY_ROWS, cases, large
 from porthal.conformance.cases.values import RECIPES, Draw
 from porthal.conformance.execution.outcome import bits
 from porthal.conformance.level import LEVELS
@@ -70,8 +70,9 @@ def test_standard_goes_beyond_sixteen_bits_of_rows():
 
 
 def test_first_case_has_the_served_dims():
-    first = cases(contracts()["rms_norm"])[0]
-    assert dict(first.dims)["H"] == 6144 and first.dtype("x") == "bfloat16"
+    for first in (large(contracts()["rms_norm"], "bring-up")[0], cases(contracts()["rms_norm"], "standard")[0]):
+        assert dict(first.dims)["H"] == 6144 and first.dtype("x") == "bfloat16"
+        assert not first.recipes and not first.view
 
 
 def test_tokens_replay_bit_for_bit():

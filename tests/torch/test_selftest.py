@@ -248,7 +248,7 @@ def test_no_worker_outlives_a_self_test_that_is_stopped(number):
         children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
         stopped.send_signal(number)
         rest = stopped.stderr.read()
-    assert re.fullmatch(r"1/\d+ linear\n", first) and "Traceback" not in rest, rest
+    assert re.fullmatch(r"1/\d+ linear( \d+:\d\d left)?\n", first) and "Traceback" not in rest, rest
     assert stopped.returncode == (-number if number == signal.SIGKILL else 128 + number)
     until = time.monotonic() + 10
     while time.monotonic() < until and any(Path(f"/proc/{child}").exists() for child in children):
