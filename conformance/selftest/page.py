@@ -30,10 +30,10 @@ order of summation, another rounding, another structure, another instruction set
 OUTSIDE = """
 ## By somebody else's eye
 
-Two authors who had seen no case planted {planted} more defects, after public bug reports, limits that vendors state, and the ways
-such kernels are built: tiles, launch grids, narrow counters, workspaces, plans that are kept. Each changes what a call of its
-author's own returns. It counts as caught when one case of its op fails. `porthal self-test --outside --json G` runs them at
-both levels and took {seconds:.0f} s of a processor. Caught of planted:
+Two authors who had seen no case planted {planted} more defects, after public bug reports, limits that vendors state, and the
+ways such kernels are built: tiles, launch grids, narrow counters, workspaces, plans that are kept. Each changes what a call of
+its author's own returns. It counts as caught when one case of its op fails. `porthal self-test --outside --json G` runs them
+at both levels and took {seconds:.0f} s of a processor. Caught of planted:
 """
 MEANING = """
 Cases were added for what had escaped of the open ones: their score says how well that went. The held ones, about a third, were
@@ -48,9 +48,12 @@ At the standard level {held} held ones escape, and these open ones:
 ESCAPES = {
     "attributes": "no case has such an attribute",
     "batch": "no batch of a case is composed so",
+    "chunk loops": "no case goes through such a loop often enough",
     "determinism": "no case compares calls that differ so",
     "dtype": "no case has these dtypes together",
     "numerics": "no case has the size at which the error exceeds what the contract permits",
+    "off-by-one": "no case ends there",
+    "optional operands": "no case leaves them out after a call that had them",
     "plumbing": "no case lays its operands out so in a call of such a size, or changes a plan so",
     "rounding": "the error stays below what the contract permits",
     "routing": "no case routes rows so",

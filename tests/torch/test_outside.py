@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from porthal.conformance.selftest.outside import PARTS, Score, Tried, attempt, outside, self_test
+from porthal.conformance.selftest.page import ESCAPES
+from porthal.conformance.selftest.page import by_others as section
 from porthal.conformance.selftest.planting import edited
 from porthal.hal import UsageError, contracts
 
@@ -56,6 +58,16 @@ def test_a_score_that_was_written_is_read():
     assert Score.from_json(score.json()) == score
     assert list(score.lines())[-1] == ["all", "0/1", "0/1"]
     assert json.loads(replace(score, rows=()).json())["exit_code"] == 0
+
+
+def test_the_page_names_what_escapes_of_the_open_ones_alone():
+    assert set(ESCAPES) == {d.family for d in outside().values()}
+    score = Score.of([trial(part, "", level) for part in PARTS for level in ("bring-up", "standard")], "")
+    page, defect = "\n".join(section(score)), trial("open", "").defect
+    assert "| family | bring-up, open | bring-up, held | standard, open | standard, held |" in page
+    assert "| all | 0/1 | 0/1 | 0/1 | 0/1 |" in page and "planted 2 more defects" in page
+    assert f"| {defect.key} | {defect.kind} | {ESCAPES[defect.family]} |" in page and page.count(defect.key) == 1
+    assert trial("held", "").defect.name not in page and "1 held ones escape" in page
 
 
 def test_the_command_tells_the_score_of_an_op(command_line, tmp_path):
