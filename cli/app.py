@@ -330,6 +330,7 @@ def coverage(
 def self_test(
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a part, in a few minutes")] = False,
+    by_others: Annotated[bool, typer.Option("--outside", help="defects by authors who had seen no case, by level")] = False,
     workers: WorkersOption = WORKERS,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every trial as JSON")] = None,
 ) -> int:
@@ -339,10 +340,10 @@ def self_test(
     text.check_writable(json=json)
     if probe("torch").state != "available":
         raise Unavailable("the self-test needs PyTorch, as it plants defects in the torch kernels: pip install torch")
-    from porthal.conformance.selftest.run import self_test as score_of
+    from porthal.conformance.selftest import outside, run
 
     with stoppable(), text.progress() as advance:
-        score = score_of(op or [], quick, lambda done, of, trial: advance(done, of, trial.op, None), workers)
+        score = (outside if by_others else run).self_test(op or [], quick, advance, workers)
     if json:
         json.write_text(score.json(), encoding="utf-8")
     text.drawn(score.table())

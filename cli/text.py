@@ -172,7 +172,7 @@ def drawn(parts: Group) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[int, int, str, float | None], None]]:
+def progress() -> Iterator[Callable[..., None]]:
     """A bar on stderr fed by (done, total, what, seconds left); None takes the pace so far for that of the rest. Where
     stderr is not a terminal, a line now and then."""
     began, shown = time.monotonic(), 0.0
@@ -184,7 +184,7 @@ def progress() -> Iterator[Callable[[int, int, str, float | None], None]]:
 
     if not sys.stderr.isatty():
 
-        def line(done: int, total: int, what: str, left: float | None) -> None:
+        def line(done: int, total: int, what: str, left: float | None = None) -> None:
             nonlocal shown
             if not shown or time.monotonic() - shown > EVERY:
                 shown = time.monotonic()
@@ -201,7 +201,7 @@ def progress() -> Iterator[Callable[[int, int, str, float | None], None]]:
     ) as bar:
         task = bar.add_task("", total=None, left="")
 
-        def advance(done: int, total: int, name: str, left: float | None) -> None:
+        def advance(done: int, total: int, name: str, left: float | None = None) -> None:
             bar.update(task, completed=done, total=total, description=name, left=remaining(done, total, left))
 
         yield advance

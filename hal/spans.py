@@ -48,6 +48,7 @@ def worded(span: Span) -> str:
 EPSILON = Reals(1e-12, 1.0)  # what is added under a root: its squares may be gone in float32 before it is
 THETA = Reals(10.0, 1e8)
 SCALE = Reals(2.0**-12, 4.0)  # of scores
+ROUTED = Reals(2.0**-6, 64.0)  # of the weights of a row's experts
 SELECTED = range(1, 2**18 + 1)  # positions that a row selects: the longest contexts have fewer
 EXPERTS = range(1, 2**12 + 1)  # of one rank
 FIRST_EXPERT = range(2**12)

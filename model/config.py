@@ -12,6 +12,7 @@ from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from porthal.hal import UsageError, note
+from porthal.hal.spans import EPSILON, ROUTED, THETA, Reals
 from porthal.model.sampling import GREEDY, HOTTEST, Sampling
 
 MODEL_TYPE = "glm_moe_dsa"
@@ -38,8 +39,8 @@ def _whole(low: int, default: Any = REQUIRED) -> Rule:
     return Rule(f"expected a whole number of at least {low}", lambda v, _: _is_whole(v, low), default)
 
 
-def _number(default: Any) -> Rule:
-    return Rule("expected a number above 0", lambda v, _: _is_number(v), default)
+def _number(default: Any, legal: Reals) -> Rule:
+    return Rule(f"expected a number from {legal}", lambda v, _: _is_number(v) and v in legal, default)
 
 
 def _flag(default: bool) -> Rule:
@@ -120,12 +121,12 @@ KEYS: dict[str, Rule] = {
         "expected a whole number of at most {n_routed_experts}, n_routed_experts, in {topk_group} of {n_group} groups",
         lambda v, c: _is_whole(v) and v <= c["n_routed_experts"] // c["n_group"] * c["topk_group"],
     ),
-    "rms_norm_eps": _number(1e-5),
-    "latent_norm_eps": _number(None),
-    "routed_scaling_factor": _number(2.5),
+    "rms_norm_eps": _number(1e-5, EPSILON),
+    "latent_norm_eps": _number(None, EPSILON),
+    "routed_scaling_factor": _number(2.5, ROUTED),
     "rope_parameters": OBJECT,
     "rope_scaling": OBJECT,
-    "rope_theta": _number(10000.0),
+    "rope_theta": _number(10000.0, THETA),
     "indexer_types": INDEXERS,
     "index_topk_pattern": PATTERN,
     "index_topk_freq": _whole(1, 1),
@@ -164,7 +165,7 @@ KEYS: dict[str, Rule] = {
     **dict.fromkeys(("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"), HARMLESS),
 }
 # Under rope_parameters, or rope_scaling in older files, where `type` is the older name of rope_type.
-ROPE: dict[str, Rule] = {"rope_type": _only("default"), "type": _only("default"), "rope_theta": _number(None)}
+ROPE: dict[str, Rule] = {"rope_type": _only("default"), "type": _only("default"), "rope_theta": _number(None, THETA)}
 QUANTIZATION: dict[str, Rule] = {
     "quant_method": Rule("porthal reads block-scaled 'fp8' only", lambda v, _: v == "fp8"),
     "fmt": _only("e4m3"),

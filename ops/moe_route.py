@@ -1,7 +1,8 @@
 import numpy as np
 
-from porthal.hal import Reals, contract
+from porthal.hal import contract
 from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, total
+from porthal.hal.spans import ROUTED
 
 
 @contract(
@@ -11,7 +12,7 @@ from porthal.hal.numerics import Array, choose, elementary, sigmoid, single, tot
     independent=("T",),
     cases={"E": (256, 16, 17), "k": (8, 1, 2, 24), "scale": (2.5, 1.0), "n_group": (1, 8), "topk_group": (1, 4)},
     legal={
-        "scale": Reals(2.0**-6, 64.0),
+        "scale": ROUTED,
         "n_group": lambda f: [n for n in range(1, f.E + 1) if f.E % n == 0],
         "topk_group": lambda f: range(1, f.n_group + 1),
         "k": lambda f: range(1, f.topk_group * (f.E // f.n_group) + 1),

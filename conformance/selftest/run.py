@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import captured, cases
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import STANDARD
+from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import check
 from porthal.conformance.runner.workers import ends_with
 from porthal.conformance.selftest.planting import defects, plantable, planted, unplanted
@@ -52,14 +53,37 @@ class Trial:
     seconds: float
 
 
+class OfOp(Protocol):
+    """What came of a task: it is about one op."""
+
+    @property
+    def op(self) -> str: ...
+
+
+Todo = TypeVar("Todo")
+Done = TypeVar("Done", bound=OfOp)
+Progress = Callable[[int, int, str], None]  # tasks done, of how many, and the op of the last
 Task = tuple[str, str, str, int]  # "defect" or "variant", its key, dtype, seed
 
 
-def plan(op: str, dtype: str = "", source: str = "") -> list[Case]:
+def plan(op: str, dtype: str = "", source: str = "", level: str = LEVEL) -> list[Case]:
     """The cases of an op that run a kernel, the cheapest first; those that are captured where that is what is edited."""
     planned = captured if source == "capture" else cases
-    found = [c for c in planned(contracts()[op], LEVEL, [dtype] if dtype else None) if not c.fault]
+    found = [c for c in planned(contracts()[op], level, [dtype] if dtype else None) if not c.fault]
     return sorted(found, key=elements)
+
+
+def first_failing(
+    chosen: Sequence[Case], bindings: Bindings, level: str = LEVEL, unjudged: bool = False
+) -> tuple[Result | None, int]:
+    """The first case that fails, and how many ran a kernel up to it; NOT_JUDGED is a failure where `unjudged` says so."""
+    tried = 0
+    for case in chosen:
+        result = check(case, bindings, level)
+        tried += result.verdict != "UNCLAIMED"
+        if result.failed and (unjudged or result.verdict != "NOT_JUDGED"):
+            return result, tried
+    return None, tried
 
 
 def attempt(task: Task) -> Trial:
@@ -76,14 +100,7 @@ def attempt(task: Task) -> Trial:
         variant.settle()
         bindings = _bindings(variant)
         chosen = sampled(op, seed, variant.source)
-    tried = 0
-    for case in chosen:
-        result = check(case, bindings, LEVEL)
-        tried += result.verdict != "UNCLAIMED"
-        if result.failed and (result.verdict != "NOT_JUDGED" or kind == "variant"):
-            break
-    else:
-        result = None
+    result, tried = first_failing(chosen, bindings, unjudged=kind == "variant")
     found = (result.token, result.verdict, result.message) if result else ("", "", "")
     return Trial(op, name, dtype, seed, *found, tried, time.perf_counter() - started)
 
@@ -180,12 +197,15 @@ def share(good: Sequence[bool]) -> str:
     return f"{sum(good)}/{len(good)}" if good else ""
 
 
+def check_ops(ops: Sequence[str]) -> None:
+    """UsageError where one is not an op."""
+    if unknown := [op for op in ops if op not in contracts()]:
+        raise UsageError(f"unknown op {unknown[0]!r}: known are {', '.join(contracts())}")
+
+
 def tasks(ops: Sequence[str] = (), quick: bool = False) -> list[Task]:
     """What there is to try; `quick` takes one defect of each op and class, and two seeds."""
-    known = contracts()
-    for op in ops:
-        if op not in known:
-            raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
+    check_ops(ops)
     chosen = [d for d in plantable(ops) if not d.equivalent]
     if quick:
         chosen = list({(d.op, d.kind): d for d in reversed(chosen)}.values())
@@ -198,25 +218,13 @@ def tasks(ops: Sequence[str] = (), quick: bool = False) -> list[Task]:
 def self_test(
     ops: Sequence[str] = (),
     quick: bool = False,
-    progress: Callable[[int, int, Trial], None] | None = None,
+    progress: Progress | None = None,
     workers: int = 0,
 ) -> Score:
     """Try everything in as many processes as there are processors (`workers` of them)."""
     started = time.perf_counter()
     todo = tasks(ops, quick)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpu_count(), context, _alone, (os.getpid(),)) as pool:
-        running = {pool.submit(attempt, task): task for task in todo}
-        try:
-            for count, future in enumerate(as_completed(running), 1):
-                if progress:
-                    progress(count, len(todo), future.result())
-        except BaseException:  # what a worker is at may take minutes
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
-    done = [(task[0], future.result()) for future, task in running.items()]
+    done = [(task[0], trial) for task, trial in zip(todo, spread(attempt, todo, progress, workers))]
     return Score(
         tuple(trial for kind, trial in done if kind == "defect"),
         tuple(trial for kind, trial in done if kind == "variant"),
@@ -224,6 +232,25 @@ def self_test(
         time.perf_counter() - started,
         unplanted(ops),
     )
+
+
+def spread(
+    run: Callable[[Todo], Done], todo: Sequence[Todo], progress: Progress | None, workers: int
+) -> list[Done]:
+    """What `run` makes of each task, in as many processes as there are processors (`workers` of them)."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or os.cpu_count(), context, _alone, (os.getpid(),)) as pool:
+        running = [pool.submit(run, task) for task in todo]
+        try:
+            for count, future in enumerate(as_completed(running), 1):
+                if progress:
+                    progress(count, len(todo), future.result().op)
+        except BaseException:  # what a worker is at may take minutes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+    return [future.result() for future in running]
 
 
 def _alone(parent: int) -> None:

@@ -71,6 +71,15 @@ FOUND_BY = {
         Defect("indexer_scores", "keys-of-zeros-are-padding", "value", attention.per_key,
                attention.per_key.replace("[:, 0]\n", "[:, 0].masked_fill((key == 0).all(1), -torch.inf)\n")),
     ),
+    "sinking": (
+        Defect("sparse_mla", "maximum-starts-at-minus-10000", "value", attention.sums, """scores = logits.masked_fill(beyond, -torch.inf)
+            p = torch.exp(scores - scores.amax(-1, keepdim=True).clamp(min=-1e4))
+            o = torch.bmm(p / p.sum(-1, keepdim=True), keys)\n"""),
+    ),
+    "faint": (
+        Defect("cast", "small-ones-through-float16", "value", rows.cast.keywords["old"],
+               "return torch.where(x.abs() < 2.0**-14, x.half().to(x.dtype), x).to(getattr(torch, to), copy=True)\n"),
+    ),
     "extreme": (
         Defect("take_rows", "doubled-and-halved", "value", rows.take.keywords["old"], "return _rows_or_zero(x, rows) * 2 / 2\n"),
         Defect("page_copy", "added-to-itself", "value", "blocks.index_copy_(0, target.long(), blocks.index_select(0, source))\n",

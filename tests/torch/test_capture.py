@@ -156,7 +156,7 @@ def test_replays_vary_what_they_say():
     assert len({found["pages"].spec for found in (captured, short, grown)}) == 1
     assert not np.array_equal(short["first"], grown["first"])
     [_, first, second] = calls(next(c for c in CAPTURED if c.op == "moe_experts"))
-    assert [dict(inputs.case.recipes)["ids"] for inputs in (first, second)] == ["crowded", "deserted"]
+    assert [dict(inputs.case.recipes)["ids"] for inputs in (first, second)] == ["crowded", "nowhere"]
     assert not np.array_equal(first.operands["w13"].native, second.operands["w13"].native)
     [_, first, second] = calls(next(c for c in CAPTURED if c.op == "indexer_scores"))
     assert first.batch.max_kv == second.batch.max_kv  # the result is as wide
