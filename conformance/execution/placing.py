@@ -153,9 +153,9 @@ def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any
         parent = filled((2 * len(x) + 1, *x.shape[1:]), dtype(x))
         parent[1::2] = x
         return parent, lambda a: a[1::2]
-    if view == "transposed" and x.ndim > 1:
+    if view == "transposed" and x.ndim > 1 and backend.traits.strides:
         return np.ascontiguousarray(x.swapaxes(-1, -2)), lambda a: a.swapaxes(-1, -2)
-    if view == "heads" and x.ndim == 3:
+    if view == "heads" and x.ndim == 3 and backend.traits.strides:
         return np.ascontiguousarray(x.swapaxes(0, 1)), lambda a: a.swapaxes(0, 1)
     if view == "slices" and x.ndim > 1:
         more = (3, 3, *[0] * (x.ndim - 2)) if x.ndim == 3 else (3, *[0] * (x.ndim - 1))

@@ -18,7 +18,8 @@ DENSE = [view for view in VIEWS if view != "broadcast"]  # of these a copy is th
 
 def left_out(case: Case, backend: Backend) -> str:
     """Why a case would tell nothing about a backend with arrays of this kind, or ""."""
-    if case.view in (*DENSE, *LAYOUTS, FAR) and not backend.traits.strides:
+    alone = case.distinct  # of calls of copies, as in a model's own sizes, no other is the same without a view
+    if case.view in (*DENSE, *LAYOUTS, FAR) and not backend.traits.strides and not alone:
         return f"view={case.view} is a dense copy on {backend}, whose arrays have no strides"
     if case.view == PAST_2G and not backend.traits.views_alias:
         return f"view={case.view} would have to be copied on {backend}, where slices are copies"

@@ -10,7 +10,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import elements
-from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.plan import cases, large
 from porthal.conformance.diff.model import lockstep
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.execution.traits import left_out, unasked, verify
@@ -236,6 +236,15 @@ def test_only_views_are_left_out() -> None:
     left = [case for case in planned if left_out(case, Functional())]
     assert {case.view for case in left} == {"columns", "rows", "transposed", "heads", "slices", "joint", "far", "beyond"}
     assert not [case for case in planned if left_out(case, Reference())]
+
+
+def test_calls_in_a_models_own_sizes_are_made_dense_where_arrays_have_no_strides() -> None:
+    chip = Functional()
+    viewed = [case for contract in contracts().values() for case in large(contract, "bring-up") if case.view]
+    assert len(viewed) > 20 and not [case.token for case in viewed if left_out(case, chip)]
+    for view in ("columns", "slices", "heads"):
+        case = next(case for case in viewed if case.view == view)
+        assert check(case, Bindings(chip)).verdict == "PASS"
 
 
 # -- rows that nobody specifies, numbers that a chip reads as zero -----------------------------------------------------
