@@ -334,7 +334,10 @@ def self_test(
     workers: WorkersOption = WORKERS,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every trial as JSON")] = None,
 ) -> int:
-    """Test the suite itself: planted defects it must find, honest kernels it must accept. Needs PyTorch."""
+    """Test the suite itself: planted defects it must find, honest kernels it must accept. Needs PyTorch.
+
+    Exit code 1 when a defect escaped or an honest kernel was accused. With --quick, --outside keeps to the bring-up level.
+    """
     from porthal.hal import Unavailable, probe
 
     text.check_writable(json=json)

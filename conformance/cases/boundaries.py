@@ -269,6 +269,9 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
     for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-2:-1]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
             yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level))
+    for what in counts(contract) if level.thorough else ():
+        if (what, TILES[0]) in met.above and (what, TILES[0]) not in met.below and not what.isidentifier():
+            yield from islice(_joint(contract, dict.fromkeys((contract.rows, *symbols(what)), 1)), 1)
 
 
 def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:

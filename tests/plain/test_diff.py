@@ -95,7 +95,7 @@ def planted(found: Difference, label: str, defect: Defect, step: int = 0) -> Cal
 
 
 def no_eps(f, x, w, *, eps):
-    return f(x, w, eps=1e-30)
+    return f(x, w, eps=1e-12)
 
 
 def no_bias(f, x, w, bias, *, eps):
@@ -370,9 +370,9 @@ def test_an_honest_backend_grows_its_error_and_flips_honestly(checkpoints, kind,
     assert found.first_flip and sum(x.honest for x in found.layers) > 0 and sum(x.wrong for x in found.layers) == 0
 
 
-@pytest.mark.parametrize(("tokens", "named"), [(4, False), (32, True)])
-def test_a_lean_within_the_budget_is_named_only_where_rows_are_many(short, tokens, named):
-    """Truncation to bfloat16: each error is within what bring-up permits, and only many rows show the direction."""
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_a_lean_within_the_budget_is_named(short, tokens):
+    """Truncation to bfloat16: each error is within what bring-up permits, and only their direction is wrong."""
 
     def truncates(name, function):
         def call(x, w, *, out="x"):
@@ -382,9 +382,8 @@ def test_a_lean_within_the_budget_is_named_only_where_rows_are_many(short, token
         return call if name == "linear" else function
 
     found = run(short, parts(wrap=[truncates]), tokens, dtype="bfloat16")
-    assert (found.at_fault is not None) == named
-    if named:
-        assert found.at_fault.op == "linear" and "toward zero" in found.at_fault.fault
+    assert found.at_fault and found.at_fault.op == "linear" and "toward zero" in found.at_fault.fault
+    assert found.at_fault.worst < 4
 
 
 def test_a_wrong_choice_is_no_honest_flip(short, honest):

@@ -59,6 +59,8 @@ class Packing(Reference):
 
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
         made = super().from_logical(spec, arrays, into)
+        if into is not None:  # has all the rest
+            return made
         if isinstance(made, Selection):
             return Selection(spec, Pair(*made.native, {"order": np.arange(3)}))
         made.native["scales"] = np.ones(3, np.float32)
