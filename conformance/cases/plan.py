@@ -305,14 +305,17 @@ class _Plan:
             yield from self._made({**sizes, many: rows}, dtypes=combo, seq="held", **few)
 
     def _many(self, fixed: Mapping[str, Any], rows: int, few: int, **fields: Any) -> Iterator[Case]:
-        """The case with many rows, few of which differ where rows are independent: of requests of 64, and what is left."""
-        if not self.contract.independent:
-            batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
-            return self._made(fixed, rows=rows, batch=batch, **fields)
+        """The case with many rows: few of them differ where rows are independent, in requests of 64 and what is left, unless
+        a cache for so many requests is too large."""
         left = [Request(rows % MANY_EACH, rows % MANY_EACH + 40)] * (rows % MANY_EACH > 0)
         step = [*left, *[Request(MANY_EACH, MANY_EACH + 40)] * (rows // MANY_EACH)]
         step.sort(key=lambda r: r.q > DECODING)
-        return self._made(fixed, rows=rows, batch=spelled(step) if self.has_batch else "", distinct=few, **fields)
+        if self.contract.independent:
+            batch = spelled(step) if self.has_batch else ""
+            if found := list(self._made(fixed, rows=rows, batch=batch, distinct=few, **fields)):
+                return iter(found)
+        batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
+        return self._made(fixed, rows=rows, batch=batch, **fields)
 
     def _next(self) -> Combo:
         """The dtypes that are next in turn."""
