@@ -18,11 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, lengths, requests, spelled
+from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, lengths, parted, spelled
 from porthal.conformance.cases.copies import ALTERNATIVES, SHARED
+from porthal.conformance.cases.cost import operations, seconds
 from porthal.conformance.cases.domain import combos, first_float, free_symbols, options, per_expert
 from porthal.conformance.cases.legal import PAGES, PAST_2G, elements, held_pages, refusal
-from porthal.conformance.cases.profiles import Profile, seconds
+from porthal.conformance.cases.profiles import Profile
 from porthal.conformance.level import Level
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import itemsize
@@ -69,8 +70,7 @@ REQUESTS = 1024  # of one step at most,
 ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
-EACH = 64  # rows of a request, where more are wanted than
-WHOLE = 2**11  # one has
+WHOLE = 2**11  # rows, from which on one request does not have all of them
 STEP = "requests"  # of a batch
 TABLE = "columns"  # of its block table
 
@@ -108,8 +108,7 @@ def _product(dims: Sequence[str]) -> str:
 def sizes_of(case: Case) -> dict[str, int]:
     """The symbols of a case, those that its batch and its cache bind among them."""
     contract = case.contract
-    given = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
-    env: dict[str, int] = {k: v for k, v in given.items() if type(v) is int} | dict(case.dims)
+    env: dict[str, int] = {k: v for k, v in case.attributes.items() if type(v) is int} | dict(case.dims)
     size, pages = case.block_size, held_pages(case)
     if case.batch:
         q_lens, kv_lens = lengths(case.batch, env[contract.rows], env.get("k", 0), size, case.stream)
@@ -231,7 +230,7 @@ def _reason(contract: Contract, level: Level, what: str, n: int, above: bool, mo
         return ""
     if elements(case) > level.copied:
         return f"{MEMORY}: {elements(case) * 2 / 2**30:.1f} GiB"
-    return f"{TIME}: {_flop(case) / 1e9:.1f} GFLOP" if _seconds(case) > level.seconds else ""
+    return f"{TIME}: {operations(case) / 1e9:.1f} GFLOP" if seconds(case) > level.seconds else ""
 
 
 # -- cases for what is not ---------------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cheap(case: Case, level: Level) -> bool:
-    return _seconds(case) <= level.seconds and elements(case) <= level.copied
+    return seconds(case) <= level.seconds and elements(case) <= level.copied
 
 
 def _afforded(contract: Contract, level: Level, wanted: list[str], v: int) -> Iterator[Case]:
@@ -354,17 +353,5 @@ def _requests(rows: int, keys: int, count: int) -> list[Request]:
         return [*[Request(1, 9)] * (count - 1), Request(rows - count + 1, max(keys, rows - count + 1))]
     if rows < WHOLE:  # behind one that sees few keys
         return [Request(1, min(9, keys))] * (rows > 1) + [Request(max(rows - 1, 1), max(keys, rows))]
-    whole, left = divmod(rows, EACH)
-    found = [Request(left, max(9, left))] * (left > 0) + [Request(EACH, EACH)] * whole
-    return [*found[:-1], found[-1]._replace(kv=max(keys, found[-1].q))]
-
-
-def _flop(case: Case) -> float:
-    env, bytes_of = sizes_of(case), SimpleNamespace(**dict.fromkeys(case.contract.dtypes, 2))
-    return float(case.contract.cost(SimpleNamespace(**{"R": env.get(STEP), **env}), bytes_of)[0])
-
-
-def _seconds(case: Case) -> float:
-    """About how long a case takes, whether its rows are copies or not."""
-    known = case.batch and requests(case.batch) is None
-    return 0.0 if known else seconds(case if case.distinct else replace(case, distinct=2**20))
+    *found, last = (Request(q, max(9, q)) for q in parted(rows))
+    return [*found, last._replace(kv=max(keys, last.q))]

@@ -66,6 +66,11 @@ class Case:
         return contracts()[self.op]
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """Every attribute, those of the contract's defaults among them."""
+        return {a.name: a.default for a in self.contract.attributes.values()} | dict(self.attrs)
+
+    @property
     def token(self) -> str:
         """The case as text: "rms_norm,T=7,H=96,x:bf16,x~small,view=columns,0", "topk@2,..." where the contract has changed."""
         version = self.contract.version

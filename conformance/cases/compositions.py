@@ -14,6 +14,7 @@ DRAFTS = "drafts"  # as mixed, with pages that rejected drafts have left behind 
 CROWD = "crowd"  # requests of 64 rows that share pages: 65536 rows in a small cache
 LONG = 131072  # the keys that a long batch's first row sees
 LONGEST = 2**20  # and any request at most: GLM-5.2's max_position_embeddings
+EACH = 64  # rows of each of many requests
 MANY = 2**12  # requests that a composition may spell out
 DECODING = 8  # most query rows of a request that counts as decoding
 _ONE = r"(\d{1,4}\*)?\d{1,7}/\d{1,7}(/\d{1,7})?"
@@ -43,6 +44,12 @@ def spelled(found: Sequence[Request]) -> str:
     """The composition that spells these requests out, and that `requests` reads."""
     alike = ((one, len(list(group))) for one, group in groupby(found))
     return "+".join(f"{n}*" * (n > 1) + "/".join(map(str, one if one.shared else one[:2])) for one, n in alike)
+
+
+def parted(rows: int) -> list[int]:
+    """So many rows in requests of EACH, behind one of what is left."""
+    left = rows % EACH
+    return [left] * (left > 0) + [EACH] * (rows // EACH)
 
 
 def shareable(before: Request, request: Request, block_size: int, written: bool) -> int:

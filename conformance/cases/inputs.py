@@ -57,16 +57,12 @@ class Copies:
 
 def sizes_of(case: Case) -> dict[str, Any]:
     """Dims and attributes of a case, and the pages of a cache that no batch describes."""
-    return {"P": held_pages(case), **attributes_of(case), **dict(case.dims)}
-
-
-def attributes_of(case: Case) -> dict[str, Any]:
-    return {a.name: a.default for a in case.contract.attributes.values()} | dict(case.attrs)
+    return {"P": held_pages(case), **case.attributes, **dict(case.dims)}
 
 
 def drawn(case: Case, given: Mapping[str, Any] = MappingProxyType({})) -> Inputs:
     """The inputs of a case, some of whose operands are given."""
-    contract, attrs, sizes = case.contract, attributes_of(case), sizes_of(case)
+    contract, attrs, sizes = case.contract, case.attributes, sizes_of(case)
     batches = contract.signature.of_kind("Batch")
     batch = (given.get(batches[0].name) or _batch(case, sizes)) if batches else None
     for operand in batches:

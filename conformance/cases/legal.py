@@ -44,7 +44,7 @@ DISTINCT = f"at least 2 and at most {LARGEST['distinct']}"
 def refusal(case: Case) -> str:
     """Why the contract allows no such call, or ""."""
     contract, sizes = case.contract, dict(case.dims)
-    attrs = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
+    attrs = case.attributes
     given = [[name for name, _ in pairs] for pairs in (case.dims, case.attrs, case.dtypes, case.recipes)]
     for names in (*given, case.absent):
         if twice := [name for name in names if names.count(name) > 1]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, telling, values
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD, DECODING, Request, spelled
+from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD, EACH, Request, parted, spelled
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
@@ -39,7 +39,6 @@ from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.signature import evaluate, symbols
 
-MANY_EACH = 64  # rows of each of many requests
 MANY = 520  # rows of one request
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
@@ -158,17 +157,17 @@ class _Plan:
         """Row counts, then every value of every dim and attribute."""
         for rows in self.level.rows:
             for combo in self._each():
-                many = rows > 2 * MANY_EACH
+                many = rows > 2 * EACH
                 yield from self._many({}, rows, 64, dtypes=combo) if many else self._made(rows=rows, dtypes=combo)
         if self.level.thorough:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
             yield from self._many(least, MANY_ROWS - 1, 4, dtypes=self._next())
             for combo in self.combos:
                 yield from self._many(least, MANY_ROWS, 4, dtypes=combo)
-        large = self.contract.independent and not self.level.thorough  # a model's own calls have the first of a dim's values
+        served = self.contract.independent and not self.level.thorough  # a model's own calls have the first of a dim's values
         for name in (*self.free, *self.attrs):
             values = self.contract.cases[name]
-            for value in values[1:] if large and name in self.free and values[1:] else values:
+            for value in values[1:] if served and name in self.free and values[1:] else values:
                 for combo in self._each():
                     yield from self._made({name: value}, rows=3, dtypes=combo)
         yield from self._legal_ends()
@@ -203,7 +202,7 @@ class _Plan:
         """Attributes at the low and high ends of their ranges, in turn and together, and in the middle; if thorough, every
         value of each that a plan takes, also at GLM-5's dims."""
         dims = {s: self._near(s)[0] for s in self.free if s != self.rows}
-        large = {s: self.contract.cases[s][0] for s in dims}
+        wide = {s: self.contract.cases[s][0] for s in dims}
         for turn in CORNERS[: None if self.level.thorough else 3] if self.attrs else ():
             facts: dict[str, Any] = dict(dims)
             for name, end in zip(self._in_order(), cycle(turn)):
@@ -211,7 +210,7 @@ class _Plan:
                 facts[name] = found[min(end, len(found) - 1)]
             yield from self._made(facts, rows=3, dtypes=self._next())
         if self.level.thorough:
-            for name, sizes in product(self._in_order(), (dims, large)):
+            for name, sizes in product(self._in_order(), (dims, wide)):
                 start = self._legal(dict(sizes), 3) or {}
                 for value in values(self.contract.allowed(name, SimpleNamespace(**start))):
                     yield from self._made({**sizes, name: value}, rows=3, dtypes=self._next())
@@ -307,11 +306,8 @@ class _Plan:
     def _many(self, fixed: Mapping[str, Any], rows: int, few: int, **fields: Any) -> Iterator[Case]:
         """The case with many rows: few of them differ where rows are independent, in requests of 64 and what is left, unless
         a cache for so many requests is too large."""
-        left = [Request(rows % MANY_EACH, rows % MANY_EACH + 40)] * (rows % MANY_EACH > 0)
-        step = [*left, *[Request(MANY_EACH, MANY_EACH + 40)] * (rows // MANY_EACH)]
-        step.sort(key=lambda r: r.q > DECODING)
         if self.contract.independent:
-            batch = spelled(step) if self.has_batch else ""
+            batch = spelled([Request(q, q + 40) for q in parted(rows)]) if self.has_batch else ""
             if found := list(self._made(fixed, rows=rows, batch=batch, distinct=few, **fields)):
                 return iter(found)
         batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD

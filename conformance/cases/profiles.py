@@ -12,25 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, requests, spelled
-from porthal.conformance.cases.domain import first_float, per_expert
+from porthal.conformance.cases.cost import seconds
+from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.legal import elements, refusal
 from porthal.conformance.level import Level
 from porthal.hal import CallSpec, UsageError
 from porthal.hal.contract import Contract
-from porthal.hal.dtypes import itemsize
-from porthal.hal.signature import evaluate
 from porthal.model import profiles as here
 
-FLOPS, BYTES, GOLDEN = 4e10, 4e9, 1.5e10  # a second of a core: what a kernel does, what memory gives, what float64 does
-SORTED = 8e-8  # seconds to sort a number among others
-WIDENED = 2e-9  # and to read one in float64
-CALLS = 3  # a kernel's calls in one case
-PASSES = 18  # over the reference's products for one golden
 BLOCK_SIZE = 64
 MODEL = "glm-5"  # whose sizes are tested where no other model is named
 FIXED = 512  # widths up to here are inside a head, which vendors' kernels are made for; but heads and experts vary
@@ -239,53 +231,3 @@ def _case(contract: Contract, spec: CallSpec, found: Sequence[Request], dims: Ma
         block_size=BLOCK_SIZE if takes or contract.signature.of_kind("Pages") else 0,
         distinct=few,
     )
-
-
-# -- what it costs -----------------------------------------------------------------------------------------------------
-
-
-def seconds(case: Case) -> float:
-    """About how long a case takes one core: the kernel's calls, the memory that is filled and compared, the golden."""
-    contract, few = case.contract, case.distinct
-    dims = dict(case.dims)
-    dtype = dict(case.dtypes).get(first_float(contract), "float32")
-    flops, ranked = _flops(case, dims, requests(case.batch) or [])
-    small = {s: min(n, few) if s in contract.independent else n for s, n in dims.items()}
-    if per_expert(contract):
-        small[contract.rows] = min(dims[contract.rows], 2 * dims.get("E", 1))
-    alike = Counter(requests(case.batch) or [])
-    kept = [r._replace(q=min(r.q * n, few)) for r, n in alike.items()]
-    golden, scored = _flops(case, small, kept)
-    moved = elements(case) * itemsize(dtype)
-    env = {**small, **{k: v for k, v in case.attrs if isinstance(v, int)}}
-    read = sum(_product(o.dims, env) for o in contract.signature.of_kind("Weight"))
-    work = CALLS * (flops / FLOPS + 3 * moved / BYTES) + PASSES * (golden / GOLDEN + read * WIDENED)
-    return work + SORTED * (CALLS * ranked + scored) + 0.01
-
-
-def _flops(case: Case, dims: Mapping[str, int], found: Sequence[Request]) -> tuple[float, float]:
-    """Of a call: the operations, and the numbers that it ranks."""
-    contract = case.contract
-    attrs: dict[str, Any] = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs)
-    longest = {"S": max((r.kv for r in found), default=0)} if len(_batch_dims(contract)) > 1 else {}
-    facts = {**attrs, **dims, "block_size": case.block_size, **longest}
-    if found:
-        facts |= {contract.rows: sum(r.q for r in found)} | ({"R": len(found)} if "R" not in dims else {})
-    sizes = {o.name: 4 for o in (*contract.signature.operands, *contract.signature.results)}
-    flops, _ = contract.cost(SimpleNamespace(**facts), SimpleNamespace(**sizes))
-    env = {k: v for k, v in facts.items() if isinstance(v, int)}
-    each = sum(_product(o.dims, env) for o in contract.signature.results if o.dims)  # what a copy costs, too
-    sorts = contract.admits or (contract.choice and "k" in facts)
-    ranked = _product(contract.signature.operands[0].dims, env) if sorts else 0.0
-    return float(flops) + 20.0 * each, ranked
-
-
-def _batch_dims(contract: Contract) -> tuple[str, ...]:
-    return next((o.dims for o in contract.signature.of_kind("Batch")), ())
-
-
-def _product(dims: Sequence[str], env: Mapping[str, int]) -> float:
-    size = 1.0
-    for dim in dims:
-        size *= evaluate(dim, env)
-    return size

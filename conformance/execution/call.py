@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -84,42 +84,50 @@ def repeated(binding: Binding, inputs: Inputs, runs: int = 2) -> Outcome:
 
 
 def among_other_rows(bindings: Bindings, bound: Bound, call: Inputs, to: Array, outcome: Outcome) -> Outcome:
-    """The outcome together with that of the same call among other rows, where the same kernel takes that."""
-    if outcome.error or outcome.trespasses:
-        return outcome
-    try:
-        there = bindings.bound(call)
-        if _kernel(bound) != _kernel(there):
-            return outcome
-        moved = once(there.binding, call)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        if isinstance(error, NotClaimed) and not by_kernel(error):
-            return outcome
-        return Outcome(error=f"among other rows, one of them poisoned: {told(error)}")
-    trespasses = tuple(type(t)(f"among other rows, one of them poisoned: {t}") for t in moved.trespasses)
-    return replace(
-        outcome, moved=restored(call, moved.results, to), invariant=bound.batch_invariant, trespasses=trespasses
-    )
+    """The outcome together with that of the same call among other rows."""
+    where = "among other rows, one of them poisoned"
+
+    def with_moved(runs: Sequence[Run]) -> Outcome:
+        [run] = runs
+        trespasses = tuple(type(t)(f"{where}: {t}") for t in run.trespasses)
+        moved = restored(call, run.results, to)
+        return replace(outcome, moved=moved, invariant=bound.batch_invariant, trespasses=trespasses)
+
+    return _beside(bindings, bound, [call], where, outcome, with_moved)
 
 
 def _apart(bindings: Bindings, bound: Bound, parts: Sequence[Inputs], outcome: Outcome) -> Outcome:
-    """The outcome together with that of the same rows in several calls, where the same kernel takes these."""
+    """The outcome together with that of the same rows in several calls."""
+
+    def with_apart(runs: Sequence[Run]) -> Outcome:
+        return replace(outcome, apart=joined(parts, [run.results for run in runs]))
+
+    return _beside(bindings, bound, parts, "in calls of fewer rows", outcome, with_apart)
+
+
+def _beside(
+    bindings: Bindings,
+    bound: Bound,
+    calls: Sequence[Inputs],
+    where: str,
+    outcome: Outcome,
+    together: Callable[[Sequence[Run]], Outcome],
+) -> Outcome:
+    """The outcome together with what other calls of the same rows give, where the same kernel takes these."""
     if outcome.error or outcome.trespasses:
         return outcome
     try:
-        there = [bindings.bound(part) for part in parts]
+        there = [bindings.bound(call) for call in calls]
         if any(_kernel(bound) != _kernel(other) for other in there):
             return outcome
-        found = [once(other.binding, part).results for other, part in zip(there, parts)]
+        runs = [once(other.binding, call) for other, call in zip(there, calls)]
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         if isinstance(error, NotClaimed) and not by_kernel(error):
             return outcome
-        return Outcome(error=f"in calls of fewer rows: {told(error)}")
-    return replace(outcome, apart=joined(parts, found))
+        return Outcome(error=f"{where}: {told(error)}")
+    return together(runs)
 
 
 def _kernel(bound: Bound) -> tuple[str, str, str]:

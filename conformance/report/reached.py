@@ -83,7 +83,7 @@ def is_required(case: Case) -> bool:
     contract, rows = case.contract, case.contract.rows
     if case.fault:
         return False
-    facts = {a.name: a.default for a in contract.attributes.values()} | dict(case.attrs) | dict(case.dims)
+    facts = case.attributes | dict(case.dims)
     if any(facts.get(name, values[0]) != values[0] for name, values in contract.cases.items() if name != rows):
         return False
     first = first_float(contract)

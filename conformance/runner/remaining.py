@@ -6,11 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from types import SimpleNamespace
 
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import lengths
-from porthal.conformance.cases.inputs import sizes_of
+from porthal.conformance.cases.cost import operations
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.report.results import Result
 
@@ -30,16 +28,6 @@ def weight(case: Case) -> float:
     with suppress(Exception):  # of a plugin's contract: an estimate must not end a run
         flops = operations(case)
     return CASE + NUMBER * elements(case) + FLOP * flops * (LATE if case.distinct else 1.0)
-
-
-def operations(case: Case) -> float:
-    """The float operations of a case, of all rows as many as of the one that sees most."""
-    contract, sizes = case.contract, {"block_size": case.block_size, **sizes_of(case)}
-    if contract.signature.of_kind("Batch"):
-        q_lens, kv_lens = lengths(case.batch, sizes["T"], sizes.get("k", 0), case.block_size, case.stream)
-        sizes |= {"R": len(q_lens), "S": max(kv_lens, default=0)}
-    width = SimpleNamespace(**{o.name: 2 for o in (*contract.signature.operands, *contract.signature.results)})
-    return float(contract.cost(SimpleNamespace(**sizes), width)[0])
 
 
 class Remaining:

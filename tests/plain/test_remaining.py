@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.cost import operations
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner import remaining
-from porthal.conformance.runner.remaining import Remaining, operations, weight
+from porthal.conformance.runner.remaining import Remaining, weight
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import UsageError, contracts
 
