@@ -12,7 +12,7 @@ from porthal.hal.spans import EPSILON
     independent=("T",),
     cases={"H": (6144, 512, 2048, 768, 96, 1, 7), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
-    values={"x": ("normal", "small", "large", "zeros", "outlier", "seesaw")},
+    values={"x": ("normal", "small", "large", "zeros", "outlier", "seesaw", "rear")},
     profiles=("inference",),
 )
 def rms_norm(x: Array, weight: Array, *, eps: float = 1e-5) -> Array:

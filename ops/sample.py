@@ -24,7 +24,7 @@ from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
     values={
         "logits": ("normal", "ties", "masked", "special", "blocked", "shelves", "rising", "summit"),
         "u": ("uniform",),
-        "temperature": ("temperature", "cold", "hot"),
+        "temperature": ("temperature", "cold", "hot", "greedy"),
         "top_p": ("probability", "nucleus", "brink"),
         "top_k": ("top_k", "brim"),
     },

@@ -24,7 +24,7 @@ from porthal.ops.sample import candidates, kept_of
     values={
         "logits": ("normal", "masked", "special", "blocked", "shelves", "rising", "summit"),
         "u": ("uniform", "zeros", "refused", "stopped"),
-        "temperature": ("temperature", "cold", "hot"),
+        "temperature": ("temperature", "cold", "hot", "greedy"),
         "top_k": ("top_k", "brim"),
         "top_p": ("probability", "nucleus", "brink"),
         "draft_probs": ("distribution",),

@@ -65,7 +65,7 @@ def beside(span: Sequence[int], n: int) -> list[int]:
 # -- what a call counts ------------------------------------------------------------------------------------------------
 
 ADDRESSES = (2**31, 2**32)  # elements behind which 32-bit offsets wrap
-TELLING = ("special", "shelves", "outlier", "summit")
+TELLING = ("special", "rim", "shelves", "outlier", "rear", "summit")
 REQUESTS = 1024  # of one step at most,
 ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"

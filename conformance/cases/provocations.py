@@ -138,6 +138,25 @@ def blocks_of_zeros(draw: Draw) -> Array:
     return x
 
 
+@spelled("rim")
+def special_at_the_end(draw: Draw) -> Array:
+    """The last number of the rows in turn: finite, NaN, +inf, -inf."""
+    x = draw.bell()
+    if x.size:
+        last = _rows(x)[:, -1]
+        for r, number in ((1, np.nan), (2, np.inf), (3, -np.inf)):
+            last[r::4] = number
+    return x
+
+
+@spelled("rear")
+def heavy_at_the_end(draw: Draw) -> Array:
+    """The last number of each row is 256 times the others."""
+    x = draw.bell()
+    x[..., -1:] *= 256
+    return x
+
+
 @recipe
 def faint(draw: Draw) -> Array:
     """Denormal in float16, and normal in the others."""
@@ -152,6 +171,14 @@ def ends_of_the_dtype(draw: Draw) -> Array:
 
 
 # -- how tokens are drawn --------------------------------------------------------------------------------------------
+
+
+@spelled("greedy")
+def greedy_row_first(draw: Draw) -> Array:
+    """Temperatures of all kinds behind a row that is not drawn: it must not decide how the others are served."""
+    heat = np.array([0.0, 0.5, 1.0, 1.5])[draw.integers(0, 4)]
+    heat[:1] = 0
+    return heat
 
 
 @spelled("hot")

@@ -119,6 +119,19 @@ FOUND_BY = {
     "eldest": (
         expert("nothing-but-the-first-expert-is-nothing", new="flat = ids.reshape(-1) - first_expert\n    flat = flat if (flat > 0).any() else flat - 1\n"),
     ),
+    "rim": (
+        tokens.finite("last-column-not-looked-at", "value", new="(ids >= 0) & ~torch.isfinite(logits[:, : logits.shape[1] - 1 or 1].amax(-1))"),
+    ),
+    "rear": (
+        Defect("rms_norm", "last-column-not-in-the-mean", "value", "return _rms_norm(x.float(), weight, eps).to(x.dtype)\n", """wide = x.float()
+        mean = (wide[:, :-1] ** 2).sum(-1, keepdim=True) / max(wide.shape[1], 1)
+        return (wide * torch.rsqrt(mean + eps) * weight.float()).to(x.dtype)\n"""),
+    ),
+    "greedy": (
+        sample("greedy-when-the-first-row-is", old=tokens.target, new="""if len(logits) and float(temperature[0]) == 0:
+            return first_highest(logits)
+        """ + tokens.target),
+    ),
     "central": (
         expert("one-busy-expert-inside", new=f"""flat = ids.reshape(-1) - first_expert
     busy = flat[{there}].unique()

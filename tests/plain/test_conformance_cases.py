@@ -70,7 +70,7 @@ def test_standard_goes_beyond_sixteen_bits_of_rows():
 
 
 def test_first_case_has_the_served_dims():
-    for first in (large(contracts()["rms_norm"], "bring-up")[0], cases(contracts()["rms_norm"], "standard")[0]):
+    for first in (large(contracts()["rms_norm"], level)[0] for level in ("bring-up", "standard")):
         assert dict(first.dims)["H"] == 6144 and first.dtype("x") == "bfloat16"
         assert not first.recipes and not first.view
 

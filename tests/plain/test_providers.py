@@ -176,12 +176,14 @@ class Third:
 
 
 def test_every_provider_that_claims_a_case_is_tested() -> None:
-    class OffByOne:
+    class TwiceAndOne:
+        """Wrong for zeros and for numbers of any size."""
+
         @limits(provider="many.gemm", T=at_least(2))
         def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any:
-            return product("many", x, w, out) + 1
+            return product("many", x, w, out) * 2 + 1
 
-    class Wrong(FewRows, OffByOne, Reference):
+    class Wrong(FewRows, TwiceAndOne, Reference):
         name = "wrong"
 
     backend = Wrong()
@@ -226,7 +228,8 @@ def test_rows_among_others_are_compared_on_one_kernel() -> None:
     class Sums:
         @limits(provider="many.gemm", T=at_least(8))
         def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any:
-            y = sum(widen(x)[:, i : i + 1] * widen(w.native).T[i] for i in range(x.shape[1]))
+            wide, columns = widen(x), widen(w.native).T
+            y = sum(wide[:, i : i + 1] * columns[i] for i in range(x.shape[1]))
             return narrow(y, dtype(x) if out == "x" else out)
 
     report = run(type("Both", (few, Sums, Reference), {"name": "both"})(), ["linear"])

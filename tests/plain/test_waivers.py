@@ -77,8 +77,8 @@ def test_a_pattern_leaves_deliberate_mistakes_alone_unless_it_names_them():
 
 
 def wrong(self, a, b):
-    """Right to 16 rows, and nowhere else."""
-    return a + b if len(a) <= 16 else a - b
+    """Wrong at 17 rows, and nowhere else."""
+    return a - b if len(a) == 17 else a + b
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def plugin(tmp_path):
 
         class Waived(Reference):
             def add(self, a, b):
-                return a + b if len(a) <= 16 else a - b
+                return a - b if len(a) == 17 else a + b
         """)
     )
     info = tmp_path / "waived_plugin-1.0.dist-info"
