@@ -33,7 +33,7 @@ OUTSIDE = """
 Two authors who had seen no case planted {planted} more defects, after public bug reports, limits that vendors state, and the
 ways such kernels are built: tiles, launch grids, narrow counters, workspaces, plans that are kept. Each changes what a call of
 its author's own returns. It counts as caught when one case of its op fails. `porthal self-test --outside --json G` runs them
-at both levels and took {seconds:.0f} s of a processor. Caught of planted:
+at both levels. Caught of planted:
 """
 MEANING = """
 Cases were added for what had escaped of the open ones: their score says how well that went. The held ones, about a third, were
@@ -107,7 +107,7 @@ def by_others(score: outside.Score) -> list[str]:
     table = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     missed = sum(r.planted - r.caught for r in score.rows if (r.level, r.part) == (STANDARD.name, "held"))
     return [
-        OUTSIDE.format(planted=planted, seconds=score.seconds),
+        OUTSIDE.format(planted=planted),
         *(f"|{'|'.join(line)}|" for line in table),
         MEANING.format(held=missed),
         *(
