@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from xml.etree import ElementTree
 
 from porthal.conformance.cases.case import Case
@@ -24,6 +24,7 @@ from porthal.conformance.cases.profiles import MODEL
 from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
+from porthal.conformance.report.files import parsed
 from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
 from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
@@ -241,11 +242,12 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report that `json` wrote; UsageError where the text is not of this schema."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"not JSON: {error}") from None
-        if not isinstance(data, dict) or "schema" not in data or "results" not in data:
+        return cls.of_object(parsed(text))
+
+    @classmethod
+    def of_object(cls, data: Mapping[str, Any]) -> Report:
+        """The same of what the text holds."""
+        if "schema" not in data or "results" not in data:
             raise UsageError("not a conformance report: it lacks schema and results")
         if data["schema"] != SCHEMA:
             raise UsageError(
@@ -267,16 +269,6 @@ class Report:
             return report
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"a damaged report ({type(error).__name__}: {error}): write it again") from None
-
-    @classmethod
-    def read(cls, file: Path) -> Report:
-        """A report from its file; UsageError names what is wrong with it."""
-        try:
-            return cls.from_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-        except UsageError as error:
-            raise UsageError(f"{file} is {error}") from None
 
     def table(self) -> Group:
         """Per op: what passed and failed, the level, whose kernels, the worst error; then the failures. Fits 80 columns."""

@@ -16,7 +16,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import run
 from porthal.conformance.report.compare import comparison
-from porthal.conformance.report.page import Scale
+from porthal.conformance.report.page import errors_axis
 from porthal.conformance.report.results import LARGEST
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -121,11 +121,11 @@ def test_labels_of_the_error_axis_stand_apart_however_far_it_goes(report, tmp_pa
     first, *others = [r for r in report.results if r.worst and r.worst < 1][:3]
     greatest = [10.0**n for n in range(-1, 21)]
     worst = [replace(report, results=(replace(first, worst=w), *others)) for w in greatest]
-    assert {Scale(w).high - Scale(w).low for w in greatest} == set(range(3, 25))
-    for w, found in zip(greatest, measured([(r.html(), min(WIDTHS)) for r in worst], tmp_path), strict=True):
-        assert (found["meeting"], found["cut"]) == ([], []), f"up to {w:g}"
-        labels = Scale(w).labels
-        assert 1 in labels and len(labels) > 1
+    axes = [errors_axis([w]) for w in greatest]
+    assert {axis.high - axis.low for axis in axes} == set(range(3, 25))
+    for axis, found in zip(axes, measured([(r.html(), min(WIDTHS)) for r in worst], tmp_path), strict=True):
+        assert (found["meeting"], found["cut"]) == ([], []), f"to 1e{axis.high}"
+        assert 1 in axis.labels and len(axis.labels) > 1
 
 
 def test_errors_beyond_the_limit_stand_right_of_it(pages):
