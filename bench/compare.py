@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from porthal.bench.measured import Key, Measured, Row, Timed
+from porthal.bench.page import seconds, speeds_page
 from porthal.conformance.report.differences import LETTERS, differences
 from porthal.hal import UsageError
 
@@ -136,16 +137,16 @@ class Comparison:
         return Ratio.mean([*ratios.values()]) if ratios else None
 
     @property
-    def summary(self) -> list[str]:
+    def summary(self) -> dict[Side, str]:
         """One sentence per side that is compared with another."""
-        found = []
+        found = {}
         for side in self.sides:
             ratio = self.mean(side)
             if ratio and side.reference:
                 count = len(side.against(self.keys))
                 of = f"geometric mean of {count} calls" if count > 1 else "one call"
                 same = "" if ratio.significant else ", which is not significant"
-                found.append(f"{side.label} is {ratio} as fast as {side.reference.label}, {of}{same}")
+                found[side] = f"{side.label} is {ratio} as fast as {side.reference.label}, {of}{same}"
         return found
 
     @property
@@ -223,7 +224,11 @@ class Comparison:
         from rich.console import Group
         from rich.text import Text
 
-        return Group(*map(Text, [*self._head(), *self.differences]), *self._tables(), *map(Text, self.summary))
+        return Group(*map(Text, [*self._head(), *self.differences]), *self._tables(), *map(Text, self.summary.values()))
+
+    def html(self) -> str:
+        """One page without external resources."""
+        return speeds_page(self)
 
     def _head(self) -> Iterator[str]:
         for letter, file in zip(LETTERS, self.files):
@@ -271,14 +276,6 @@ def comparison(*files: Measured) -> Comparison:
         if n not in common:
             raise UsageError(f"files A and {letter} have no call in common: measure the same workload, with the same caches")
     return made
-
-
-def seconds(time: float) -> str:
-    """0.00123 -> "1.23 ms"."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if time >= size:
-            return f"{time / size:.3g} {unit}"
-    return f"{time / 1e-9:.3g} ns"
 
 
 def _step(side: Side, keys: Sequence[Key]) -> Step | None:

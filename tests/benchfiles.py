@@ -15,6 +15,9 @@ OPS = {
     "indexer_topk": (lambda c: 2 * 32 * 128 * c, lambda c: 256 * c, 0, 8),
     "sparse_mla": (lambda c: 4 * 64 * 576 * min(c, 2048), lambda c: 1152 * min(c, 2048), 0, 8),
     "moe_experts": (lambda c: 6 * 8 * 6144 * 256, lambda c: 24576, 8 * 6 * 6144 * 256, 7),
+    "rope": (lambda c: 6 * 64 * 64, lambda c: 4 * 64 * 64, 0, 16),
+    "silu_mul": (lambda c: 5 * 2048, lambda c: 6 * 2048, 0, 8),
+    "take_rows": (lambda c: 0, lambda c: 4 * 6144, 0, 1),
     "sample": (lambda c: 5 * 154880, lambda c: 4 * 154880, 0, 1),
 }
 

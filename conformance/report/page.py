@@ -74,7 +74,7 @@ def compare_page(comparison: Comparison) -> str:
 
 def errors_axis(shown: Sequence[float]) -> Axis:
     """An axis of |e|/B, from LOWEST to beyond all that is shown."""
-    return Axis(LOWEST, 1.2 * max(error for error in shown if error < HIGHEST))
+    return Axis.decades(LOWEST, 1.2 * max(error for error in shown if error < HIGHEST))
 
 
 def render(template: str, folder: Path = TEMPLATES, **facts: Any) -> str:
@@ -156,7 +156,7 @@ def _errors(report: Report) -> Iterator[Error]:
 
 def _histogram(measured: Sequence[Result], scale: Axis) -> tuple[list[Bar], int, int]:
     """Cases by their worst error: the bars, the highest one, and how many cases there are."""
-    n = (scale.high - scale.low) * BINS
+    n = (len(scale.ticks) - 1) * BINS
     own, other = Counter[int](), Counter[int]()
     for r in measured:
         (own if r.own else other)[min(int(scale(r.worst) / 100 * n), n - 1)] += 1

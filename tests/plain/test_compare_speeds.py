@@ -85,7 +85,7 @@ def test_steps_with_other_calls_are_compared_over_those_in_common():
 
 def test_what_is_noisy_is_shown_and_not_compared():
     made = comparison(measured({"cpu": 0.9}, **ONE), measured({"cpu": 0.3}, noise=0.5, **ONE))
-    assert made.mean(made.sides[1]) is None and made.summary == [] and made.regressions(0) == []
+    assert made.mean(made.sides[1]) is None and made.summary == {} and made.regressions(0) == []
     assert all(step.ratio is None for steps in made.steps.values() for step in steps)
     assert "too noisy to be compared: cpu B: 6 of 6 calls" in made.differences
 
