@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from porthal.bench.measured import Key, Measured, Row, Timed
 from porthal.bench.page import seconds, speeds_page
+from porthal.bench.speeds import Key, Speed, Speeds, Timed
 from porthal.conformance.report.differences import LETTERS, differences
 from porthal.hal import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
+ALONE = "alone"  # the step of calls that belong to none
 DRIFT = 0.05  # by how much a limit of the machine may differ between two runs before it is said
 
 
@@ -69,7 +70,7 @@ class Side:
     label: str
     file: int
     backend: str
-    rows: dict[Key, Row]
+    rows: dict[Key, Speed]
     reference: Side | None
 
     def against(self, keys: Iterable[Key]) -> dict[Key, Ratio]:
@@ -93,7 +94,7 @@ class Step(NamedTuple):
 
     side: Side
     time: Timed
-    rows: list[Row]
+    rows: list[Speed]
     lacks: list[str]  # ops of calls that another side has measured
     ratio: Ratio | None  # over the calls that it and its reference have measured
 
@@ -102,7 +103,7 @@ class Step(NamedTuple):
 class Comparison:
     """Benchmark files beside each other; one alone has its backends beside each other."""
 
-    files: tuple[Measured, ...]
+    files: tuple[Speeds, ...]
 
     @cached_property
     def sides(self) -> list[Side]:
@@ -127,7 +128,8 @@ class Comparison:
     @cached_property
     def steps(self) -> dict[tuple[str, str], list[Step]]:
         """By group and cache: each side's step."""
-        groups = dict.fromkeys((key.group, key.cache) for key in self.keys)
+        alone = {key for side in self.sides for key, row in side.rows.items() if row.step == ALONE}
+        groups = dict.fromkeys((key.group, key.cache) for key in self.keys if key not in alone)
         found = {at: [k for k in self.keys if (k.group, k.cache) == at] for at in groups}
         return {at: [step for side in self.sides if (step := _step(side, keys))] for at, keys in found.items()}
 
@@ -155,20 +157,23 @@ class Comparison:
         found = self._told()
         if len(self.files) > 1:
             found.append("the files are of different runs: an interval knows how a time varies within one")
+        rows = [(side, row) for side in self.sides for row in side.rows.values()]
+        others = {(row.kernel, f"{row.op} on {side.label}"): None for side, row in rows if row.kernel != "own"}
+        for kernel in dict.fromkeys(kernel for kernel, _ in others):
+            found.append(f"not own kernels, but {kernel}: {', '.join(what for k, what in others if k == kernel)}")
         if noisy := [f"{side.label}: {n}" for side in self.sides if (n := sum(row.noisy for row in side.rows.values()))]:
             found.append(f"too noisy to be compared: {', '.join(noisy)} of {len(self.keys)} calls")
         for side in self.sides:
             if lacking := [key for key in self.keys if key not in side.rows]:
                 ops = ", ".join(dict.fromkeys(key.op for key in lacking))
                 found.append(f"{side.label} lacks {len(lacking)} of {len(self.keys)} calls: {ops}")
-        scaled = {key.op for side in self.sides for key, row in side.rows.items() if row.scaled}
+        scaled = {row.op for _, row in rows if row.scaled}
         return [*found, *([f"smaller than the model's own: calls of {', '.join(sorted(scaled))}"] if scaled else [])]
 
     def _told(self) -> list[str]:
         found = differences(
             {
                 "machine": [file.described for file in self.files],
-                "place": [file.place for file in self.files],
                 "workload": [file.worked for file in self.files],
             }
         )
@@ -181,7 +186,9 @@ class Comparison:
         """What is said otherwise of a side than of what it is compared with: of the same backend anything, else its threads."""
         mine, theirs = (self.files[s.file].facts(s.backend) for s in (side, reference))
         same = side.backend == reference.backend
-        for name in sorted({*mine, *theirs} if same else {"threads"}):
+        places = (self.files[s.file].place(s.backend) for s in (side, reference))
+        mine["place"], theirs["place"] = places
+        for name in sorted({*mine, *theirs} if same else {"place", "threads"}):
             if mine.get(name) != theirs.get(name):
                 was, now = (facts.get(name, "not said") for facts in (theirs, mine))
                 yield f"different {name}: {was} ({reference.label}), {now} ({side.label})"
@@ -233,8 +240,7 @@ class Comparison:
     def _head(self) -> Iterator[str]:
         for letter, file in zip(LETTERS, self.files):
             for backend in file.by_backend:
-                facts = ", ".join(f"{name} {value}" for name, value in file.facts(backend).items())
-                yield f"{letter}: {backend} ({file.place}); {facts}; {file.described}; {file.date}"
+                yield f"{letter}: {backend} ({file.place(backend)}); {file.told(backend)}"
 
     def _tables(self) -> Iterator[RenderableType]:
         from rich.table import Table
@@ -252,6 +258,8 @@ class Comparison:
             table.add_row(op, str(sum(key.op == op for key in self.keys)), *cells)
         if compared:
             yield table
+        if not self.steps:
+            return
         yield Text("")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("one step", no_wrap=True)
@@ -268,7 +276,7 @@ class Comparison:
             yield Text(f"* without calls that another has measured, of {', '.join(lacking)}; ratios are over common calls")
 
 
-def comparison(*files: Measured) -> Comparison:
+def comparison(*files: Speeds) -> Comparison:
     """The comparison; UsageError where the files have no call in common."""
     made = Comparison(files)
     common = {side.file for side in made.sides if side.reference and side.rows.keys() & side.reference.rows.keys()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from porthal.bench.measured import Key, Row
+from porthal.bench.speeds import Key, Speed
 from porthal.conformance.report.axis import Axis
 from porthal.conformance.report.page import render
 
@@ -84,7 +84,7 @@ class Line(NamedTuple):
 class Cell(NamedTuple):
     """A call on one side."""
 
-    row: Row | None
+    row: Speed | None
     ratio: Ratio | None
 
 
@@ -182,12 +182,7 @@ def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[C
         y = Axis.decades(min(map(_rate, mine)), max([*map(_rate, mine), *peaks]), rate)
         for side, known in zip(comparison.sides, limits):
             points = [
-                Point(
-                    x(_intensity(row)),
-                    100 - y(_rate(row)),
-                    colours[row.op],
-                    f"{row.op} in {row.group}, {row.cache}: {rate(_rate(row), 'op/s')}, {row.share:.0%} of {row.bound}",
-                )
+                Point(x(_intensity(row)), 100 - y(_rate(row)), colours[row.op], _words(row))
                 for row in side.rows.values()
                 if row.flops and row.dtype == dtype
             ]
@@ -199,12 +194,17 @@ def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[C
                 yield Chart(f"{side.label}, {dtype}", ", ".join(note), x, y, [points], list(_roof(x, y, peak, memories)))
 
 
-def _intensity(row: Row) -> float:
+def _intensity(row: Speed) -> float:
     return row.flops / row.bytes
 
 
-def _rate(row: Row) -> float:
+def _rate(row: Speed) -> float:
     return row.flops / row.time.median
+
+
+def _words(row: Speed) -> str:
+    share = f", {row.share:.0%} of {row.bound}" if row.bound else ""
+    return f"{row.op} in {row.group}, {row.cache}: {rate(_rate(row), 'op/s')}{share}"
 
 
 def _roof(x: Axis, y: Axis, peak: float | None, memories: Mapping[str, float]) -> Iterator[Slope]:
@@ -224,7 +224,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
         means = {n: comparison.mean(side, op) for n, side in enumerate(comparison.sides)}
         shares = {}
         for n, side in enumerate(comparison.sides):
-            rows = [row for row in side.rows.values() if row.op == op and not row.noisy]
+            rows = [row for row in side.rows.values() if row.op == op and row.bound and not row.noisy]
             if rows:
                 shares[n] = sum(r.calls * r.limit for r in rows) / sum(r.calls * r.time.median for r in rows)
         yield Line(op, {n: ratio for n, ratio in means.items() if ratio}, shares)
@@ -233,7 +233,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
 def _tables(comparison: Comparison) -> dict[tuple[str, str], list[tuple[Key, list[Cell]]]]:
     """By group and cache: each call, and what every side needs for it."""
     ratios: dict[Side, dict[Key, Ratio]] = {side: side.against(comparison.keys) for side in comparison.sides}
-    found: dict[tuple[str, str], list[tuple[Key, list[Cell]]]] = {at: [] for at in comparison.steps}
+    found: dict[tuple[str, str], list[tuple[Key, list[Cell]]]] = defaultdict(list)
     for key in comparison.keys:
         cells = [Cell(side.rows.get(key), ratios[side].get(key)) for side in comparison.sides]
         found[key.group, key.cache].append((key, cells))

@@ -13,7 +13,7 @@ from porthal.cli.text import print
 from porthal.hal import UsageError
 
 if TYPE_CHECKING:
-    from porthal.bench.compare import Comparison as Speeds
+    from porthal.bench.compare import Comparison as Times
     from porthal.conformance.report.compare import Comparison as Proofs
 
 
@@ -44,24 +44,24 @@ def compare(
     return int(bool(worse))
 
 
-def compared(files: list[Path]) -> Proofs | Speeds:
+def compared(files: list[Path]) -> Proofs | Times:
     """Reports of one kind beside each other."""
-    from porthal.bench.compare import comparison as speeds
-    from porthal.bench.measured import Measured
+    from porthal.bench.compare import comparison as times
+    from porthal.bench.speeds import Speeds
     from porthal.conformance.report.compare import comparison as proofs
     from porthal.conformance.report.differences import LETTERS
     from porthal.conformance.report.files import read
     from porthal.conformance.report.report import Report
 
-    def kind_of(data: dict[str, Any]) -> type[Measured | Report]:
-        return Measured if "benchmarks" in data else Report
+    def kind_of(data: dict[str, Any]) -> type[Speeds | Report]:
+        return Speeds if "benchmarks" in data else Report
 
     if not 2 <= len(files) <= len(LETTERS):
         raise UsageError(f"got {len(files)} report{'s' * (len(files) != 1)}: expected 2 to {len(LETTERS)}")
     made: list[Any] = [read(file, lambda data: kind_of(data).of_object(data)) for file in files]
-    kinds = {Report: "a conformance report", Measured: "a benchmark file"}
+    kinds = {Report: "a conformance report", Speeds: "a benchmark file"}
     for file, report in zip(files, made):
         if type(report) is not type(made[0]):
             what = f"{files[0]} is {kinds[type(made[0])]} and {file} is {kinds[type(report)]}"
             raise UsageError(f"{what}: compare reports of one kind")
-    return speeds(*made) if type(made[0]) is Measured else proofs(*made)
+    return times(*made) if type(made[0]) is Speeds else proofs(*made)

@@ -70,6 +70,8 @@ def benchmark_file(
                             "noise": noise,
                             "verdict": "PASS",
                             "scaled": "16 of 256 experts" if op == "moe_experts" else "",
+                            "kernel": "own",
+                            "provider": "",
                         },
                     }
                 )
@@ -82,12 +84,25 @@ def benchmark_file(
         "porthal": {
             "schema": 1,
             "place": "hardware",
+            "command": "porthal bench --json F",
             "limits": {backend: dict(LIMITS) for backend in speed},
-            "backends": {backend: {"version": "0.1", "digest": "a1b2c3", "threads": 1} | facts for backend in speed},
-            "workload": {"name": "glm5", "config": "glm-5", "scale": "memory"},
+            "backends": {backend: _backend(backend) | facts for backend in speed},
+            "workload": {"name": "glm5", "config": "glm-5", "scale": {"moe_experts": "16 of 256 experts"}},
             "receipt": "5f3a9c0b1d2e",
             "unmeasured": [],
         },
+    }
+
+
+def _backend(name: str) -> dict[str, Any]:
+    return {
+        "version": "0.1",
+        "digest": {"porthal": "a1b2c3"},
+        "device": "AMD EPYC 9R14, AVX-512",
+        "place": "hardware",
+        "environment": {"porthal": "0.1", "numpy": "2.3"},
+        "threads": 1,
+        "clock": "thread_time",
     }
 
 

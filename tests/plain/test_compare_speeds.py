@@ -12,7 +12,7 @@ from statistics import median
 import pytest
 
 from porthal.bench.compare import Ratio, comparison
-from porthal.bench.measured import Measured, Timed
+from porthal.bench.speeds import Speeds, Timed
 from porthal.hal import UsageError
 from tests.benchfiles import OPS, benchmark_file
 
@@ -20,7 +20,7 @@ ONE = {"rows": (1,), "contexts": ("1k",)}
 
 
 def measured(*args, **settings):
-    return Measured.of_object(benchmark_file(*args, **settings))
+    return Speeds.of_object(benchmark_file(*args, **settings))
 
 
 def test_a_ratio_is_of_medians_and_its_interval_that_of_both_logarithms():
@@ -67,7 +67,7 @@ def test_a_backend_is_compared_with_itself_in_the_first_file_else_with_the_first
 
 def test_a_step_is_the_sum_over_its_calls():
     data = benchmark_file({"cpu": 0.5}, **ONE)
-    ((_, (step,)),) = comparison(Measured.of_object(data)).steps.items()
+    ((_, (step,)),) = comparison(Speeds.of_object(data)).steps.items()
     assert step.time.median == pytest.approx(sum(b["extra_info"]["calls"] * b["stats"]["median"] for b in data["benchmarks"]))
     widths = [b["extra_info"]["calls"] * (b["stats"]["median"] - b["extra_info"]["ci95"][0]) for b in data["benchmarks"]]
     assert step.time.median - step.time.low == pytest.approx(math.hypot(*widths))
@@ -80,14 +80,14 @@ def test_steps_with_other_calls_are_compared_over_those_in_common():
     ((_, (whole, part)),) = made.steps.items()
     assert part.lacks == ["sample"] and part.time.median < whole.time.median
     assert not part.ratio.significant and part.ratio.value == pytest.approx(1, rel=0.02)
-    assert "cpu B lacks 1 of 6 calls: sample" in made.differences
+    assert "cpu B lacks 1 of 9 calls: sample" in made.differences
 
 
 def test_what_is_noisy_is_shown_and_not_compared():
     made = comparison(measured({"cpu": 0.9}, **ONE), measured({"cpu": 0.3}, noise=0.5, **ONE))
     assert made.mean(made.sides[1]) is None and made.summary == {} and made.regressions(0) == []
     assert all(step.ratio is None for steps in made.steps.values() for step in steps)
-    assert "too noisy to be compared: cpu B: 6 of 6 calls" in made.differences
+    assert "too noisy to be compared: cpu B: 9 of 9 calls" in made.differences
 
 
 def test_regressions_are_significant_and_beyond_the_share():
@@ -104,19 +104,32 @@ def test_a_call_that_has_no_time_any_more_is_worse():
     data = benchmark_file({"cpu": 0.9}, **ONE)
     gone = data["benchmarks"].pop(0)["extra_info"]
     data["porthal"]["unmeasured"] = [{"op": gone["op"], "token": gone["token"], "backend": "cpu", "why": "FAIL_VALUE: y"}]
-    made = comparison(measured({"cpu": 0.9}, **ONE), Measured.of_object(data))
+    made = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(data))
     assert made.regressions(1.0) == [f"rms_norm [{gone['token']}] has no time on cpu B any more: FAIL_VALUE: y"]
 
 
 def test_what_differs_is_said():
     other = benchmark_file({"cpu": 0.9}, machine="Ampere Altra", threads=2, **ONE)
     other["porthal"]["limits"]["cpu"]["dram"] *= 0.8
-    found = comparison(measured({"cpu": 0.9}, **ONE), Measured.of_object(other)).differences
+    found = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(other)).differences
     assert found[0] == "different machine: AMD EPYC 9R14, x86_64, box (A), Ampere Altra, x86_64, box (B)"
     assert "different threads: 1 (cpu A), 2 (cpu B)" in found
     assert "the machine's own limits for cpu B against cpu A: dram 0.80x" in found
     same = comparison(measured({"cpu": 0.9}, **ONE), measured({"cpu": 0.9}, seed=1, **ONE)).differences
     assert [line for line in same if line.startswith("different")] == []
+
+
+def test_calls_of_no_step_and_without_a_limit_are_compared_too(command_line, tmp_path: Path):
+    data = benchmark_file({"cpu": 0.9}, **ONE)
+    for entry in data["benchmarks"]:
+        entry["extra_info"] |= {"step": "alone", "bound": "", "limit_s": 0.0, "kernel": "inherited"}
+    file, html = tmp_path / "a.json", tmp_path / "page.html"
+    file.write_text(json.dumps(data))
+    code, out, _ = command_line("compare", file, file, "--html", html)
+    assert code == 0 and "one step" not in out and "linear" in out
+    assert "not own kernels, but inherited: rms_norm on cpu A, " in out
+    text = html.read_text()
+    assert "<h2>One step</h2>" not in text and "a step" not in text and '<span class="soft">inherited</span>' in text
 
 
 def test_files_without_a_call_in_common_are_refused():
@@ -158,7 +171,8 @@ FIRST = ("benchmarks", 0)
         (("porthal", "limits", "cpu", "dram"), -1, "TypeError: limit dram of cpu is -1, expected a rate"),
         (("porthal", "backends", "cpu"), 3, "TypeError: 3 stands where an object is expected"),
         (("porthal", "unmeasured"), [{"op": "x"}], "KeyError: 'token'"),
-        (("porthal", "place"), "hard\nware", "TypeError: 'hard\\nware' stands where a line of text is expected"),
+        (("porthal", "receipt"), "a\nb", "TypeError: 'a\\nb' stands where a line of text is expected"),
+        ((*FIRST, "extra_info", "limit_s"), 0, "ValueError: times of rms_norm are "),
         (("machine_info",), None, "TypeError: None stands where an object is expected"),
     ],
 )
@@ -181,7 +195,7 @@ def test_the_command_compares_and_fails_over_a_share(command_line, tmp_path: Pat
     assert (code, err) == (0, "") and "worse:" not in out
     assert re.search(r"^linear +1 +0\.\d+x \(0\.\d+ to 0\.\d+\)  slower$", out, re.M)
     assert re.search(r"^decode, 1 request, context 1k, cold +[\d.]+ ms +\d+ ms +0\.\d+x", out, re.M)
-    assert re.search(r"^cpu B is 0\.\d+x \(.+\) as fast as cpu A, geometric mean of 6 calls$", out, re.M)
+    assert re.search(r"^cpu B is 0\.\d+x \(.+\) as fast as cpu A, geometric mean of 9 calls$", out, re.M)
     assert command_line("compare", a, b, "--fail-over", "5%")[0] == 1
     code, out, _ = command_line("compare", b, a, "--fail-over", "5%")
     assert code == 0 and "faster" in out

@@ -11,13 +11,13 @@ import pytest
 
 from porthal.bench import page
 from porthal.bench.compare import comparison
-from porthal.bench.measured import Measured
+from porthal.bench.speeds import Speeds
 from porthal.conformance.report.axis import Axis
 from tests.benchfiles import LIMITS, OPS, benchmark_file
 
 
 def measured(*args, **settings):
-    return Measured.of_object(benchmark_file(*args, **settings))
+    return Speeds.of_object(benchmark_file(*args, **settings))
 
 
 @pytest.fixture(scope="module")

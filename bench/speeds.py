@@ -32,12 +32,13 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Speed:
     """One call on one backend.
 
     group    the workload's row: "decode, 8 requests, context 32k"; `step` is its kind, `calls` how many of these it makes
+    kernel   whose it is: own, inherited, ...; `provider` is the library behind it
     cache    cold or warm
-    bound    the limit of the machine that binds, `limit` the seconds which the call takes at that
+    bound    the limit of the machine that binds, `limit` the seconds which the call takes at that; "" where none is known
     noise    how much of the time others took; NOISY is too much
     scaled   how the call is smaller than the model's, "" where it is not
     """
@@ -56,10 +57,12 @@ class Row:
     limit: float
     noise: float
     scaled: str
+    kernel: str
+    provider: str
     time: Timed
 
     @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Row:
+    def read(cls, entry: Mapping[str, Any]) -> Speed:
         """Of an entry of `benchmarks`; KeyError, TypeError or ValueError where `porthal bench` writes no such thing."""
         info = entry["extra_info"]
         if info["verdict"] != "PASS":
@@ -73,7 +76,8 @@ class Row:
                 raise TypeError(f"{name} is {_said(value)}, expected a line of text")
             if not text and name != "time" and not number(value):
                 raise TypeError(f"{name} is {_said(value)}, expected a number")
-        if not (SHORTEST < time.low <= time.median <= time.high and row.limit > SHORTEST and row.calls > 0 and row.noise >= 0):
+        limited = row.limit > SHORTEST if row.bound else row.limit == 0
+        if not (SHORTEST < time.low <= time.median <= time.high and limited and row.calls > 0 and row.noise >= 0):
             raise ValueError(f"times of {row.op} are {tuple(time)} and {row.limit} s: expected rising ones, all above 0")
         if row.flops < 0 or row.bytes <= 0:
             raise ValueError(f"{row.op} has {row.flops} operations and {row.bytes} bytes: expected more")
@@ -89,7 +93,7 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of what the machine could do."""
+        """Of what the machine could do; 0 where that is not known."""
         return self.limit / self.time.median
 
 
@@ -103,21 +107,20 @@ class Missing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Speeds:
     """One file: rows, the limits of the machine as measured in the same run, and all that is needed to understand them."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Speed, ...]
     missing: tuple[Missing, ...]
     limits: Mapping[str, Mapping[str, float]]
     backends: Mapping[str, Mapping[str, Any]]
-    place: str
     workload: Mapping[str, Any]
     machine: Mapping[str, Any]
     date: str
     receipt: str
 
     @classmethod
-    def of_object(cls, data: Mapping[str, Any]) -> Measured:
+    def of_object(cls, data: Mapping[str, Any]) -> Speeds:
         """The file's object; UsageError where `porthal bench` of this version does not write such a thing."""
         if "benchmarks" not in data:
             raise UsageError("not a benchmark file: it lacks benchmarks")
@@ -128,11 +131,10 @@ class Measured:
             raise UsageError(f"a benchmark file of schema {_said(ours.get('schema'))}, expected {SCHEMA}: measure again")
         try:
             made = cls(
-                tuple(map(Row.read, data["benchmarks"])),
+                tuple(map(Speed.read, data["benchmarks"])),
                 tuple(Missing(*(m[name] for name in Missing._fields)) for m in ours["unmeasured"]),
                 ours["limits"],
                 ours["backends"],
-                ours["place"],
                 ours["workload"],
                 data["machine_info"],
                 data["datetime"],
@@ -156,14 +158,14 @@ class Measured:
         found = [key for keys in self.by_backend.values() for key in keys]
         if len(found) != len(self.rows):
             raise ValueError("a call stands there twice")
-        texts = (self.place, self.date, self.receipt, *(part for missing in self.missing for part in missing), *self.backends)
+        texts = (self.date, self.receipt, *(part for missing in self.missing for part in missing), *self.backends)
         if wrong := [text for text in texts if not (isinstance(text, str) and text.isprintable())]:
             raise TypeError(f"{_said(wrong[0])} stands where a line of text is expected")
 
     @cached_property
-    def by_backend(self) -> dict[str, dict[Key, Row]]:
+    def by_backend(self) -> dict[str, dict[Key, Speed]]:
         """Of each backend, its rows by what they measure."""
-        found: dict[str, dict[Key, Row]] = {backend: {} for backend in self.backends}
+        found: dict[str, dict[Key, Speed]] = {backend: {} for backend in self.backends}
         for row in self.rows:
             found[row.backend][row.key] = row
         return {backend: rows for backend, rows in found.items() if rows}
@@ -177,12 +179,25 @@ class Measured:
 
     @property
     def worked(self) -> str:
-        """The workload in words."""
-        return plain(", ".join(f"{name} {value}" for name, value in self.workload.items()))
+        """The workload in words, without how each of its calls was scaled."""
+        return plain(", ".join(f"{name} {value}" for name, value in self.workload.items() if not isinstance(value, dict)))
+
+    def place(self, backend: str) -> str:
+        """Where its kernels ran."""
+        return plain(self.backends[backend].get("place", "not said"))
+
+    def told(self, backend: str) -> str:
+        """All that is said of a backend and of the run, in one line."""
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts(backend).items())
+        return f"{facts}; {self.described}; {self.worked}; {self.date}; receipt {self.receipt}"
 
     def facts(self, backend: str) -> dict[str, str]:
-        """What is said of a backend, as text: version, digest, threads, ..."""
-        return {name: plain(value) for name, value in self.backends[backend].items() if value not in ("", None)}
+        """What else is said of a backend, as text: version, threads, device, digests of sources, versions, ..."""
+        found = {}
+        for name, value in self.backends[backend].items():
+            parts = {f"{name} of {part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
+        return found
 
 
 def _check_objects(*parts: object) -> None:
