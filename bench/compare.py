@@ -240,7 +240,7 @@ class Comparison:
     def _head(self) -> Iterator[str]:
         for letter, file in zip(LETTERS, self.files):
             for backend in file.by_backend:
-                yield f"{letter}: {backend} ({file.place(backend)}); {file.told(backend)}"
+                yield f"{letter}: {backend} ({file.place(backend)}); {'; '.join([*file.said(backend), file.origin])}"
 
     def _tables(self) -> Iterator[RenderableType]:
         from rich.table import Table

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
 from porthal.hal import UsageError
 
 SCHEMA = 1  # of what is ours
@@ -118,6 +119,7 @@ class Speeds:
     machine: Mapping[str, Any]
     date: str
     receipt: str
+    reproduced: Reproduced | None = None
 
     @classmethod
     def of_object(cls, data: Mapping[str, Any]) -> Speeds:
@@ -139,12 +141,14 @@ class Speeds:
                 data["machine_info"],
                 data["datetime"],
                 ours["receipt"],
+                Reproduced.read(ours.get("reproduced")),
             )
             made._verify()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"a damaged benchmark file ({type(error).__name__}: {error}): measure again") from None
         if not made.rows:
             raise UsageError("a benchmark file in which nothing was measured")
+        check_receipt(data)
         return made
 
     def _verify(self) -> None:
@@ -171,6 +175,11 @@ class Speeds:
         return {backend: rows for backend, rows in found.items() if rows}
 
     @property
+    def origin(self) -> str:
+        """Who stands for it: self-reported, or reproduced by whom."""
+        return origin(self.reproduced)
+
+    @property
     def described(self) -> str:
         """The machine in words."""
         cpu = self.machine.get("cpu")
@@ -186,16 +195,19 @@ class Speeds:
         """Where its kernels ran."""
         return plain(self.backends[backend].get("place", "not said"))
 
-    def told(self, backend: str) -> str:
-        """All that is said of a backend and of the run, in one line."""
-        facts = ", ".join(f"{name} {value}" for name, value in self.facts(backend).items())
-        return f"{facts}; {self.described}; {self.worked}; {self.date}; receipt {self.receipt}"
+    def said(self, backend: str) -> list[str]:
+        """All that is said of a backend and of the run, line by line; versions of libraries are left to `facts`."""
+        versions = self.backends[backend].get("environment")
+        versions = versions if isinstance(versions, dict) else {}
+        facts = [f"{name} {value}" for name, value in self.facts(backend).items() if name not in versions]
+        return [", ".join(facts), self.described, self.worked, f"{self.date}, receipt {self.receipt}"]
 
     def facts(self, backend: str) -> dict[str, str]:
         """What else is said of a backend, as text: version, threads, device, digests of sources, versions, ..."""
         found = {}
         for name, value in self.backends[backend].items():
-            parts = {f"{name} of {part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            inner = value if isinstance(value, dict) else {name: value}
+            parts = {f"{name} of {part}" if name == "digest" != part else part: v for part, v in inner.items()}
             found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
         return found
 

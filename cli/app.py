@@ -39,6 +39,7 @@ from porthal.cli.options import (
 )
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
+from porthal.cli.verify import verify
 from porthal.hal import UsageError
 
 app = App(
@@ -353,6 +354,7 @@ def self_test(
 
 
 app.command()(compare)
+app.command()(verify)
 
 
 @app.command()

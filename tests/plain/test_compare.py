@@ -19,7 +19,7 @@ from porthal.conformance.report.report import SCHEMA
 from porthal.conformance.report.results import replay_command
 from porthal.conformance.verdicts import Verdict
 from porthal.hal import UsageError, contracts, create, limits, one_of
-from tests.benchfiles import benchmark_file
+from tests.benchfiles import benchmark_file, sealed
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -207,7 +207,9 @@ def test_a_report_with_a_damaged_result_is_refused(fine, change, why):
     data = json.loads(fine.json())
     data["results"][1] |= change
     if not why:
-        assert Report.from_json(json.dumps(data)).results[1].worst == 0
+        with pytest.raises(UsageError, match=r"^a report that was changed after it was written"):
+            Report.from_json(json.dumps(data))
+        assert Report.from_json(json.dumps(sealed(data))).results[1].worst == 0
         return
     with pytest.raises(UsageError) as error:
         Report.from_json(json.dumps(data))

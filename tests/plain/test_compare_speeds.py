@@ -14,7 +14,7 @@ import pytest
 from porthal.bench.compare import Ratio, comparison
 from porthal.bench.speeds import Speeds, Timed
 from porthal.hal import UsageError
-from tests.benchfiles import OPS, benchmark_file
+from tests.benchfiles import OPS, benchmark_file, sealed
 
 ONE = {"rows": (1,), "contexts": ("1k",)}
 
@@ -67,7 +67,7 @@ def test_a_backend_is_compared_with_itself_in_the_first_file_else_with_the_first
 
 def test_a_step_is_the_sum_over_its_calls():
     data = benchmark_file({"cpu": 0.5}, **ONE)
-    ((_, (step,)),) = comparison(Speeds.of_object(data)).steps.items()
+    ((_, (step,)),) = comparison(Speeds.of_object(sealed(data))).steps.items()
     assert step.time.median == pytest.approx(sum(b["extra_info"]["calls"] * b["stats"]["median"] for b in data["benchmarks"]))
     widths = [b["extra_info"]["calls"] * (b["stats"]["median"] - b["extra_info"]["ci95"][0]) for b in data["benchmarks"]]
     assert step.time.median - step.time.low == pytest.approx(math.hypot(*widths))
@@ -104,14 +104,14 @@ def test_a_call_that_has_no_time_any_more_is_worse():
     data = benchmark_file({"cpu": 0.9}, **ONE)
     gone = data["benchmarks"].pop(0)["extra_info"]
     data["porthal"]["unmeasured"] = [{"op": gone["op"], "token": gone["token"], "backend": "cpu", "why": "FAIL_VALUE: y"}]
-    made = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(data))
+    made = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(sealed(data)))
     assert made.regressions(1.0) == [f"rms_norm [{gone['token']}] has no time on cpu B any more: FAIL_VALUE: y"]
 
 
 def test_what_differs_is_said():
     other = benchmark_file({"cpu": 0.9}, machine="Ampere Altra", threads=2, **ONE)
     other["porthal"]["limits"]["cpu"]["dram"] *= 0.8
-    found = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(other)).differences
+    found = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(sealed(other))).differences
     assert found[0] == "different machine: AMD EPYC 9R14, x86_64, box (A), Ampere Altra, x86_64, box (B)"
     assert "different threads: 1 (cpu A), 2 (cpu B)" in found
     assert "the machine's own limits for cpu B against cpu A: dram 0.80x" in found
@@ -124,7 +124,7 @@ def test_calls_of_no_step_and_without_a_limit_are_compared_too(command_line, tmp
     for entry in data["benchmarks"]:
         entry["extra_info"] |= {"step": "alone", "bound": "", "limit_s": 0.0, "kernel": "inherited"}
     file, html = tmp_path / "a.json", tmp_path / "page.html"
-    file.write_text(json.dumps(data))
+    file.write_text(json.dumps(sealed(data)))
     code, out, _ = command_line("compare", file, file, "--html", html)
     assert code == 0 and "one step" not in out and "linear" in out
     assert "not own kernels, but inherited: rms_norm on cpu A, " in out
@@ -171,6 +171,9 @@ FIRST = ("benchmarks", 0)
         (("porthal", "limits", "cpu", "dram"), -1, "TypeError: limit dram of cpu is -1, expected a rate"),
         (("porthal", "backends", "cpu"), 3, "TypeError: 3 stands where an object is expected"),
         (("porthal", "unmeasured"), [{"op": "x"}], "KeyError: 'token'"),
+        (("porthal", "command"), "porthal bench --json G", "a report that was changed after it was written"),
+        (("porthal", "reproduced"), {"rows": 1}, "TypeError: "),
+        (("porthal", "reproduced"), 3, "TypeError: reproduced is 3"),
         (("porthal", "receipt"), "a\nb", "TypeError: 'a\\nb' stands where a line of text is expected"),
         ((*FIRST, "extra_info", "limit_s"), 0, "ValueError: times of rms_norm are "),
         (("machine_info",), None, "TypeError: None stands where an object is expected"),
