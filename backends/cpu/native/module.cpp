@@ -12,6 +12,9 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace porthal {
+
+void bind_limits(py::module_& m);
+
 namespace {
 
 enum class Kind { f32, b16, i32, other };
@@ -184,6 +187,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels; arrays are NumPy's, outputs are given by the caller, the GIL is released while computing.";
   bfloat16_num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
 
+  bind_limits(m);
   m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
   m.def("set_num_threads", &set_num_threads, "count"_a, "Results do not depend on it.");
   m.def("isa", [] { return kernels().isa; }, "Instruction set in use: by default the best this CPU runs.");
