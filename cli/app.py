@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from porthal.cli import text
+from porthal.cli.bench import bench
 from porthal.cli.compare import compare
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
@@ -51,6 +52,9 @@ app = App(
     help="Port GLM-5 to a chip: say how the chip computes each operator, prove that it computes what is specified, run it.",
 )
 
+app.command()(bench)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         import porthal
@@ -90,10 +94,7 @@ def backends(json: JsonFlag = False) -> None:
 
 @app.command()
 def explain(
-    model: ModelOption = None,
-    backend: BackendOption = None,
-    dtype: DtypeOption = Dtype.float32,
-    json: JsonFlag = False,
+    model: ModelOption = None, backend: BackendOption = None, dtype: DtypeOption = Dtype.float32, json: JsonFlag = False
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
     from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
@@ -200,7 +201,6 @@ def trace(
     json: JsonFlag = False,
 ) -> None:
     """Every op of one step with its shapes: what a chip must be able to do for this model."""
-    from porthal.hal import UsageError
     from porthal.hal.calls import distinct
     from porthal.model.load import trace as calls_of
 
