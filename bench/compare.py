@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from porthal.bench.page import seconds, speeds_page
-from porthal.bench.speeds import Key, Speed, Speeds, Timed
+from porthal.bench.run import COLD
+from porthal.bench.speeds import Call, Key, Speed, Speeds, Timed
 from porthal.conformance.report.differences import LETTERS, differences
 from porthal.hal import UsageError
 
@@ -73,20 +74,20 @@ class Side:
     rows: dict[Key, Speed]
     reference: Side | None
 
-    def against(self, keys: Iterable[Key]) -> dict[Key, Ratio]:
-        """Of the calls that both measured quietly enough."""
-        theirs = self.reference.rows if self.reference else {}
-        both = (key for key in keys if key in self.rows and key in theirs)
-        quiet = (key for key in both if not (self.rows[key].noisy or theirs[key].noisy))
-        return {key: Ratio.of(self.rows[key].time, theirs[key].time) for key in quiet}
+    @cached_property
+    def calls(self) -> dict[Call, Speed]:
+        """Each call once, in whichever groups it stands."""
+        found: dict[Call, Speed] = {}
+        for key, row in self.rows.items():
+            found.setdefault(key.call, row)
+        return found
 
-    def took(self, keys: Iterable[Key]) -> Timed:
-        """All calls of these together."""
-        rows = [self.rows[key] for key in keys]
-        median = sum(row.calls * row.time.median for row in rows)
-        down = math.hypot(*(row.calls * (row.time.median - row.time.low) for row in rows))
-        up = math.hypot(*(row.calls * (row.time.high - row.time.median) for row in rows))
-        return Timed(median, median - down, median + up)
+    @cached_property
+    def ratios(self) -> dict[Call, Ratio]:
+        """Of the calls that it and its reference measured quietly enough."""
+        theirs = self.reference.calls if self.reference else {}
+        both = {call: (row, theirs[call]) for call, row in self.calls.items() if call in theirs}
+        return {c: Ratio.of(a.time, b.time) for c, (a, b) in both.items() if not (a.noisy or b.noisy)}
 
 
 class Step(NamedTuple):
@@ -95,7 +96,7 @@ class Step(NamedTuple):
     side: Side
     time: Timed
     rows: list[Speed]
-    lacks: list[str]  # ops of calls that another side has measured
+    lacks: list[str]  # ops of calls that it has not measured
     ratio: Ratio | None  # over the calls that it and its reference have measured
 
 
@@ -121,22 +122,39 @@ class Comparison:
         """All that is measured on any side."""
         return list(dict.fromkeys(key for side in self.sides for key in side.rows))
 
+    @cached_property
+    def calls(self) -> list[Call]:
+        return list(dict.fromkeys(key.call for key in self.keys))
+
     @property
     def ops(self) -> list[str]:
-        return list(dict.fromkeys(key.op for key in self.keys))
+        return list(dict.fromkeys(call.op for call in self.calls))
 
     @cached_property
-    def steps(self) -> dict[tuple[str, str], list[Step]]:
-        """By group and cache: each side's step."""
+    def steps(self) -> dict[str, list[Step]]:
+        """By group: each side's step, with cold caches, as one call of a step evicts what the next one needs."""
         alone = {key for side in self.sides for key, row in side.rows.items() if row.step == ALONE}
-        groups = dict.fromkeys((key.group, key.cache) for key in self.keys if key not in alone)
-        found = {at: [k for k in self.keys if (k.group, k.cache) == at] for at in groups}
-        return {at: [step for side in self.sides if (step := _step(side, keys))] for at, keys in found.items()}
+        cold = [key for key in self.keys if key.call.cache == COLD and key not in alone]
+        found = {group: [key for key in cold if key.group == group] for group in dict.fromkeys(key.group for key in cold)}
+        return {group: [step for side in self.sides if (step := self._step(side, keys))] for group, keys in found.items()}
+
+    def _step(self, side: Side, keys: Sequence[Key]) -> Step | None:
+        mine = [key for key in keys if key in side.rows]
+        if not mine:
+            return None
+        theirs = side.reference.rows if side.reference else {}
+        common = [key for key in mine if key in theirs]
+        noisy = any(side.rows[key].noisy or theirs[key].noisy for key in common)
+        ratio = Ratio.of(took(side.rows[k] for k in common), took(theirs[k] for k in common)) if common and not noisy else None
+        gone = [m.op for m in self.files[side.file].missing if (m.group, m.backend) == (keys[0].group, side.backend)]
+        lacks = list(dict.fromkeys([*(key.call.op for key in keys if key not in side.rows), *gone]))
+        rows = [side.rows[key] for key in mine]
+        return Step(side, took(rows), rows, lacks, ratio)
 
     def mean(self, side: Side, op: str = "") -> Ratio | None:
         """The geometric mean of a side's ratios: of one op, or of all."""
-        ratios = side.against(key for key in self.keys if op in ("", key.op))
-        return Ratio.mean([*ratios.values()]) if ratios else None
+        ratios = [ratio for call, ratio in side.ratios.items() if op in ("", call.op)]
+        return Ratio.mean(ratios) if ratios else None
 
     @property
     def summary(self) -> dict[Side, str]:
@@ -145,7 +163,7 @@ class Comparison:
         for side in self.sides:
             ratio = self.mean(side)
             if ratio and side.reference:
-                count = len(side.against(self.keys))
+                count = len(side.ratios)
                 of = f"geometric mean of {count} calls" if count > 1 else "one call"
                 same = "" if ratio.significant else ", which is not significant"
                 found[side] = f"{side.label} is {ratio} as fast as {side.reference.label}, {of}{same}"
@@ -157,16 +175,17 @@ class Comparison:
         found = self._told()
         if len(self.files) > 1:
             found.append("the files are of different runs: an interval knows how a time varies within one")
-        rows = [(side, row) for side in self.sides for row in side.rows.values()]
-        others = {(row.kernel, f"{row.op} on {side.label}"): None for side, row in rows if row.kernel != "own"}
-        for kernel in dict.fromkeys(kernel for kernel, _ in others):
-            found.append(f"not own kernels, but {kernel}: {', '.join(what for k, what in others if k == kernel)}")
-        if noisy := [f"{side.label}: {n}" for side in self.sides if (n := sum(row.noisy for row in side.rows.values()))]:
-            found.append(f"too noisy to be compared: {', '.join(noisy)} of {len(self.keys)} calls")
+        rows = [(side, row) for side in self.sides for row in side.calls.values()]
+        others = {(side.label, row.kernel, row.op): None for side, row in rows if row.kernel != "own"}
+        for label, kernel in dict.fromkeys(at[:2] for at in others):
+            ops = ", ".join(op for *at, op in others if at == [label, kernel])
+            found.append(f"{label} has no own kernel, but one that is {kernel}, for {ops}")
+        if noisy := [f"{side.label}: {n}" for side in self.sides if (n := sum(row.noisy for row in side.calls.values()))]:
+            found.append(f"too noisy to be compared: {', '.join(noisy)} of {len(self.calls)} calls")
         for side in self.sides:
-            if lacking := [key for key in self.keys if key not in side.rows]:
-                ops = ", ".join(dict.fromkeys(key.op for key in lacking))
-                found.append(f"{side.label} lacks {len(lacking)} of {len(self.keys)} calls: {ops}")
+            if lacking := [call for call in self.calls if call not in side.calls]:
+                ops = ", ".join(dict.fromkeys(call.op for call in lacking))
+                found.append(f"{side.label} lacks {len(lacking)} of {len(self.calls)} calls: {ops}")
         scaled = {row.op for _, row in rows if row.scaled}
         return [*found, *([f"smaller than the model's own: calls of {', '.join(sorted(scaled))}"] if scaled else [])]
 
@@ -209,21 +228,21 @@ class Comparison:
         return [line for side, reference in later for line in self._worse(side, reference, beyond)]
 
     def _worse(self, side: Side, reference: Side, beyond: float) -> Iterator[str]:
-        ratios = side.against(self.keys)
         for op in self.ops:
-            mine = {key: ratio for key, ratio in ratios.items() if key.op == op}
-            slower = {key: ratio for key, ratio in mine.items() if _slower(ratio, beyond)}
+            mine = {call: ratio for call, ratio in side.ratios.items() if call.op == op}
+            slower = {call: ratio for call, ratio in mine.items() if _slower(ratio, beyond)}
             if slower:
-                key = min(slower, key=lambda key: slower[key].value)
-                where = f"the most in {key.group}, {key.cache} [{key.token}], where it {_longer(slower[key])}"
+                call = min(slower, key=lambda call: slower[call].value)
+                where = f"the most in {side.calls[call].group}, {call.cache} [{call.token}], where it {_longer(slower[call])}"
                 yield f"{op} on {side.label} in {len(slower)} of {len(mine)} calls, {where}"
-        for (group, cache), steps in self.steps.items():
+        for group, steps in self.steps.items():
             for step in steps:
                 if step.side is side and step.ratio and _slower(step.ratio, beyond):
-                    yield f"a whole step of {group}, {cache} on {side.label}: it {_longer(step.ratio)}"
-        before = {(key.op, key.token) for key in reference.rows}
-        for gone in self.files[side.file].missing:
-            if gone.backend == side.backend and (gone.op, gone.token) in before:
+                    yield f"a whole step of {group} on {side.label}: it {_longer(step.ratio)}"
+        before = {(call.op, call.token) for call in reference.calls}
+        lost = {(m.op, m.token): m for m in self.files[side.file].missing if m.backend == side.backend}
+        for at, gone in lost.items():
+            if at in before:
                 yield f"{gone.op} [{gone.token}] has no time on {side.label} any more: {gone.why}"
 
     def table(self) -> Group:
@@ -255,7 +274,7 @@ class Comparison:
             table.add_column("", no_wrap=True)
         for op in self.ops:
             cells = [cell for side in compared for cell in _cells(self.mean(side, op))]
-            table.add_row(op, str(sum(key.op == op for key in self.keys)), *cells)
+            table.add_row(op, str(sum(call.op == op for call in self.calls)), *cells)
         if compared:
             yield table
         if not self.steps:
@@ -267,34 +286,32 @@ class Comparison:
             table.add_column(side.label, justify="right", no_wrap=True)
             if side.reference:
                 table.add_column("", no_wrap=True)
-        for (group, cache), steps in self.steps.items():
+        for group, steps in self.steps.items():
             by_side = {step.side: step for step in steps}
             cells = [cell for side in self.sides for cell in _step_cells(side, by_side.get(side))]
-            table.add_row(f"{group}, {cache}", *cells)
+            table.add_row(group, *cells)
         yield table
         if lacking := list(dict.fromkeys(op for steps in self.steps.values() for step in steps for op in step.lacks)):
-            yield Text(f"* without calls that another has measured, of {', '.join(lacking)}; ratios are over common calls")
+            yield Text(f"* without calls of {', '.join(lacking)}, which it has not measured; ratios are over common calls")
 
 
 def comparison(*files: Speeds) -> Comparison:
     """The comparison; UsageError where the files have no call in common."""
     made = Comparison(files)
-    common = {side.file for side in made.sides if side.reference and side.rows.keys() & side.reference.rows.keys()}
+    common = {side.file for side in made.sides if side.reference and side.calls.keys() & side.reference.calls.keys()}
     for n, letter in zip(range(1, len(files)), LETTERS[1:]):
         if n not in common:
             raise UsageError(f"files A and {letter} have no call in common: measure the same workload, with the same caches")
     return made
 
 
-def _step(side: Side, keys: Sequence[Key]) -> Step | None:
-    mine = [key for key in keys if key in side.rows]
-    if not mine:
-        return None
-    common = [key for key in mine if side.reference and key in side.reference.rows]
-    noisy = any(s.rows[key].noisy for key in common for s in (side, side.reference) if s)
-    ratio = Ratio.of(side.took(common), side.reference.took(common)) if side.reference and common and not noisy else None
-    lacks = list(dict.fromkeys(key.op for key in keys if key not in side.rows))
-    return Step(side, side.took(mine), [side.rows[key] for key in mine], lacks, ratio)
+def took(rows: Iterable[Speed]) -> Timed:
+    """All calls of these rows together."""
+    rows = list(rows)
+    median = sum(row.calls * row.time.median for row in rows)
+    down = math.hypot(*(row.calls * (row.time.median - row.time.low) for row in rows))
+    up = math.hypot(*(row.calls * (row.time.high - row.time.median) for row in rows))
+    return Timed(median, median - down, median + up)
 
 
 def _slower(ratio: Ratio, beyond: float) -> bool:

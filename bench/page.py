@@ -15,7 +15,7 @@ from porthal.conformance.report.axis import Axis
 from porthal.conformance.report.page import render
 
 if TYPE_CHECKING:
-    from porthal.bench.compare import Comparison, Ratio, Side, Step
+    from porthal.bench.compare import Comparison, Ratio, Step
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDE = 200  # pixels of a chart on a phone
@@ -143,15 +143,15 @@ def _bars(steps: Sequence[Step], colours: Mapping[str, int]) -> Iterator[Bar]:
 
 
 def _contexts(comparison: Comparison) -> Iterator[Chart]:
-    """What a step costs at each context that the workload has it at."""
+    """What a step costs at each context that the workload has it at, where all of it was measured."""
     found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for (group, cache), steps in comparison.steps.items():
+    for group, steps in comparison.steps.items():
         if known := CONTEXT.fullmatch(group):
-            for step in steps:
+            for step in (step for step in steps if not step.lacks):
                 size = int(known["size"]) * UNITS[known["unit"]]
-                found[f"{known['what']}, {cache}"][comparison.sides.index(step.side)][size] = step.time.median
+                found[known["what"]][comparison.sides.index(step.side)][size] = step.time.median
     for title, series in found.items():
-        sizes = sorted({size for times in series.values() for size in times})
+        sizes = sorted({size for by_size in series.values() for size in by_size})
         if len(sizes) > 1:
             times = [time for by_size in series.values() for time in by_size.values()]
             x = Axis(math.log10(sizes[0]), math.log10(sizes[-1]), sizes, _size, WIDE)
@@ -173,7 +173,7 @@ def _size(tokens: float) -> str:
 
 def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[Chart]:
     """Per dtype and side: each call's rate over its operations per byte, below what the machine can do."""
-    rows = [row for side in comparison.sides for row in side.rows.values() if row.flops]
+    rows = [row for side in comparison.sides for row in side.calls.values() if row.flops]
     for dtype in dict.fromkeys(row.dtype for row in rows):
         mine = [row for row in rows if row.dtype == dtype]
         limits = [comparison.files[s.file].limits.get(s.backend, {}) for s in comparison.sides]
@@ -183,7 +183,7 @@ def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[C
         for side, known in zip(comparison.sides, limits):
             points = [
                 Point(x(_intensity(row)), 100 - y(_rate(row)), colours[row.op], _words(row))
-                for row in side.rows.values()
+                for row in side.calls.values()
                 if row.flops and row.dtype == dtype
             ]
             peak = known.get(PEAKS.get(dtype, ""))
@@ -232,9 +232,8 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
 
 def _tables(comparison: Comparison) -> dict[tuple[str, str], list[tuple[Key, list[Cell]]]]:
     """By group and cache: each call, and what every side needs for it."""
-    ratios: dict[Side, dict[Key, Ratio]] = {side: side.against(comparison.keys) for side in comparison.sides}
     found: dict[tuple[str, str], list[tuple[Key, list[Cell]]]] = defaultdict(list)
     for key in comparison.keys:
-        cells = [Cell(side.rows.get(key), ratios[side].get(key)) for side in comparison.sides]
-        found[key.group, key.cache].append((key, cells))
+        cells = [Cell(side.rows.get(key), side.ratios.get(key.call)) for side in comparison.sides]
+        found[key.group, key.call.cache].append((key, cells))
     return found

@@ -5,11 +5,10 @@ docs/benchmarks.md describes both.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
 from porthal.bench.statistics import ratio
 from porthal.bench.workloads import Row
+from porthal.conformance.report.receipt import receipt
 from porthal.hal import Unavailable
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Report:
             from pytest_benchmark.utils import get_commit_info
         except ImportError:
             raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'") from None
-        return {
+        made = {
             "machine_info": machine_info(),
             "commit_info": get_commit_info(),
             "benchmarks": list(self._benchmarks()),
@@ -71,6 +71,8 @@ class Report:
             "version": __version__,
             "porthal": self.facts(),
         }
+        made["porthal"]["receipt"] = receipt(made)
+        return made
 
     def json(self) -> str:
         return json.dumps(self.document(), indent=1)
@@ -90,7 +92,6 @@ class Report:
             }
             for name, side in sides.items()
         }
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         places = list(dict.fromkeys(side.facts.place for side in sides.values()))
         return {
             "schema": SCHEMA,
@@ -99,12 +100,12 @@ class Report:
             "backends": backends,
             "workload": {"name": run.workload.name, "scale": self._scales(), **run.workload.facts},
             "unmeasured": [
-                {"op": m.token.partition(",")[0].partition("@")[0], "token": m.token, "backend": m.backend, "why": m.why}
-                for m in run.found
+                {"op": row.case.op, "token": m.token, "backend": m.backend, "why": m.why, "group": row.group}
+                for row in run.workload.rows
+                for m in self.by_token.get(row.case.token, ())
                 if not m.samples
             ],
-            "command": command,
-            "receipt": receipt({"backends": backends, "command": command}),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
 
     def _scales(self) -> dict[str, str]:
@@ -204,7 +205,7 @@ class Report:
             yield from (f"  {shortened(token)}: {text}" for token, text in scales.items() if token in self.by_token)
         noisy = [m for m in self.run.timed if m.summary.noisy]
         if noisy:
-            yield f"{len(noisy)} of {len(self.run.timed)} times are noisy: their quartiles are further apart than 30 % of the median"
+            yield f"{len(noisy)} of {len(self.run.timed)} times are noisy: quartiles more than 30 % of the median apart"
         for m in self.impossible:
             reached = f"reaches {m.share:.0%} of its limit {m.limit.bound}"
             yield f"impossible: {m.token} on {m.backend}, {m.cache}, {reached}: the limit or the time is wrong"
@@ -241,11 +242,6 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
         "kernel": m.kernel,
         "provider": m.provider,
     }
-
-
-def receipt(facts: Mapping[str, Any]) -> str:
-    """A digest of what took part."""
-    return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 # -- how numbers are written ---------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from porthal.bench.measured import SCHEMA
+from porthal.bench.statistics import NOISY
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
 from porthal.hal import UsageError
 
-SCHEMA = 1  # of what is ours
 SHORTEST = 1e-15  # seconds
-NOISY = 0.3  # the noise figure beyond which a time is compared with nothing
 
 
 class Timed(NamedTuple):
@@ -23,13 +23,19 @@ class Timed(NamedTuple):
     high: float
 
 
-class Key(NamedTuple):
-    """What is measured: one call of a workload, with cold or warm caches."""
+class Call(NamedTuple):
+    """What is measured, with cold or warm caches."""
 
-    group: str
     op: str
     token: str
     cache: str
+
+
+class Key(NamedTuple):
+    """Where a call stands in the workload; several of its groups may have the same."""
+
+    group: str
+    call: Call
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Speed:
     kernel   whose it is: own, inherited, ...; `provider` is the library behind it
     cache    cold or warm
     bound    the limit of the machine that binds, `limit` the seconds which the call takes at that; "" where none is known
-    noise    how much of the time others took; NOISY is too much
+    noise    how far its quartiles lie apart; beyond NOISY it is compared with nothing
     scaled   how the call is smaller than the model's, "" where it is not
     """
 
@@ -86,7 +92,7 @@ class Speed:
 
     @property
     def key(self) -> Key:
-        return Key(self.group, self.op, self.token, self.cache)
+        return Key(self.group, Call(self.op, self.token, self.cache))
 
     @property
     def noisy(self) -> bool:
@@ -99,12 +105,13 @@ class Speed:
 
 
 class Missing(NamedTuple):
-    """What was asked for and not measured, and why."""
+    """What a group asks for and was not measured, and why."""
 
     op: str
     token: str
     backend: str
     why: str
+    group: str
 
 
 @dataclass(frozen=True)

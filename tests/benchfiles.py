@@ -101,6 +101,14 @@ def sealed(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def unmeasured(data: dict[str, Any], n: int, why: str) -> dict[str, Any]:
+    """Take the n-th time out of a file; what was measured there, and why it has none now."""
+    entry = data["benchmarks"].pop(n)
+    gone = {name: entry["extra_info"][name] for name in ("op", "token", "backend")} | {"group": entry["group"], "why": why}
+    data["porthal"]["unmeasured"].append(gone)
+    return gone
+
+
 def _backend(name: str) -> dict[str, Any]:
     return {
         "version": "0.1",

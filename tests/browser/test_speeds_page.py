@@ -8,7 +8,7 @@ import pytest
 
 from porthal.bench.compare import comparison
 from porthal.bench.speeds import Speeds
-from tests.benchfiles import benchmark_file, sealed
+from tests.benchfiles import benchmark_file, sealed, unmeasured
 from tests.chromium import WIDTHS, brightness, measured, needs_chromium
 
 pytestmark = needs_chromium
@@ -23,8 +23,7 @@ def comparisons():
     """Two backends in two files, with all that can be said of them; one alone; eight, far apart."""
     other = benchmark_file({"cpu": 0.7, "torch:cuda:0": 0.5}, seed=1, threads=2, noise=0.03, machine="Ampere Altra Max M128-30")
     other["benchmarks"][1]["extra_info"]["noise"] = 0.9
-    gone = other["benchmarks"].pop(0)["extra_info"]
-    other["porthal"]["unmeasured"] = [{**{n: gone[n] for n in ("op", "token", "backend")}, "why": "FAIL_VALUE: y is off"}]
+    unmeasured(other, 0, "FAIL_VALUE: y is off")
     both = comparison(file({"cpu": 0.9, "torch:cuda:0": 0.4}), Speeds.of_object(sealed(other)))
     alone = comparison(file({"mychip": 0.9}, rows=(64,), contexts=("8k",), only=("linear", "rope")))
     many = comparison(*(file({"cpu": 0.9 / 4**n}, rows=(1,), contexts=("1k", "128k")) for n in range(8)))

@@ -14,7 +14,7 @@ import pytest
 from porthal.bench.compare import Ratio, comparison
 from porthal.bench.speeds import Speeds, Timed
 from porthal.hal import UsageError
-from tests.benchfiles import OPS, benchmark_file, sealed
+from tests.benchfiles import OPS, benchmark_file, sealed, unmeasured
 
 ONE = {"rows": (1,), "contexts": ("1k",)}
 
@@ -65,6 +65,23 @@ def test_a_backend_is_compared_with_itself_in_the_first_file_else_with_the_first
     assert [side.label for side in alone.sides] == ["cpu", "torch"]
 
 
+def test_a_call_that_several_groups_share_counts_once():
+    data = benchmark_file({"cpu": 0.9, "torch": 0.4}, **ONE)
+    again = [{**entry, "group": "decode, 1 request, context 8k"} for entry in data["benchmarks"]]
+    twice = comparison(Speeds.of_object(sealed(data | {"benchmarks": data["benchmarks"] + again})))
+    once = comparison(measured({"cpu": 0.9, "torch": 0.4}, **ONE))
+    assert twice.mean(twice.sides[1]) == once.mean(once.sides[1]) and len(twice.steps) == 2
+    assert twice.summary[twice.sides[1]] == once.summary[once.sides[1]]
+
+
+def test_warm_calls_are_compared_and_belong_to_no_step():
+    data = benchmark_file({"cpu": 0.9}, **ONE)
+    warm = {**data["benchmarks"][0], "extra_info": {**data["benchmarks"][0]["extra_info"], "cache": "warm"}}
+    made = comparison(Speeds.of_object(sealed(data | {"benchmarks": [*data["benchmarks"], warm]})))
+    ((_, (step,)),) = made.steps.items()
+    assert len(made.calls) == len(step.rows) + 1 == len(OPS) + 1
+
+
 def test_a_step_is_the_sum_over_its_calls():
     data = benchmark_file({"cpu": 0.5}, **ONE)
     ((_, (step,)),) = comparison(Speeds.of_object(sealed(data))).steps.items()
@@ -102,9 +119,10 @@ def test_regressions_are_significant_and_beyond_the_share():
 
 def test_a_call_that_has_no_time_any_more_is_worse():
     data = benchmark_file({"cpu": 0.9}, **ONE)
-    gone = data["benchmarks"].pop(0)["extra_info"]
-    data["porthal"]["unmeasured"] = [{"op": gone["op"], "token": gone["token"], "backend": "cpu", "why": "FAIL_VALUE: y"}]
+    gone = unmeasured(data, 0, "FAIL_VALUE: y")
     made = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(sealed(data)))
+    ((_, (_, step)),) = made.steps.items()
+    assert step.lacks == ["rms_norm"] and comparison(Speeds.of_object(data)).steps[gone["group"]][0].lacks == ["rms_norm"]
     assert made.regressions(1.0) == [f"rms_norm [{gone['token']}] has no time on cpu B any more: FAIL_VALUE: y"]
 
 
@@ -127,7 +145,7 @@ def test_calls_of_no_step_and_without_a_limit_are_compared_too(command_line, tmp
     file.write_text(json.dumps(sealed(data)))
     code, out, _ = command_line("compare", file, file, "--html", html)
     assert code == 0 and "one step" not in out and "linear" in out
-    assert "not own kernels, but inherited: rms_norm on cpu A, " in out
+    assert "cpu A has no own kernel, but one that is inherited, for rms_norm, linear, " in out
     text = html.read_text()
     assert "<h2>One step</h2>" not in text and "a step" not in text and '<span class="soft">inherited</span>' in text
 
@@ -197,7 +215,7 @@ def test_the_command_compares_and_fails_over_a_share(command_line, tmp_path: Pat
     code, out, err = command_line("compare", a, b)
     assert (code, err) == (0, "") and "worse:" not in out
     assert re.search(r"^linear +1 +0\.\d+x \(0\.\d+ to 0\.\d+\)  slower$", out, re.M)
-    assert re.search(r"^decode, 1 request, context 1k, cold +[\d.]+ ms +\d+ ms +0\.\d+x", out, re.M)
+    assert re.search(r"^decode, 1 request, context 1k +[\d.]+ ms +\d+ ms +0\.\d+x", out, re.M)
     assert re.search(r"^cpu B is 0\.\d+x \(.+\) as fast as cpu A, geometric mean of 9 calls$", out, re.M)
     assert command_line("compare", a, b, "--fail-over", "5%")[0] == 1
     code, out, _ = command_line("compare", b, a, "--fail-over", "5%")

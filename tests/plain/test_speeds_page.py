@@ -13,7 +13,7 @@ from porthal.bench import page
 from porthal.bench.compare import comparison
 from porthal.bench.speeds import Speeds
 from porthal.conformance.report.axis import Axis
-from tests.benchfiles import LIMITS, OPS, benchmark_file, sealed
+from tests.benchfiles import LIMITS, OPS, benchmark_file, sealed, unmeasured
 
 
 def measured(*args, **settings):
@@ -57,7 +57,7 @@ def test_points_stand_below_the_roof_by_their_share(made):
 
 def test_what_a_step_costs_is_drawn_over_the_context(made):
     one, eight = page._contexts(made)
-    assert (one.title, eight.title) == ("decode, 1 request, cold", "decode, 8 requests, cold")
+    assert (one.title, eight.title) == ("decode, 1 request", "decode, 8 requests")
     assert [one.x.text(t) for t in one.x.ticks] == ["1k", "8k", "32k", "128k"]
     cpu, torch = eight.series
     assert [p.x for p in cpu] == [0, pytest.approx(300 / 7, abs=0.01), pytest.approx(500 / 7, abs=0.01), 100]
@@ -97,9 +97,7 @@ def test_rates_are_written_short():
 
 def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
     other = benchmark_file({"cpu": 0.5}, threads=2)
-    gone = other["benchmarks"].pop(0)["extra_info"]
-    why = "FAIL_VALUE: <y> & more"
-    other["porthal"]["unmeasured"] = [{"op": gone["op"], "token": gone["token"], "backend": "cpu", "why": why}]
+    unmeasured(other, 0, "FAIL_VALUE: <y> & more")
     a, b, html = (tmp_path / name for name in ("a.json", "b.json", "page.html"))
     a.write_text(json.dumps(benchmark_file({"cpu": 0.9})))
     b.write_text(json.dumps(sealed(other)))
@@ -108,6 +106,6 @@ def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
     assert (code, err) == (0, "") and not re.search(r"(src|href)=|https?://|@import|url\(|<script", text)
     for section in ("One step", "Cost against context", "Share of the limit", "How many times as fast", "Call by call"):
         assert f"<h2>{section}</h2>" in text
-    assert "Different threads: 1 (cpu A), 2 (cpu B)." in text and "without rms_norm, which another side has measured" in text
+    assert "different threads: 1 (cpu A), 2 (cpu B)." in text and "without rms_norm, not measured" in text
     assert "FAIL_VALUE: &lt;y&gt; &amp; more" in text and "<y>" not in text
     assert text.count(f"receipt {other['porthal']['receipt']}") == 1 and text.count(">self-reported<") == 2
