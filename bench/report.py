@@ -97,6 +97,10 @@ class Report:
             "limits": {name: {p: sustained(r) for p, r in found.items()} for name, found in run.peaks.items()},
             "place": places[0] if len(places) == 1 else places,
             "backends": backends,
+            "steps": {
+                name: {str(n): {"seconds": s.seconds, "host_s": s.host, "calls": s.calls} for n, s in steps.items()}
+                for name, steps in run.steps.items()
+            },
             "workload": {"name": run.workload.name, "scale": self._scales(), **run.workload.facts},
             "unmeasured": [
                 {"op": m.token.partition(",")[0].partition("@")[0], "token": m.token, "backend": m.backend, "why": m.why}
@@ -195,6 +199,15 @@ class Report:
                 told.append(f"{name} {time_text(seconds)} (limit {time_text(least)}{part})")
             if told and rows[0].step != "alone":
                 yield f"{group}: one step takes {', '.join(told)}"
+        for name, steps in self.run.steps.items():
+            if steps:
+                best = min(steps, key=lambda threads: steps[threads].seconds)
+                times = ", ".join(f"{n} thread{'s' * (n > 1)} {time_text(s.seconds)}" for n, s in steps.items())
+                alone = steps[min(steps)]
+                yield (
+                    f"{name}: a whole step, one request at half of the context, takes by the wall clock {times}, best with "
+                    f"{best}; between its {alone.calls} ops are {time_text(alone.host)} of the host's work"
+                )
 
     def _said(self) -> Iterator[str]:
         """What the table does not show: what was scaled, what is too noisy, wrong, impossible or missing."""
@@ -204,7 +217,7 @@ class Report:
             yield from (f"  {shortened(token)}: {text}" for token, text in scales.items() if token in self.by_token)
         noisy = [m for m in self.run.timed if m.summary.noisy]
         if noisy:
-            yield f"{len(noisy)} of {len(self.run.timed)} times are noisy: their quartiles are further apart than 30 % of the median"
+            yield f"{len(noisy)} of {len(self.run.timed)} times are noisy: quartiles more than 30 % of the median apart"
         for m in self.impossible:
             reached = f"reaches {m.share:.0%} of its limit {m.limit.bound}"
             yield f"impossible: {m.token} on {m.backend}, {m.cache}, {reached}: the limit or the time is wrong"
