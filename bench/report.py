@@ -98,6 +98,10 @@ class Report:
             "limits": {name: {p: sustained(r) for p, r in found.items()} for name, found in run.peaks.items()},
             "place": places[0] if len(places) == 1 else places,
             "backends": backends,
+            "steps": {
+                name: {str(n): {"seconds": s.seconds, "host_s": s.host, "calls": s.calls} for n, s in steps.items()}
+                for name, steps in run.steps.items()
+            },
             "workload": {"name": run.workload.name, "scale": self._scales(), **run.workload.facts},
             "unmeasured": [
                 {"op": row.case.op, "token": m.token, "backend": m.backend, "why": m.why, "group": row.group}
@@ -196,6 +200,15 @@ class Report:
                 told.append(f"{name} {time_text(seconds)} (limit {time_text(least)}{part})")
             if told and rows[0].step != "alone":
                 yield f"{group}: one step takes {', '.join(told)}"
+        for name, steps in self.run.steps.items():
+            if steps:
+                best = min(steps, key=lambda threads: steps[threads].seconds)
+                times = ", ".join(f"{n} thread{'s' * (n > 1)} {time_text(s.seconds)}" for n, s in steps.items())
+                alone = steps[min(steps)]
+                yield (
+                    f"{name}: a whole step, one request at half of the context, takes by the wall clock {times}, best with "
+                    f"{best}; between its {alone.calls} ops are {time_text(alone.host)} of the host's work"
+                )
 
     def _said(self) -> Iterator[str]:
         """What the table does not show: what was scaled, what is too noisy, wrong, impossible or missing."""

@@ -43,11 +43,15 @@ class Work:
 
 
 def _met(inputs: Inputs) -> dict[str, int]:
-    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen."""
+    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen. A row that
+    sees no more keys than it selects need not look at them to choose."""
     found: dict[str, int] = {}
     sizes = {**inputs.spec.attrs, **inputs.spec.dims}
     if (batch := inputs.batch) is not None and batch.T:
-        found |= {s: round(float(batch.visible.mean())) for o in inputs.contract.signature.of_kind("Batch") for s in o.dims[2:]}
+        seen = batch.visible
+        if any(result.kind == "Selection" for result in inputs.contract.signature.results):
+            seen = np.where(seen > sizes.get("k", 0), seen, 0)
+        found |= {s: round(float(seen.mean())) for o in inputs.contract.signature.of_kind("Batch") for s in o.dims[2:]}
         if "k" in sizes:
             found["k"] = round(float(np.minimum(batch.visible, sizes["k"]).mean()))
     weights = inputs.contract.signature.of_kind("Weight")

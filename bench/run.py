@@ -14,6 +14,7 @@ from porthal.bench.call import Judged
 from porthal.bench.measured import Kept, Measured
 from porthal.bench.roofline import CACHES, needed
 from porthal.bench.statistics import LEAST, Summary
+from porthal.bench.step import StepTime
 from porthal.bench.worker import Backstage, Side
 from porthal.bench.workloads import Workload
 from porthal.conformance.cases.case import Case
@@ -40,6 +41,7 @@ class Run:
     sides: dict[str, Side] = field(default_factory=dict)
     found: list[Measured] = field(default_factory=list)
     peaks: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    steps: dict[str, dict[int, StepTime]] = field(default_factory=dict)  # of the demo checkpoint, by number of threads
 
     @property
     def timed(self) -> list[Measured]:
@@ -63,7 +65,7 @@ def bench(
     """
     if twice := [name for name in backends if list(backends).count(name) > 1]:
         raise UsageError(f"backend {twice[0]} is given twice: give each once")
-    run, end = Run(workload, threads), time.monotonic() + seconds
+    run = Run(workload, threads)
     with ExitStack() as stack:
         stage = _Stage(run, stack)
         for name in backends:
@@ -78,6 +80,7 @@ def bench(
         kept = stack.enter_context(closing(Kept(journal, head, resume))) if journal else None
         cases = list(dict.fromkeys(row.case for row in workload.rows))
         run.found += kept.known if kept else []
+        end = time.monotonic() + seconds
         known = {(m.token, m.backend) for m in run.found}
         cases = [c for c in cases if any((c.token, name) not in known for name in backends)]
         for n, case in enumerate(cases):
@@ -90,7 +93,20 @@ def bench(
             if progress:
                 spent = time.monotonic() - started
                 progress(n + 1, len(cases), case.op, min(max(left - spent, 0.0), spent * (len(cases) - n - 1) * 4))
+        if workload.whole:
+            run.steps = {name: _steps(name, workload, threads) for name in backends}
     return run
+
+
+def _steps(name: str, workload: Workload, most: int) -> dict[int, StepTime]:
+    """The whole step on a backend with 1, 2, 4, ... threads, each in a process of its own."""
+    found = {}
+    for threads in sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most}):
+        with closing(Backstage(name, threads)) as worker:
+            took = worker.ask("step", workload.whole, workload.dtype)
+        if isinstance(took, StepTime):
+            found[threads] = took
+    return found
 
 
 class _Stage:

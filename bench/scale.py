@@ -1,7 +1,8 @@
 """A call of a model as a case: as large as memory and the time of its judgement allow, and what one such call stands for.
 
 What is made smaller, in this order, is what changes least of a kernel's work: rows that differ, experts that nothing reads,
-requests, experts together with their rows, what is not read, independent columns, rows of a prompt, and widths at last.
+requests, experts together with their rows, independent columns, rows of a prompt, and widths at last. Of what is not read at
+all, as most of an embedding's table, there is little more than caches hold.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ AMONG_EXPERTS = 64  # where rows choose experts, so that as many are chosen as b
 BLOCK_SIZE = 64
 ROWS, WIDE, COLUMNS = 256, 512, 2048  # of a prompt, of a dim, and of independent columns, that are made no smaller
 WRITTEN = 2**10  # keys before the rows of a call that writes a cache and reads nothing of it
+SPARE = 2**28  # bytes of a call of which a part is not read
 HELPS = 0.9  # of what a call is too large by, at most left after a step that makes it smaller
 BALANCE = 10.0  # operations that take as long as to move a byte, on no device in particular
 EXPERTS = "E"
@@ -35,7 +37,7 @@ EXPERTS = "E"
 class Bounds:
     """Bytes of a call's operands, and the seconds that one core may take to judge it, as the suite expects them."""
 
-    memory: float = 2**30
+    memory: float = 2**29
     seconds: float = 3.0
 
 
@@ -106,6 +108,8 @@ class Sized:
     def within(self, bounds: Bounds) -> Sized:
         """The largest call of this kind within the bounds; UsageError where there is none."""
         made = self
+        while made.bytes > SPARE and (less := next(made._unread(), None)):
+            made = less
         while (now := made._excess(bounds)) > 1:
             smaller = next((s for s in made._smaller() if s._excess(bounds) <= HELPS * now), None)
             if smaller is None:
@@ -130,14 +134,19 @@ class Sized:
         if experts and experts >= 2 * _size(self.spec, "k", 1):
             yield replace(self, dims={**dims, EXPERTS: experts // 2})
         narrower = {s: replace(self, dims={**dims, s: dims[s] // 2}) for s in widths if s not in (rows, EXPERTS, "k")}
-        unread = {s: made.stands_for == self.stands_for for s, made in narrower.items()}
-        yield from (narrower[s] for s in narrower if dims[s] > WIDE and unread[s])
         yield from (narrower[s] for s in narrower if dims[s] > COLUMNS and s in self.contract.independent)
         if self.case.batch and max(r.q for r in self.found) > ROWS:
             yield self._with_requests(tuple(r._replace(q=max(ROWS, r.q // 2)) for r in self.found))
         elif self.rows > ROWS and not self.case.batch:
             yield replace(self, dims={**dims, rows: self.rows // 2})
         yield from (narrower[s] for s in narrower if dims[s] > WIDE)
+
+    def _unread(self) -> Iterator[Sized]:
+        """With less of what the call does not read."""
+        for symbol in sorted(self.dims, key=lambda s: -self.dims[s]):
+            made = replace(self, dims={**self.dims, symbol: self.dims[symbol] // 2})
+            if self.dims[symbol] > WIDE and made.stands_for == self.stands_for:
+                yield made
 
     def _with_requests(self, found: tuple[Request, ...]) -> Sized:
         return replace(self, found=found, dims={**self.dims, self.contract.rows: sum(r.q for r in found)})

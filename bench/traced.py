@@ -42,12 +42,11 @@ def read(file: str) -> Traced:
         ) from None
     if not calls:
         raise UsageError(f"{file} lists no call: expected those of a step, as porthal trace --json prints them")
-    batched = [spec for op, spec, _ in calls if contracts()[op].signature.of_kind("Batch")]
-    rows = max((_whole(s, "T") for s in batched), default=1)
-    n = max((_whole(s, "R") for s in batched), default=1)
-    keys = max((_whole(s, "S") for s in batched), default=rows)
-    if rows % n or keys < rows // n:
-        raise UsageError(f"{file} has {rows} rows in {n} requests of {keys} keys: expected as many rows in each, with keys")
+    batches = [_batch(contracts()[op], spec) for op, spec, _ in calls]
+    rows, n, keys = (max((b[at] for b in batches if len(b) > at), default=1) for at in range(3))
+    keys = max(keys, rows // n)
+    if rows % n:
+        raise UsageError(f"{file} has {rows} rows in {n} requests: expected as many rows in each")
     dtypes = {d for _, spec, _ in calls for d in spec.dtypes.values()}
     dtype = next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
     every = [(op, spec) for op, spec, count in calls for _ in range(count)]
@@ -91,7 +90,6 @@ def _unified(dim: str, size: int, env: dict[str, int]) -> bool:
         return False
 
 
-def _whole(spec: CallSpec, name: str) -> int:
-    size = spec.dims.get(name, 1)
-    assert isinstance(size, int)
-    return size
+def _batch(contract: Contract, spec: CallSpec) -> list[int]:
+    """Rows, requests and keys of a call, as far as its batch shows them."""
+    return [size for o in contract.signature.of_kind("Batch") for d in o.dims if isinstance(size := spec.dims[d], int)]

@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from porthal.bench.call import Call, Judged, evicting
+from porthal.bench.step import StepTime, demo_step
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.compositions import Request
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.runner.workers import START, Worker, ends_with
@@ -127,6 +129,11 @@ class Bench:
         done: list[float] = []
         seconds = self._timed(lambda: done.append(work()))
         return done[0] / seconds if seconds > 0 else 0.0
+
+    def step(self, requests: tuple[Request, ...], dtype: str) -> StepTime:
+        """A step of the demo checkpoint."""
+        with running(self.backend):
+            return demo_step(self.backend, requests, dtype, self.clock)
 
     def close(self) -> None:
         self.call = None

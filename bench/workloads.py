@@ -56,12 +56,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Workload:
-    """`facts` are what a report says of it: the config and the requests it was derived from."""
+    """`facts` are what a report says of it: the config and the requests it was derived from. `whole` are the requests of a step
+    that can be made as a whole, since its checkpoint is here."""
 
     name: str
     dtype: str
     rows: tuple[Row, ...]
     facts: Mapping[str, object] = field(default_factory=dict)
+    whole: tuple[Request, ...] = ()
 
     def only(self, ops: Sequence[str], bounds: Bounds) -> Workload:
         """The rows of these ops; of one that no step calls, as that model's parts call it, or in the first listed sizes."""
@@ -71,7 +73,7 @@ class Workload:
                 raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
         called = {row.case.op for row in self.rows}
         lone = [row for op in ops if op not in called for row in _alone(op, self.dtype, bounds)]
-        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone))
+        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=())
 
 
 def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
@@ -82,7 +84,9 @@ def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Wor
     if name == "glm5":
         return of_model(name, Config.read(profile_home()), kinds, dtype or "bfloat16", bounds)
     if name == "demo":
-        return of_model(name, Config.read(DEMO), kinds, dtype or "float32", bounds)
+        config = Config.read(DEMO)
+        whole = (Request(1, config.max_position_embeddings // 2),)
+        return replace(of_model(name, config, kinds, dtype or "float32", bounds), whole=whole)
     found = read(name)
     rows = tuple(_rows("traced", found.name, found.calls, found.requests, bounds))
     return Workload(found.name, found.dtype, rows, {"file": name})
@@ -145,7 +149,8 @@ def _alone(op: str, dtype: str, bounds: Bounds) -> Iterator[Row]:
     for n in REQUESTS:
         requests = (Request(1, USUAL),) * n
         for spec in profile_of().of(contract):
-            sizes = {"R": n, "S": USUAL, "block_size": BLOCK_SIZE}
+            sizes = {d: size for o in contract.signature.of_kind("Batch") for d, size in zip(o.dims[1:], (n, USUAL))}
+            sizes["block_size"] = BLOCK_SIZE
             sizes |= {s: v[0] if isinstance(v, tuple) else v for s, v in spec.dims.items() if s not in sizes}
             if contract.rows:
                 rows = spec.dims.get(contract.rows, n)

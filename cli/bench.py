@@ -31,9 +31,12 @@ def bench(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", parser=dtype_of, metavar="DTYPE", help="default: bfloat16, of demo float32")
     ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="cost of a token against its context, sparse and dense, as Markdown")
+    ] = False,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="of each backend; default: all processors")] = None,
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="about how long to measure in all")] = 240,
-    memory: Annotated[float, typer.Option(metavar="GIB", help="for the operands of one call, on each backend")] = 1,
+    memory: Annotated[float, typer.Option(metavar="GIB", help="for the operands of one call, on each backend")] = 0.5,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write it in pytest-benchmark's format")] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="keep each time there, and continue from those kept")
@@ -43,6 +46,7 @@ def bench(
 
     Exit code 1 when a call is wrong or faster than the limit permits, 2 when nothing was timed.
     """
+    from porthal.bench import curve as curves
     from porthal.bench.report import Report
     from porthal.bench.run import bench as run
     from porthal.bench.scale import Bounds
@@ -57,7 +61,10 @@ def bench(
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     text.check_writable(json=json, resume=journal)
     bounds = Bounds(memory=memory * GIB)
-    calls = named(workload, step or ["decode"], dtype.value if dtype else "", bounds)
+    if curve and (op or step or workload != "glm5"):
+        raise UsageError("--curve has calls of its own: give it without --op, --step and --workload")
+    kind = dtype.value if dtype else ""
+    calls = curves.curve(kind or "bfloat16", bounds) if curve else named(workload, step or ["decode"], kind, bounds)
     if op:
         calls = calls.only(op, bounds)
     if not calls.rows:
@@ -74,7 +81,11 @@ def bench(
         json.write_text(found.json(), encoding="utf-8")
         if journal and not resume:  # the report has all of it
             journal.unlink()
-    text.drawn(found.table())
+    if curve:
+        for line in curves.markdown(found.run):
+            print(line)
+    else:
+        text.drawn(found.table())
     if found.exit_code == 2:
         print("nothing was timed: what stood against it is said above")
     return found.exit_code

@@ -74,23 +74,40 @@ def generate(
 
 
 def step(model: Glm5, requests: Sequence[tuple[int, int]], drafts: int = 0) -> Callable[[], None]:
-    """The next step of texts in progress, to be made by what is returned: a greedy token for each, with MTP drafts if asked;
-    or, where a request has more than one row besides its drafts, a piece of the prompts.
+    """The next step of texts in progress, to be made by what is returned, again and again from the same place: a greedy token
+    for each, with MTP drafts if asked; or, where a request has more than one row besides its drafts, a piece of the prompts.
+    No token of the model may end a text.
 
     requests  of each text the rows of the step, and the keys that the last of them sees
     """
-    run = _Run(model, [[0] for _ in requests], 2 * (drafts + 1), GREEDY, drafts, 0, None)
+    run = _Run(model, [[0] for _ in requests], 4 * (drafts + 1), GREEDY, drafts, 0, None)
     run.cache = model.new_cache([kv for _, kv in requests])
-    for stream, (q, kv) in zip(run.streams, requests):
-        stream.pages, stream.out = run.cache.new_request(), [0]
-        run.cache.step([stream.pages], [kv - q])
+    for stream, (_, kv) in zip(run.streams, requests):
+        stream.pages = run.cache.new_request()
+        run.cache.step([stream.pages], [kv])
+
+    def back() -> None:
+        for stream, (q, kv) in zip(run.streams, requests):
+            run.cache.truncate(stream.pages, kv - q)
+            stream.out = [0]
+
+    back()
     rows = [q for q, _ in requests]
-    if any(q > drafts + 1 for q in rows):
-        return lambda: run.piece(rows)
-    if not drafts:
-        return lambda: run._decode(run.streams)
-    run._catch_up(run.streams, [1] * len(rows), model.ops.embedding(run._ints([0] * len(rows)), model.embed))
-    return lambda: run._verify(run.streams)
+    if drafts:
+        run._catch_up(run.streams, [1] * len(rows), model.ops.embedding(run._ints([0] * len(rows)), model.embed))
+    tail = run.tail
+
+    def again() -> None:
+        back()
+        run.tail = tail
+        if any(q > drafts + 1 for q in rows):
+            run.piece(rows)
+        elif drafts:
+            run._verify(run.streams)
+        else:
+            run._decode(run.streams)
+
+    return again
 
 
 @dataclass
