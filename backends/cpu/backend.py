@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from porthal.backends.cpu import _native
+from porthal.backends.cpu.peaks import peaks
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
+from porthal.hal import Batch, Peak, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
@@ -37,6 +39,9 @@ class Cpu(Reference):
         for e in range(experts):
             operand.native.get(e, w[e])
         return {"w": w}
+
+    def peaks(self) -> Mapping[str, Peak]:
+        return peaks()
 
     @limits(provider="C++", batch_invariant=True, dtypes={"x": NATIVE, "weight": NATIVE})
     def rms_norm(self, x: Array, weight: Array, *, eps: float = 1e-5) -> Array:

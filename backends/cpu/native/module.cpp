@@ -14,6 +14,9 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace porthal {
+
+void bind_limits(py::module_& m);
+
 namespace {
 
 int bfloat16_num = -1;  // NumPy's number for ml_dtypes.bfloat16, given out at import
@@ -192,6 +195,7 @@ PYBIND11_MODULE(_native, m) {
     }
   });
 
+  bind_limits(m);
   m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
   m.def("set_num_threads", &set_num_threads, "count"_a, "Results do not depend on it.");
   m.def("isa", [] { return isa_name(isa()); }, "Instruction set in use: by default the best this CPU runs.");
