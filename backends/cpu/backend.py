@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.backends.cpu import _native
+from porthal.backends.cpu import _native, policy
 from porthal.backends.reference.backend import Reference
 from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
 
@@ -18,6 +18,13 @@ class Cpu(Reference):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
 
     native = _native
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__(device)
+        policy.apply(_native)
+
+    def describe(self) -> str:
+        return f"{super().describe()} ({policy.text(_native)})"
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         if spec.op != "moe_experts":
