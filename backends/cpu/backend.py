@@ -1,4 +1,4 @@
-"""Native kernels for float32 and bfloat16 NumPy arrays."""
+"""Native kernels for NumPy arrays."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from porthal.backends.cpu import _native, policy
-from porthal.backends.reference.backend import Reference
+from porthal.backends.cpu.elementwise import Elementwise
 from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Reference):
+class Cpu(Elementwise):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
 
     native = _native
@@ -44,12 +44,6 @@ class Cpu(Reference):
         for e in range(experts):
             operand.native.get(e, w[e])
         return {"w": w}
-
-    @limits(provider="C++", batch_invariant=True, dtypes={"x": NATIVE, "weight": NATIVE})
-    def rms_norm(self, x: Array, weight: Array, *, eps: float = 1e-5) -> Array:
-        y = self.empty(x.shape, x.dtype.name)
-        self.native.rms_norm(x, weight, y, eps)
-        return y
 
     @limits(provider="C++", batch_invariant=True)
     def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -54,7 +53,7 @@ def test_the_instruction_set_is_forced_and_told(monkeypatch, isa):
     ("name", "value", "expected"),
     [("PORTHAL_ISA", "neon", "one of baseline"), ("PORTHAL_THREADS", "0", "a number of threads from 1 to 1024"),
      ("PORTHAL_THREADS", "2,1", "a number"), ("PORTHAL_THREADS", "1025", "a number"), ("PORTHAL_THREADS", "9" * 5000, "a number"),
-     ("PORTHAL_THREADS", "²", "a number"), ("OMP_NUM_THREADS", "many", "a number"), ("OMP_NUM_THREADS", "-1", "a number")],
+     ("PORTHAL_THREADS", "\u00b2", "a number"), ("OMP_NUM_THREADS", "many", "a number"), ("OMP_NUM_THREADS", "-1", "a number")],
 )  # fmt: skip
 def test_bad_values_are_one_sentence_wherever_they_are_read(monkeypatch, name, value, expected):
     monkeypatch.setenv(name, value)
@@ -69,4 +68,3 @@ def test_a_process_uses_the_processors_that_it_may_run_on():
     program += "from porthal.backends.cpu import _native; print(_native.num_threads())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "1\n", done.stderr
-    assert native.num_threads() == len(os.sched_getaffinity(0)) or "OMP_NUM_THREADS" in os.environ
