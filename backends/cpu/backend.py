@@ -7,20 +7,24 @@ from typing import Any
 import numpy as np
 
 from porthal.backends.cpu import _native, policy
+from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
-from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
+from porthal.backends.cpu.routing import Routing
+from porthal.hal import Batch, Rows, Selection, SelectionSpec, UsageError, Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Elementwise):
+class Cpu(Copies, Elementwise, Routing):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
 
     native = _native
 
     def __init__(self, device: str = "") -> None:
-        super().__init__(device)
+        if device:
+            raise UsageError(f"{self.name} has no device {device!r}: expected {self.name!r} alone")
+        super().__init__()
         policy.apply(_native)
 
     def describe(self) -> str:

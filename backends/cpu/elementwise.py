@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from porthal.backends.reference.backend import Reference
-from porthal.hal import dtype, limits
+from porthal.hal import Batch, dtype, limits
 
 Array = np.ndarray[Any, Any]
 ROWS = limits(provider="C++", batch_invariant=True)  # of float32, bfloat16 and float16: all that the contracts have
@@ -52,4 +52,10 @@ class Elementwise(Reference):
     def cast(self, x: Array, *, to: str) -> Array:
         y = self.empty(x.shape, to)
         self.native.cast(x, y)
+        return y
+
+    @ROWS
+    def rope(self, x: Array, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Array:
+        y = self.empty(x.shape, dtype(x))
+        self.native.rope(x, batch.positions, theta, layout == "interleaved", start, width, y)
         return y
