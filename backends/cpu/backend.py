@@ -10,13 +10,14 @@ from porthal.backends.cpu import _native, policy
 from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
 from porthal.backends.cpu.routing import Routing
+from porthal.backends.cpu.tokens import Tokens
 from porthal.hal import Batch, Rows, Selection, SelectionSpec, UsageError, Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Copies, Elementwise, Routing):
+class Cpu(Copies, Elementwise, Routing, Tokens):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
 
     native = _native

@@ -62,7 +62,8 @@ std::int64_t greatest(const std::uint32_t* keys, std::int64_t n) {
   std::uint32_t top = 0;
   for (int lane = 0; lane < kLanes; ++lane) top = best[0][lane] > top ? best[0][lane] : top;
   for (i = 0;; i += kLanes) {
-    const U same = (U)(load_raw<U>(keys + i) == top);
+    const I same = (I)(load_raw<U>(keys + i) == top);
+    if (!any(same)) continue;
     for (int lane = 0; lane < kLanes; ++lane)
       if (same[lane]) return i + lane;
   }

@@ -114,6 +114,19 @@ inline void store_some(T* p, F v, std::int64_t n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+// Whether a lane of a comparison is true.
+inline bool any(I lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+  std::uint64_t half[2];
+  std::memcpy(half, &lanes, sizeof half);
+  return (half[0] | half[1]) != 0;
+#endif
+}
+
 inline float total(F v) {
   float lane[kLanes];
   store(lane, v);
