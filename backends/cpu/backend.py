@@ -11,7 +11,18 @@ from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
 from porthal.backends.cpu.routing import Routing
 from porthal.backends.cpu.tokens import Tokens
-from porthal.hal import Batch, Rows, Selection, SelectionSpec, UsageError, Weight, WeightSpec, limits, numpy_dtype, one_of
+from porthal.hal import (
+    Batch,
+    Rows,
+    Selection,
+    SelectionSpec,
+    UsageError,
+    Weight,
+    WeightSpec,
+    limits,
+    numpy_dtype,
+    one_of,
+)
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
