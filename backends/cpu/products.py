@@ -23,7 +23,7 @@ class Products(Reference):
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         if spec.op not in PACKED:
             return super().prepare(spec, read, into)
-        experts, rows, columns = shape = (1, 1, *spec.shape)[-3:]
+        shape = (1, 1, *spec.shape)[-3:]
         if into:
             packed = into.native
         else:
@@ -31,7 +31,7 @@ class Products(Reference):
         if len(spec.shape) == 2:
             packed.set(0, read(slice(None)))
         else:
-            for e in range(experts):  # one expert at a time: a model's experts need not fit twice
+            for e in range(shape[0]):  # one expert at a time: a model's experts need not fit twice
                 packed.set(e, read(e))
         return into or Weight(spec, packed)
 

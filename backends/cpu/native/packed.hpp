@@ -66,9 +66,11 @@ class Scratch {
 // Rows as panels are multiplied with them.
 class ReadyRows {
  public:
-  // Room for `count` rows of `bytes`, an odd number of cache lines apart: else the rows of a tile would share cache sets.
+  // Room for `count` rows of `bytes`, 21 cache lines apart modulo 32: at most other distances the rows of a tile meet in the
+  // same cache sets while they advance together (1 line apart costs a third of the speed of 8 rows).
   void make_room(std::int64_t count, std::int64_t bytes) {
-    stride_ = (ceil_div(bytes, 64) | 1) * 64;
+    const std::int64_t lines = ceil_div(bytes, 64);
+    stride_ = (lines + (21 + 31 * lines) % 32) * 64;
     rows_ = memory_.at_least(count * stride_);
   }
   // `count` rows for weights w: row i begins at from(i), its elements `step` bytes apart.
