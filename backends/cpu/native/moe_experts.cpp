@@ -7,8 +7,8 @@ template <class T>
 struct ExpertLoops {
   // The rows of the second product: h[rows][columns] = silu(gate half of sums) * up half of sums, rows `stride` bytes apart.
   void (*gate)(const float* sums, std::int64_t rows, char* h, std::int64_t stride, std::int64_t columns);
-  // y[columns] = sum over j ascending of weights[j] * sums[picks[j]], skipping picks[j] < 0.
-  void (*combine)(const float* sums, const std::int32_t* picks, const float* weights, std::int64_t count, T* y,
+  // y[columns] = sum over j ascending of weights[j] * sums[picks[j]], skipping picks[j] < 0, and y itself if `add`.
+  void (*combine)(const float* sums, const std::int32_t* picks, const float* weights, std::int64_t count, bool add, T* y,
                   std::int64_t columns);
 };
 
@@ -38,18 +38,21 @@ void gate(const float* sums, std::int64_t rows, char* at, std::int64_t stride, s
 }
 
 template <class T>
-void combine(const float* sums, const std::int32_t* picks, const float* weights, std::int64_t count, T* y,
+void combine(const float* sums, const std::int32_t* picks, const float* weights, std::int64_t count, bool add, T* y,
              std::int64_t columns) {
   F out[kVectors] = {};
   for (std::int64_t j = 0; j < count; ++j)
     if (picks[j] >= 0)
       for (int v = 0; v < kVectors; ++v)
         out[v] += weights[j] * load(sums + static_cast<std::int64_t>(picks[j]) * kPanel + v * kLanes);
-  for (int v = 0; v < kVectors && v * kLanes < columns; ++v)
-    if (columns - v * kLanes >= kLanes)
-      store(y + v * kLanes, out[v]);
+  for (int v = 0; v < kVectors && v * kLanes < columns; ++v) {
+    T* const at = y + v * kLanes;
+    const std::int64_t some = columns - v * kLanes;
+    if (some >= kLanes)
+      store(at, add ? out[v] + load(at) : out[v]);
     else
-      store_some(y + v * kLanes, out[v], columns - v * kLanes);
+      store_some(at, add ? out[v] + load_some(at, some) : out[v], some);
+  }
 }
 
 template <class T>
@@ -88,11 +91,13 @@ struct Routing {
   std::vector<Work> work;  // at most kRowBlock rows of one expert each
   std::vector<std::int64_t> next;
 
-  void build(const Matrix& ids, const Matrix& mix, std::int64_t begin, std::int64_t end, std::int64_t first_expert,
+  // Without ids each token goes to the first expert, with weight 1.
+  void build(const Matrix* ids, const Matrix* mix, std::int64_t begin, std::int64_t end, std::int64_t first_expert,
              std::int64_t experts) {
-    const std::int64_t choices = ids.columns;
+    const std::int64_t choices = ids ? ids->columns : 1;
     const auto local = [&](std::int64_t t, std::int64_t j) {
-      const std::int64_t id = ids.at<std::int32_t>(t, j), e = id - first_expert;
+      if (!ids) return std::int64_t{0};
+      const std::int64_t id = ids->at<std::int32_t>(t, j), e = id - first_expert;
       return id >= 0 && e >= 0 && e < experts ? e : -1;
     };
     next.assign(experts, 0);
@@ -117,15 +122,15 @@ struct Routing {
       for (std::int64_t j = 0; j < choices; ++j) {
         const std::int64_t e = local(t, j), slot = (t - begin) * choices + j;
         picks[slot] = e < 0 ? -1 : static_cast<std::int32_t>(next[e]++);
-        weights[slot] = mix.at<float>(t, j);
+        weights[slot] = mix ? mix->at<float>(t, j) : 1.0f;
         if (e >= 0) tokens[picks[slot]] = static_cast<std::int32_t>(t);
       }
   }
 };
 
 template <class T>
-void run(const Matrix& x, const Matrix& ids, const Matrix& weights, const Packed& w13, const Packed& w2,
-         std::int64_t first_expert, T* y) {
+void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed& w13, const Packed& w2,
+         std::int64_t first_expert, bool add, T* y) {
   thread_local Routing routing_of_caller;
   thread_local ReadyRows inputs_of_caller, hidden_of_caller;
   Routing& routing = routing_of_caller;
@@ -133,7 +138,7 @@ void run(const Matrix& x, const Matrix& ids, const Matrix& weights, const Packed
   const PanelLoops<T>& panels = panel_loops(w13.isa).of(y);
   const ExpertLoops<T>& loops = experts_loops(w13.isa).of(y);
   const std::int64_t width = w13.panel, half = width / 2;
-  const std::int64_t model = w13.columns, inner = w2.columns, choices = ids.columns;
+  const std::int64_t model = w13.columns, inner = w2.columns, choices = ids ? ids->columns : 1;
 
   for (std::int64_t begin = 0; begin < x.rows; begin += kTokenBlock) {
     const std::int64_t end = std::min(x.rows, begin + kTokenBlock);
@@ -178,7 +183,7 @@ void run(const Matrix& x, const Matrix& ids, const Matrix& weights, const Packed
         }
         for (std::int64_t t = begin; t < end; ++t) {
           const std::int64_t slot = (t - begin) * choices;
-          loops.combine(sums, routing.picks.data() + slot, routing.weights.data() + slot, choices,
+          loops.combine(sums, routing.picks.data() + slot, routing.weights.data() + slot, choices, add,
                         y + t * model + p * width, used);
         }
       }
@@ -186,31 +191,38 @@ void run(const Matrix& x, const Matrix& ids, const Matrix& weights, const Packed
   }
 }
 
-void moe_experts(const Array& x, const Array& ids, const Array& weights, const Packed& w13, const Packed& w2,
-                 std::int64_t first_expert, const Array& y) {
+void moe_experts(const Array& x, const Array* ids, const Array* weights, const Packed& w13, const Packed& w2,
+                 std::int64_t first_expert, bool add, const Array& y) {
   if (x.kind != w13.kind || w13.kind != w2.kind) throw std::invalid_argument("x, w13 and w2 differ in dtype.");
   if (!w13.gated || w2.gated) throw std::invalid_argument("w13 must be packed with gated=True and w2 without.");
   if (w13.experts != w2.experts || w13.rows != 2 * w2.columns || w13.columns != w2.rows)
     throw std::invalid_argument("w13 and w2 do not fit together: w13 is [E, 2I, H] and w2 is [E, H, I].");
   if (w13.isa != w2.isa) throw std::invalid_argument("w13 and w2 were packed for different instruction sets.");
-  ids.has(Kind::i32);
-  weights.has(Kind::f32);
+  if (!ids != !weights || (!ids && w13.experts != 1))
+    throw std::invalid_argument("ids and weights may be None, both, where there is one expert.");
   y.has(x.kind);
-  const Matrix rows = x.matrix(kAny, w13.columns), chosen = ids.matrix(rows.rows);
-  const Matrix mix = weights.matrix(rows.rows, chosen.columns);
+  const Matrix rows = x.matrix(kAny, w13.columns);
+  Matrix chosen{}, mix{};
+  if (ids && weights) {
+    ids->has(Kind::i32);
+    weights->has(Kind::f32);
+    chosen = ids->matrix(rows.rows);
+    mix = weights->matrix(rows.rows, chosen.columns);
+  }
   void* const out = y.output({rows.rows, rows.columns});
   with_float(x.kind, [&](auto tag) {
-    run(rows, chosen, mix, w13, w2, first_expert, static_cast<decltype(tag)*>(out));
+    run(rows, ids ? &chosen : nullptr, ids ? &mix : nullptr, w13, w2, first_expert, add, static_cast<decltype(tag)*>(out));
   });
 }
 
 }  // namespace
 
-PORTHAL_OP(moe_experts, "x ids weights w13 w2 first_expert y",
+PORTHAL_OP(moe_experts, "x ids weights w13 w2 first_expert add y",
            "y[t] = sum_j weights[t, j] * w2[e] @ (silu(gate) * up), [gate; up] = w13[e] @ x[t], e = ids[t, j] -\n"
            "first_expert; ids negative or not held here add nothing. x, y [T, H]; ids int32 and weights float32\n"
-           "[T, K]. Sums in float32 in a fixed order: a row of y depends on its own inputs only, bit by bit. In\n"
-           "bfloat16 silu(gate) * up may be rounded, and subnormal products may count as 0.")
+           "[T, K], or None: every token goes to the one expert. If add, what is in y is added to the sum. Sums in\n"
+           "float32 in a fixed order: a row of y depends on its own inputs only, bit by bit. In bfloat16\n"
+           "silu(gate) * up may be rounded, and subnormal products may count as 0.")
 
 }  // namespace porthal
 #endif
