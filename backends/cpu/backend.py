@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from porthal.backends.cpu import _native
-from porthal.backends.reference.backend import Reference
+from porthal.backends.cpu.attention import Attention
 from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Reference):
+class Cpu(Attention):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
 
     native = _native
