@@ -11,7 +11,7 @@ struct MlaDims {
 
 template <class T>
 struct MlaKeys {
-  static constexpr std::int64_t kMost = 192;
+  static constexpr std::int64_t kMost = 144;
   const T *c[kMost], *kp[kMost];
   std::int64_t count;
 };
@@ -49,7 +49,9 @@ constexpr int kAcross = 3;                              // vectors of columns, o
 constexpr float kLowest = -3.402823466e38f;
 
 template <class M>
-constexpr std::int64_t kBlock = M::kPer == 2 ? 192 : 96;  // half of L2 holds two blocks
+constexpr std::int64_t kBlock = M::kPer == 2 ? 144 : 96;  // keys: two blocks and their sums are in L2
+template <class M>
+constexpr std::int64_t kPairs = (kBlock<M> + kTiled) / 2 * kAcross * kLanes;  // words of a panel of values, as pairs of keys
 
 // Where a row's sums lie: o[head][column], and of each head the highest score and the sum of its weights.
 struct State {
@@ -61,11 +63,11 @@ struct State {
 };
 
 // What a thread needs beside it: of a block, the highest score of each head and the sum of its weights, what older sums and
-// its own are multiplied by, scores, weights, a panel of values, and rows in float32; and the packed queries.
+// its own are multiplied by, scores, weights, and values as pairs or rows in float32; and the packed queries.
 template <class M>
 struct Space {
   float *old, *now, *top, *sum, *scores, *wide;
-  Word *weights, *panel, *queries;
+  Word *weights, *queries, *pairs;
   std::int64_t wide_row;
   Space(const MlaDims& d, float* memory) {
     const std::int64_t heads = Heads(d.heads).padded();
@@ -75,15 +77,16 @@ struct Space {
     sum = top + heads;
     scores = sum + heads;
     weights = reinterpret_cast<Word*>(scores + kBlock<M> * heads);
-    panel = weights + kBlock<M> * heads;
-    queries = panel + kBlock<M> * kAcross * kLanes;
+    queries = weights + kBlock<M> * heads;
     wide = reinterpret_cast<float*>(queries + heads * up(d.c + d.r, kLanes));
+    pairs = reinterpret_cast<Word*>(wide);  // no kernel needs both
     wide_row = up(d.c, kLanes) + up(d.r, kLanes);
   }
   static std::int64_t floats(const MlaDims& d) {
     const std::int64_t heads = Heads(d.heads).padded(), rows = heads > kBlock<M> ? heads : kBlock<M>;
-    return heads * (4 + 2 * kBlock<M> + up(d.c + d.r, kLanes)) + kBlock<M> * kAcross * kLanes +
-           rows * (up(d.c, kLanes) + up(d.r, kLanes));
+    const std::int64_t panels = (d.c + kAcross * kLanes - 1) / (kAcross * kLanes);
+    return heads * (4 + 2 * kBlock<M> + up(d.c + d.r, kLanes)) +
+           (M::kPer == 1 ? rows * (up(d.c, kLanes) + up(d.r, kLanes)) : panels * kPairs<M>);
   }
 };
 
@@ -114,10 +117,49 @@ void queries(const MlaDims& d, const T* latent, std::ptrdiff_t latent_stride, co
   pack_queries(b, rope_stride, d.heads, all - c, c, all, space.queries);
 }
 
-// scores[key][head] = scale * (c . latent + kp . rope)
+// Beside the scores of a tile's keys: their values as pairs of keys, pairs[panel of columns][pair][column], while they are in
+// L1. Columns that pad the last vector are zeros.
+template <class M, int Keys>
+struct Beside {
+  Fetch<Keys> fetch;
+  void operator()(std::int64_t word) const { fetch(word); }
+  Beside(const char* const*, const char* const* next, std::int64_t, std::int64_t, Word*) : fetch{next} {}
+};
+#if defined(__AVX512BF16__)
+template <int Keys>
+struct Beside<Pairs, Keys> {
+  Fetch<Keys> fetch;
+  const char* const* keys;
+  std::int64_t columns, panel;  // words of a panel
+  Word* pairs;                  // null where they are made already
+  Beside(const char* const* keys, const char* const* next, std::int64_t columns, std::int64_t panel, Word* pairs)
+      : fetch{next}, keys(keys), columns(columns), panel(panel), pairs(pairs) {}
+
+  void operator()(std::int64_t word) const {
+    fetch(word);
+    if (!pairs) return;
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                         35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const std::int64_t vector = word / kLanes * 2, left = columns - 2 * word;
+    Word* const first = pairs + vector / kAcross * panel + vector % kAcross * kLanes;
+    Word* const second = pairs + (vector + 1) / kAcross * panel + (vector + 1) % kAcross * kLanes;
+    const __mmask32 there = left < 2 * kLanes ? (1u << left) - 1 : 0xffffffffu;  // no call: it would spill all sums
+#pragma GCC unroll 6
+    for (int m = 0; m < Keys; m += 2) {
+      const __m512i a = _mm512_maskz_loadu_epi16(there, keys[m] + word * sizeof(Word));
+      const __m512i b = _mm512_maskz_loadu_epi16(there, keys[m + 1] + word * sizeof(Word));
+      _mm512_storeu_si512(first + m / 2 * kAcross * kLanes, _mm512_permutex2var_epi16(a, low, b));
+      if (left > kLanes) _mm512_storeu_si512(second + m / 2 * kAcross * kLanes, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+};
+#endif
+
+// scores[key][head] = scale * (c . latent + kp . rope); pairs is null unless these are the first heads.
 template <class M, int V>
 void score(const MlaDims& d, const char* const* c, const char* const* kp, const char* const* next_c, const char* const* next_kp,
-           std::int64_t count, const Word* panel, std::int64_t heads, float* scores) {
+           std::int64_t count, const Word* panel, std::int64_t heads, float* scores, Word* pairs, std::int64_t pairs_panel) {
   constexpr int Keys = kKeys<V>;
   const std::int64_t words = d.c / M::kPer;
   for (std::int64_t k = 0; k < count; k += Keys) {
@@ -126,8 +168,9 @@ void score(const MlaDims& d, const char* const* c, const char* const* kp, const 
     for (int m = 0; m < Keys; ++m)
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sums[m][j] = F{};
-    dots<M, Keys, V>(c + k, next_c + k, panel, words, sums);
-    dots<M, Keys, V>(kp + k, next_kp + k, panel + words * V * kLanes, d.r / M::kPer, sums);
+    const Beside<M, Keys> beside(c + k, next_c + k, d.c, pairs_panel, pairs ? pairs + k / 2 * kAcross * kLanes : nullptr);
+    dots<M, Keys, V>(c + k, panel, words, sums, beside);
+    dots<M, Keys, V>(kp + k, panel + words * V * kLanes, d.r / M::kPer, sums, Fetch<Keys>{next_kp + k});
 #pragma GCC unroll 12
     for (int m = 0; m < Keys; ++m)
 #pragma GCC unroll 4
@@ -160,6 +203,19 @@ inline U word_of(Pairs, const float* p, F& sum, F top, std::int64_t second) {
 }
 #endif
 
+inline void store_groups(Word* first, Word* second, U word) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256((__m512i)word));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)word, 1));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128((__m256i)word));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256((__m256i)word, 1));
+#else
+  (void)second;
+  std::memcpy(first, &word, sizeof word);
+#endif
+}
+
 // weights[group of kRows heads][step][head] = exp(score - highest), and their sums; a step is as many keys as a word holds.
 template <class M>
 void soften(const float* scores, std::int64_t count, std::int64_t heads, Word* weights, float* tops, float* sums) {
@@ -174,9 +230,7 @@ void soften(const float* scores, std::int64_t count, std::int64_t heads, Word* w
     for (std::int64_t i = 0; i < steps; ++i) {
       const std::int64_t k = i * M::kPer;
       const U word = word_of(M{}, scores + k * heads + h, sum, top, k + 1 < count ? heads : 0);
-      for (int part = 0; part < kLanes / kRows; ++part)
-        std::memcpy(to + (part * steps + i) * kRows, reinterpret_cast<const char*>(&word) + part * kRows * sizeof(Word),
-                    kRows * sizeof(Word));
+      store_groups(to + i * kRows, to + (steps + i) * kRows, word);
     }
     store(tops + h, top);
     store(sums + h, sum);
@@ -231,27 +285,6 @@ void all_values(const Word* weights, std::int64_t steps, std::int64_t heads, int
   }
 }
 
-template <class T>
-inline void pair_values(Singles, const T* const*, std::int64_t, std::int64_t, std::int64_t, int, Word*) {}
-#if defined(__AVX512BF16__)
-// panel[pair of keys][column] of both keys' values beside each other; no key and no column is zero.
-inline void pair_values(Pairs, const bf16* const* rows, std::int64_t count, std::int64_t column, std::int64_t columns, int across,
-                        Word* panel) {
-  for (std::int64_t i = 0; i < count; i += 2)
-    for (int j = 0; j < across; ++j) {
-      const std::int64_t at = column + j * kLanes;
-      S s[2] = {};
-      for (int m = 0; m < 2 && i + m < count; ++m)
-        if (at + kLanes <= columns)
-          s[m] = load_raw<S>(rows[i + m] + at);
-        else
-          std::memcpy(&s[m], rows[i + m] + at, (columns - at) * sizeof(bf16));
-      const U pair = widen(s[0]) | widen(s[1]) << 16;
-      std::memcpy(panel + (i / 2 * kAcross + j) * kLanes, &pair, sizeof pair);
-    }
-}
-#endif
-
 template <class M, class T>
 void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& following, bool first, float* memory, float* sums) {
   const Space<M> space(d, memory);
@@ -260,7 +293,7 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
   const std::int64_t heads = panels.padded(), count = keys.count;
   const char *c[kBlock<M>], *kp[kBlock<M>], *next_c[kBlock<M>], *next_kp[kBlock<M>];
   const bool copied = M::kPer == 1 && (sizeof(T) == 2 || d.c % kLanes != 0), fetch = !copied && following.count > 0;
-  for (std::int64_t k = 0; k < up(count, 24); ++k) {  // tiles are whole: the last key fills them
+  for (std::int64_t k = 0; k < up(count, kTiled); ++k) {  // tiles are whole: the last key fills them
     const std::int64_t here = k < count ? k : count - 1, then = k < following.count ? k : following.count - 1;
     c[k] = reinterpret_cast<const char*>(keys.c[here]);
     kp[k] = reinterpret_cast<const char*>(keys.kp[here]);
@@ -287,7 +320,7 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
   for (std::int64_t p = 0; p < panels.panels; ++p) {
     const std::int64_t begin = panels.first(p), width = panels.first(p + 1) - begin;
     kScores[width - 1](d, c, kp, next_c, next_kp, count, space.queries + begin * kLanes * ((d.c + d.r) / M::kPer), heads,
-                       space.scores + begin * kLanes);
+                       space.scores + begin * kLanes, p ? nullptr : space.pairs, kPairs<M>);
   }
 
   soften<M>(space.scores, count, heads, space.weights, space.top, space.sum);
@@ -302,13 +335,12 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
   const std::int64_t steps = (count + M::kPer - 1) / M::kPer;
   const char* rows[kBlock<M>];
   for (std::int64_t i = 0; i < steps; ++i)
-    rows[i] = M::kPer == 1 ? c[i] : reinterpret_cast<const char*>(space.panel + i * kAcross * kLanes);
-  for (std::int64_t column = 0; column < d.c; column += kAcross * kLanes) {
+    rows[i] = M::kPer == 1 ? c[i] : reinterpret_cast<const char*>(space.pairs + i * kAcross * kLanes);
+  for (std::int64_t column = 0, panel = 0; column < d.c; column += kAcross * kLanes, ++panel) {
     const std::int64_t left = (d.c - column + kLanes - 1) / kLanes;
-    const int across = left < kAcross ? static_cast<int>(left) : kAcross;
-    pair_values(M{}, keys.c, count, column, d.c, across, space.panel);
-    all_values<M>(space.weights, steps, d.heads, across, rows, M::kPer == 1 ? column * sizeof(float) : 0, first, space.old,
-                  space.now, state.width, state.o + column);
+    all_values<M>(space.weights, steps, d.heads, left < kAcross ? static_cast<int>(left) : kAcross, rows,
+                  (M::kPer == 1 ? column : panel * kPairs<M>)*sizeof(Word), first, space.old, space.now, state.width,
+                  state.o + column);
   }
 }
 
@@ -410,7 +442,7 @@ struct Mla {
   void block(std::int64_t t, std::int64_t i, MlaKeys<T>& to) const {
     to.count = 0;
     if (i >= blocks(t)) return;
-    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 24) * 24, begin = i * size;
+    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 12) * 12, begin = i * size;
     const std::int64_t request = requests.of_row(t);
     to.count = std::min(keys(t) - begin, size);
     for (std::int64_t k = 0; k < to.count; ++k) {
