@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from porthal.backends.cpu import _native, policy
+from porthal.backends.cpu.attention import Attention
 from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
 from porthal.backends.cpu.peaks import peaks
@@ -29,7 +30,7 @@ Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Copies, Elementwise, Products, Routing, Tokens):
+class Cpu(Attention, Copies, Elementwise, Products, Routing, Tokens):
     """Native kernels; what is not packed lies as in the reference."""
 
     def __init__(self, device: str = "") -> None:
