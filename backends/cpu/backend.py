@@ -19,12 +19,14 @@ NATIVE = one_of("float32", "bfloat16")
 class Cpu(Reference):
     """Expert weights are packed for the instruction set in use; everything else lies as in the reference."""
 
+    native = _native
+
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         if spec.op != "moe_experts":
             return super().prepare(spec, read, into)
         experts, rows, columns = spec.shape
         gated = spec.operand == "w13"
-        packed = into.native if into else _native.PackedExperts(experts, rows, columns, numpy_dtype(spec.dtype), gated)
+        packed = into.native if into else self.native.PackedExperts(experts, rows, columns, numpy_dtype(spec.dtype), gated)
         for e in range(experts):  # one expert at a time: a model's experts need not fit twice
             packed.set(e, read(e))
         return into or Weight(spec, packed)
@@ -44,14 +46,14 @@ class Cpu(Reference):
     @limits(provider="C++", batch_invariant=True, dtypes={"x": NATIVE, "weight": NATIVE})
     def rms_norm(self, x: Array, weight: Array, *, eps: float = 1e-5) -> Array:
         y = self.empty(x.shape, x.dtype.name)
-        _native.rms_norm(x, weight, y, eps)
+        self.native.rms_norm(x, weight, y, eps)
         return y
 
     @limits(provider="C++", batch_invariant=True)
     def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:
         length = np.minimum(batch.visible, k)
         indices = self.empty((batch.T, k), "int32")
-        _native.topk(scores, batch.visible, k, indices)
+        self.native.topk(scores, batch.visible, k, indices)
         return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
 
     @limits(provider="C++", dtypes={"x": NATIVE})
@@ -59,5 +61,5 @@ class Cpu(Reference):
         self, x: Array, w13: Weight, w2: Weight, ids: Array, weights: Array, *, first_expert: int = 0
     ) -> Array:
         y = self.empty(x.shape, x.dtype.name)
-        _native.moe_experts(x, ids, weights, w13.native, w2.native, first_expert, y)
+        self.native.moe_experts(x, ids, weights, w13.native, w2.native, first_expert, y)
         return y

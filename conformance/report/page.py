@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 LOWEST, HIGHEST = 1e-3, 1e6  # of |e|/B on a plot; values beyond are drawn at its edge
+NARROWEST, CHARACTER, APART = 144, 7, 5  # pixels: of a plot on a phone, a character of its labels, and between two of them
 BINS = 4  # of a histogram, per decade
 SLOWEST = 10
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fixed": "fixed"}
@@ -91,10 +92,21 @@ class Scale:
 
     @property
     def labels(self) -> list[float]:
-        """The ticks that are labelled: as many as fit the width of a phone."""
-        span = self.high - self.low
-        every = 1 if span < 4 else 2 if span < 8 else 4
-        return [10.0**n for n in range(self.low, self.high + 1) if n % every == 0]
+        """The ticks that are labelled, at even distances: as many as stand apart on the narrowest plot."""
+        every = 1
+        while self._meet(found := [t for n, t in enumerate(self.ticks, self.low) if n % every == 0]):
+            every += 1
+        return found
+
+    def _meet(self, labels: Sequence[float]) -> bool:
+        ends = [end for t in labels for end in self._extent(t)]
+        return any(right + APART > left for right, left in zip(ends[1::2], ends[2::2]))
+
+    def _extent(self, label: float) -> tuple[float, float]:
+        """From where to where a label goes on the narrowest plot, in pixels."""
+        wide = CHARACTER * len(f"{label:g}")
+        left = NARROWEST * self(label) / 100 - wide * {"start": 0.0, "middle": 0.5, "end": 1.0}[self.anchor(label)]
+        return left, left + wide
 
 
 def _render(template: str, **facts: Any) -> str:

@@ -9,10 +9,10 @@ from functools import partial
 from porthal.conformance.selftest.planting import Defect
 
 PAIRS = "float32 is not read in pairs, so it has no padding"
-norm = partial(Defect, "rms_norm", source="kernels.cpp")
-keys = partial(Defect, "topk", source="kernels.cpp")
+norm = partial(Defect, "rms_norm", source="rms_norm.cpp")
+keys = partial(Defect, "topk", source="topk.cpp")
 top = partial(Defect, "topk", source="topk.cpp")
-loops = partial(Defect, "moe_experts", source="kernels.cpp")
+loops = partial(Defect, "moe_experts", source="moe_experts.cpp")
 experts = partial(Defect, "moe_experts", source="moe_experts.cpp")
 tail = """  if (i < n) {
     const F v = load_some(x + i, n - i);
@@ -28,11 +28,10 @@ DEFECTS = [
     norm("squares-of-the-tail-missing", "vector tail", tail, ""),
     norm("tail-written-whole", "outside", written, written.replace("store_some(", "store(").replace("n - i), n - i)", "n - i))")),
     norm("bits-cut-off", "rounding", "rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "rounded = u >> 16", dtypes=("bfloat16",),
-         why="nothing is stored in bfloat16 where x is float32"),
+         why="nothing is stored in bfloat16 where x is float32", source="simd.hpp"),
     norm("partial-sums-in-bfloat16", "accumulator", "squares[j] += v * v;\n", "squares[j] = (F)((U)(squares[j] + v * v) & 0xffff0000u);\n"),
     norm("eps-forgotten", "eps", "__builtin_sqrtf(mean + eps)", "__builtin_sqrtf(mean)"),
-    norm("copy-of-the-first-row-kept", "stale", "x.dense_row<X>(t, copy)", "copy.empty() ? x.dense_row<X>(t, copy) : copy.data()",
-         source="rms_norm.cpp"),
+    norm("copy-of-the-first-row-kept", "stale", "x.dense_row<X>(t, copy)", "copy.empty() ? x.dense_row<X>(t, copy) : copy.data()"),
     norm("last-chunk-dropped", "threads", "if (begin >= count) return;\n", "if (begin + chunk > count) return;\n", source="threads.cpp"),
     keys("negative-zero-below-zero", "ties", key, key.replace(" & ~zero", "")),
     keys("nan-is-infinite", "special", key, key.replace("0xff800000u", "0x7f800000u")),
@@ -42,11 +41,12 @@ DEFECTS = [
     top("guess-taken-for-granted", "guess", "if (found < count) found =", "if (found == 0) found =", discrepancy=60),
     top("unsorted", "order", "  sort_by_key(space.chosen, space.sorted);\n", "",
         equivalent="the contract leaves the order of the positions inside a row free, and which they are is settled before"),
-    loops("first-blocks-of-the-depth-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};"),
+    loops("first-blocks-of-the-depth-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};", source="gemm.hpp"),
     loops("last-columns-written-whole", "outside", "store_some(y + v * kLanes, out[v], columns - v * kLanes);", "store(y + v * kLanes, out[v]);"),
-    loops("exponent-unbounded", "overflow", "  x = x > 88.3f ? F{} + 88.3f : x;\n", ""),
-    experts("up-before-gate", "preparation", "gated && lane >= half ? rows / 2 : 0", "gated && lane < half ? rows / 2 : 0"),
-    experts("odd-column-not-packed", "preparation", "k < end; k += 2, to", "k + 1 < end; k += 2, to", dtypes=("bfloat16",), why=PAIRS),
+    loops("exponent-unbounded", "overflow", "  x = x > 88.3f ? F{} + 88.3f : x;\n", "", source="simd.hpp"),
+    experts("up-before-gate", "preparation", "gated && lane >= half ? rows / 2 : 0", "gated && lane < half ? rows / 2 : 0", source="packed.cpp"),
+    experts("odd-column-not-packed", "preparation", "k < end; k += 2, to", "k + 1 < end; k += 2, to", source="packed.cpp",
+            dtypes=("bfloat16",), why=PAIRS),
     experts("padding-of-the-hidden-stale", "stale", "r < routed && stride != inner", "r < routed && stride < inner",
             dtypes=("bfloat16",), why=PAIRS),
     experts("column-behind-the-input-read", "vector tail", "k < model ? x.at<T>(t, k) : T{}", "x.at<T>(t, k)",

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.conformance import run
 from porthal.conformance.report.compare import comparison
+from porthal.conformance.report.page import Scale
 from porthal.conformance.report.results import LARGEST
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -62,10 +64,10 @@ onload = () => {
 </script>"""
 
 
-def measured(page: str, folder, *flags: str) -> list[dict]:
-    """What a browser says of a page at each of the widths."""
+def measured(pages: Sequence[tuple[str, int]], folder, *flags: str) -> list[dict]:
+    """What a browser says of pages, each at its width."""
     frame = '<iframe srcdoc="{}" width="{}" height="800" style="border: 0"></iframe>'
-    frames = "".join(frame.format(html.escape(page), width) for width in WIDTHS)
+    frames = "".join(frame.format(html.escape(page), width) for page, width in pages)
     file = folder / "measure.html"
     file.write_text(MEASURE % frames, encoding="utf-8")
     command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900", file.as_uri()]
@@ -73,6 +75,11 @@ def measured(page: str, folder, *flags: str) -> list[dict]:
     out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.S)
     assert out, done.stderr
     return json.loads(html.unescape(out[1]))
+
+
+def at_widths(page: str, folder, *flags: str) -> list[dict]:
+    """The same of one page at each of the widths."""
+    return measured([(page, width) for width in WIDTHS], folder, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,7 @@ def report():
 @pytest.fixture(scope="module")
 def pages(report, tmp_path_factory):
     """The report as it is at each of the widths."""
-    return measured(report.html(), tmp_path_factory.mktemp("pages"))
+    return at_widths(report.html(), tmp_path_factory.mktemp("pages"))
 
 
 def test_no_width_needs_sideways_scrolling(report, pages):
@@ -109,6 +116,18 @@ def test_no_text_runs_into_another_or_is_cut(pages):
         assert (page["meeting"], page["cut"]) == ([], []), f"at {width}"
 
 
+def test_labels_of_the_error_axis_stand_apart_however_far_it_goes(report, tmp_path, monkeypatch):
+    monkeypatch.setattr("porthal.conformance.report.page.HIGHEST", 1e300)
+    first, *others = [r for r in report.results if r.worst and r.worst < 1][:3]
+    greatest = [10.0**n for n in range(-1, 21)]
+    worst = [replace(report, results=(replace(first, worst=w), *others)) for w in greatest]
+    assert {Scale(w).high - Scale(w).low for w in greatest} == set(range(3, 25))
+    for w, found in zip(greatest, measured([(r.html(), min(WIDTHS)) for r in worst], tmp_path), strict=True):
+        assert (found["meeting"], found["cut"]) == ([], []), f"up to {w:g}"
+        labels = Scale(w).labels
+        assert 1 in labels and len(labels) > 1
+
+
 def test_errors_beyond_the_limit_stand_right_of_it(pages):
     for page in pages:
         assert page["limits"] and max(page["limits"]) - min(page["limits"]) < 0.5  # one line through all rows
@@ -120,12 +139,12 @@ def test_dark_is_dark(report, pages, tmp_path):
     def brightness(page):
         return sum(map(int, re.findall(r"\d+", page["background"])[:3])) / 3
 
-    dark, *_ = measured(report.html(), tmp_path, "--force-dark-mode")
+    dark, *_ = at_widths(report.html(), tmp_path, "--force-dark-mode")
     assert brightness(pages[0]) > 230 and brightness(dark) < 40
 
 
 def test_a_comparison_fits_every_width(report, tmp_path):
-    page = comparison(report, replace(report, backend="other-chip:0", place="emulated device")).html()
-    for found in measured(page, tmp_path):
+    both = comparison(report, replace(report, backend="other-chip:0", place="emulated device"))
+    for found in at_widths(both.html(), tmp_path):
         assert found["needs"] <= found["width"]
         assert (found["meeting"], found["cut"]) == ([], [])

@@ -369,7 +369,7 @@ def test_bad_arguments_are_refused_in_a_sentence():
         (lambda: native.rms_norm(x.astype(np.float64), w, y, 1e-5), "x has dtype float64"),
         (lambda: native.rms_norm(x.astype(">f4"), w, y, 1e-5), "x has dtype >f4"),
         (lambda: native.rms_norm(x, w[:2], y, 1e-5), r"weight has shape \[2\], expected \[3\]"),
-        (lambda: native.rms_norm(x, w.astype(BF16), y, 1e-5), "weight is bfloat16"),
+        (lambda: native.rms_norm(x, w.astype(BF16), y, 1e-5), "weight has dtype bfloat16, expected native float32"),
         (lambda: native.rms_norm(x, w, y.T, 1e-5), "y has shape"),
         (lambda: native.rms_norm(x, w, np.asfortranarray(y), 1e-5), "y is strided"),
         (lambda: native.rms_norm(x, w, read_only, 1e-5), "y is read-only"),

@@ -1,106 +1,90 @@
 // The experts of a mixture: gate and up, silu, down, weighted sum; grouped by expert, weights read once per row block.
-#include "threads.hpp"
+#include "isa.hpp"
 
-#include <sys/mman.h>
+namespace porthal {
 
-#include <algorithm>
-#include <cstring>
-#include <new>
+template <class T>
+struct ExpertLoops {
+  // sums[rows, panel] = a[rows][depth] . panel. Each sum runs over depth in one fixed order, whatever rows is.
+  // `following` is the panel that this thread reads next, or null: its beginning is fetched meanwhile.
+  void (*multiply)(const T* const* a, std::int64_t rows, const T* panel, std::int64_t depth, const T* following,
+                   float* sums);
+  // h[rows, panel/2] = silu(gate half of sums) * up half of sums, `columns` of them, rows `stride` elements apart.
+  void (*gate)(const float* sums, std::int64_t rows, T* h, std::int64_t stride, std::int64_t columns);
+  // y[columns] = sum over j ascending of weights[j] * sums[picks[j]], skipping picks[j] < 0.
+  void (*combine)(const float* sums, const std::int32_t* picks, const float* weights, std::int64_t count, T* y,
+                  std::int64_t columns);
+};
 
-#include "native.hpp"
+template <template <class> class Loops>
+struct PerPacked {  // element types that weights are packed in
+  Loops<float> f32;
+  Loops<bf16> b16;
+
+  const Loops<float>& of(const float*) const { return f32; }
+  const Loops<bf16>& of(const bf16*) const { return b16; }
+};
+
+}  // namespace porthal
+
+#if defined(PORTHAL_ISA)
+#include "gemm.hpp"
 
 namespace porthal {
 namespace {
 
-constexpr std::int64_t kRowBlock = 192;     // routed rows that pass over one panel together
-constexpr std::int64_t kTokenBlock = 4096;  // tokens per round: bounds the scratch memory
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
-
-// Zeroed pages on a huge-page boundary: 4 KB pages cost 15-20 % of read bandwidth.
-char* map_pages(std::size_t bytes) {
-  void* const raw =
-      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (raw == MAP_FAILED) throw std::bad_alloc();
-  const std::size_t start = reinterpret_cast<std::size_t>(raw), head = (kHugePage - start % kHugePage) % kHugePage;
-  char* const memory = static_cast<char*>(raw) + head;
-  if (head) munmap(raw, head);
-  if (head < kHugePage) munmap(memory + bytes, kHugePage - head);
-#if defined(MADV_HUGEPAGE)
-  madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-  return memory;
+template <class T>
+void gate(const float* sums, std::int64_t rows, T* h, std::int64_t stride, std::int64_t columns) {
+  for (std::int64_t m = 0; m < rows; ++m, sums += kPanel, h += stride)
+    for (std::int64_t i = 0; i < columns; i += kLanes) {
+      const F g = load(sums + i), up = load(sums + kPanel / 2 + i), v = g / (1.0f + exp(-g)) * up;
+      if (columns - i >= kLanes)
+        store(h + i, v);
+      else
+        store_some(h + i, v, columns - i);
+    }
 }
 
-std::size_t mapped_size(std::int64_t bytes) {
-  return std::max<std::size_t>(1, ceil_div(bytes, kHugePage)) * kHugePage;
+template <class T>
+void combine(const float* sums, const std::int32_t* picks, const float* weights, std::int64_t count, T* y,
+             std::int64_t columns) {
+  F out[kVectors] = {};
+  for (std::int64_t j = 0; j < count; ++j)
+    if (picks[j] >= 0)
+      for (int v = 0; v < kVectors; ++v)
+        out[v] += weights[j] * load(sums + static_cast<std::int64_t>(picks[j]) * kPanel + v * kLanes);
+  for (int v = 0; v < kVectors && v * kLanes < columns; ++v)
+    if (columns - v * kLanes >= kLanes)
+      store(y + v * kLanes, out[v]);
+    else
+      store_some(y + v * kLanes, out[v], columns - v * kLanes);
+}
+
+template <class T>
+constexpr ExpertLoops<T> loops() {
+  return {multiply<T>, gate<T>, combine<T>};
 }
 
 }  // namespace
 
-void PackedExperts::Unmap::operator()(char* memory) const { munmap(memory, bytes); }
+PORTHAL_LOOPS(PerPacked<ExpertLoops>, experts_loops) = {loops<float>(), loops<bf16>()};
 
-PackedExperts::PackedExperts(std::int64_t experts, std::int64_t rows, std::int64_t columns, bool is_bf16, bool gated)
-    : experts(experts),
-      rows(rows),
-      columns(columns),
-      is_bf16(is_bf16),
-      gated(gated),
-      kernels(porthal::kernels()),
-      item(is_bf16 ? 2 : 4),
-      panels(gated ? ceil_div(rows / 2, kernels.panel / 2) : ceil_div(rows, kernels.panel)),
-      panel_bytes(kernels.panel * 4 * (is_bf16 ? ceil_div(columns, 2) : columns)),
-      memory_(map_pages(mapped_size(bytes())), Unmap{mapped_size(bytes())}) {}
+}  // namespace porthal
+#else
+#include <algorithm>
 
-// visit(packed, stride, row, begin, end): elements [begin, end) of logical row `row` go to `packed`, one group every
-// `stride` bytes. Panels in parallel, each in blocks of depth that stay in L1 while its rows are transposed.
-template <class Visit>
-void PackedExperts::each_run(std::int64_t expert, Visit visit) const {
-  constexpr std::int64_t kBlock = 128;
-  const std::int64_t width = kernels.panel, half = width / 2, group = is_bf16 ? 2 : 1;
-  parallel_for(panels, 1, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t p = first; p < last; ++p)
-      for (std::int64_t begin = 0; begin < columns; begin += kBlock)
-        for (std::int64_t lane = 0; lane < width; ++lane) {
-          const std::int64_t output = gated ? p * half + lane % half : p * width + lane;
-          if (output >= (gated ? rows / 2 : rows)) continue;
-          char* const packed = memory_.get() + (expert * panels + p) * panel_bytes + (begin / group * width + lane) * 4;
-          const std::int64_t row = output + (gated && lane >= half ? rows / 2 : 0);
-          visit(packed, width * 4, row, begin, std::min(columns, begin + kBlock));
-        }
-  });
-}
+#include "bind.hpp"
+#include "packed.hpp"
+#include "threads.hpp"
 
-void PackedExperts::set(std::int64_t expert, const Matrix& logical) {
-  const std::ptrdiff_t step = logical.column_stride;
-  each_run(expert, [&](char* to, std::int64_t stride, std::int64_t row, std::int64_t begin, std::int64_t end) {
-    const char* from = logical.data + row * logical.row_stride + begin * step;
-    if (is_bf16) {
-      for (std::int64_t k = begin; k < end; k += 2, to += stride, from += 2 * step) {
-        std::memcpy(to, from, 2);
-        if (k + 1 < end) std::memcpy(to + 2, from + step, 2);
-      }
-    } else {
-      for (std::int64_t k = begin; k < end; ++k, to += stride, from += step) std::memcpy(to, from, 4);
-    }
-  });
-}
+namespace porthal {
 
-void PackedExperts::get(std::int64_t expert, void* logical) const {
-  each_run(expert, [&](const char* from, std::int64_t stride, std::int64_t row, std::int64_t begin, std::int64_t end) {
-    char* to = static_cast<char*>(logical) + (row * columns + begin) * item;
-    for (std::int64_t k = begin; k < end; from += stride) {
-      const std::int64_t count = std::min<std::int64_t>(end - k, is_bf16 ? 2 : 1);
-      std::memcpy(to, from, count * item);
-      to += count * item;
-      k += count;
-    }
-  });
-}
+PORTHAL_TABLES(PerPacked<ExpertLoops>, experts_loops)
 
 namespace {
+
+constexpr std::int64_t kRowBlock = 192;     // routed rows that pass over one panel together
+constexpr std::int64_t kTokenBlock = 4096;  // tokens per round: bounds the scratch memory
 
 // Which routed rows each expert gets: a stable counting sort of the (token, choice) pairs of one token block.
 struct Routing {
@@ -151,33 +135,14 @@ struct Routing {
   }
 };
 
-// Memory that grows and stays, without the zeroing of std::vector.
 template <class T>
-class Scratch {
- public:
-  T* at_least(std::int64_t count) {
-    if (count > size_) {
-      memory_.reset(new T[count]);
-      size_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> memory_;
-  std::int64_t size_ = 0;
-};
-
-}  // namespace
-
-template <class T>
-void moe_experts(const Matrix& x, const Matrix& ids, const Matrix& weights, const PackedExperts& w13,
-                 const PackedExperts& w2, std::int64_t first_expert, T* y) {
+void run(const Matrix& x, const Matrix& ids, const Matrix& weights, const Packed& w13,
+                 const Packed& w2, std::int64_t first_expert, T* y) {
   thread_local Routing routing_of_caller;
   thread_local Scratch<T> hidden_of_caller, copy_of_caller;
   Routing& routing = routing_of_caller;
-  const Loops<T>& loops = w13.kernels.loops(y);
-  const std::int64_t width = w13.kernels.panel, half = width / 2;
+  const ExpertLoops<T>& loops = experts_loops(w13.isa).of(y);
+  const std::int64_t width = w13.panel, half = width / 2;
   const std::int64_t model = w13.columns, inner = w2.columns, choices = ids.columns;
   const std::int64_t depth = ceil_div(model, kGroup<T>) * kGroup<T>, stride = ceil_div(inner, kGroup<T>) * kGroup<T>;
 
@@ -209,8 +174,8 @@ void moe_experts(const Matrix& x, const Matrix& ids, const Matrix& weights, cons
     const std::int64_t bytes = routing.active * (w13.panels * w13.panel_bytes + w2.panels * w2.panel_bytes);
     const bool alone = bytes * ceil_div(routed, 8 * std::max<std::int64_t>(1, routing.active)) < (1 << 19);
 
-    const auto panel = [](const PackedExperts& w, std::int64_t expert, std::int64_t p) {
-      return reinterpret_cast<const T*>(w.panel(expert, p));
+    const auto panel = [](const Packed& w, std::int64_t expert, std::int64_t p) {
+      return reinterpret_cast<const T*>(w.at(expert, p));
     };
     const std::int64_t ups = works * w13.panels;
     const std::int64_t share = std::clamp<std::int64_t>(ups / (16 * num_threads()), 1, 8);
@@ -250,9 +215,32 @@ void moe_experts(const Matrix& x, const Matrix& ids, const Matrix& weights, cons
   }
 }
 
-template void moe_experts<float>(const Matrix&, const Matrix&, const Matrix&, const PackedExperts&,
-                                 const PackedExperts&, std::int64_t, float*);
-template void moe_experts<bf16>(const Matrix&, const Matrix&, const Matrix&, const PackedExperts&,
-                                const PackedExperts&, std::int64_t, bf16*);
+void moe_experts(const Array& x, const Array& ids, const Array& weights, const Packed& w13, const Packed& w2,
+                 std::int64_t first_expert, const Array& y) {
+  if (x.kind != w13.kind() || w13.is_bf16 != w2.is_bf16) throw std::invalid_argument("x, w13 and w2 differ in dtype.");
+  if (!w13.gated || w2.gated) throw std::invalid_argument("w13 must be packed with gated=True and w2 without.");
+  if (w13.experts != w2.experts || w13.rows != 2 * w2.columns || w13.columns != w2.rows)
+    throw std::invalid_argument("w13 and w2 do not fit together: w13 is [E, 2I, H] and w2 is [E, H, I].");
+  if (w13.isa != w2.isa) throw std::invalid_argument("w13 and w2 were packed for different instruction sets.");
+  ids.has(Kind::i32);
+  weights.has(Kind::f32);
+  y.has(x.kind);
+  const Matrix rows = x.matrix(kAny, w13.columns), chosen = ids.matrix(rows.rows);
+  const Matrix mix = weights.matrix(rows.rows, chosen.columns);
+  void* const out = y.output({rows.rows, rows.columns});
+  if (x.kind == Kind::f32)
+    run(rows, chosen, mix, w13, w2, first_expert, static_cast<float*>(out));
+  else
+    run(rows, chosen, mix, w13, w2, first_expert, static_cast<bf16*>(out));
+}
+
+}  // namespace
+
+PORTHAL_OP(moe_experts, "x ids weights w13 w2 first_expert y",
+           "y[t] = sum_j weights[t, j] * w2[e] @ (silu(gate) * up), [gate; up] = w13[e] @ x[t], e = ids[t, j] -\n"
+           "first_expert; ids negative or not held here add nothing. x, y [T, H]; ids int32 and weights float32\n"
+           "[T, K]. Sums in float32 in a fixed order: a row of y depends on its own inputs only, bit by bit. In bf16\n"
+           "silu(gate) * up is rounded, and subnormal products may count as 0.")
 
 }  // namespace porthal
+#endif
