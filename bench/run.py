@@ -42,6 +42,7 @@ class Run:
     found: list[Measured] = field(default_factory=list)
     peaks: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     steps: dict[str, dict[int, StepTime]] = field(default_factory=dict)  # of the demo checkpoint, by number of threads
+    late: bool = False  # whether there was no time for some calls
 
     @property
     def timed(self) -> list[Measured]:
@@ -79,14 +80,19 @@ def bench(
         }
         kept = stack.enter_context(closing(Kept(journal, head, resume))) if journal else None
         cases = list(dict.fromkeys(row.case for row in workload.rows))
-        run.found += kept.known if kept else []
+        known = {(m.token, m.backend) for m in kept.known} if kept else set()
+        whole = {c.token for c in cases if all((c.token, name) in known for name in backends)}
+        run.found += [m for m in kept.known if m.token in whole] if kept else []
         end = time.monotonic() + seconds
-        known = {(m.token, m.backend) for m in run.found}
-        cases = [c for c in cases if any((c.token, name) not in known for name in backends)]
+        cases = [c for c in cases if c.token not in whole]
         for n, case in enumerate(cases):
             left = end - time.monotonic()
             started = time.monotonic()
-            for measured in stage.measured(case, left / (len(cases) - n)) if left > 0 else stage.late(case):
+            if left <= 0:
+                run.late = True
+                run.found += stage.late(case)  # and not kept: there may be time when the run goes on
+                continue
+            for measured in list(stage.measured(case, left / (len(cases) - n))):  # all of a call, or nothing
                 run.found.append(measured)
                 if kept:
                     kept.add(measured)

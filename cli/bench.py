@@ -79,13 +79,15 @@ def bench(
         found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance))
     if json:
         json.write_text(found.json(), encoding="utf-8")
-        if journal and not resume:  # the report has all of it
-            journal.unlink()
     if curve:
         for line in curves.markdown(found.run):
             print(line)
     else:
         text.drawn(found.table())
+    if journal and found.run.late:
+        text.note(f"porthal: there was no time left for some calls: {advice()}")
+    elif journal and not resume:  # the report has all of it
+        journal.unlink()
     if found.exit_code == 2:
         print("nothing was timed: what stood against it is said above")
     return found.exit_code
