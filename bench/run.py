@@ -166,8 +166,9 @@ class _Stage:
             yield Measured(case.token, name, "", why="there was no time left for it: give more --seconds, or --resume")
 
     def measured(self, case: Case, seconds: float) -> Iterator[Measured]:
-        """The call on all backends in turns."""
+        """The call on all backends in turns, judged and timed within about so many seconds."""
         judged: dict[str, Judged] = {}
+        until = time.monotonic() + seconds
         for name, side in self.run.sides.items():
             if why := self.gone.get(name) or (side.facts.place != "hardware" and f"{side.facts.place}: no speed of a chip"):
                 yield Measured(case.token, name, "", why=why)
@@ -186,7 +187,8 @@ class _Stage:
         if any(work.bytes <= self._holds(name).get(c, 0) for name in judged for c in CACHES):
             caches.append(WARM)
         for cache in caches:
-            found = self._in_turns(case, judged, cache, seconds / len(caches)) if judged else []
+            left = (until - time.monotonic()) / (len(caches) if cache == COLD else 1)
+            found = self._in_turns(case, judged, cache, left) if judged else []
             yield from found
             judged = {m.backend: judged[m.backend] for m in found if m.samples}
         for name in judged:
