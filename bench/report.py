@@ -5,12 +5,11 @@ docs/benchmarks.md describes both.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
 from porthal.bench.statistics import ratio
 from porthal.bench.workloads import Row
+from porthal.conformance.report.receipt import receipt
 from porthal.hal import Unavailable
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Report:
         from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
         from pytest_benchmark.utils import get_commit_info
 
-        return {
+        made = {
             "machine_info": machine_info(),
             "commit_info": get_commit_info(),
             "benchmarks": list(self._benchmarks()),
@@ -70,6 +70,8 @@ class Report:
             "version": __version__,
             "porthal": self.facts(),
         }
+        made["porthal"]["receipt"] = receipt(made)
+        return made
 
     def json(self) -> str:
         return json.dumps(self.document(), indent=1)
@@ -89,7 +91,6 @@ class Report:
             }
             for name, side in sides.items()
         }
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         places = list(dict.fromkeys(side.facts.place for side in sides.values()))
         return {
             "schema": SCHEMA,
@@ -102,12 +103,12 @@ class Report:
             },
             "workload": {"name": run.workload.name, "scale": self._scales(), **run.workload.facts},
             "unmeasured": [
-                {"op": m.token.partition(",")[0].partition("@")[0], "token": m.token, "backend": m.backend, "why": m.why}
-                for m in run.found
+                {"op": row.case.op, "token": m.token, "backend": m.backend, "why": m.why, "group": row.group}
+                for row in run.workload.rows
+                for m in self.by_token.get(row.case.token, ())
                 if not m.samples
             ],
-            "command": command,
-            "receipt": receipt({"backends": backends, "command": command}),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
 
     def _scales(self) -> dict[str, str]:
@@ -254,11 +255,6 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
         "kernel": m.kernel,
         "provider": m.provider,
     }
-
-
-def receipt(facts: Mapping[str, Any]) -> str:
-    """A digest of what took part."""
-    return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def check_format() -> None:
