@@ -5,6 +5,7 @@ docs/benchmarks.md describes both.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -57,12 +58,10 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """The report in pytest-benchmark's format, with what is ours under "porthal" and in each extra_info."""
-        try:
-            from pytest_benchmark import __version__
-            from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
-            from pytest_benchmark.utils import get_commit_info
-        except ImportError:
-            raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'") from None
+        from pytest_benchmark import __version__
+        from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
+        from pytest_benchmark.utils import get_commit_info
+
         made = {
             "machine_info": machine_info(),
             "commit_info": get_commit_info(),
@@ -199,7 +198,8 @@ class Report:
                 part = "" if len(known) == len(rows) else f", {len(known)} of {len(rows)} calls"
                 told.append(f"{name} {time_text(seconds)} (limit {time_text(least)}{part})")
             if told and rows[0].step != "alone":
-                yield f"{group}: one step takes {', '.join(told)}"
+                what = "these calls of one step take" if self.run.workload.part else "one step takes"
+                yield f"{group}: {what} {', '.join(told)}"
         for name, steps in self.run.steps.items():
             if steps:
                 best = min(steps, key=lambda threads: steps[threads].seconds)
@@ -255,6 +255,12 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
         "kernel": m.kernel,
         "provider": m.provider,
     }
+
+
+def check_format() -> None:
+    """Raise Unavailable, before long work, where the package is not here whose format the JSON has."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'")
 
 
 # -- how numbers are written ---------------------------------------------------------------------------------------------

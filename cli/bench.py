@@ -47,7 +47,7 @@ def bench(
     Exit code 1 when a call is wrong or faster than the limit permits, 2 when nothing was timed.
     """
     from porthal.bench import curve as curves
-    from porthal.bench.report import Report
+    from porthal.bench.report import Report, check_format
     from porthal.bench.run import bench as run
     from porthal.bench.scale import Bounds
     from porthal.bench.workloads import workload as named
@@ -60,6 +60,8 @@ def bench(
         raise UsageError(f"--memory is {memory}: expected more than 0 GiB")
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     text.check_writable(json=json, resume=journal)
+    if json:
+        check_format()
     bounds = Bounds(memory=memory * GIB)
     if curve and (op or step or workload != "glm5"):
         raise UsageError("--curve has calls of its own: give it without --op, --step and --workload")
@@ -79,13 +81,15 @@ def bench(
         found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance))
     if json:
         json.write_text(found.json(), encoding="utf-8")
-        if journal and not resume:  # the report has all of it
-            journal.unlink()
     if curve:
         for line in curves.markdown(found.run):
             print(line)
     else:
         text.drawn(found.table())
+    if journal and found.run.late:
+        text.note(f"porthal: there was no time left for some calls: {advice()}")
+    elif journal and not resume:  # the report has all of it
+        journal.unlink()
     if found.exit_code == 2:
         print("nothing was timed: what stood against it is said above")
     return found.exit_code
