@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from porthal.bench.measured import SCHEMA
 from porthal.bench.statistics import NOISY
+from porthal.bench.text import time_text
+from porthal.conformance.report.files import read
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
+from porthal.conformance.report.report import Report
 from porthal.hal import UsageError
 
 SHORTEST = 1e-15  # seconds
@@ -97,6 +101,10 @@ class Speed:
     @property
     def noisy(self) -> bool:
         return self.noise > NOISY
+
+    @property
+    def words(self) -> str:
+        return time_text(self.time.median) + (f", {self.share:.0%} of {self.bound}" if self.bound else "")
 
     @property
     def share(self) -> float:
@@ -198,6 +206,12 @@ class Speeds:
         """The workload in words, without how each of its calls was scaled."""
         return plain(", ".join(f"{name} {value}" for name, value in self.workload.items() if not isinstance(value, dict)))
 
+    @property
+    def threads(self) -> int:
+        """That the backends had."""
+        said = [facts.get("threads") for facts in self.backends.values()]
+        return max((n for n in said if type(n) is int and n > 0), default=1)
+
     def place(self, backend: str) -> str:
         """Where its kernels ran."""
         return plain(self.backends[backend].get("place", "not said"))
@@ -211,12 +225,22 @@ class Speeds:
 
     def facts(self, backend: str) -> dict[str, str]:
         """What else is said of a backend, as text: version, threads, device, digests of sources, versions, ..."""
-        found = {}
-        for name, value in self.backends[backend].items():
-            inner = value if isinstance(value, dict) else {name: value}
-            parts = {f"{name} of {part}" if name == "digest" != part else part: v for part, v in inner.items()}
-            found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
-        return found
+        return told(self.backends[backend])
+
+
+def read_report(file: Path) -> Report | Speeds:
+    """A report of either kind from its file; UsageError says what is wrong with it."""
+    return read(file, lambda data: (Speeds if "benchmarks" in data else Report).of_object(data))
+
+
+def told(backend: Mapping[str, Any]) -> dict[str, str]:
+    """What a file's object says of a backend, as text."""
+    found = {}
+    for name, value in backend.items():
+        inner = value if isinstance(value, dict) else {name: value}
+        parts = {f"{name} of {part}" if name == "digest" != part else part: v for part, v in inner.items()}
+        found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
+    return found
 
 
 def _check_objects(*parts: object) -> None:
