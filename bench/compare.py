@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
 ALONE = "alone"  # the step of calls that belong to none
+FAINT = 0.1  # of a step's time, what may be noisy of it
 DRIFT = 0.05  # by how much a limit of the machine may differ between two runs before it is said
 
 
@@ -155,8 +156,10 @@ class Comparison:
             return None
         theirs = side.reference.rows if side.reference else {}
         common = [key for key in mine if key in theirs]
-        noisy = any(side.rows[key].noisy or theirs[key].noisy for key in common)
-        ratio = Ratio.of(took(side.rows[k] for k in common), took(theirs[k] for k in common)) if common and not noisy else None
+        pairs = [took(rows[key] for key in common) for rows in (side.rows, theirs)] if common else []
+        faint = [took(rows[key] for key in common if rows[key].noisy) for rows in (side.rows, theirs)] if common else []
+        clear = pairs and all(part.median <= FAINT * whole.median for part, whole in zip(faint, pairs))
+        ratio = Ratio.of(*pairs) if clear else None
         gone = [m.op for m in self.files[side.file].missing if (m.group, m.backend) == (keys[0].group, side.backend)]
         lacks = list(dict.fromkeys([*(key.call.op for key in keys if key not in side.rows), *gone]))
         rows = [side.rows[key] for key in mine]

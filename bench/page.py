@@ -94,6 +94,7 @@ def speeds_page(comparison: Comparison) -> str:
     """Files beside each other, or the backends of one, as one page without external resources or scripts."""
     sides, colours = comparison.sides, _colours(comparison)
     lines = list(_lines(comparison))
+    whole = [comparison.files[side.file].whole.get(side.backend, []) for side in sides]
     ratios = [ratio for line in lines for ratio in line.ratios.values()]
     legend = [(op, colour) for op, colour in colours.items() if colour < COLOURS - 1 or len(colours) <= COLOURS]
     return render(
@@ -105,6 +106,8 @@ def speeds_page(comparison: Comparison) -> str:
         files=[comparison.files[side.file] for side in sides],
         legend=legend + [("others", COLOURS - 1)] * (len(colours) > COLOURS),
         steps={at: list(_bars(steps, colours)) for at, steps in comparison.steps.items()},
+        whole={n: steps for n, steps in enumerate(whole) if steps},
+        longest=max((step.seconds for steps in whole for step in steps), default=0),
         contexts=list(_contexts(comparison)),
         rooflines=list(_rooflines(comparison, colours)),
         lines=lines,

@@ -112,6 +112,23 @@ class Speed:
         return self.limit / self.time.median
 
 
+class Whole(NamedTuple):
+    """A step of the demo checkpoint as a whole, with so many threads: seconds, those of the host between its ops, and how many
+    these are."""
+
+    threads: int
+    seconds: float
+    host: float
+    ops: int
+
+    @classmethod
+    def read(cls, threads: str, said: Mapping[str, Any]) -> Whole:
+        made = cls(int(threads), said["seconds"], said["host_s"], said["calls"])
+        if not all(map(number, made)) or min(made) < 0:
+            raise TypeError(f"a whole step is {_said(said)}")
+        return made
+
+
 class Missing(NamedTuple):
     """What a group asks for and was not measured, and why."""
 
@@ -134,6 +151,7 @@ class Speeds:
     machine: Mapping[str, Any]
     date: str
     receipt: str
+    whole: Mapping[str, list[Whole]]
     reproduced: Reproduced | None = None
 
     @classmethod
@@ -156,6 +174,7 @@ class Speeds:
                 data["machine_info"],
                 data["datetime"],
                 ours["receipt"],
+                {name: [Whole.read(*step) for step in steps.items()] for name, steps in ours.get("steps", {}).items()},
                 Reproduced.read(ours.get("reproduced")),
             )
             made._verify()

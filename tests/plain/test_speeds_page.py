@@ -69,6 +69,18 @@ def test_what_a_step_costs_is_drawn_over_the_context(made):
     assert [p.words for p in cpu] == [f"cpu, context {c}: {time_text(t)}" for c, t in zip(sizes, times)]
 
 
+def test_the_parts_of_a_curve_are_drawn_apart_and_are_no_step():
+    data = benchmark_file({"cpu": 0.9, "torch": 0.4}, rows=(1,), only=("linear", "sparse_mla"))
+    for entry in data["benchmarks"]:
+        entry["group"] = entry["group"].replace("decode, 1 request", "curve")
+        entry["extra_info"]["step"] = "sparse" if entry["extra_info"]["op"] == "sparse_mla" else "dense"
+    both = comparison(Speeds.of_object(sealed(data)))
+    assert both.steps == {}
+    charts = list(page._contexts(both))
+    assert [(c.title, c.note) for c in charts] == [("curve", f"calls of {n}, over the context") for n in ("cpu", "torch")]
+    assert all(c.legend == [("dense", 0), ("sparse", 1)] and [len(s) for s in c.series] == [4, 4] for c in charts)
+
+
 def test_parts_of_a_bar_are_the_step(made):
     colours = page._colours(made)
     assert sorted(colours.values()) == [0, 1, 2, 3, 4, 5, 6, 7, 7] and len(colours) == len(OPS)
@@ -109,4 +121,5 @@ def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
         assert f"<h2>{section}</h2>" in text
     assert "different threads: 1 (cpu A), 2 (cpu B)." in text and "without rms_norm, not measured" in text
     assert "FAIL_VALUE: &lt;y&gt; &amp; more" in text and "<y>" not in text
+    assert "The demo model's step as a whole" in text and text.count("1 thread, 337 µs between 35 ops") == 2
     assert text.count(f"receipt {other['porthal']['receipt']}") == 1 and text.count(">self-reported<") == 2
