@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
 from porthal.bench.statistics import ratio
+from porthal.bench.text import rate_text, time_text
 from porthal.bench.workloads import Row
 from porthal.conformance.report.receipt import receipt
 from porthal.hal import Unavailable
@@ -56,6 +57,7 @@ class Report:
 
     # -- JSON --------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def document(self) -> dict[str, Any]:
         """The report in pytest-benchmark's format, with what is ours under "porthal" and in each extra_info."""
         from pytest_benchmark import __version__
@@ -74,7 +76,7 @@ class Report:
         return made
 
     def json(self) -> str:
-        return json.dumps(self.document(), indent=1)
+        return json.dumps(self.document, indent=1)
 
     def facts(self) -> dict[str, Any]:
         """What the numbers mean: where they were taken, of what, against which limits; and what was not measured."""
@@ -284,13 +286,6 @@ def compared(a: Measured | None, b: Measured | None) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def time_text(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
 def shortened(rest: str) -> str:
     """A token's sizes, without what a reader of times does not ask for."""
     hidden = ("theta=", "eps=", "scale=", "block_size=", "distinct=", "n_group=", "topk_group=", "-")
@@ -299,9 +294,4 @@ def shortened(rest: str) -> str:
 
 
 def _rate(peak: str, rate: float) -> str:
-    unit = "B/s" if peak in ("dram", "l3", "l2", "copy") else "OP/s"
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if rate >= size:
-            return f"{rate / size:.3g} {prefix}{unit}"
-    return f"{rate:.3g} {unit}"
-
+    return rate_text(rate, "B/s" if peak in ("dram", "l3", "l2", "copy") else "OP/s")
