@@ -1,26 +1,48 @@
-"""Native kernels for float32 and bfloat16 NumPy arrays."""
+"""Native kernels for NumPy arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from porthal.backends.cpu import _native, policy
+from porthal.backends.cpu.copies import Copies
+from porthal.backends.cpu.elementwise import Elementwise
+from porthal.backends.cpu.peaks import peaks
 from porthal.backends.cpu.products import Products
-from porthal.hal import Batch, Rows, Selection, SelectionSpec, limits, one_of
+from porthal.backends.cpu.routing import Routing
+from porthal.backends.cpu.tokens import Tokens
+from porthal.hal import (
+    Batch,
+    Peak,
+    Rows,
+    Selection,
+    SelectionSpec,
+    UsageError,
+    limits,
+    one_of,
+)
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
 
 
-class Cpu(Products):
+class Cpu(Copies, Elementwise, Products, Routing, Tokens):
     """Native kernels; what is not packed lies as in the reference."""
 
-    @limits(provider="C++", batch_invariant=True, dtypes={"x": NATIVE, "weight": NATIVE})
-    def rms_norm(self, x: Array, weight: Array, *, eps: float = 1e-5) -> Array:
-        y = self.empty(x.shape, x.dtype.name)
-        self.native.rms_norm(x, weight, y, eps)
-        return y
+    def __init__(self, device: str = "") -> None:
+        if device:
+            raise UsageError(f"{self.name} has no device {device!r}: expected {self.name!r} alone")
+        super().__init__()
+        policy.apply(_native)
+
+    def describe(self) -> str:
+        return f"{super().describe()} ({policy.text(_native)})"
+
+    def peaks(self) -> Mapping[str, Peak]:
+        return peaks()
 
     @limits(provider="C++", batch_invariant=True)
     def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:

@@ -14,12 +14,23 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace porthal {
+
+void bind_limits(py::module_& m);
+
 namespace {
 
-int bfloat16_num = -1;  // NumPy's number for ml_dtypes.bfloat16, given out at import
+int bfloat16_num = -1;  // NumPy's number for ml_dtypes.bfloat16, given out when that is imported
 PyTypeObject* array_type = nullptr;
 
+// NumPy is imported by the first array, so that what is built in can be asked for without it.
+void know_arrays() {
+  if (array_type) return;
+  bfloat16_num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
+  array_type = py::detail::npy_api::get().PyArray_Type_;
+}
+
 Kind kind_of(PyObject* descr) {
+  know_arrays();
   const auto* const d = py::detail::array_descriptor_proxy(descr);
   if (d->byteorder != '=' && d->byteorder != '|') return Kind::other;
   const int num = py::reinterpret_borrow<py::dtype>(descr).num();
@@ -95,6 +106,14 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 bool read(PyObject* object, const char* name, Array& to) {
+  if (!array_type) {
+    try {
+      know_arrays();
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return false;
+    }
+  }
   if (Py_TYPE(object) != array_type && !PyObject_TypeCheck(object, array_type))
     return wrong_type(name, object, "a NumPy array");
   const auto* const a = py::detail::array_proxy(object);
@@ -182,8 +201,6 @@ Op::Op(const char* name, const char* parameters, Fast fast, const char* doc)
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels; arrays are NumPy's, outputs are given by the caller, the GIL is released while computing.";
-  bfloat16_num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
-  array_type = py::detail::npy_api::get().PyArray_Type_;
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       std::rethrow_exception(p);
@@ -192,6 +209,7 @@ PYBIND11_MODULE(_native, m) {
     }
   });
 
+  bind_limits(m);
   m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
   m.def("set_num_threads", &set_num_threads, "count"_a, "Results do not depend on it.");
   m.def("isa", [] { return isa_name(isa()); }, "Instruction set in use: by default the best this CPU runs.");
