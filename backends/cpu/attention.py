@@ -41,3 +41,11 @@ class Attention(Reference):
             q_latent, q_rope, *kv.leaves(), *sel.native, batch.cu_q, batch.block_table, batch.block_size, scale, o
         )
         return o
+
+    @limits(provider="C++", batch_invariant=True)
+    def indexer_scores(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
+        scores = self.empty((batch.T, batch.max_kv), "float32")
+        self.native.indexer_scores(
+            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, scores
+        )
+        return scores
