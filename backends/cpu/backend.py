@@ -8,7 +8,7 @@ import numpy as np
 
 from porthal.backends.cpu import _native
 from porthal.backends.cpu.attention import Attention
-from porthal.hal import Batch, Rows, Selection, SelectionSpec, Weight, WeightSpec, limits, numpy_dtype, one_of
+from porthal.hal import Weight, WeightSpec, limits, numpy_dtype, one_of
 
 Array = np.ndarray[Any, Any]
 NATIVE = one_of("float32", "bfloat16")
@@ -43,13 +43,6 @@ class Cpu(Attention):
         y = self.empty(x.shape, x.dtype.name)
         self.native.rms_norm(x, weight, y, eps)
         return y
-
-    @limits(provider="C++", batch_invariant=True)
-    def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:
-        length = np.minimum(batch.visible, k)
-        indices = self.empty((batch.T, k), "int32")
-        self.native.topk(scores, batch.visible, k, indices)
-        return Selection(SelectionSpec(batch.T, k), Rows(indices, length))
 
     @limits(provider="C++", dtypes={"x": NATIVE})
     def moe_experts(

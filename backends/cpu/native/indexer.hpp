@@ -54,6 +54,7 @@ struct RowGroup {
 template <class T>
 class Scorer {
  public:
+  using Element = T;
   static constexpr std::int64_t kMostRows = 16;
 
   Scorer(const Array& iq, const Array& w, const Matrix& keys, const Requests& requests, const Matrix& visible, float scale)

@@ -65,6 +65,19 @@ class Candidates {
     return count_;
   }
 
+  // The same with their keys, for `take` of a row that is put together from parts of it, in their order.
+  std::size_t finish(std::uint32_t* keys, std::int32_t* to) {
+    finish(to);
+    std::copy_n(keys_.data(), count_, keys);
+    return count_;
+  }
+  void take(const std::uint32_t* keys, const std::int32_t* positions, std::size_t n) {
+    room(count_ + n);
+    std::copy_n(keys, n, keys_.data() + count_);
+    std::copy_n(positions, n, positions_.data() + count_);
+    count_ += n;
+  }
+
   std::size_t count() const { return count_; }
 
   // A threshold that about k of n scores reach, a little low, guessed from some of them. Only speed depends on it.
