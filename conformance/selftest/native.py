@@ -14,10 +14,10 @@ keys = partial(Defect, "topk", source="topk.cpp")
 top = partial(Defect, "topk", source="topk.cpp")
 loops = partial(Defect, "moe_experts", source="moe_experts.cpp")
 experts = partial(Defect, "moe_experts", source="moe_experts.cpp")
-tail = """  if (i < n) {
-    const F v = load_some(x + i, n - i);
-    squares[0] += v * v;
-  }
+tail = """    if (i < n) {
+      const F v = load_some(x + i, n - i);
+      squares[0] += v * v;
+    }
 """
 written = "if (i < n) store_some(y + i, load_some(x + i, n - i) * scale * load_some(weight + i, n - i), n - i);\n"
 key = "const U u = (((U)v & ~nan) | (0xff800000u & nan)) & ~zero;\n"

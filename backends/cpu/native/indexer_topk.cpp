@@ -1,5 +1,4 @@
 // topk(indexer_scores(...)) without the scores in memory: those of a chunk of positions go to each row's candidates.
-#if !defined(PORTHAL_ISA)
 #include "bind.hpp"
 #include "indexer.hpp"
 #include "selection.hpp"
@@ -117,4 +116,3 @@ PORTHAL_OP(indexer_topk, "iq w keys visible cu_q block_table block_size scale k 
            "scores of each row, ascending, of equal scores the first; the rest is -1. Operands as for indexer_scores.")
 
 }  // namespace porthal
-#endif
