@@ -8,7 +8,7 @@ import numpy as np
 
 from porthal.backends.cpu import _native
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Backend, Batch, Pages, PagesSpec, Selection, limits, numpy_dtype
+from porthal.hal import Backend, Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, limits, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 LINE = 64  # bytes of a cache line
@@ -41,3 +41,29 @@ class Attention(Reference):
             q_latent, q_rope, *kv.leaves(), *sel.native, batch.cu_q, batch.block_table, batch.block_size, scale, o
         )
         return o
+
+    @limits(provider="C++", batch_invariant=True)
+    def indexer_scores(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
+        scores = self.empty((batch.T, batch.max_kv), "float32")
+        self.native.indexer_scores(
+            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, scores
+        )
+        return scores
+
+    @limits(provider="C++", batch_invariant=True)
+    def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:
+        indices = self.empty((batch.T, k), "int32")
+        self.native.topk(scores, batch.visible, k, indices)
+        return self._selection(indices, batch)
+
+    @limits(provider="C++", batch_invariant=True)
+    def indexer_topk(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
+        indices = self.empty((batch.T, k), "int32")
+        self.native.indexer_topk(
+            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, k, indices
+        )
+        return self._selection(indices, batch)
+
+    def _selection(self, indices: Array, batch: Batch) -> Selection:
+        T, k = indices.shape
+        return Selection(SelectionSpec(T, k), Rows(indices, np.minimum(batch.visible, k)))

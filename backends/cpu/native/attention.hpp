@@ -37,6 +37,13 @@ struct Pairs {
 
 inline std::int64_t up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
+template <class T>
+inline void widen_row(const T* from, std::int64_t n, float* to) {  // and pads it with zeros
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  if (i < n) store(to + i, load_some(from + i, n - i));
+}
+
 // Vectors of heads, in panels of nearly equal width.
 struct Heads {
   std::int64_t vectors, panels;

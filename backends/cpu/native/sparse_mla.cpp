@@ -90,13 +90,6 @@ struct Space {
   }
 };
 
-template <class T>
-inline void widen_row(const T* from, std::int64_t n, float* to) {  // and pads it with zeros
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store(to + i, load_some(from + i, n - i));
-}
-
 template <class M, class T>
 void queries(const MlaDims& d, const T* latent, std::ptrdiff_t latent_stride, const T* rope, std::ptrdiff_t rope_stride,
              float* memory) {
@@ -405,23 +398,6 @@ const MlaLoops<bf16>& loops_of(const MlaDims& d, const bf16*) {
   return d.c % 2 || d.r % 2 ? tables.each.b16 : tables.pairs;
 }
 
-// Row t of an array [T, N, W] as heads with unit stride: in place if they have one, else copied.
-template <class T>
-const T* heads_of(const Array& a, std::int64_t t, std::vector<T>& space, std::ptrdiff_t& stride) {
-  const char* const row = a.data + t * a.strides[0];
-  if (a.strides[2] == static_cast<std::ptrdiff_t>(sizeof(T)) || a.shape[2] <= 1) {
-    stride = a.strides[1];
-    return reinterpret_cast<const T*>(row);
-  }
-  const std::int64_t width = a.shape[2];
-  space.resize(a.shape[1] * width);
-  for (std::int64_t n = 0; n < a.shape[1]; ++n)
-    for (std::int64_t i = 0; i < width; ++i)
-      space[n * width + i] = *reinterpret_cast<const T*>(row + n * a.strides[1] + i * a.strides[2]);
-  stride = width * sizeof(T);
-  return space.data();
-}
-
 constexpr std::int64_t kSplitRows = 4;           // rows of a thread, up to which blocks are handed out instead of rows
 constexpr std::int64_t kAlone = 1 << 20;         // products that are not worth waking anybody for
 constexpr std::int64_t kSplitFloats = 1 << 24;  // that their sums may take
@@ -455,8 +431,8 @@ struct Mla {
   void queries(std::int64_t t, float* space) const {
     thread_local std::vector<T> latent_copy, rope_copy;
     std::ptrdiff_t latent_stride, rope_stride;
-    const T* const latent = heads_of(q_latent, t, latent_copy, latent_stride);
-    const T* const rope = heads_of(q_rope, t, rope_copy, rope_stride);
+    const T* const latent = q_latent.dense_matrix<T>(t, latent_copy, latent_stride);
+    const T* const rope = q_rope.dense_matrix<T>(t, rope_copy, rope_stride);
     loops.queries(dims, latent, latent_stride, rope, rope_stride, space);
   }
 
