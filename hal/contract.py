@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -407,6 +408,7 @@ def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
     return make
 
 
+@cache
 def contracts() -> Mapping[str, Contract]:
     """Every contract by name; the files of porthal/ops are found by listing the folder."""
     import importlib

@@ -36,12 +36,12 @@ def operations(case: Case) -> float:
 def seconds(case: Case) -> float:
     """About how long a case takes one core: the kernel's calls, the memory that is filled and compared, the golden, which
     is that of the distinct rows. Of a batch that is a name only what does not depend on its requests counts."""
-    contract, dims, found = case.contract, dict(case.dims), requests(case.batch) or []
+    contract, dims, found = case.contract, dict(case.dims), requests(case.batch) or ()
     few = case.distinct or max((*dims.values(), *(r.q for r in found)), default=1)
     small = {s: min(n, few) if s in contract.independent else n for s, n in dims.items()}
     if per_expert(contract):
         small[contract.rows] = min(dims[contract.rows], 2 * dims.get("E", 1))
-    kept = [r._replace(q=min(r.q * n, few)) for r, n in Counter(found).items()] if case.distinct else found
+    kept = tuple(r._replace(q=min(r.q * n, few)) for r, n in Counter(found).items()) if case.distinct else found
     work, reference = (
         _operations(case, sizes, step) + COPY * _numbers(case, sizes, step) for sizes, step in ((dims, found), (small, kept))
     )

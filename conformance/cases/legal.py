@@ -131,7 +131,7 @@ def _refused_requests(found: Sequence[Request], T: int, block_size: int, written
     if any(r.kv and r.kv < r.q for r in found) or max(r.kv for r in found) > LONGEST:
         return f"a request must see 0 keys, or at least its own query rows and at most {LONGEST}"
     for before, request in pairwise((Request(0, 0), *found)):
-        if request.shared > (most := shareable(before, request, block_size, written)):
+        if request.shared and request.shared > (most := shareable(before, request, block_size, written)):
             return f"a request shares {request.shared} pages with the one before, expected at most {most}"
     return ""
 

@@ -18,12 +18,13 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from porthal.conformance.cases.case import Case
@@ -135,15 +136,15 @@ def _limit_memory(gib: float) -> None:
 
 
 class Worker:
-    """A process, which answers one message at a time."""
+    """A process that runs `serve` of a module, and answers one message at a time."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Any, module: str = __name__, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.first = 0.0
         self.pipe, theirs = Pipe()
         program = (
             "import sys; sys.path[:] = sys.argv[3:]; "
-            "from porthal.conformance.runner.workers import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+            f"from {module} import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         )
         with theirs:
             self.process = subprocess.Popen(
@@ -152,7 +153,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=self.log,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
+                env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
                 start_new_session=True,  # the parent handles interrupts, and a kill ends its children too
             )
         self.send(setup)
