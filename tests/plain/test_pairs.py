@@ -3,23 +3,17 @@
 import os
 import subprocess
 import sys
-from hashlib import sha256
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import ENDS, FORMS, batch_of, form_of, points, size_class
 from porthal.conformance.cases.compositions import LONGEST
 from porthal.conformance.cases.legal import refusal
-from porthal.conformance.cases.pairs import design_of
 from porthal.conformance.cases.plan import cases
-from porthal.conformance.execution.bindings import Bindings
-from porthal.conformance.runner.check import check
-from porthal.hal import contracts, create
+from porthal.hal import contracts
 
 
 @given(st.integers(0, LONGEST))
@@ -27,7 +21,7 @@ def test_a_size_has_one_class_and_its_points_are_of_it(v):
     label = size_class(v)
     assert points(label) and all(size_class(p) == label for p in points(label))
     low, high = ENDS[label // 2 - 1] if label > 1 else -1, ENDS[label // 2]
-    assert low < v <= high and (v % 8 > 0) == bool(label % 2) or v < 8
+    assert (low < v <= high and (v % 8 > 0) == bool(label % 2)) or v < 8
 
 
 @given(
