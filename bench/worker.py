@@ -19,7 +19,7 @@ from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.runner.workers import START, Worker, ends_with
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import PorthalError, Unavailable, create, running
+from porthal.hal import Backend, PorthalError, Unavailable, create, running
 
 EMPTY = 200  # times that nothing is timed, for what timing itself takes
 SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PORTHAL_THREADS")
@@ -33,11 +33,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Side:
-    """What a worker says of its backend: the facts of a report, its clock, and the bytes that each of its memories holds."""
+    """What a worker says of its backend: the facts of a report, its clock, whether it computes on the host's processor, and the
+    bytes that each of its memories holds."""
 
     facts: Facts
     clock: str
     threads: int
+    on_host: bool
     holds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -79,7 +81,8 @@ class Bench:
                 clock = "device events"
             holds = {name: peak.holds for name, peak in self.peaks.items()}
             facts = Facts.of(self.backend)
-        self.side = Side(facts, clock, setup.threads, holds)
+        on_host = facts.device.startswith(Backend.describe(self.backend))
+        self.side = Side(facts, clock, setup.threads, on_host, holds)
         self.overhead = min(self._timed(lambda: None) for _ in range(EMPTY))
         self.call: Call | None = None
         self.evict: Callable[[], None] | None = None
