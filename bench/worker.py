@@ -71,7 +71,8 @@ class Bench:
     """A backend on so many threads, and the call that is being timed."""
 
     def __init__(self, setup: Setup) -> None:
-        os.sched_setaffinity(0, processors(setup.threads))  # before anything counts them
+        cores = processors(setup.threads)
+        os.sched_setaffinity(0, cores)  # before anything counts them
         self.backend = create(setup.backend)
         with running(self.backend):
             self.bindings = Bindings(self.backend)
@@ -83,10 +84,10 @@ class Bench:
             facts = Facts.of(self.backend)
         on_host = facts.device.startswith(Backend.describe(self.backend))
         self.side = Side(facts, clock, setup.threads, on_host, holds)
+        self.cores = cores if on_host and len(cores) > 1 else []
         self.overhead = min(self._timed(lambda: None) for _ in range(EMPTY))
         self.call: Call | None = None
         self.evict: Callable[[], None] | None = None
-        self.evicted: tuple[float, ...] | None = None
 
     def _reads_our_clock(self) -> bool:
         read: list[float] = []
@@ -117,8 +118,7 @@ class Bench:
         """Seconds of a call after the caches, which hold so many bytes, have been filled with something else, and its code has
         run on other memory; None where that cannot be done."""
         assert self.call
-        if self.evicted != (holds,):
-            self.evict, self.evicted = evicting(self.backend, {"": holds}), (holds,)
+        self.evict = self.evict or evicting(self.backend, holds, self.cores)
         if self.evict is None:
             return None
         self.evict()
