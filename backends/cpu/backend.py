@@ -14,6 +14,7 @@ from porthal.backends.cpu.routing import Routing
 from porthal.backends.cpu.tokens import Tokens
 from porthal.hal import Peak, UsageError
 
+
 class Cpu(Attention, Copies, Elementwise, Products, Routing, Tokens):
     """Native kernels; what is not packed lies as in the reference."""
 
