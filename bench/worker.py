@@ -155,6 +155,8 @@ class Backstage:
         self.worker = Worker(Setup(backend, threads), __name__, dict.fromkeys(SETTINGS, str(threads)))
         try:
             side = self._answer(START)
+            if isinstance(side, PorthalError):
+                raise side
             if isinstance(side, Judgement):
                 raise Unavailable(f"{backend} does not start: {side.message}")
         except BaseException:
@@ -163,17 +165,16 @@ class Backstage:
         self.side: Side = side
 
     def ask(self, method: str, *args: Any, patience: float = 600.0) -> Any:
-        """What the worker answers; a Judgement where it died or did not answer. Raises a PorthalError that it answers with."""
+        """What the worker answers; a Judgement where it died, did not answer or was refused."""
         self.worker.send((method, *args))
-        return self._answer(patience)
+        answer = self._answer(patience)
+        return Judgement("NOT_JUDGED", str(answer)) if isinstance(answer, PorthalError) else answer
 
     def _answer(self, patience: float) -> Any:
         end = time.monotonic() + patience
         while time.monotonic() < end:
             wait([self.worker.pipe], max(end - time.monotonic(), 0.0))
             for message in self.worker.received():
-                if isinstance(message, PorthalError):
-                    raise message
                 return message
         return Judgement("TIMEOUT", f"no answer within {patience:g} s")
 

@@ -11,10 +11,10 @@ from porthal.conformance.selftest.planting import Defect
 mla = partial(Defect, "sparse_mla", source="sparse_mla.cpp")
 dots = partial(Defect, "sparse_mla", source="attention.hpp")
 where = partial(Defect, "sparse_mla", source="requests.hpp")
-scores = partial(Defect, "indexer_scores", source="indexer_scores.cpp")
+scores = partial(Defect, "indexer_scores", source="indexer.cpp")
 rows = partial(Defect, "indexer_scores", source="indexer.hpp")
 fused = partial(Defect, "indexer_topk", source="indexer_topk.cpp")
-top = partial(Defect, "topk", source="topk.cpp")
+top = partial(Defect, "topk", source="selection.cpp")
 best = partial(Defect, "topk", source="selection.hpp")
 key = "const U u = (((U)v & ~nan) | (0xff800000u & nan)) & ~zero;\n"
 ties = "equal &= ~(1u << (31 - __builtin_clz(equal)));"
