@@ -78,7 +78,7 @@ def library(ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str]
     units = sorted({unit for op in ops for unit in _needed(texts, op)})
     made = [(unit, loops) for unit in units for loops in (False, True) if _stands(texts, unit, loops)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda one: _object(texts, *one, ", ".join(ops), options), made))
+        objects = list(pool.map(lambda one: _object(texts, one[0], one[1], ", ".join(ops), options), made))
     return _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *options, *map(str, objects)], ", ".join(ops))
 
 

@@ -61,9 +61,12 @@ def test_indices_out_of_range_are_refused_and_nothing_is_written():
         (lambda: native.page_copy(field, np.int32([2]), np.int32([0]), 2), r"source\[0\] is 2, expected 0 to 1\."),
         (lambda: native.page_copy(field, np.int32([0]), np.int32([-1]), 2), r"target\[0\] is -1, expected 0 to 1\."),
         (lambda: native.page_copy(field, np.int32([0]), np.int32([1]), 3), r"block_size is 3, expected a divisor of 4 slots\."),
-        (lambda: native.moe_unpermute(y, np.int32([0, 2]), np.ones((1, 2), np.float32), y[:1]), r"source\[1\] is 2, expected -1 to 1\."),
-        (lambda: native.moe_route(x, x[0], 5, 1.0, 1, 1, np.zeros((3, 5), np.int32), np.zeros((3, 5), np.float32)), "k is 5, expected 1 to 4"),
-        (lambda: native.rope(x[None], np.int32([0]), 1e4, True, 2, 4, x[None].copy()), "start and width are 2 and 4, expected an even slice of 4"),
+        (lambda: native.moe_unpermute(y, np.int32([0, 2]), np.ones((1, 2), np.float32), y[:1]),
+         r"source\[1\] is 2, expected -1 to 1\."),
+        (lambda: native.moe_route(x, x[0], 5, 1.0, 1, 1, np.zeros((3, 5), np.int32), np.zeros((3, 5), np.float32)),
+         "k is 5, expected 1 to 4"),
+        (lambda: native.rope(x[None], np.int32([0]), 1e4, True, 2, 4, x[None].copy()),
+         "start and width are 2 and 4, expected an even slice of 4"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()
