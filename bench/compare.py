@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from porthal.bench.page import seconds, speeds_page
+from porthal.bench.page import speeds_page
 from porthal.bench.run import COLD
 from porthal.bench.speeds import Call, Key, Speed, Speeds, Timed
+from porthal.bench.text import time_text
 from porthal.conformance.report.differences import LETTERS, differences
 from porthal.hal import UsageError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
 ALONE = "alone"  # the step of calls that belong to none
+FAINT = 0.1  # of a step's time, what may be noisy of it
 DRIFT = 0.05  # by how much a limit of the machine may differ between two runs before it is said
 
 
@@ -131,12 +133,22 @@ class Comparison:
         return list(dict.fromkeys(call.op for call in self.calls))
 
     @cached_property
+    def parts(self) -> dict[str, dict[str, list[Step]]]:
+        """By group and kind: what its calls take on each side, with cold caches, as one call evicts what the next one needs."""
+        kinds = {key: row.step for side in self.sides for key, row in side.rows.items()}
+        found: dict[str, dict[str, list[Key]]] = {}
+        for key in self.keys:
+            if key.call.cache == COLD and kinds[key] != ALONE:
+                found.setdefault(key.group, {}).setdefault(kinds[key], []).append(key)
+        return {
+            group: {kind: [step for side in self.sides if (step := self._step(side, keys))] for kind, keys in by_kind.items()}
+            for group, by_kind in found.items()
+        }
+
+    @cached_property
     def steps(self) -> dict[str, list[Step]]:
-        """By group: each side's step, with cold caches, as one call of a step evicts what the next one needs."""
-        alone = {key for side in self.sides for key, row in side.rows.items() if row.step == ALONE}
-        cold = [key for key in self.keys if key.call.cache == COLD and key not in alone]
-        found = {group: [key for key in cold if key.group == group] for group in dict.fromkeys(key.group for key in cold)}
-        return {group: [step for side in self.sides if (step := self._step(side, keys))] for group, keys in found.items()}
+        """By group: each side's step, where the calls of the group make up one."""
+        return {group: steps for group, by_kind in self.parts.items() if len(by_kind) == 1 for steps in by_kind.values()}
 
     def _step(self, side: Side, keys: Sequence[Key]) -> Step | None:
         mine = [key for key in keys if key in side.rows]
@@ -144,8 +156,10 @@ class Comparison:
             return None
         theirs = side.reference.rows if side.reference else {}
         common = [key for key in mine if key in theirs]
-        noisy = any(side.rows[key].noisy or theirs[key].noisy for key in common)
-        ratio = Ratio.of(took(side.rows[k] for k in common), took(theirs[k] for k in common)) if common and not noisy else None
+        pairs = [took(rows[key] for key in common) for rows in (side.rows, theirs)] if common else []
+        faint = [took(rows[key] for key in common if rows[key].noisy) for rows in (side.rows, theirs)] if common else []
+        clear = pairs and all(part.median <= FAINT * whole.median for part, whole in zip(faint, pairs))
+        ratio = Ratio.of(*pairs) if clear else None
         gone = [m.op for m in self.files[side.file].missing if (m.group, m.backend) == (keys[0].group, side.backend)]
         lacks = list(dict.fromkeys([*(key.call.op for key in keys if key not in side.rows), *gone]))
         rows = [side.rows[key] for key in mine]
@@ -327,5 +341,5 @@ def _cells(ratio: Ratio | None) -> list[str]:
 
 
 def _step_cells(side: Side, step: Step | None) -> list[str]:
-    took = seconds(step.time.median) + "*" * bool(step.lacks) if step else ""
+    took = time_text(step.time.median) + "*" * bool(step.lacks) if step else ""
     return [took, *([str(step.ratio) if step and step.ratio else ""] if side.reference else [])]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from porthal.bench.speeds import Key, Speed
+from porthal.bench.text import rate_text, time_text
 from porthal.conformance.report.axis import Axis
 from porthal.conformance.report.page import render
 
@@ -63,10 +64,11 @@ class Slope(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """Points on two logarithmic axes, those of a series joined; or below a roof."""
+    """Points on two logarithmic axes, those of a series joined; or below a roof. `legend` names the colours."""
 
     title: str
     note: str
+    legend: list[tuple[str, int]]
     x: Axis
     y: Axis
     series: list[list[Point]]
@@ -92,6 +94,7 @@ def speeds_page(comparison: Comparison) -> str:
     """Files beside each other, or the backends of one, as one page without external resources or scripts."""
     sides, colours = comparison.sides, _colours(comparison)
     lines = list(_lines(comparison))
+    whole = [comparison.files[side.file].whole.get(side.backend, []) for side in sides]
     ratios = [ratio for line in lines for ratio in line.ratios.values()]
     legend = [(op, colour) for op, colour in colours.items() if colour < COLOURS - 1 or len(colours) <= COLOURS]
     return render(
@@ -103,27 +106,15 @@ def speeds_page(comparison: Comparison) -> str:
         files=[comparison.files[side.file] for side in sides],
         legend=legend + [("others", COLOURS - 1)] * (len(colours) > COLOURS),
         steps={at: list(_bars(steps, colours)) for at, steps in comparison.steps.items()},
+        whole={n: steps for n, steps in enumerate(whole) if steps},
+        longest=max((step.seconds for steps in whole for step in steps), default=0),
         contexts=list(_contexts(comparison)),
         rooflines=list(_rooflines(comparison, colours)),
         lines=lines,
         ratios=Axis.ratios(min(r.low for r in ratios), max(r.high for r in ratios), "{:g}x".format) if ratios else None,
         tables=_tables(comparison),
-        seconds=seconds,
-        rate=rate,
+        seconds=time_text,
     )
-
-
-def seconds(time: float) -> str:
-    """0.00123 -> "1.23 ms"."""
-    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if time >= s), ("ns", 1e-9))
-    return f"{time / size:.3g} {unit}"
-
-
-def rate(value: float, unit: str = "") -> str:
-    """1234567890 -> "1.23 GB/s"."""
-    prefixes = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-    prefix, size = next(((p, s) for p, s in prefixes if value >= s), ("", 1.0))
-    return f"{value / size:.3g} {prefix}{unit}".strip()
 
 
 def _colours(comparison: Comparison) -> dict[str, int]:
@@ -143,27 +134,33 @@ def _bars(steps: Sequence[Step], colours: Mapping[str, int]) -> Iterator[Bar]:
 
 
 def _contexts(comparison: Comparison) -> Iterator[Chart]:
-    """What a step costs at each context that the workload has it at, where all of it was measured."""
-    found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for group, steps in comparison.steps.items():
-        if known := CONTEXT.fullmatch(group):
+    """What a step costs at each context that the workload has it at, where all of it was measured. Where the calls of a group
+    are parts of different kinds, each side has a chart of these."""
+    found: dict[tuple[str, str], dict[tuple[str, int], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for group, by_kind in comparison.parts.items():
+        if not (known := CONTEXT.fullmatch(group)):
+            continue
+        for kind, steps in by_kind.items():
             for step in (step for step in steps if not step.lacks):
-                size = int(known["size"]) * UNITS[known["unit"]]
-                found[known["what"]][comparison.sides.index(step.side)][size] = step.time.median
-    for title, series in found.items():
+                what, size = known["what"], int(known["size"]) * UNITS[known["unit"]]
+                n, label = comparison.sides.index(step.side), step.side.label
+                at = ((what, ""), (label, n)) if len(by_kind) == 1 else ((what, label), (kind, list(by_kind).index(kind)))
+                found[at[0]][at[1]][size] = step.time.median
+    for (what, label), series in found.items():
         sizes = sorted({size for by_size in series.values() for size in by_size})
         if len(sizes) > 1:
             times = [time for by_size in series.values() for time in by_size.values()]
             x = Axis(math.log10(sizes[0]), math.log10(sizes[-1]), sizes, _size, WIDE)
-            y = Axis.decades(min(times), max(times), seconds)
+            y = Axis.decades(min(times), max(times), time_text)
             lines = [
                 [
-                    Point(x(at), 100 - y(time), n, f"{comparison.sides[n].label}, context {_size(at)}: {seconds(time)}")
-                    for at, time in sorted(by_size.items())
+                    Point(x(size), 100 - y(time), colour, f"{name}, context {_size(size)}: {time_text(time)}")
+                    for size, time in sorted(by_size.items())
                 ]
-                for n, by_size in series.items()
+                for (name, colour), by_size in series.items()
             ]
-            yield Chart(title, "one step, over the context", x, y, lines, [])
+            note = "one step, over the context" if not label else f"calls of {label}, over the context"
+            yield Chart(what, note, list(series), x, y, lines, [])
 
 
 def _size(tokens: float) -> str:
@@ -179,7 +176,7 @@ def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[C
         limits = [comparison.files[s.file].limits.get(s.backend, {}) for s in comparison.sides]
         peaks = [each[PEAKS[dtype]] for each in limits if PEAKS.get(dtype) in each]
         x = Axis.decades(min(map(_intensity, mine)), max(map(_intensity, mine)))
-        y = Axis.decades(min(map(_rate, mine)), max([*map(_rate, mine), *peaks]), rate)
+        y = Axis.decades(min(map(_rate, mine)), max([*map(_rate, mine), *peaks]), rate_text)
         for side, known in zip(comparison.sides, limits):
             points = [
                 Point(x(_intensity(row)), 100 - y(_rate(row)), colours[row.op], _words(row))
@@ -188,10 +185,10 @@ def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[C
             ]
             peak = known.get(PEAKS.get(dtype, ""))
             memories = {name: known[name] for name in MEMORIES if name in known}
-            note = [f"{PEAKS[dtype]} {rate(peak, 'op/s')}"] if peak else []
-            note += [f"{name} {rate(speed, 'B/s')}" for name, speed in memories.items()]
+            note = [f"{PEAKS[dtype]} {rate_text(peak, 'op/s')}"] if peak else []
+            note += [f"{name} {rate_text(speed, 'B/s')}" for name, speed in memories.items()]
             if points:
-                yield Chart(f"{side.label}, {dtype}", ", ".join(note), x, y, [points], list(_roof(x, y, peak, memories)))
+                yield Chart(f"{side.label}, {dtype}", ", ".join(note), [], x, y, [points], list(_roof(x, y, peak, memories)))
 
 
 def _intensity(row: Speed) -> float:
@@ -204,7 +201,7 @@ def _rate(row: Speed) -> float:
 
 def _words(row: Speed) -> str:
     share = f", {row.share:.0%} of {row.bound}" if row.bound else ""
-    return f"{row.op} in {row.group}, {row.cache}: {rate(_rate(row), 'op/s')}{share}"
+    return f"{row.op} in {row.group}, {row.cache}: {rate_text(_rate(row), 'op/s')}{share}"
 
 
 def _roof(x: Axis, y: Axis, peak: float | None, memories: Mapping[str, float]) -> Iterator[Slope]:

@@ -5,6 +5,7 @@ docs/benchmarks.md describes both.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
 from porthal.bench.statistics import ratio
+from porthal.bench.text import rate_text, time_text
 from porthal.bench.workloads import Row
 from porthal.conformance.report.receipt import receipt
 from porthal.hal import Unavailable
@@ -41,7 +43,7 @@ class Report:
     @cached_property
     def impossible(self) -> list[Measured]:
         """What was faster than the device can be."""
-        return [m for m in self.run.timed if m.share > OVER and not m.summary.noisy]
+        return [m for m in self.run.timed if m.share > OVER and not m.noisy]
 
     @cached_property
     def wrong(self) -> list[Measured]:
@@ -55,14 +57,13 @@ class Report:
 
     # -- JSON --------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def document(self) -> dict[str, Any]:
         """The report in pytest-benchmark's format, with what is ours under "porthal" and in each extra_info."""
-        try:
-            from pytest_benchmark import __version__
-            from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
-            from pytest_benchmark.utils import get_commit_info
-        except ImportError:
-            raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'") from None
+        from pytest_benchmark import __version__
+        from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
+        from pytest_benchmark.utils import get_commit_info
+
         made = {
             "machine_info": machine_info(),
             "commit_info": get_commit_info(),
@@ -75,7 +76,7 @@ class Report:
         return made
 
     def json(self) -> str:
-        return json.dumps(self.document(), indent=1)
+        return json.dumps(self.document, indent=1)
 
     def facts(self) -> dict[str, Any]:
         """What the numbers mean: where they were taken, of what, against which limits; and what was not measured."""
@@ -199,7 +200,8 @@ class Report:
                 part = "" if len(known) == len(rows) else f", {len(known)} of {len(rows)} calls"
                 told.append(f"{name} {time_text(seconds)} (limit {time_text(least)}{part})")
             if told and rows[0].step != "alone":
-                yield f"{group}: one step takes {', '.join(told)}"
+                what = "these calls of one step take" if self.run.workload.part else "one step takes"
+                yield f"{group}: {what} {', '.join(told)}"
         for name, steps in self.run.steps.items():
             if steps:
                 best = min(steps, key=lambda threads: steps[threads].seconds)
@@ -257,6 +259,12 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
     }
 
 
+def check_format() -> None:
+    """Raise Unavailable, before long work, where the package is not here whose format the JSON has."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'")
+
+
 # -- how numbers are written ---------------------------------------------------------------------------------------------
 
 
@@ -265,7 +273,7 @@ def cell(m: Measured | None) -> str:
     if not m:
         return "-"
     found = m.summary
-    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound else ""
+    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound and not m.noisy else ""
     kernel = "" if m.kernel == "own" else f" {m.kernel}"
     return f"{time_text(found.median)} {share:>5}{kernel}".rstrip()
 
@@ -278,13 +286,6 @@ def compared(a: Measured | None, b: Measured | None) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def time_text(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
 def shortened(rest: str) -> str:
     """A token's sizes, without what a reader of times does not ask for."""
     hidden = ("theta=", "eps=", "scale=", "block_size=", "distinct=", "n_group=", "topk_group=", "-")
@@ -293,9 +294,4 @@ def shortened(rest: str) -> str:
 
 
 def _rate(peak: str, rate: float) -> str:
-    unit = "B/s" if peak in ("dram", "l3", "l2", "copy") else "OP/s"
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if rate >= size:
-            return f"{rate / size:.3g} {prefix}{unit}"
-    return f"{rate:.3g} {unit}"
-
+    return rate_text(rate, "B/s" if peak in ("dram", "l3", "l2", "copy") else "OP/s")

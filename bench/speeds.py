@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from porthal.bench.measured import SCHEMA
 from porthal.bench.statistics import NOISY
+from porthal.bench.text import time_text
+from porthal.conformance.report.files import read
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
+from porthal.conformance.report.report import Report
 from porthal.hal import UsageError
 
 SHORTEST = 1e-15  # seconds
@@ -99,9 +103,30 @@ class Speed:
         return self.noise > NOISY
 
     @property
+    def words(self) -> str:
+        return time_text(self.time.median) + (f", {self.share:.0%} of {self.bound}" if self.bound else "")
+
+    @property
     def share(self) -> float:
         """Of what the machine could do; 0 where that is not known."""
         return self.limit / self.time.median
+
+
+class Whole(NamedTuple):
+    """A step of the demo checkpoint as a whole, with so many threads: seconds, those of the host between its ops, and how many
+    these are."""
+
+    threads: int
+    seconds: float
+    host: float
+    ops: int
+
+    @classmethod
+    def read(cls, threads: str, said: Mapping[str, Any]) -> Whole:
+        made = cls(int(threads), said["seconds"], said["host_s"], said["calls"])
+        if not all(map(number, made)) or min(made) < 0:
+            raise TypeError(f"a whole step is {_said(said)}")
+        return made
 
 
 class Missing(NamedTuple):
@@ -126,6 +151,7 @@ class Speeds:
     machine: Mapping[str, Any]
     date: str
     receipt: str
+    whole: Mapping[str, list[Whole]]
     reproduced: Reproduced | None = None
 
     @classmethod
@@ -148,6 +174,7 @@ class Speeds:
                 data["machine_info"],
                 data["datetime"],
                 ours["receipt"],
+                {name: [Whole.read(*step) for step in steps.items()] for name, steps in ours.get("steps", {}).items()},
                 Reproduced.read(ours.get("reproduced")),
             )
             made._verify()
@@ -198,6 +225,12 @@ class Speeds:
         """The workload in words, without how each of its calls was scaled."""
         return plain(", ".join(f"{name} {value}" for name, value in self.workload.items() if not isinstance(value, dict)))
 
+    @property
+    def threads(self) -> int:
+        """That the backends had."""
+        said = [facts.get("threads") for facts in self.backends.values()]
+        return max((n for n in said if type(n) is int and n > 0), default=1)
+
     def place(self, backend: str) -> str:
         """Where its kernels ran."""
         return plain(self.backends[backend].get("place", "not said"))
@@ -211,12 +244,22 @@ class Speeds:
 
     def facts(self, backend: str) -> dict[str, str]:
         """What else is said of a backend, as text: version, threads, device, digests of sources, versions, ..."""
-        found = {}
-        for name, value in self.backends[backend].items():
-            inner = value if isinstance(value, dict) else {name: value}
-            parts = {f"{name} of {part}" if name == "digest" != part else part: v for part, v in inner.items()}
-            found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
-        return found
+        return told(self.backends[backend])
+
+
+def read_report(file: Path) -> Report | Speeds:
+    """A report of either kind from its file; UsageError says what is wrong with it."""
+    return read(file, lambda data: (Speeds if "benchmarks" in data else Report).of_object(data))
+
+
+def told(backend: Mapping[str, Any]) -> dict[str, str]:
+    """What a file's object says of a backend, as text."""
+    found = {}
+    for name, value in backend.items():
+        inner = value if isinstance(value, dict) else {name: value}
+        parts = {f"{name} of {part}" if name == "digest" != part else part: v for part, v in inner.items()}
+        found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
+    return found
 
 
 def _check_objects(*parts: object) -> None:

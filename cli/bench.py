@@ -38,6 +38,7 @@ def bench(
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="about how long to measure in all")] = 240,
     memory: Annotated[float, typer.Option(metavar="GIB", help="for the operands of one call, on each backend")] = 0.5,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write it in pytest-benchmark's format")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write it as one page")] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="keep each time there, and continue from those kept")
     ] = None,
@@ -47,9 +48,11 @@ def bench(
     Exit code 1 when a call is wrong or faster than the limit permits, 2 when nothing was timed.
     """
     from porthal.bench import curve as curves
-    from porthal.bench.report import Report
+    from porthal.bench.compare import comparison
+    from porthal.bench.report import Report, check_format
     from porthal.bench.run import bench as run
     from porthal.bench.scale import Bounds
+    from porthal.bench.speeds import Speeds
     from porthal.bench.workloads import workload as named
     from porthal.hal import selected
 
@@ -59,7 +62,9 @@ def bench(
     if not memory > 0:
         raise UsageError(f"--memory is {memory}: expected more than 0 GiB")
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
-    text.check_writable(json=json, resume=journal)
+    text.check_writable(json=json, html=html, resume=journal)
+    if json:
+        check_format()
     bounds = Bounds(memory=memory * GIB)
     if curve and (op or step or workload != "glm5"):
         raise UsageError("--curve has calls of its own: give it without --op, --step and --workload")
@@ -77,15 +82,19 @@ def bench(
     with stoppable(advice), text.progress() as advance:
         names = (backend or selected()[0]).split(",")
         found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance))
+    if html and found.run.timed:
+        html.write_text(comparison(Speeds.of_object(found.document)).html(), encoding="utf-8")
     if json:
         json.write_text(found.json(), encoding="utf-8")
-        if journal and not resume:  # the report has all of it
-            journal.unlink()
     if curve:
         for line in curves.markdown(found.run):
             print(line)
     else:
         text.drawn(found.table())
+    if journal and found.run.late:
+        text.note(f"porthal: there was no time left for some calls: {advice()}")
+    elif journal and not resume:  # the report has all of it
+        journal.unlink()
     if found.exit_code == 2:
         print("nothing was timed: what stood against it is said above")
     return found.exit_code

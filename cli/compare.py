@@ -47,18 +47,14 @@ def compare(
 def compared(files: list[Path]) -> Proofs | Times:
     """Reports of one kind beside each other."""
     from porthal.bench.compare import comparison as times
-    from porthal.bench.speeds import Speeds
+    from porthal.bench.speeds import Speeds, read_report
     from porthal.conformance.report.compare import comparison as proofs
     from porthal.conformance.report.differences import LETTERS
-    from porthal.conformance.report.files import read
     from porthal.conformance.report.report import Report
-
-    def kind_of(data: dict[str, Any]) -> type[Speeds | Report]:
-        return Speeds if "benchmarks" in data else Report
 
     if not 2 <= len(files) <= len(LETTERS):
         raise UsageError(f"got {len(files)} report{'s' * (len(files) != 1)}: expected 2 to {len(LETTERS)}")
-    made: list[Any] = [read(file, lambda data: kind_of(data).of_object(data)) for file in files]
+    made: list[Any] = [read_report(file) for file in files]
     kinds = {Report: "a conformance report", Speeds: "a benchmark file"}
     for file, report in zip(files, made):
         if type(report) is not type(made[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,17 +34,23 @@ def verify(
     Pages and comparisons of the file that --json writes say reproduced, or not, instead of self-reported. Exit code 1 where
     a row does not hold.
     """
+    from porthal.bench.scale import Bounds as Sizes
+    from porthal.bench.speeds import Speeds, read_report
+    from porthal.bench.verify import verify as time_again
     from porthal.conformance.report.files import read
-    from porthal.conformance.report.report import Report
-    from porthal.conformance.runner.verify import verify as run
+    from porthal.conformance.runner.verify import verify as run_again
     from porthal.conformance.runner.workers import Bounds
 
     text.check_writable(json=json)
     if json and json.resolve() == report.resolve():
         raise UsageError(f"--json is {json}, which is the report itself: give another file")
-    made = read(report, Report.of_object)
+    made, bounds = read_report(report), Bounds(workers, timeout, memory)
     with stoppable(), text.progress() as advance:
-        found = run(made, share, backend or "", Bounds(workers, timeout, memory), advance)
+        if isinstance(made, Speeds):
+            threads = min(made.threads, len(os.sched_getaffinity(0)))
+            found = time_again(made, share, threads, backend or "", Sizes(memory * 2**30), advance)
+        else:
+            found = run_again(made, share, backend or "", bounds, advance)
     if json:
         json.write_text(found.marked(read(report, dict)), encoding="utf-8")
     text.drawn(found.table())

@@ -44,6 +44,10 @@ class OperandSpec:
 
     def symbols(self) -> tuple[str, ...]:
         """The symbols in its dims and fields."""
+        return self._symbols
+
+    @cached_property
+    def _symbols(self) -> tuple[str, ...]:
         return tuple(s for d in (*self.dims, *(width for _, width, _ in self.fields)) for s in symbols(d))
 
 

@@ -90,6 +90,7 @@ def benchmark_file(
             "limits": {backend: dict(LIMITS) for backend in speed},
             "backends": {backend: _backend(backend) | facts for backend in speed},
             "workload": {"name": "glm5", "config": "glm-5", "scale": {"moe_experts": "16 of 256 experts"}},
+            "steps": {backend: {"1": {"seconds": 0.036, "host_s": 337e-6, "calls": 35}} for backend in speed},
             "unmeasured": [],
         },
     })

@@ -47,7 +47,7 @@ onload = () => {
       limits: all(".plot line.limit").map(middle),
       bad: all(".plot .dot-bad").map(middle),
       good: all(".plot .dot-own, .plot .dot-other").map(middle),
-      stacks: all(".stack").map(e => [...e.children].reduce((sum, i) => sum + i.getBoundingClientRect().width, 0)),
+      stacks: all(".step .stack").map(e => [...e.children].reduce((sum, i) => sum + i.getBoundingClientRect().width, 0)),
       strays: all(".chart circle, .chart line").filter(e => {
         const r = e.getBoundingClientRect(), at = e.closest(".chart").getBoundingClientRect();
         return r.left < at.left - 5 || r.right > at.right + 5 || r.top < at.top - 5 || r.bottom > at.bottom + 5;

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.receipt import Reproduced, origin
 from porthal.hal import UsageError
 
@@ -21,7 +20,7 @@ Drawn = TypeVar("Drawn")
 
 
 class Checked(NamedTuple):
-    """A row that was run again: what the report says of it, what came out here, and the command that repeats it."""
+    """A row that was run again: what the report says of it, what came out here, and a command that shows it."""
 
     row: str
     said: str
@@ -32,19 +31,20 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """The rows that were drawn of so many, and what is not the same here as where the report was made."""
+    """The rows that were drawn of so many, where, and what is not the same here as where the report was made."""
 
     checked: tuple[Checked, ...]
     of: int
-    backend: str
-    facts: Facts
+    where: str
+    device: str
+    sources: Mapping[str, str]
     differences: tuple[str, ...]
 
     @property
     def reproduced(self) -> Reproduced:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         held = sum(row.holds for row in self.checked)
-        return Reproduced(len(self.checked), held, now, self.facts.device, dict(self.facts.sources))
+        return Reproduced(len(self.checked), held, now, self.device, dict(self.sources))
 
     @property
     def exit_code(self) -> int:
@@ -62,8 +62,7 @@ class Verification:
         from rich.console import Group
         from rich.text import Text
 
-        head = f"{self.backend} ({self.facts.place}): {len(self.checked)} of {self.of} rows, drawn at random"
-        lines = [head, *self.differences]
+        lines = [f"{self.where}: {len(self.checked)} of {self.of} rows, drawn at random", *self.differences]
         for row in self.checked:
             if not row.holds:
                 lines += [f"does not hold: {row.row}", f"  said: {row.said}", f"  here: {row.found}", f"  {row.command}"]

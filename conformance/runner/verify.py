@@ -38,7 +38,8 @@ def verify(
             progress(len(found), len(cases), result.op)
         facts = pool.facts
     checked = tuple(_checked(report, said, found[cases[said.token].token]) for said in rows)
-    return Verification(checked, len(report.results), name, facts, elsewhere(_facts(report), _facts(facts)))
+    where, differences = f"{name} ({facts.place})", elsewhere(_facts(report), _facts(facts))
+    return Verification(checked, len(report.results), where, facts.device, facts.sources, differences)
 
 
 def _checked(report: Report, said: Result, found: Result) -> Checked:

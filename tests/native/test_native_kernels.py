@@ -123,7 +123,7 @@ def topk_exact(scores, length, k):
     out = np.full((len(scores), k), -1, np.int32)
     for row, n, to in zip(wide, length, out, strict=True):
         order = np.argsort(-row[:n], kind="stable")[:k]
-        to[: len(order)] = order
+        to[: len(order)] = np.sort(order)
     return out
 
 

@@ -74,6 +74,14 @@ def test_a_call_that_several_groups_share_counts_once():
     assert twice.summary[twice.sides[1]] == once.summary[once.sides[1]]
 
 
+def test_a_little_noise_leaves_a_step_comparable():
+    data = benchmark_file({"cpu": 0.9, "torch": 0.4}, **ONE)
+    for entry in data["benchmarks"]:
+        entry["extra_info"]["noise"] = 0.5 if entry["extra_info"]["op"] == "rms_norm" else 0.01
+    ((_, (_, step)),) = comparison(Speeds.of_object(sealed(data))).steps.items()
+    assert step.ratio.value == pytest.approx(0.4 / 0.9, rel=0.02)
+
+
 def test_warm_calls_are_compared_and_belong_to_no_step():
     data = benchmark_file({"cpu": 0.9}, **ONE)
     warm = {**data["benchmarks"][0], "extra_info": {**data["benchmarks"][0]["extra_info"], "cache": "warm"}}
@@ -189,6 +197,8 @@ FIRST = ("benchmarks", 0)
         (("porthal", "limits", "cpu", "dram"), -1, "TypeError: limit dram of cpu is -1, expected a rate"),
         (("porthal", "backends", "cpu"), 3, "TypeError: 3 stands where an object is expected"),
         (("porthal", "unmeasured"), [{"op": "x"}], "KeyError: 'token'"),
+        (("porthal", "steps"), {"cpu": {"1": {"seconds": "x", "host_s": 1, "calls": 1}}}, "TypeError: a whole step is "),
+        (("porthal", "steps"), {"cpu": {"one": {"seconds": 1, "host_s": 1, "calls": 1}}}, "ValueError: invalid literal"),
         (("porthal", "command"), "porthal bench --json G", "a report that was changed after it was written"),
         (("porthal", "reproduced"), {"rows": 1}, "TypeError: "),
         (("porthal", "reproduced"), 3, "TypeError: reproduced is 3"),

@@ -12,6 +12,7 @@ import pytest
 from porthal.bench import page
 from porthal.bench.compare import comparison
 from porthal.bench.speeds import Speeds
+from porthal.bench.text import rate_text, time_text
 from porthal.conformance.report.axis import Axis
 from tests.benchfiles import LIMITS, OPS, benchmark_file, sealed, unmeasured
 
@@ -65,7 +66,19 @@ def test_what_a_step_costs_is_drawn_over_the_context(made):
     assert all(slow.y < fast.y for slow, fast in zip(torch, cpu))
     times = [step.time.median for steps in made.steps.values() for step in steps if step.side is made.sides[0]][4:]
     sizes = ("1k", "8k", "32k", "128k")
-    assert [p.words for p in cpu] == [f"cpu, context {c}: {page.seconds(t)}" for c, t in zip(sizes, times)]
+    assert [p.words for p in cpu] == [f"cpu, context {c}: {time_text(t)}" for c, t in zip(sizes, times)]
+
+
+def test_the_parts_of_a_curve_are_drawn_apart_and_are_no_step():
+    data = benchmark_file({"cpu": 0.9, "torch": 0.4}, rows=(1,), only=("linear", "sparse_mla"))
+    for entry in data["benchmarks"]:
+        entry["group"] = entry["group"].replace("decode, 1 request", "curve")
+        entry["extra_info"]["step"] = "sparse" if entry["extra_info"]["op"] == "sparse_mla" else "dense"
+    both = comparison(Speeds.of_object(sealed(data)))
+    assert both.steps == {}
+    charts = list(page._contexts(both))
+    assert [(c.title, c.note) for c in charts] == [("curve", f"calls of {n}, over the context") for n in ("cpu", "torch")]
+    assert all(c.legend == [("dense", 0), ("sparse", 1)] and [len(s) for s in c.series] == [4, 4] for c in charts)
 
 
 def test_parts_of_a_bar_are_the_step(made):
@@ -88,11 +101,11 @@ def test_shares_are_over_all_calls_of_an_op(made):
     ("what", "text"), [(1.5, "1.5 s"), (0.00123, "1.23 ms"), (4.56e-6, "4.56 µs"), (7e-9, "7 ns"), (3e-13, "0.0003 ns")]
 )
 def test_seconds_are_written_short(what, text):
-    assert page.seconds(what) == text
+    assert time_text(what) == text
 
 
 def test_rates_are_written_short():
-    assert [page.rate(r, "B/s") for r in (12.0, 1.5e3, 2.5e10, 3e16)] == ["12 B/s", "1.5 kB/s", "25 GB/s", "30 PB/s"]
+    assert [rate_text(r, "B/s") for r in (12.0, 1.5e3, 2.5e10, 3e16)] == ["12 B/s", "1.5 kB/s", "25 GB/s", "30 PB/s"]
 
 
 def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
@@ -108,4 +121,5 @@ def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
         assert f"<h2>{section}</h2>" in text
     assert "different threads: 1 (cpu A), 2 (cpu B)." in text and "without rms_norm, not measured" in text
     assert "FAIL_VALUE: &lt;y&gt; &amp; more" in text and "<y>" not in text
+    assert "The demo model's step as a whole" in text and text.count("1 thread, 337 µs between 35 ops") == 2
     assert text.count(f"receipt {other['porthal']['receipt']}") == 1 and text.count(">self-reported<") == 2

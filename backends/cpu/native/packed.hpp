@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "array.hpp"
 #include "panel.hpp"
@@ -46,20 +47,24 @@ class Packed {
   std::unique_ptr<char, Unmap> memory_;
 };
 
-// Memory that grows and stays, without the zeroing of std::vector.
+// Memory that grows and stays, in whole cache lines, without the zeroing of std::vector.
 template <class T>
 class Scratch {
  public:
   T* at_least(std::int64_t count) {
     if (count > size_) {
-      memory_.reset(new T[count]);
+      memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
       size_ = count;
     }
     return memory_.get();
   }
 
  private:
-  std::unique_ptr<T[]> memory_;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* memory) const { ::operator delete(memory, kLine); }
+  };
+  std::unique_ptr<T, Free> memory_;
   std::int64_t size_ = 0;
 };
 

@@ -135,10 +135,29 @@ inline float total(F v) {
   return lane[0];
 }
 
+// The greater and the smaller of two; where x is NaN, x. In one instruction where GCC would compare and choose.
+inline F at_least(F low, F x) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return x < low ? low : x;
+#endif
+}
+inline F at_most(F high, F x) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)x);
+#elif defined(__AVX2__)
+  return (F)_mm256_min_ps((__m256)high, (__m256)x);
+#else
+  return x > high ? high : x;
+#endif
+}
+
 // exp with about 1 ulp of error between the clamps; NaN passes through.
 inline F exp(F x) {
-  x = x > 88.3f ? F{} + 88.3f : x;
-  x = x < -87.3f ? F{} - 87.3f : x;
+  x = at_least(F{} - 87.3f, at_most(F{} + 88.3f, x));
   const F shift = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const F shifted = x * 1.44269504f + shift, n = shifted - shift;
   const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
