@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from porthal.bench.measured import Kept, Measured, sustained
 from porthal.bench.roofline import Limit, Work, limit, needed
-from porthal.bench.statistics import LEAST, NOISY, Summary, interval, quantile, ratio
+from porthal.bench.statistics import LEAST, NOISY, Summary, interval, quantile
 from porthal.hal import UsageError
 
 TIMES = st.lists(st.floats(1e-7, 1e2), min_size=1, max_size=60)
@@ -59,14 +59,6 @@ def test_measuring_ends_when_the_interval_is_narrow():
     assert not Summary.of([1.0] * (LEAST - 1)).settled
     assert not Summary.of([1.0, 1.1] * LEAST).settled
     assert Summary.of([1.0, 1.1] * 100).settled  # there must be an end
-
-
-def test_a_ratio_has_the_interval_of_both():
-    a, b = Summary(2.0, 2.0, (1.9, 2.1), 0.0, 9), Summary(1.0, 1.0, (0.9, 1.1), 0.0, 9)
-    middle, low, high = ratio(a, b)
-    wider = math.exp(math.hypot(math.log(2.1 / 1.9) / 2, math.log(1.1 / 0.9) / 2))
-    assert (middle, low, high) == pytest.approx((2.0, 2.0 / wider, 2.0 * wider))
-    assert ratio(a, a)[0] == 1.0
 
 
 # -- the roofline --------------------------------------------------------------------------------------------------------
