@@ -45,6 +45,11 @@ class Measured:
         return limit(self.work, {name: sustained(found) for name, found in self.rates.items()})
 
     @property
+    def noisy(self) -> bool:
+        """Whether nothing is said of its share: the time is noisy, or the limit that binds it was."""
+        return self.summary.noisy or Summary.of(self.rates.get(self.limit.bound, (1.0,))).noisy
+
+    @property
     def share(self) -> float:
         """Of the device's best, what the median reaches; 0 where no limit is known."""
         return self.limit.share(self.summary.median)

@@ -43,7 +43,7 @@ class Report:
     @cached_property
     def impossible(self) -> list[Measured]:
         """What was faster than the device can be."""
-        return [m for m in self.run.timed if m.share > OVER and not m.summary.noisy]
+        return [m for m in self.run.timed if m.share > OVER and not m.noisy]
 
     @cached_property
     def wrong(self) -> list[Measured]:
@@ -273,7 +273,7 @@ def cell(m: Measured | None) -> str:
     if not m:
         return "-"
     found = m.summary
-    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound else ""
+    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound and not m.noisy else ""
     kernel = "" if m.kernel == "own" else f" {m.kernel}"
     return f"{time_text(found.median)} {share:>5}{kernel}".rstrip()
 

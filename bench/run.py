@@ -140,8 +140,7 @@ class _Stage:
             host = Backstage(HOST, self.run.threads)
             self.stack.callback(host.close)
         for name, side in self.run.sides.items():
-            on_host = host and host.side.facts.device == side.facts.device
-            self.limits[name] = HOST if on_host else name
+            self.limits[name] = HOST if host and side.on_host else name
         if host:
             self.workers.setdefault(HOST, host)
         for source in dict.fromkeys(self.limits.values()):

@@ -54,16 +54,9 @@ def load(source: str, text: str, name: str) -> ModuleType:
 
     `name` begins with the operator's, and a slash.
     """
-    texts = {path: (HERE / path).read_text("utf-8") for path in SOURCES} | {source: text}
-    objects = [
-        _object(texts, unit, loops, name)
-        for unit in _needed(texts, name.partition("/")[0])
-        for loops in (False, True)
-        if _stands(texts, unit, loops)
-    ]
-    library = _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *map(str, objects)], name)
+    built = library([name.partition("/")[0]], (), {source: text}, name)
     # pybind11 keeps modules by their name, of which only the end must be that of the sources.
-    spec = importlib.util.spec_from_file_location(f"{library.name}._native", library)
+    spec = importlib.util.spec_from_file_location(f"{built.name}._native", built)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,15 +64,18 @@ def load(source: str, text: str, name: str) -> ModuleType:
     return module
 
 
-def library(ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str] = MappingProxyType({})) -> Path:
+def library(
+    ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str] = MappingProxyType({}), name: str = ""
+) -> Path:
     """The native module of these operators, built for the best instruction set here with these options; `edits` are texts
     that take the place of sources."""
     texts = {path: (HERE / path).read_text("utf-8") for path in SOURCES} | dict(edits)
     units = sorted({unit for op in ops for unit in _needed(texts, op)})
     made = [(unit, loops) for unit in units for loops in (False, True) if _stands(texts, unit, loops)]
+    name = name or ", ".join(ops)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda one: _object(texts, *one, ", ".join(ops), options), made))
-    return _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *options, *map(str, objects)], ", ".join(ops))
+        objects = list(pool.map(lambda one: _object(texts, one[0], one[1], name, options), made))
+    return _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *options, *map(str, objects)], name)
 
 
 def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
@@ -110,7 +106,7 @@ def _included(texts: dict[str, str], unit: str) -> set[str]:
     return found
 
 
-def _object(texts: dict[str, str], unit: str, loops: bool, name: str, more: Sequence[str] = ()) -> Path:
+def _object(texts: dict[str, str], unit: str, loops: bool, name: str, more: Sequence[str]) -> Path:
     import pybind11
 
     from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++

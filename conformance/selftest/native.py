@@ -1,4 +1,4 @@
-"""Planted in the C++ kernels of the cpu backend: rms_norm, topk, moe_experts and the threads below them."""
+"""Planted in the C++ kernels of the cpu backend: rms_norm, moe_experts and the threads below them."""
 
 # ruff: noqa: E501, since a snippet is quoted on one line as it stands in its source
 # fmt: off
@@ -10,8 +10,6 @@ from porthal.conformance.selftest.planting import Defect
 
 PAIRS = "float32 is not read in pairs, so it has no padding"
 norm = partial(Defect, "rms_norm", source="rms_norm.cpp")
-keys = partial(Defect, "topk", source="topk.cpp")
-top = partial(Defect, "topk", source="topk.cpp")
 loops = partial(Defect, "moe_experts", source="moe_experts.cpp")
 experts = partial(Defect, "moe_experts", source="moe_experts.cpp")
 tail = """    if (i < n) {
@@ -20,8 +18,6 @@ tail = """    if (i < n) {
     }
 """
 written = "if (i < n) store_some(y + i, load_some(x + i, n - i) * scale * load_some(weight + i, n - i), n - i);\n"
-key = "const U u = (((U)v & ~nan) | (0xff800000u & nan)) & ~zero;\n"
-chosen = "for (std::size_t i = 0; i < k; ++i, ++chosen) choose(i);"
 local = "return id >= 0 && e >= 0 && e < experts ? e : -1;\n"
 products = partial(Defect, "linear", source="panel.cpp")
 shares = "const std::int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;"
@@ -35,17 +31,9 @@ DEFECTS = [
     norm("eps-forgotten", "eps", "__builtin_sqrtf(mean + eps)", "__builtin_sqrtf(mean)"),
     norm("copy-of-the-first-row-kept", "stale", "x.dense_row<X>(t, copy)", "copy.empty() ? x.dense_row<X>(t, copy) : copy.data()"),
     norm("last-chunk-dropped", "threads", "if (begin >= count) return;\n", "if (begin + chunk > count) return;\n", source="threads.cpp"),
-    keys("negative-zero-below-zero", "ties", key, key.replace(" & ~zero", "")),
-    keys("nan-is-infinite", "special", key, key.replace("0xff800000u", "0x7f800000u")),
-    keys("lanes-behind-the-row", "vector tail", "const std::size_t some = n - i < kLanes ? n - i : kLanes;\n", "const std::size_t some = kLanes;\n"),
-    top("last-of-equal-keys", "ties", chosen, chosen.replace("choose(i)", "choose(n - k + i)")),
-    top("first-digit-only", "radix", "    n = kept;\n", "    n = kept;\n    break;\n"),
-    top("guess-taken-for-granted", "guess", "if (found < count) found =", "if (found == 0) found =", discrepancy=60),
-    top("unsorted", "order", "  sort_by_key(space.chosen, space.sorted);\n", "",
-        equivalent="the contract leaves the order of the positions inside a row free, and which they are is settled before"),
     loops("first-blocks-of-the-depth-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};", source="panel.cpp"),
     loops("last-columns-written-whole", "outside", "store_some(at, add ? out[v] + load_some(at, some) : out[v], some);", "store(at, out[v]);"),
-    loops("exponent-unbounded", "overflow", "  x = x > 88.3f ? F{} + 88.3f : x;\n", "", source="simd.hpp"),
+    loops("exponent-unbounded", "overflow", "at_most(F{} + 88.3f, x)", "x", source="simd.hpp"),
     experts("up-before-gate", "preparation", "gated ? i % 2 * all : 0", "gated ? (i + 1) % 2 * all : 0", source="packed.cpp"),
     experts("odd-column-not-packed", "preparation", "c * kWord < some; ++c)", "(c + 1) * kWord <= some; ++c)", source="panel.cpp",
             dtypes=("bfloat16",), why=PAIRS),

@@ -198,7 +198,7 @@ inline U word_of(Pairs, const float* p, F& sum, F top, std::int64_t second) {
 
 inline void store_groups(Word* first, Word* second, U word) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256((__m512i)word));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)word, 0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)word, 1));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128((__m256i)word));

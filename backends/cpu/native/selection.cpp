@@ -1,4 +1,4 @@
-// Top-k of each row.
+// Loops of the selection of the greatest scores, and topk.
 #include "selection.hpp"
 
 #if defined(PORTHAL_ISA)
