@@ -12,7 +12,8 @@ from porthal.hal import Weight, WeightSpec, limits, numpy_dtype
 
 Array = np.ndarray[Any, Any]
 PACKED = {
-    "grouped_gemm", "head_linear", "index_prolog", "linear", "mla_output", "mla_prolog", "moe_experts", "moe_layer", "mtp_input",
+    "grouped_gemm", "head_linear", "index_prolog", "linear", "mla_output", "mla_prolog", "moe_experts", "moe_layer",
+    "mtp_input",
 }  # fmt: skip
 GATED = {"w13", "shared13"}  # gate rows, then up rows
 
