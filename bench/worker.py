@@ -174,11 +174,8 @@ class Backstage:
         return Judgement("NOT_JUDGED", str(answer)) if isinstance(answer, PorthalError) else answer
 
     def _answer(self, patience: float) -> Any:
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            wait([self.worker.pipe], max(end - time.monotonic(), 0.0))
-            for message in self.worker.received():
-                return message
+        if wait([self.worker.pipe], patience):
+            return self.worker.received()
         return Judgement("TIMEOUT", f"no answer within {patience:g} s")
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
 def _needed(texts: dict[str, str], op: str) -> list[str]:
     """The sources that the module of one operator is linked of: its own, and those whose headers they include."""
     found: list[str] = []
-    left = ["module.cpp", "panel.cpp", *(unit for unit, text in texts.items() if f"PORTHAL_OP({op}," in text)]
+    left = ["module.cpp", "limits.cpp", "panel.cpp", *(unit for unit, text in texts.items() if f"PORTHAL_OP({op}," in text)]
     while left:
         unit = left.pop()
         if unit in texts and unit not in found:

@@ -119,13 +119,15 @@ inline void pack_queries(const char* rows, std::ptrdiff_t stride, std::int64_t c
   }
 }
 
-// Fetches the same part of other rows into L2.
+// Fetches the same part of other rows into L2; a word is so many bytes of theirs.
 template <int Keys>
 struct Fetch {
   const char* const* rows;
+  std::int64_t bytes;
   void operator()(std::int64_t word) const {
+    const std::int64_t at = word * bytes;
 #pragma GCC unroll 12
-    for (int m = 0; m < Keys; ++m) __builtin_prefetch(rows[m] + word * sizeof(Word), 0, 2);
+    for (int m = 0; m < Keys; ++m) __builtin_prefetch(rows[m] + at, 0, 2);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bind.hpp"
+#include "copies.hpp"
 #include "threads.hpp"
 
 namespace porthal {
@@ -45,6 +46,8 @@ void check_range(const char* name, const Matrix& values, std::int64_t low, std::
     if (const std::int64_t v = values.at<std::int32_t>(0, i); v < low || v >= end) out_of_range(name, i, v, low, end);
 }
 
+}  // namespace
+
 void concat(const Array& a, const Array& b, const Array& y) {
   const std::int64_t item = item_size(a);
   b.has(a.kind);
@@ -61,6 +64,8 @@ void concat(const Array& a, const Array& b, const Array& y) {
     }
   });
 }
+
+namespace {
 
 // y[m] = x[rows[m]], zeros where that is -1, which only `low` = -1 permits.
 void gather(const Array& x, const Array& rows, const Array& y, std::int64_t low) {
@@ -94,6 +99,8 @@ void select_rows(const Array& indices, const Array& length, const Array& rows, c
   for (std::int64_t m = 0; m < chosen.columns; ++m) to[m] = lengths.at<std::int32_t>(0, chosen.at<std::int32_t>(0, m));
 }
 
+}  // namespace
+
 void kv_write(const Array& field, const Array& slots, const Array& rows) {
   const std::int64_t item = item_size(field);
   rows.has(field.kind);
@@ -107,6 +114,8 @@ void kv_write(const Array& field, const Array& slots, const Array& rows) {
       if (const std::int64_t slot = places.at<std::int64_t>(0, t); slot >= 0) copy_row(cache, slot, from, t, item);
   });
 }
+
+namespace {
 
 // Per query row, by the lengths of its request: see Batch, whose arrays these are.
 void plan(const Array& cu_q, const Array& kv_len, const Array& table, std::int64_t block_size, const Array& positions,

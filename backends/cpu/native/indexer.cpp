@@ -43,8 +43,8 @@ void pack(const IndexerDims& d, const T* iq, std::ptrdiff_t stride, const T* wei
 
 // of_key[k] (+)= weights * max(0, key . queries), lanes are heads.
 template <class M, int V>
-void products(const char* const* keys, const char* const* next, std::int64_t words, const Word* queries, const float* weights,
-              U last, bool first, F* of_key) {
+void products(const char* const* keys, const char* const* next, std::int64_t bytes, std::int64_t words, const Word* queries,
+              const float* weights, U last, bool first, F* of_key) {
   constexpr int Keys = kKeys<V>;
   for (std::int64_t k = 0; k < kIndexerKeys; k += Keys) {
     F sums[Keys][V];
@@ -52,7 +52,7 @@ void products(const char* const* keys, const char* const* next, std::int64_t wor
     for (int m = 0; m < Keys; ++m)
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sums[m][j] = F{};
-    dots<M, Keys, V>(keys + k, queries, words, sums, Fetch<Keys>{next + k});
+    dots<M, Keys, V>(keys + k, queries, words, sums, Fetch<Keys>{next + k, bytes});
 #pragma GCC unroll 12
     for (int m = 0; m < Keys; ++m) {
       F total = first ? F{} : of_key[k + m];
@@ -101,11 +101,11 @@ void scores(const IndexerDims& d, const T* const* keys, const T* const* followin
   const bool copied = sizeof(T) == 2 && M::kPer == 1;
   for (std::int64_t k = 0; k < kIndexerKeys; ++k) {
     key[k] = reinterpret_cast<const char*>(keys[k]);
-    next[k] = copied ? key[k] : reinterpret_cast<const char*>(following[k]);
+    next[k] = reinterpret_cast<const char*>(following[k]);
     if (copied) {
       float* const row = wide + k * up(d.width, kLanes);
       widen_row(keys[k], d.width, row);
-      key[k] = next[k] = reinterpret_cast<const char*>(row);
+      key[k] = reinterpret_cast<const char*>(row);
     }
   }
   using Products = decltype(&products<M, 1>);
@@ -126,7 +126,7 @@ void scores(const IndexerDims& d, const T* const* keys, const T* const* followin
     F of_key[kIndexerKeys];
     for (std::int64_t p = 0; p < heads.panels; ++p) {
       const std::int64_t begin = heads.first(p), width = heads.first(p + 1) - begin;
-      kProducts[width - 1](key, t ? key : next, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
+      kProducts[width - 1](key, t ? key : next, t ? sizeof(Word) : sizeof(T) * M::kPer, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
                            p + 1 < heads.panels ? all : last, p == 0, of_key);
     }
     alignas(64) float sums[kIndexerKeys];

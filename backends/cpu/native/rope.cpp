@@ -101,6 +101,7 @@ PORTHAL_LOOPS(PerFloat<RopeLoops>, rope_loops) = {
 #include <cstring>
 
 #include "bind.hpp"
+#include "rope.hpp"
 #include "threads.hpp"
 
 namespace porthal {
@@ -170,6 +171,8 @@ void run(const Array& x, const Matrix& positions, const Frequencies& frequencies
   });
 }
 
+}  // namespace
+
 void rope(const Array& x, const Array& positions, double theta, bool interleaved, std::int64_t start, std::int64_t width,
           const Array& y) {
   x.is_float();
@@ -189,8 +192,6 @@ void rope(const Array& x, const Array& positions, double theta, bool interleaved
     run(x, rows, made, interleaved, start, static_cast<decltype(tag)*>(out));
   });
 }
-
-}  // namespace
 
 PORTHAL_OP(rope, "x positions theta interleaved start width y",
            "y[T, N, D] = x with x[t, n, start : start + width] rotated: pair i, elements (2i, 2i + 1) if interleaved else\n"
