@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from porthal.cli import text
+from porthal.cli.bench import bench
+from porthal.cli.compare import compare
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
     HIGHER,
@@ -38,6 +40,7 @@ from porthal.cli.options import (
 )
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
+from porthal.cli.verify import verify
 from porthal.hal import UsageError
 
 app = App(
@@ -48,6 +51,9 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Port GLM-5 to a chip: say how the chip computes each operator, prove that it computes what is specified, run it.",
 )
+
+app.command()(bench)
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -88,10 +94,7 @@ def backends(json: JsonFlag = False) -> None:
 
 @app.command()
 def explain(
-    model: ModelOption = None,
-    backend: BackendOption = None,
-    dtype: DtypeOption = Dtype.float32,
-    json: JsonFlag = False,
+    model: ModelOption = None, backend: BackendOption = None, dtype: DtypeOption = Dtype.float32, json: JsonFlag = False
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
     from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
@@ -198,7 +201,6 @@ def trace(
     json: JsonFlag = False,
 ) -> None:
     """Every op of one step with its shapes: what a chip must be able to do for this model."""
-    from porthal.hal import UsageError
     from porthal.hal.calls import distinct
     from porthal.model.load import trace as calls_of
 
@@ -253,7 +255,6 @@ def conform(
     seed: SeedOption = 0,
     model: SizesOption = None,
     self_test: Annotated[bool, typer.Option("--self-test", hidden=True)] = False,
-    compare: Annotated[tuple[str, str] | None, typer.Option("--compare", hidden=True)] = None,
 ) -> int:
     """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none ran on an own kernel."""
     from porthal.cli.scaffold import next_step
@@ -262,9 +263,8 @@ def conform(
     from porthal.conformance.runner.workers import Bounds
     from porthal.hal import create
 
-    if self_test or compare:
-        moved = f"compare {' '.join(compare)}" if compare else "self-test"
-        raise UsageError(f"--{moved.partition(' ')[0]} is a command now: run porthal {moved}")
+    if self_test:
+        raise UsageError("--self-test is a command now: run porthal self-test")
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     text.check_writable(json=json, html=html, junit=junit, resume=journal)
     if profile and op:
@@ -353,23 +353,8 @@ def self_test(
     return score.exit_code
 
 
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(show_default=False, metavar="A.json", help="the report of one backend")],
-    b: Annotated[Path, typer.Argument(show_default=False, metavar="B.json", help="and of another")],
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the comparison as one page")] = None,
-) -> None:
-    """Two conformance reports op by op: whose own kernels cover more, with smaller errors."""
-    from porthal.conformance.report.compare import comparison
-    from porthal.conformance.report.report import Report
-
-    text.check_writable(html=html)
-    if html and (read := next((file for file in (a, b) if file.resolve() == html.resolve()), None)):
-        raise UsageError(f"--html is {read}, which is one of the two reports: give another file")
-    found = comparison(Report.read(a), Report.read(b))
-    if html:
-        html.write_text(found.html(), encoding="utf-8")
-    text.drawn(found.table())
+app.command()(compare)
+app.command()(verify)
 
 
 @app.command()

@@ -38,6 +38,16 @@ def _one_of(kind: type[Chosen], text: str) -> Chosen:
         raise typer.BadParameter(f"{text!r} is not one of {names}.") from None
 
 
+def share_of(text: str | float) -> float:
+    """A share as people write it, "5%"; a default is one already."""
+    if isinstance(text, float):
+        return text
+    number = text[:-1] if text.endswith("%") else ""
+    if not number.replace(".", "", 1).isdecimal() or not number.isascii() or not 0 <= float(number) <= 100:
+        raise typer.BadParameter(f"{text!r} is not a share: expected 0% to 100%, like 5%.")
+    return float(number) / 100
+
+
 Level = Enum("Level", {name.replace("-", "_"): name for name in LEVELS}, type=str)  # type: ignore[misc]
 LOWEST, HIGHER = Level("bring-up"), Level("standard")
 

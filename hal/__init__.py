@@ -12,7 +12,7 @@ if not __name__.startswith("porthal."):
     raise ImportError(f"import porthal.{__name__} instead of {__name__}: two names make two registries.")
 
 if TYPE_CHECKING:
-    from porthal.hal.backend import Backend, Kernel, Place, Traits
+    from porthal.hal.backend import Backend, Kernel, Peak, Place, Traits
     from porthal.hal.binding import Binding, Callers, Choice, bind, called, checked, use
     from porthal.hal.contract import CallSpec, Contract, contract, contracts
     from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
@@ -64,6 +64,7 @@ __all__ = [
     "Operand",
     "Pages",
     "PagesSpec",
+    "Peak",
     "Place",
     "PorthalError",
     "Probe",

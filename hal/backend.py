@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
+from math import inf
+from time import perf_counter
 from types import CodeType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -48,6 +50,17 @@ class Traits:
     def __post_init__(self) -> None:
         if self.views_alias and not self.mutable:
             raise UsageError("traits have views_alias=True with mutable=False: state views_alias=False, as nobody can tell")
+
+
+class Peak(NamedTuple):
+    """What a device can do at most, of one kind.
+
+    work   keeps it busy for a few milliseconds at most; gives the operations done, or the bytes moved
+    holds  bytes that a memory of this speed has room for
+    """
+
+    work: Callable[[], float]
+    holds: float = inf
 
 
 @dataclass(frozen=True)
@@ -229,6 +242,20 @@ class Backend:
         """A selection as inherited kernels read it; override it if your selections have their own native form."""
         native = selection.native
         return native if isinstance(native, Rows) else Rows(*native)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def timed(self, run: Callable[[], Any], clock: Callable[[], float] = perf_counter) -> float:
+        """Seconds that `run` takes: of `clock` where the host does the work, else of the device's own events."""
+        start = clock()
+        run()
+        return clock() - start
+
+    def peaks(self) -> Mapping[str, Peak]:
+        """The limits that a kernel is held against: of arithmetic "fp32", "bf16", "fp16" and "int8", of reading "dram", "l3"
+        and "l2", and of copying "copy". None where nobody has written how to measure them.
+        """
+        return {}
 
     # -- capability --------------------------------------------------------------------------------------------------
 

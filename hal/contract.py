@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -410,6 +411,7 @@ def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
     return make
 
 
+@cache
 def contracts() -> Mapping[str, Contract]:
     """Every contract by name; the files of porthal/ops are found by listing the folder."""
     if "porthal.ops" not in sys.modules:

@@ -69,15 +69,15 @@ class Signature:
 
     def of_kind(self, kind: str) -> tuple[OperandSpec, ...]:
         """The operands of one kind."""
-        return self._kinds.get(kind, ())
+        return self._of_kind.get(kind, ())
+
+    @cached_property
+    def _of_kind(self) -> dict[str, tuple[OperandSpec, ...]]:
+        return {kind: tuple(o for o in self.operands if o.kind == kind) for kind in {o.kind for o in self.operands}}
 
     def symbols(self) -> frozenset[str]:
         """The symbols in the shapes of operands."""
         return self._symbols
-
-    @cached_property
-    def _kinds(self) -> dict[str, tuple[OperandSpec, ...]]:
-        return {o.kind: tuple(p for p in self.operands if p.kind == o.kind) for o in self.operands}
 
     @cached_property
     def _symbols(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from porthal.hal import Batch, NotFinite, UsageError
 from porthal.model.cache import Request
-from porthal.model.sampling import Sampling
+from porthal.model.sampling import GREEDY, Sampling
 from porthal.model.tokens import check_count, check_ids, float_array, ids_array, uniforms
 from porthal.ops.check_finite import NOT_FINITE
 
@@ -71,6 +71,43 @@ def generate(
         check_count("prefill_chunk", prefill_chunk, 1)
     sampling = model.config.sampling.but(temperature, top_p, top_k)
     return _Run(model, prompts, max_new_tokens, sampling, speculative, seed, on_tokens).run(prefill_chunk)
+
+
+def step(model: Glm5, requests: Sequence[tuple[int, int]], drafts: int = 0) -> Callable[[], None]:
+    """The next step of texts in progress, to be made by what is returned, again and again from the same place: a greedy token
+    for each, with MTP drafts if asked; or, where a request has more than one row besides its drafts, a piece of the prompts.
+    No token of the model may end a text.
+
+    requests  of each text the rows of the step, and the keys that the last of them sees
+    """
+    run = _Run(model, [[0] for _ in requests], 4 * (drafts + 1), GREEDY, drafts, 0, None)
+    run.cache = model.new_cache([kv for _, kv in requests])
+    for stream, (_, kv) in zip(run.streams, requests):
+        stream.pages = run.cache.new_request()
+        run.cache.step([stream.pages], [kv])
+
+    def back() -> None:
+        for stream, (q, kv) in zip(run.streams, requests):
+            run.cache.truncate(stream.pages, kv - q)
+            stream.out = [0]
+
+    back()
+    rows = [q for q, _ in requests]
+    if drafts:
+        run._catch_up(run.streams, [1] * len(rows), model.ops.embedding(run._ints([0] * len(rows)), model.embed))
+    tail = run.tail
+
+    def again() -> None:
+        back()
+        run.tail = tail
+        if any(q > drafts + 1 for q in rows):
+            run.piece(rows)
+        elif drafts:
+            run._verify(run.streams)
+        else:
+            run._decode(run.streams)
+
+    return again
 
 
 @dataclass
@@ -191,6 +228,11 @@ class _Run:
         self.forwards += 1
         planned = self.ops.plan(batch)
         return self.model.hidden(ids, planned, self.cache), planned
+
+    def piece(self, rows: list[int]) -> None:
+        """So many rows of every prompt, each of which ends there."""
+        hidden, batch = self._hidden(self._ints([0] * sum(rows)), self.cache.step([s.pages for s in self.streams], rows))
+        self._emit_next(self.streams, self.ops.take_rows(hidden, self._ints([int(row) for row in batch.last_rows])))
 
     # -- the MTP layer -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from porthal.hal import FLOATS, Binding, Callers, CallSpec, UsageError, bind, callers, contracts, note, recorded
 from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config
-from porthal.model.generate import generate
+from porthal.model.generate import generate, step
 from porthal.model.glm5 import Glm5
 from porthal.model.tokens import ids_array
 
@@ -94,6 +94,20 @@ def trace(
     calls = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), rows, context or rows), None if expand else ())
     composites = {op for op, contract in contracts().items() if contract.decomposition} if expand else set()
     return [(op, spec) for op, spec in calls if op not in composites]
+
+
+def stepped(
+    config: Config, requests: Sequence[tuple[int, int]], dtype: str = "float32", drafts: int = 0, block_size: int = 64
+) -> list[tuple[str, CallSpec]]:
+    """Every call of one step of generation, see `porthal.model.generate.step`, without weights or values."""
+    longest = max(kv for _, kv in requests) + 2 * (drafts + 1)  # so that no text ends there
+    endless = replace(config, eos_token_id=(), max_position_embeddings=longest)
+
+    def made(ops: Binding) -> Callable[[], None]:
+        return step(_blank(endless, ops, dtype, block_size), requests, drafts)
+
+    before = recorded(made, ())
+    return recorded(lambda ops: made(ops)(), ())[len(before) :]
 
 
 @lru_cache(maxsize=64)

@@ -7,8 +7,9 @@ the formula does. Nothing waits for the device except `to_numpy` and, in expert 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from porthal.backends.torch.peaks import by_events, peaks
 from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
 from porthal.hal import (
     Backend,
     Batch,
     Pages,
     PagesSpec,
+    Peak,
     Rows,
     Selection,
     SelectionSpec,
@@ -82,6 +85,13 @@ class Torch(Backend):
         if device.type == "cuda" and DRIVER.exists():  # of other vendors, the device's name says enough
             driver = "".join(re.findall(r"Module +(?:for \S+ +)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))[:1])
         return f"{named(device)}, driver {driver}" if driver else str(named(device))
+
+    def timed(self, run: Callable[[], Any], clock: Callable[[], float] = perf_counter) -> float:
+        device = torch.device(self.device)
+        return super().timed(run, clock) if device.type == "cpu" else by_events(device, run)
+
+    def peaks(self) -> Mapping[str, Peak]:
+        return peaks(torch.device(self.device))
 
     # -- arrays ------------------------------------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ class _Plan:
         counts and compositions, over a cache longer than top-k; a choice also among as many equals as there may be."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        wide = bool(large(self.contract, self.level.name))
+        wide = bool(large(self.contract, self.level.name, MODEL))
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
         deep = "deep" if self.has_batch and "k" in self.contract.cases else ""

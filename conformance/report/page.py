@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from porthal.conformance.level import level_of
+from porthal.conformance.report.axis import Axis
+from porthal.conformance.report.differences import LETTERS
 from porthal.conformance.report.results import REFUSAL, figure
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def report_page(report: Report) -> str:
     results = report.results
     measured = [r for r in results if r.worst > 0]
     limit = level_of(report.level).pointwise
-    scale = Scale(max([limit, *(r.worst for r in measured if r.worst < HIGHEST)]))
+    scale = errors_axis([limit, *(r.worst for r in measured)])
     dtypes = list(dict.fromkeys(r.dtype for r in results))
-    return _render(
+    return render(
         "report.html",
         report=report,
         dtypes=[(d, DTYPES.get(d, d)) for d in dtypes],
@@ -66,42 +67,22 @@ def report_page(report: Report) -> str:
 
 def compare_page(comparison: Comparison) -> str:
     """Two runs beside each other."""
-    limit = level_of(comparison.a.level).pointwise
-    worst = [s.worst for row in comparison.rows for s in (row.a, row.b) if s.worst < HIGHEST]
-    return _render("compare.html", comparison=comparison, limit=limit, scale=Scale(max([limit, *worst])))
+    limit = level_of(comparison.reports[0].level).pointwise
+    scale = errors_axis([limit, *(side.worst for row in comparison.rows for side in row.sides)])
+    return render("compare.html", comparison=comparison, letters=LETTERS, limit=limit, scale=scale)
 
 
-class Scale:
-    """A logarithmic axis of |e|/B: from LOWEST to a power of ten beyond all that is shown, in percent of its width."""
-
-    def __init__(self, most: float) -> None:
-        self.low, self.high = round(math.log10(LOWEST)), math.ceil(math.log10(most * 1.2))
-
-    def __call__(self, value: float) -> float:
-        at = (math.log10(max(value, LOWEST)) - self.low) / (self.high - self.low)
-        return round(100 * min(max(at, 0.0), 1.0), 2)
-
-    def anchor(self, value: float) -> str:
-        """Where a label stands at its tick, so that it does not leave the plot."""
-        return {0.0: "start", 100.0: "end"}.get(self(value), "middle")
-
-    @property
-    def ticks(self) -> list[float]:
-        return [10.0**n for n in range(self.low, self.high + 1)]
-
-    @property
-    def labels(self) -> list[float]:
-        """The ticks that are labelled: as many as fit the width of a phone."""
-        span = self.high - self.low
-        every = 1 if span < 4 else 2 if span < 8 else 4
-        return [10.0**n for n in range(self.low, self.high + 1) if n % every == 0]
+def errors_axis(shown: Sequence[float]) -> Axis:
+    """An axis of |e|/B, from LOWEST to beyond all that is shown."""
+    return Axis.decades(LOWEST, 1.2 * max(error for error in shown if error < HIGHEST))
 
 
-def _render(template: str, **facts: Any) -> str:
+def render(template: str, folder: Path = TEMPLATES, **facts: Any) -> str:
+    """A page of a folder of templates; it may build upon those of reports."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     jinja = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([folder, TEMPLATES]),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,
@@ -173,9 +154,9 @@ def _errors(report: Report) -> Iterator[Error]:
     return iter(sorted(found, key=lambda e: -max(e.own, e.other)))
 
 
-def _histogram(measured: Sequence[Result], scale: Scale) -> tuple[list[Bar], int, int]:
+def _histogram(measured: Sequence[Result], scale: Axis) -> tuple[list[Bar], int, int]:
     """Cases by their worst error: the bars, the highest one, and how many cases there are."""
-    n = (scale.high - scale.low) * BINS
+    n = (len(scale.ticks) - 1) * BINS
     own, other = Counter[int](), Counter[int]()
     for r in measured:
         (own if r.own else other)[min(int(scale(r.worst) / 100 * n), n - 1)] += 1

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from xml.etree import ElementTree
 
 from porthal.conformance.cases.case import Case
@@ -24,8 +24,10 @@ from porthal.conformance.cases.profiles import MODEL
 from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
+from porthal.conformance.report.files import parsed
 from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
+from porthal.conformance.report.receipt import Reproduced, check_receipt, origin, receipt
 from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
 from porthal.conformance.report.waivers import Waiver, expired, verify, waive
 from porthal.conformance.verdicts import NOT_READ
@@ -35,7 +37,7 @@ from porthal.hal.backend import NOT_TAKEN
 if TYPE_CHECKING:
     from rich.console import Group
 
-SCHEMA = 4  # of the JSON
+SCHEMA = 5  # of the JSON
 LEGEND = (
     "GLM-5: passed by own kernels, of the cases in its dims and bfloat16; a level needs all, and no failure of the op anywhere"
 )
@@ -62,6 +64,7 @@ class Report:
     command: str = ""
     bounds: str = ""
     model: str = MODEL
+    reproduced: Reproduced | None = None
     schema: int = SCHEMA
     suite: int = SUITE
 
@@ -222,7 +225,7 @@ class Report:
     def circumstances(self) -> str:
         """When, on which device, with which versions and sources, in one line."""
         made = (f"{name} {self.environment.get(name, '')}".strip() + f" ({digest})" for name, digest in self.sources.items())
-        return "; ".join(part for part in (self.date, self.device, ", ".join(made)) if part)
+        return "; ".join(part for part in (self.date, self.device, ", ".join(made), f"receipt {self.receipt}") if part)
 
     @property
     def on_hardware(self) -> bool:
@@ -235,17 +238,33 @@ class Report:
     # -- forms -------------------------------------------------------------------------------------------------------
 
     def json(self) -> str:
+        return json.dumps(self._object | {"receipt": self.receipt}, indent=1)
+
+    @cached_property
+    def _object(self) -> dict[str, Any]:
         derived = {"overall": self.overall, "summary": self.summary, "exit_code": self.exit_code}
-        return json.dumps(asdict(self) | derived, indent=1, default=str, allow_nan=False)  # str: a waiver's day
+        text = json.dumps(asdict(self) | derived, default=str, allow_nan=False)  # str: a waiver's day
+        return dict(json.loads(text))
+
+    @cached_property
+    def receipt(self) -> str:
+        """A digest of all that the JSON says."""
+        return receipt(self._object)
+
+    @property
+    def origin(self) -> str:
+        """Who stands for it: self-reported, or reproduced by whom."""
+        return origin(self.reproduced)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report that `json` wrote; UsageError where the text is not of this schema."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"not JSON: {error}") from None
-        if not isinstance(data, dict) or "schema" not in data or "results" not in data:
+        return cls.of_object(parsed(text))
+
+    @classmethod
+    def of_object(cls, data: Mapping[str, Any]) -> Report:
+        """The same of what the text holds."""
+        if "schema" not in data or "results" not in data:
             raise UsageError("not a conformance report: it lacks schema and results")
         if data["schema"] != SCHEMA:
             raise UsageError(
@@ -259,24 +278,18 @@ class Report:
                 Waiver(**w | {"expires": w["expires"] and date.fromisoformat(w["expires"])}) for w in data["waivers"]
             )
             read = {"results": results, "levels": levels, "waivers": known, "unasked": tuple(data["unasked"])}
-            report = cls(**{f.name: data[f.name] for f in fields(cls)} | read)
+            seen = Reproduced.read(data["reproduced"])
+            report = cls(**{f.name: data[f.name] for f in fields(cls)} | read | {"reproduced": seen})
             for name, hint in get_type_hints(cls).items():
+                if name == "reproduced":
+                    continue
                 kind, value = get_origin(hint) or hint, getattr(report, name)
                 if type(value) is not (dict if kind is Mapping else kind):
                     raise TypeError(f"{name} is {value!r}")
-            return report
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"a damaged report ({type(error).__name__}: {error}): write it again") from None
-
-    @classmethod
-    def read(cls, file: Path) -> Report:
-        """A report from its file; UsageError names what is wrong with it."""
-        try:
-            return cls.from_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-        except UsageError as error:
-            raise UsageError(f"{file} is {error}") from None
+        check_receipt(data)
+        return report
 
     def table(self) -> Group:
         """Per op: what passed and failed, the level, whose kernels, the worst error; then the failures. Fits 80 columns."""

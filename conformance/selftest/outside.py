@@ -57,7 +57,7 @@ class Defect:
 
     @property
     def native(self) -> bool:
-        return self.source in compiled.UNITS
+        return self.source in compiled.SOURCES
 
 
 @cache

@@ -20,11 +20,11 @@ SOURCES = {
     "capture": ("porthal.backends.torch.capture", "Capturing"),
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
     "kept": ("porthal.conformance.selftest.kept", "Kept"),
-    **dict.fromkeys(compiled.UNITS, ("porthal.backends.cpu.backend", "Cpu")),
+    **dict.fromkeys(compiled.SOURCES, ("porthal.backends.cpu.backend", "Cpu")),
 }
 THEMES = (
     "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "state", "native",
-    "values",
+    "native_attention",    "values",
 )  # fmt: skip
 SCORED = ("float32", "bfloat16")
 
@@ -60,7 +60,7 @@ class Defect:
     @property
     def native(self) -> bool:
         """Whether it is planted in C++, which takes a compiler."""
-        return self.source in compiled.UNITS
+        return self.source in compiled.SOURCES
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def unplanted(ops: Sequence[str] = ()) -> str:
 
 
 def text(source: str) -> str:
-    if source in compiled.UNITS:
+    if source in compiled.SOURCES:
         return (compiled.HERE / source).read_text(encoding="utf-8")
     return _text(SOURCES[source][0])
 
@@ -113,16 +113,16 @@ def plant(name: str, source: str, *edits: tuple[str, str]) -> Backend:
     """A backend whose kernels come from the edited source, which lives in a module nobody else sees."""
     place, kind = SOURCES[source]
     changed = edited(source, edits, name)
-    native = source in compiled.UNITS
+    native = source in compiled.SOURCES
     module = _compiled(f"planted {name}", _text(place) if native else changed)
-    if native:
-        vars(module)["_native"] = compiled.load(source, changed, name)
-    elif source == "ranking":
+    if source == "ranking":
         torch = _compiled(f"planted {name}", text("backend"))
         vars(torch).update((k, v) for k, v in vars(module).items() if isinstance(v, types.FunctionType))
         module = torch
     made: type[Backend] = vars(module)[kind]
     made.name = "planted"
+    if native:
+        made.native = compiled.load(source, changed, name)  # type: ignore[attr-defined]  # of Cpu
     return made()
 
 

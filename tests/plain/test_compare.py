@@ -19,6 +19,7 @@ from porthal.conformance.report.report import SCHEMA
 from porthal.conformance.report.results import replay_command
 from porthal.conformance.verdicts import Verdict
 from porthal.hal import UsageError, contracts, create, limits, one_of
+from tests.benchfiles import benchmark_file, sealed
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -54,15 +55,15 @@ def rough():
 
 def test_ops_are_ranked_by_level_then_coverage_then_errors(fine, rough):
     rows = {row.op: row for row in comparison(fine, rough).rows}
-    assert {op: row.leader for op, row in rows.items()} == {"add": "even", "rms_norm": "a", "silu_mul": "a", "take_rows": ""}
-    gate = rows["silu_mul"]
-    assert gate.a.level == gate.b.level == "bring-up" and gate.a.fraction == 1 and 0 < gate.b.fraction < 1
-    norm = rows["rms_norm"].b
+    assert {op: row.leader for op, row in rows.items()} == {"add": "even", "rms_norm": "A", "silu_mul": "A", "take_rows": ""}
+    wide, narrow = rows["silu_mul"].sides
+    assert wide.level == narrow.level == "bring-up" and wide.fraction == 1 and 0 < narrow.fraction < 1
+    norm = rows["rms_norm"].sides[1]
     assert norm.failed == sum(r.op == "rms_norm" for r in rough.failures) > 0
     assert norm.passed == norm.claimed - norm.failed < norm.cases
-    assert rows["take_rows"].a.claimed == 0 == rows["take_rows"].a.worst
+    assert rows["take_rows"].sides[0].claimed == 0 == rows["take_rows"].sides[0].worst
     swapped = {row.op: row.leader for row in comparison(rough, fine).rows}
-    assert swapped == {"add": "even", "rms_norm": "b", "silu_mul": "b", "take_rows": ""}
+    assert swapped == {"add": "even", "rms_norm": "B", "silu_mul": "B", "take_rows": ""}
 
 
 def test_a_wrong_kernel_never_leads(fine, rough):
@@ -70,26 +71,27 @@ def test_a_wrong_kernel_never_leads(fine, rough):
     narrow = run(chip("narrow", rms_norm=limits(H=96)(truth("rms_norm"))), OPS)
     for other in (narrow, fine, rough, run(chip("empty"), OPS)):
         rows = {row.op: row for row in comparison(rough, other).rows}
-        assert rows["rms_norm"].leader == ("b" if other in (narrow, fine) else "")
-    assert rows["rms_norm"].a.fraction > 0.5 and rows["add"].leader == "a"
+        assert rows["rms_norm"].leader == ("B" if other in (narrow, fine) else "")
+    assert rows["rms_norm"].sides[0].fraction > 0.5 and rows["add"].leader == "A"
 
 
 def test_smaller_errors_lead_where_all_else_is_equal(fine):
     more = [replace(r, worst=2 * r.worst) if r.op == "add" else r for r in fine.results]
     (row,) = [row for row in comparison(fine, replace(fine, backend="b", results=tuple(more))).rows if row.op == "add"]
-    assert row.leader == "a" and row.b.worst == 2 * row.a.worst > 0 and row.b.median == 2 * row.a.median
+    a, b = row.sides
+    assert row.leader == "A" and b.worst == 2 * a.worst > 0 and b.median == 2 * a.median
 
 
 def test_worst_and_median_are_those_of_own_kernels(rough):
     row = next(row for row in comparison(rough, rough).rows if row.op == "silu_mul")
     own = sorted(r.worst for r in rough.results if r.op == "silu_mul" and r.status == "own" and r.worst)
-    assert row.a.worst == own[-1] and own[0] <= row.a.median <= own[-1]
-    assert row.leader == "even" and comparison(rough, rough).names == ("rough A", "rough B")
+    assert row.sides[0].worst == own[-1] and own[0] <= row.sides[0].median <= own[-1]
+    assert row.leader == "even" and comparison(rough, rough).names == ["rough A", "rough B"]
 
 
 def test_the_summary_counts_who_leads(fine, rough):
     assert comparison(fine, rough).summary == (
-        "fine leads in 2, rough leads in 0, 1 even, 1 without a right own kernel on either side"
+        "fine leads in 2, rough leads in 0, 1 even, 1 without a right own kernel on any side"
     )
 
 
@@ -136,7 +138,10 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
     [
         (None, "cannot read {}: No such file or directory"),
         ("{", "{} is not JSON: "),
-        ("[]", "{} is not a conformance report: it lacks schema and results"),
+        ("[]", "{} is not a report: expected a JSON object"),
+        ("{}", "{} is not a conformance report: it lacks schema and results"),
+        ("[" * 100_000, "{} is not a report: its JSON is nested too deep"),
+        (HEAD + "NaN}", "{} is not JSON: NaN is no number of JSON"),
         ('{"schema": 1, "results": []}', "{} is a report of schema 1, expected " + str(SCHEMA)),
         (HEAD + '[{"token": "add"}]}', "{} is a damaged report (KeyError: 'foreign'): write it again"),
         (HEAD + '[{"foreign": [], "few": []}]}', "{} is a damaged report (TypeError: "),
@@ -152,6 +157,38 @@ def test_a_missing_or_damaged_file_gets_one_sentence(capsys, tmp_path, fine, tex
     code, out, err = command(capsys, "compare", a, b)
     assert (code, out) == (2, "")
     assert err.startswith("porthal: " + sentence.format(b)) and err.count("\n") == 1
+
+
+def test_three_reports_stand_beside_each_other(capsys, tmp_path, fine, rough):
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    for file, report in zip(files, (rough, fine, replace(fine, backend="third", place="emulated device"))):
+        file.write_text(report.json())
+    code, out, _ = command(capsys, "compare", *files)
+    assert code == 0 and "different place: hardware (A+B), emulated device (C)" in out
+    assert re.search(r"^rms_norm .* even$", out, re.M) and "rough leads in 0, fine leads in 0, third leads in 0, 3 even" in out
+
+
+def test_what_passes_no_more_fails_over_its_share(capsys, tmp_path, fine, rough):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(fine.json())
+    b.write_text(rough.json())
+    code, out, _ = command(capsys, "compare", a, b, "--fail-over", "0%")
+    norm = [r for r in rough.failures if r.op == "rms_norm"]
+    had = sum(r.op == "rms_norm" and r.own for r in fine.results)
+    assert code == 1 and f"worse: rms_norm: rough does not pass {len(norm)} of the {had} cases that fine passes" in out
+    assert re.search(r"^worse: silu_mul: ", out, re.M) and "worse: add" not in out
+    assert command(capsys, "compare", a, b, "--fail-over", "100%")[0] == command(capsys, "compare", a, b)[0] == 0
+    assert command(capsys, "compare", b, a, "--fail-over", "0%")[0] == 0
+
+
+def test_reports_of_one_kind_alone_are_compared(capsys, tmp_path, fine):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text(fine.json())
+    b.write_text(json.dumps(benchmark_file({"cpu": 1})))
+    sentence = f"porthal: {a} is a conformance report and {b} is a benchmark file: compare reports of one kind\n"
+    assert command(capsys, "compare", a, b) == (2, "", sentence)
+    assert command(capsys, "compare", a) == (2, "", "porthal: got 1 report: expected 2 to 8\n")
+    assert command(capsys, "compare", *[a] * 9) == (2, "", "porthal: got 9 reports: expected 2 to 8\n")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +207,9 @@ def test_a_report_with_a_damaged_result_is_refused(fine, change, why):
     data = json.loads(fine.json())
     data["results"][1] |= change
     if not why:
-        assert Report.from_json(json.dumps(data)).results[1].worst == 0
+        with pytest.raises(UsageError, match=r"^a report that was changed after it was written"):
+            Report.from_json(json.dumps(data))
+        assert Report.from_json(json.dumps(sealed(data))).results[1].worst == 0
         return
     with pytest.raises(UsageError) as error:
         Report.from_json(json.dumps(data))

@@ -18,16 +18,10 @@ def command(capsys, *args):
     return left.value.code or 0, *capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    ("args", "now"),
-    [
-        (["--self-test"], "porthal self-test"),
-        (["--self-test", "--op", "add"], "porthal self-test"),
-        (["--compare", "a.json", "b.json"], "porthal compare a.json b.json"),
-    ],
-)
-def test_a_flag_that_became_a_command_names_it(capsys, args, now):
-    assert command(capsys, "conform", *args) == (2, "", f"porthal: {args[0]} is a command now: run {now}\n")
+@pytest.mark.parametrize("args", [["--self-test"], ["--self-test", "--op", "add"]])
+def test_a_flag_that_became_a_command_names_it(capsys, args):
+    sentence = "porthal: --self-test is a command now: run porthal self-test\n"
+    assert command(capsys, "conform", *args) == (2, "", sentence)
 
 
 def test_the_public_names_of_conformance_are_where_they_were():

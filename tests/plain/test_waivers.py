@@ -186,7 +186,7 @@ def test_a_plugins_waivers_decide_the_exit_code(plugin, tmp_path):
     assert code == 1 and "FAIL_VALUE" in out
     code, out, _ = plugin(IN_FORCE, "--verify-waivers", "--json", str(tmp_path / "report.json"))
     assert code == 0 and "1 waived: counts to 16" in out and "1 WAIVED" in out
-    report = Report.read(tmp_path / "report.json")
+    report = Report.from_json((tmp_path / "report.json").read_text())
     assert report.waivers == (Waiver("known_failure", "add,T=17,*", "counts to 16", date(2999, 1, 1)),)
     assert [(r.verdict, r.waived) for r in report.waived] == [("WAIVED", "FAIL_VALUE")]
     code, out, _ = plugin(IN_FORCE + '[[unsupported]]\npattern = "add,T=1,*"\nreason = "gone"\n', "--verify-waivers")

@@ -1,19 +1,24 @@
-#include <atomic>
+#include "dispatch.hpp"
 
-#include "native.hpp"
+#include <atomic>
 
 namespace porthal {
 
-std::vector<const Kernels*> available_kernels() {
-  std::vector<const Kernels*> found{&kernels_baseline};
+const char* isa_name(Isa isa) {
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+  return names[static_cast<int>(isa)];
+}
+
+std::vector<Isa> available() {
+  std::vector<Isa> found{Isa::baseline};
 #if defined(PORTHAL_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    found.push_back(Isa::avx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      found.push_back(&kernels_avx512);
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16);
+      found.push_back(Isa::avx512);
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
     }
   }
 #endif
@@ -21,14 +26,14 @@ std::vector<const Kernels*> available_kernels() {
 }
 
 namespace {
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> kernels{available_kernels().back()};
-  return kernels;
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{available().back()};
+  return isa;
 }
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+Isa isa() { return current().load(std::memory_order_relaxed); }
 
-void use_kernels(const Kernels& chosen) { current().store(&chosen); }
+void use(Isa isa) { current().store(isa); }
 
 }  // namespace porthal

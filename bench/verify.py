@@ -1,0 +1,87 @@
+"""A benchmark file put to the test: calls drawn at random are timed again here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from porthal.bench.compare import Ratio
+from porthal.bench.measured import Measured
+from porthal.bench.report import Report
+from porthal.bench.run import bench
+from porthal.bench.scale import Bounds
+from porthal.bench.speeds import Call, Speed, Speeds, Timed, told
+from porthal.bench.text import time_text
+from porthal.bench.workloads import Row, Workload
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.report.verification import Checked, Verification, drawn, elsewhere
+from porthal.hal import UsageError
+
+SLOWER = 1.1  # times as long as the file says, from which on a row does not hold
+WIDEST = 8  # bytes of an element, at most
+
+
+def verify(
+    file: Speeds,
+    share: float,
+    threads: int,
+    backend: str = "",
+    bounds: Bounds | None = None,
+    progress: Callable[[int, int, str, float], None] | None = None,
+) -> Verification:
+    """Time that share of a file's calls again, on the backends that they were timed on or on another one.
+
+    What is compared is the time as a multiple of what the machine's limit allows, each as measured in the same run: another
+    machine is no reason to fail. A row holds unless its call is wrong here, or significantly more than SLOWER times as slow;
+    what is too noisy here says nothing and is left out.
+    Raises UsageError for a file without rows to run, calls that do not fit `bounds`, and where all was too noisy.
+    """
+    rows = [row for side in file.by_backend.values() for row in {key.call: row for key, row in side.items()}.values()]
+    chosen = drawn(rows, share)
+    cases = {row.token: _case(row.token, bounds or Bounds()) for row in chosen}
+    names = [backend] if backend else list(dict.fromkeys(row.backend for row in chosen))
+    workload = Workload("verify", "", tuple(Row(r.step, r.group, cases[r.token], r.calls, r.scaled) for r in chosen))
+    run = bench(workload, names, threads, progress=progress)
+    here = Report(run).facts()["backends"]
+    found = {(m.backend, Call(m.token.partition(",")[0].partition("@")[0], m.token, m.cache)): m for m in run.timed}
+    wrong = {(m.backend, m.token): m for m in run.found if not m.samples}
+    checked, noisy = [], 0
+    for row in chosen:
+        name = backend or row.backend
+        again = found.get((name, row.key.call)) or wrong.get((name, row.token))
+        if again and again.samples and again.summary.noisy:
+            noisy += 1
+        else:
+            checked.append(_checked(row, name, again))
+    if not checked:
+        raise UsageError(f"all {noisy} rows that were drawn were too noisy here: try again when the machine is quiet")
+    facts = [run.sides[name].facts for name in names]
+    differences = [line for name in names for line in elsewhere(told(_said(file, name)), told(here[name]))]
+    differences += [f"too noisy here to say anything: {noisy} of {len(chosen)} drawn rows"] if noisy else []
+    sources = {name: digest for each in facts for name, digest in each.sources.items()}
+    where = ", ".join(f"{name} ({each.place})" for name, each in zip(names, facts))
+    return Verification(tuple(checked), len(rows), where, facts[0].device, sources, tuple(dict.fromkeys(differences)))
+
+
+def _case(token: str, bounds: Bounds) -> Case:
+    """The call of a token; UsageError where somebody's file asks for more memory than is given."""
+    case = Case.from_token(token)
+    if WIDEST * elements(case) > bounds.memory:
+        raise UsageError(f"{token} holds {elements(case):.3g} elements: expected a call that fits --memory")
+    return case
+
+
+def _said(file: Speeds, name: str) -> dict[str, object]:
+    return dict(file.backends.get(name, {}))
+
+
+def _checked(row: Speed, backend: str, again: Measured | None) -> Checked:
+    name, command = f"{row.op} [{row.token}], {row.cache}", f"porthal bench --backend {backend} --op {row.op}"
+    if again is None or not again.samples:
+        why = again.why if again else f"no time with {row.cache} caches"
+        return Checked(name, row.words, why, False, f"porthal replay '{row.token}' --backend {backend}")
+    limit, time = again.limit, Timed(again.summary.median, *again.summary.ci95)
+    words = time_text(time.median) + (f", {again.share:.0%} of {limit.bound}" if limit.bound else "")
+    scale = row.limit / limit.seconds if row.bound and limit.bound else 1.0
+    ratio = Ratio.of(Timed(*(scale * seconds for seconds in time)), row.time)
+    return Checked(name, row.words, words, ratio.high * SLOWER >= 1, command)

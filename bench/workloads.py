@@ -1,0 +1,168 @@
+"""Which calls are timed, and how many of each one step of a model makes.
+
+A workload is derived from a model's config and the requests of a step, by recording the calls of a step without values. Each
+call becomes a case of the conformance suite, whose token says everything of it, as large as memory and the time of its
+judgement allow; where it had to be made smaller, `scaled` says of what, and `calls` how many of it make up a step's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from porthal.bench.scale import BLOCK_SIZE, Bounds, Sized
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.compositions import Request, spelled
+from porthal.conformance.cases.profiles import MODEL, profile_of
+from porthal.hal import FLOATS, CallSpec, UsageError, contracts
+from porthal.model.config import Config
+from porthal.model.load import DEMO, stepped
+
+REQUESTS = (1, 8, 64)
+CONTEXTS = (2**10, 2**13, 2**15, 2**17)
+CHUNKS = (512, 4096)
+DRAFTS = 3
+USUAL = 2**13  # keys that a request sees where a step is no table of contexts
+STEPS = ("decode", "prefill", "verify")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its kind, the requests that it consists of, the drafts of each, and what its group of rows is called."""
+
+    kind: str
+    requests: tuple[Request, ...]
+    drafts: int = 0
+    context: int = 0
+
+    @property
+    def group(self) -> str:
+        n, rows = len(self.requests), self.requests[0].q
+        what = f"{rows} rows" if self.kind == "prefill" else f"{n} request{'s' * (n > 1)}"
+        return f"{self.kind}, {what}{f', {self.drafts} drafts' * (self.drafts > 0)}, context {_thousands(self.context)}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A call in a group of rows: how often one step makes it, and what was scaled."""
+
+    step: str
+    group: str
+    case: Case
+    calls: float
+    scaled: str = ""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The calls of steps, or a part of them.
+
+    facts  what a report says of it: the config and the requests it was derived from
+    whole  the requests of a step that can be made as a whole, since its checkpoint is here
+    """
+
+    name: str
+    dtype: str
+    rows: tuple[Row, ...]
+    facts: Mapping[str, object] = field(default_factory=dict)
+    whole: tuple[Request, ...] = ()
+    part: bool = False
+
+    def only(self, ops: Sequence[str], bounds: Bounds) -> Workload:
+        """The rows of these ops; of one that no step calls, as that model's parts call it, or in the first listed sizes."""
+        known = contracts()
+        for op in ops:
+            if op not in known:
+                raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
+        called = {row.case.op for row in self.rows}
+        lone = [row for op in ops if op not in called for row in _alone(op, self.dtype, bounds)]
+        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=(), part=True)
+
+
+def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
+    """The workload of this name: a published model's decode steps, the demo checkpoint's, or what a file of `porthal trace
+    --json` lists. `kinds` chooses steps, `dtype` "" is the model's own."""
+    from porthal.bench.traced import read
+
+    if name == "glm5":
+        return of_model(name, Config.read(profile_home()), kinds, dtype or "bfloat16", bounds)
+    if name == "demo":
+        config = Config.read(DEMO)
+        whole = (Request(1, config.max_position_embeddings // 2),)
+        return replace(of_model(name, config, kinds, dtype or "float32", bounds), whole=whole)
+    found = read(name)
+    rows = tuple(_rows("traced", found.name, found.calls, found.requests, bounds))
+    return Workload(found.name, found.dtype, rows, {"file": name})
+
+
+def profile_home() -> str:
+    """The directory of the published config whose sizes the suite tests."""
+    from porthal.model import profiles
+
+    return f"{profiles.__path__[0]}/{MODEL}"
+
+
+def of_model(name: str, config: Config, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
+    """The steps of a model, each call once per group, with the count of all layers."""
+    rows: list[Row] = []
+    made = [step for kind in kinds for step in steps(kind, config.max_position_embeddings, config.has_mtp)]
+    for step in made:
+        calls = stepped(config, [(r.q, r.kv) for r in step.requests], dtype, step.drafts)
+        rows += _rows(step.kind, step.group, calls, step.requests, bounds)
+    composition = {step.group: spelled(step.requests) for step in made}
+    sizes = {f.name: v for f in fields(config) if type(v := getattr(config, f.name)) in (int, float)}
+    facts = {"config": sizes, "dtype": dtype, "composition": composition}
+    return Workload(name, dtype, tuple(rows), facts)
+
+
+def steps(kind: str, longest: int, drafts: bool = True) -> Iterator[Step]:
+    """The steps of a kind, as far as a model's context goes."""
+    if kind not in STEPS:
+        raise UsageError(f"unknown step {kind!r}: expected {', '.join(STEPS)}")
+    if kind == "prefill":
+        for rows in CHUNKS:
+            if rows <= longest:
+                context = min(max(rows, USUAL), longest)
+                yield Step(kind, (Request(rows, context),), context=context)
+    elif kind == "verify":
+        context = min(USUAL, longest)
+        for n in REQUESTS if drafts else ():
+            yield Step(kind, (Request(DRAFTS + 1, context),) * n, DRAFTS, context)
+    else:
+        for n in REQUESTS:
+            for context in dict.fromkeys(min(c, longest) for c in CONTEXTS):
+                yield Step(kind, (Request(1, context),) * n, context=context)
+
+
+def _rows(
+    step: str, group: str, calls: Sequence[tuple[str, CallSpec]], requests: tuple[Request, ...], bounds: Bounds
+) -> Iterator[Row]:
+    found: dict[Case, Row] = {}
+    for (op, spec), count in Counter(calls).items():
+        sized = Sized.of(op, spec, requests).within(bounds)
+        before = found.get(sized.case)
+        times = count * sized.stands_for + (before.calls if before else 0)
+        found[sized.case] = Row(step, group, sized.case, times, sized.scaled)
+    yield from found.values()
+
+
+def _alone(op: str, dtype: str, bounds: Bounds) -> Iterator[Row]:
+    """An op by itself, in the sizes that the model's parts have or the contract lists first, for some requests."""
+    contract = contracts()[op]
+    for n in REQUESTS:
+        requests = (Request(1, USUAL),) * n
+        for spec in profile_of().of(contract):
+            sizes = {d: size for o in contract.signature.of_kind("Batch") for d, size in zip(o.dims[1:], (n, USUAL))}
+            sizes["block_size"] = BLOCK_SIZE
+            sizes |= {s: v[0] if isinstance(v, tuple) else v for s, v in spec.dims.items() if s not in sizes}
+            if contract.rows:
+                rows = spec.dims.get(contract.rows, n)
+                sizes[contract.rows] = rows[0] * n if isinstance(rows, tuple) else rows
+            kinds = {o: dtype if t in FLOATS and t != "float32" else t for o, t in spec.dtypes.items()}
+            exact = CallSpec(sizes, kinds, spec.attrs, {})
+            yield from _rows("alone", f"{op} alone, {n} request{'s' * (n > 1)}", [(op, exact)], requests, bounds)
+
+
+def _thousands(n: int) -> str:
+    return f"{n >> 10}k" if n % 2**10 == 0 else str(n)
