@@ -85,7 +85,7 @@ def probes(found: Curve, known: Stored) -> Iterator[Probe]:
         holds = typical <= known.typical[text] and stretch <= known.stretch[text]
         words = (
             f"{fmean(found.bits[text]):.4f} bits per byte, the reference {fmean(bits):.4f}; a byte is off by {typical:.2g} of "
-            f"at most {known.typical[text]:.2g}, the worst {STRETCH} bytes by {stretch:.2g} of at most {known.stretch[text]:.2g}"
+            f"at most {known.typical[text]:.2g}, the worst {STRETCH} by {stretch:.2g} of at most {known.stretch[text]:.2g}"
         )
         yield Probe(text, holds, words)
     off = _off(found.accepted, known.curve.accepted)
