@@ -1,11 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-plain test-torch quick proof lint types sdist-check demo clean
+.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 demo clean
 
 PYTHON ?= python3
 built_from := pyproject.toml CMakeLists.txt $(shell find backends -path '*/native/*' -type f)
 
 help:           ## what can be made
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 # torch goes in first and pinned, so that nothing after it picks another build.
 .venv/ready: $(built_from)
@@ -50,6 +50,22 @@ sdist-check: .venv/ready  ## sdist, the wheel built from it, and what that wheel
 	rm -rf build/dist
 	.venv/bin/python -m build --outdir build/dist
 	.venv/bin/python .ci/check_wheel.py build/dist/*.whl
+
+isas: .venv/ready  ## the kernels of the cpu backend at the strict level, in every instruction set that this processor runs
+	for isa in $$(.venv/bin/python -c "from porthal.backends.cpu import _native; print(*_native.isas())"); do \
+		PORTHAL_ISA=$$isa .venv/bin/porthal conform --backend cpu --level strict || exit 1; done
+
+sanitize: .venv/ready  ## the kernels of the cpu backend under the sanitizers for addresses, undefined behaviour and threads
+	.venv/bin/python .ci/sanitize.py address
+	.venv/bin/python .ci/sanitize.py thread
+
+# With the headers of this Python: the module is compiled and linked, and not run.
+aarch64: .venv/ready  ## the kernels of the cpu backend compiled for aarch64 (needs g++-aarch64-linux-gnu)
+	cmake -S . -B build/aarch64 -Wno-dev -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python \
+		-DPython_INCLUDE_DIR=$$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
+		-Dpybind11_DIR=$$(.venv/bin/python -m pybind11 --cmakedir)
+	cmake --build build/aarch64
 
 demo: .venv-demo/ready  ## the demo model on this CPU, without PyTorch: text, then proof, in report.html
 	.venv-demo/bin/porthal backends

@@ -5,6 +5,7 @@ docs/benchmarks.md describes both.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -14,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from porthal.bench.compare import Ratio
 from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
-from porthal.bench.statistics import ratio
+from porthal.bench.speeds import Timed
 from porthal.bench.text import rate_text, time_text
 from porthal.bench.workloads import Row
 from porthal.conformance.report.receipt import receipt
@@ -42,7 +44,7 @@ class Report:
     @cached_property
     def impossible(self) -> list[Measured]:
         """What was faster than the device can be."""
-        return [m for m in self.run.timed if m.share > OVER and not m.summary.noisy]
+        return [m for m in self.run.timed if m.share > OVER and not m.noisy]
 
     @cached_property
     def wrong(self) -> list[Measured]:
@@ -59,12 +61,10 @@ class Report:
     @cached_property
     def document(self) -> dict[str, Any]:
         """The report in pytest-benchmark's format, with what is ours under "porthal" and in each extra_info."""
-        try:
-            from pytest_benchmark import __version__
-            from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
-            from pytest_benchmark.utils import get_commit_info
-        except ImportError:
-            raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'") from None
+        from pytest_benchmark import __version__
+        from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
+        from pytest_benchmark.utils import get_commit_info
+
         made = {
             "machine_info": machine_info(),
             "commit_info": get_commit_info(),
@@ -173,7 +173,7 @@ class Report:
         for name in names:
             table.add_column(name, justify="right")
         for name in names[1:]:
-            table.add_column(f"{names[0]}/{name}", justify="right")
+            table.add_column(f"{names[0]} against {name}", justify="right")
         for token, found in self.by_token.items():
             for cache in dict.fromkeys(m.cache for m in found if m.samples):
                 at = {m.backend: m for m in found if m.cache == cache and m.samples}
@@ -201,7 +201,8 @@ class Report:
                 part = "" if len(known) == len(rows) else f", {len(known)} of {len(rows)} calls"
                 told.append(f"{name} {time_text(seconds)} (limit {time_text(least)}{part})")
             if told and rows[0].step != "alone":
-                yield f"{group}: one step takes {', '.join(told)}"
+                what = "these calls of one step take" if self.run.workload.part else "one step takes"
+                yield f"{group}: {what} {', '.join(told)}"
         for name, steps in self.run.steps.items():
             if steps:
                 best = min(steps, key=lambda threads: steps[threads].seconds)
@@ -259,6 +260,12 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
     }
 
 
+def check_format() -> None:
+    """Raise Unavailable, before long work, where the package is not here whose format the JSON has."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise Unavailable("--json needs the Python package pytest-benchmark: pip install 'porthal[bench]'")
+
+
 # -- how numbers are written ---------------------------------------------------------------------------------------------
 
 
@@ -267,17 +274,17 @@ def cell(m: Measured | None) -> str:
     if not m:
         return "-"
     found = m.summary
-    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound else ""
+    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound and not m.noisy else ""
     kernel = "" if m.kernel == "own" else f" {m.kernel}"
     return f"{time_text(found.median)} {share:>5}{kernel}".rstrip()
 
 
 def compared(a: Measured | None, b: Measured | None) -> str:
-    """How often the first's time the second's is: "1.52 (1.48 to 1.57)"; "" where one is too noisy."""
+    """How many times as fast the first is: "1.52x (1.48 to 1.57)"; "" where one is too noisy."""
     if not a or not b or a.summary.noisy or b.summary.noisy:
         return ""
-    middle, low, high = ratio(a.summary, b.summary)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    first, second = (Timed(m.summary.median, *m.summary.ci95) for m in (a, b))
+    return str(Ratio.of(first, second))
 
 
 def shortened(rest: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from porthal.bench.worker import Backstage, Side
 from porthal.bench.workloads import Workload
 from porthal.conformance.cases.case import Case
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import UsageError, probe
+from porthal.hal import PorthalError, UsageError, note, probe
 
 HOST = "cpu"  # the backend that knows the limits of the processor, whoever computes on it
 SECONDS = 240.0
 LONGEST, SHORTEST = 4.0, 0.3  # seconds for the samples of one call, of all backends
-SAMPLE = 2e-3  # seconds of a sample of warm calls
+SAMPLE, MOST = 2e-3, 1000  # seconds of a sample of warm calls, and how many there are at most
 ROWS = 3  # samples of a call that is slower than all that
 FIRST = 5  # samples of every peak before anything else
 COLD, WARM = "cold", "warm"
@@ -42,6 +42,7 @@ class Run:
     found: list[Measured] = field(default_factory=list)
     peaks: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     steps: dict[str, dict[int, StepTime]] = field(default_factory=dict)  # of the demo checkpoint, by number of threads
+    late: bool = False  # whether there was no time for some calls
 
     @property
     def timed(self) -> list[Measured]:
@@ -79,14 +80,20 @@ def bench(
         }
         kept = stack.enter_context(closing(Kept(journal, head, resume))) if journal else None
         cases = list(dict.fromkeys(row.case for row in workload.rows))
-        run.found += kept.known if kept else []
+        known = {(m.token, m.backend) for m in kept.known} if kept else set()
+        whole = {c.token for c in cases if all((c.token, name) in known for name in backends)}
+        if kept:  # a call that was stopped in its middle is there twice
+            run.found += {(m.token, m.backend, m.cache): m for m in kept.known if m.token in whole}.values()
         end = time.monotonic() + seconds
-        known = {(m.token, m.backend) for m in run.found}
-        cases = [c for c in cases if any((c.token, name) not in known for name in backends)]
+        cases = [c for c in cases if c.token not in whole]
         for n, case in enumerate(cases):
             left = end - time.monotonic()
             started = time.monotonic()
-            for measured in stage.measured(case, left / (len(cases) - n)) if left > 0 else stage.late(case):
+            if left <= 0:
+                run.late = True
+                run.found += stage.late(case)  # and not kept: there may be time when the run goes on
+                continue
+            for measured in list(stage.measured(case, left / (len(cases) - n))):  # all of a call, or nothing
                 run.found.append(measured)
                 if kept:
                     kept.add(measured)
@@ -106,6 +113,8 @@ def _steps(name: str, workload: Workload, most: int) -> dict[int, StepTime]:
             took = worker.ask("step", workload.whole, workload.dtype)
         if isinstance(took, StepTime):
             found[threads] = took
+        else:
+            note(f"no whole step on {name} with {threads} threads: {took.message}")
     return found
 
 
@@ -116,10 +125,11 @@ class _Stage:
         self.run, self.stack = run, stack
         self.workers: dict[str, Backstage] = {}
         self.limits: dict[str, str] = {}  # backend -> the worker that knows the limits of its device
+        self.gone: dict[str, str] = {}  # backends that do not start any more, and why
 
     def start(self, name: str) -> Side:
         worker = self.workers[name] = Backstage(name, self.run.threads)
-        self.stack.callback(lambda: worker.close())
+        self.stack.callback(worker.close)
         self.run.sides[name] = worker.side
         return worker.side
 
@@ -130,8 +140,7 @@ class _Stage:
             host = Backstage(HOST, self.run.threads)
             self.stack.callback(host.close)
         for name, side in self.run.sides.items():
-            on_host = host and host.side.facts.device == side.facts.device
-            self.limits[name] = HOST if on_host else name
+            self.limits[name] = HOST if host and side.on_host else name
         if host:
             self.workers.setdefault(HOST, host)
         for source in dict.fromkeys(self.limits.values()):
@@ -156,18 +165,19 @@ class _Stage:
             yield Measured(case.token, name, "", why="there was no time left for it: give more --seconds, or --resume")
 
     def measured(self, case: Case, seconds: float) -> Iterator[Measured]:
-        """The call on all backends in turns."""
+        """The call on all backends in turns, judged and timed within about so many seconds."""
         judged: dict[str, Judged] = {}
+        until = time.monotonic() + seconds
         for name, side in self.run.sides.items():
-            if side.facts.place != "hardware":
-                yield Measured(case.token, name, "", why=f"{side.facts.place}: its speed says nothing about a chip")
+            if why := self.gone.get(name) or (side.facts.place != "hardware" and f"{side.facts.place}: no speed of a chip"):
+                yield Measured(case.token, name, "", why=why)
                 continue
-            found = self._open(name, case)
-            if found.verdict == "PASS" and isinstance(found, Judged):
-                judged[name] = found
+            opened = self._ask(name, "open", case)
+            if opened.verdict == "PASS" and isinstance(opened, Judged):
+                judged[name] = opened
             else:
-                why = f"{found.verdict}: {found.message}"
-                yield Measured(case.token, name, "", found.verdict, why, getattr(found, "kernel", ""))
+                why = f"{opened.verdict}: {opened.message}"
+                yield Measured(case.token, name, "", opened.verdict, why, getattr(opened, "kernel", ""))
         if not judged:
             return
         work = next(iter(judged.values())).work
@@ -176,67 +186,64 @@ class _Stage:
         if any(work.bytes <= self._holds(name).get(c, 0) for name in judged for c in CACHES):
             caches.append(WARM)
         for cache in caches:
-            yield from self._in_turns(case, judged, cache, seconds / len(caches))
+            left = (until - time.monotonic()) / (len(caches) if cache == COLD else 1)
+            found = self._in_turns(case, judged, cache, left) if judged else []
+            yield from found
+            judged = {m.backend: judged[m.backend] for m in found if m.samples}
         for name in judged:
             self.workers[name].ask("close")
 
-    def _open(self, name: str, case: Case) -> Judged | Judgement:
-        found: Judged | Judgement = self.workers[name].ask("open", case)
-        if isinstance(found, Judgement):  # the process is gone, or hangs
-            self._replace(name)
-        return found
-
-    def _replace(self, name: str) -> None:
-        self.workers[name].close()
-        shared = name in self.limits.values() and name not in self.run.sides
-        self.workers[name] = worker = Backstage(name, self.run.threads)
-        self.stack.callback(worker.close)
-        if not shared:
-            self.run.sides[name] = worker.side
+    def _ask(self, name: str, method: str, argument: Any) -> Any:
+        """A worker's answer; after a Judgement its process is gone or hangs, and another one takes its place."""
+        answer = self.workers[name].ask(method, argument)
+        if isinstance(answer, Judgement):
+            self.workers[name].close()
+            try:
+                self.start(name)
+            except PorthalError as error:  # what has been measured stays
+                self.gone[name] = f"it does not start again: {error}"
+        return answer
 
     def _holds(self, name: str) -> Mapping[str, float]:
         return self.workers[self.limits[name]].side.holds
 
-    def _in_turns(self, case: Case, judged: Mapping[str, Judged], cache: str, seconds: float) -> Iterator[Measured]:
+    def _in_turns(self, case: Case, judged: Mapping[str, Judged], cache: str, seconds: float) -> list[Measured]:
         """Rounds of one sample of every backend, and of every peak that may bind the call."""
         work = next(iter(judged.values())).work
         assert work
         peaks = {name: needed(work, self._holds(name), cache == COLD) for name in judged}
         samples: dict[str, list[float]] = {name: [] for name in judged}
         rates: dict[tuple[str, str], list[float]] = {}
-        calls = {name: self._calls(name) if cache == WARM else 1 for name in judged}
+        calls = dict.fromkeys(judged, 1)
         failed: dict[str, Judgement] = {}
         until = time.monotonic() + min(max(seconds, SHORTEST), LONGEST)
         while samples and not _enough(samples, until):
             for name in list(samples):
-                took = self._sample(name, cache, calls[name])
-                if isinstance(took, float):
+                took = self._ask(name, cache, self._largest(name) if cache == COLD else calls[name])
+                if not isinstance(took, float):
+                    failed[name] = took or Judgement("LEFT_OUT", "its arrays cannot be changed")
+                    del samples[name]
+                elif cache == WARM and calls[name] == 1 and took < SAMPLE / 2:  # so many calls as a sample takes
+                    calls[name] = min(MOST, round(SAMPLE / took))
+                else:
                     samples[name].append(took)
-                    continue
-                failed[name] = took if isinstance(took, Judgement) else Judgement("LEFT_OUT", "its arrays cannot be changed")
-                del samples[name]
             for source, peak in {(self.limits[name], peak) for name in samples for peak in peaks[name]}:
                 rates.setdefault((source, peak), []).append(self._peak(source, peak))
+        made = []
         for name, found in judged.items():
-            facts = (case.token, name, cache, found.verdict)
+            one = Measured(case.token, name, cache, found.verdict, "", found.kernel, found.provider)
             if name in failed:
                 why = f"{failed[name].verdict} while it was timed: {failed[name].message}"
-                yield Measured(*facts, why=why, kernel=found.kernel)
-                continue
-            near = {peak: tuple(rates[self.limits[name], peak]) for peak in peaks[name]}
-            yield Measured(*facts, "", found.kernel, found.provider, found.work, tuple(samples[name]), near, calls[name])
+                made.append(replace(one, verdict=failed[name].verdict, why=why))
+            else:
+                near = {peak: tuple(rates[self.limits[name], peak]) for peak in peaks[name]}
+                one = replace(one, work=found.work, samples=tuple(samples[name]), rates=near, calls=calls[name])
+                made.append(replace(one, holds={c: size for c, size in self._holds(name).items() if c in CACHES}))
+        return made
 
-    def _sample(self, name: str, cache: str, calls: int) -> Any:
-        largest = max((h for h in self._holds(name).values() if h < inf), default=0.0)
-        took = self.workers[name].ask(cache, largest if cache == COLD else calls)
-        if isinstance(took, Judgement):
-            self._replace(name)
-        return took
-
-    def _calls(self, name: str) -> int:
-        """As many warm calls as one sample takes."""
-        took = self._sample(name, WARM, 1)
-        return max(1, min(1000, round(SAMPLE / took))) if isinstance(took, float) else 1
+    def _largest(self, name: str) -> float:
+        """Bytes of the device's largest cache."""
+        return max((h for h in self._holds(name).values() if h < inf), default=0.0)
 
 
 def _enough(samples: Mapping[str, Sequence[float]], until: float) -> bool:

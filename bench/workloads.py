@@ -56,14 +56,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Workload:
-    """`facts` are what a report says of it: the config and the requests it was derived from. `whole` are the requests of a step
-    that can be made as a whole, since its checkpoint is here."""
+    """The calls of steps, or a part of them.
+
+    facts  what a report says of it: the config and the requests it was derived from
+    whole  the requests of a step that can be made as a whole, since its checkpoint is here
+    """
 
     name: str
     dtype: str
     rows: tuple[Row, ...]
     facts: Mapping[str, object] = field(default_factory=dict)
     whole: tuple[Request, ...] = ()
+    part: bool = False
 
     def only(self, ops: Sequence[str], bounds: Bounds) -> Workload:
         """The rows of these ops; of one that no step calls, as that model's parts call it, or in the first listed sizes."""
@@ -73,7 +77,7 @@ class Workload:
                 raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
         called = {row.case.op for row in self.rows}
         lone = [row for op in ops if op not in called for row in _alone(op, self.dtype, bounds)]
-        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=())
+        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=(), part=True)
 
 
 def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:

@@ -49,7 +49,7 @@ def bench(
     """
     from porthal.bench import curve as curves
     from porthal.bench.compare import comparison
-    from porthal.bench.report import Report
+    from porthal.bench.report import Report, check_format
     from porthal.bench.run import bench as run
     from porthal.bench.scale import Bounds
     from porthal.bench.speeds import Speeds
@@ -63,6 +63,8 @@ def bench(
         raise UsageError(f"--memory is {memory}: expected more than 0 GiB")
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     text.check_writable(json=json, html=html, resume=journal)
+    if json:
+        check_format()
     bounds = Bounds(memory=memory * GIB)
     if curve and (op or step or workload != "glm5"):
         raise UsageError("--curve has calls of its own: give it without --op, --step and --workload")
@@ -84,13 +86,15 @@ def bench(
         html.write_text(comparison(Speeds.of_object(found.document)).html(), encoding="utf-8")
     if json:
         json.write_text(found.json(), encoding="utf-8")
-        if journal and not resume:  # the report has all of it
-            journal.unlink()
     if curve:
         for line in curves.markdown(found.run):
             print(line)
     else:
         text.drawn(found.table())
+    if journal and found.run.late:
+        text.note(f"porthal: there was no time left for some calls: {advice()}")
+    elif journal and not resume:  # the report has all of it
+        journal.unlink()
     if found.exit_code == 2:
         print("nothing was timed: what stood against it is said above")
     return found.exit_code

@@ -14,7 +14,6 @@ SUITE = 3  # the version of the plan of cases and of the rules of judgement
 class Level:
     """Which calls are planned, how often each is run, and how strictly it is judged.
 
-    rows                 row counts of every op
     production_rows      row counts at GLM-5's own dims, beside 2
     production_batches   and batch compositions there
     elements             logical elements of all operands and results of one case, at most
@@ -22,6 +21,9 @@ class Level:
     regimes              requests of the steps at a model's own sizes, see `cases.profiles`
     turns                of these an op that sees no contexts meets one of so many in each of its shapes
     seconds, copied      what one such call may take, and how many elements it may hold
+    pooled               cases that are made for pairs of classes, see `cases.pairs`; of these as many are planned
+    pairs                as take so many seconds for each thing that a call of the op chooses
+    pair                 and each of them at most
     thorough             every variation is tested in every dtype, also with values that a contract does not list
     seeds                further seeds of a call of 65 rows
     runs                 of a kernel on the same inputs
@@ -30,7 +32,6 @@ class Level:
     """
 
     name: str
-    rows: tuple[int, ...]
     production_rows: tuple[int, ...]
     production_batches: tuple[str, ...]
     elements: int
@@ -39,6 +40,9 @@ class Level:
     turns: int
     seconds: float
     copied: int
+    pooled: int
+    pairs: float
+    pair: float
     thorough: bool
     seeds: tuple[int, ...]
     runs: int
@@ -49,7 +53,6 @@ class Level:
 
 BRING_UP = Level(
     "bring-up",
-    rows=(0, 1, 2, 17),
     production_rows=(1,),
     production_batches=("decode",),
     elements=2**22,
@@ -58,6 +61,9 @@ BRING_UP = Level(
     turns=3,
     seconds=0.06,
     copied=2**25,
+    pooled=45,
+    pairs=0.035,
+    pair=0.05,
     thorough=False,
     seeds=(),
     runs=2,
@@ -67,7 +73,6 @@ BRING_UP = Level(
 )
 STANDARD = Level(
     "standard",
-    rows=(0, 1, 2, 7, 16, 17, 255, 256, 257),
     production_rows=(1, 17, 65),
     production_batches=("decode", "mixed", "chunked"),
     elements=2**25,
@@ -84,6 +89,9 @@ STANDARD = Level(
     turns=3,
     seconds=1.2,
     copied=2**27,
+    pooled=250,
+    pairs=0.35,
+    pair=0.6,
     thorough=True,
     seeds=(),
     runs=3,
@@ -93,7 +101,6 @@ STANDARD = Level(
 )
 STRICT = Level(
     "strict",
-    rows=(0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025),
     production_rows=(1, 17, 65, 257),
     production_batches=("decode", "mixed", "chunked", "padded", "idle"),
     elements=2**26,
@@ -107,6 +114,9 @@ STRICT = Level(
     turns=1,
     seconds=20.0,
     copied=2**29,
+    pooled=800,
+    pairs=8.0,
+    pair=5.0,
     thorough=True,
     seeds=(1, 2, 3),
     runs=50,

@@ -47,6 +47,27 @@ class Choice:
         return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie, kernel.batch_invariant)
 
 
+class Choices(Mapping[str, Choice]):
+    """The choice of every op, made when it is first asked for: most bindings are asked for few of them."""
+
+    def __init__(self, ops: Collection[str], choose: Callable[[str], Choice]) -> None:
+        self._ops, self._choose = ops, choose
+        self._made: dict[str, Choice] = {}
+
+    def __getitem__(self, op: str) -> Choice:
+        if op not in self._made:
+            if op not in self._ops:
+                raise KeyError(op)
+            self._made[op] = self._choose(op)
+        return self._made[op]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ops)
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+
 class Binding(Services):
     """An immutable set of functions, one per op, for one backend, device, policy and profile, plus its services."""
 
@@ -61,6 +82,8 @@ class Binding(Services):
         raise AttributeError(f"a binding is immutable: bind() again instead of setting {name!r}")
 
     def __getattr__(self, name: str) -> Any:
+        if name in vars(self)["choices"]:  # chosen by this
+            return vars(self)[name]
         raise AttributeError(f"the binding of {vars(self)['backend']} has no op or service {name!r}")
 
     def __repr__(self) -> str:
@@ -73,21 +96,28 @@ class Binding(Services):
             return self.prepare(replace(spec, op=op, operand=operand), read, into)
         if into is not None:
             self._check_form(spec, into.spec)
-        weight = vars(self)["_kernels"].get(spec.op, self.backend).prepare(spec, read, into)
+        weight = (self._kernel(spec.op) or self.backend).prepare(spec, read, into)
         if not isinstance(weight, Weight):
             raise Unavailable(f"{self.backend}: prepare returned {weight!r} for {spec.op}.{spec.operand}, expected a Weight")
         return weight
 
     def to_logical(self, operand: Operand) -> dict[str, np.ndarray[Any, Any]]:
         """An operand's logical form as NumPy arrays; a weight is read by the backend whose kernel it was packed for."""
-        kernel = vars(self)["_kernels"].get(operand.spec.op) if isinstance(operand, Weight) else None
+        kernel = self._kernel(operand.spec.op) if isinstance(operand, Weight) else None
         owner: Backend = kernel.backend if kernel else self.backend
         return owner.to_logical(operand)
 
     def capturable(self, op: str) -> bool:
         """Whether an op's kernel may stand in a captured graph."""
-        kernel: Kernel | None = vars(self)["_kernels"].get(op)
+        kernel = self._kernel(op)
         return kernel is None or kernel.capturable
+
+    def _kernel(self, op: str) -> Kernel | None:
+        """The kernel that was chosen for an op, where there is one."""
+        if op not in self.choices:  # chosen by this
+            return None
+        found: Kernel | None = vars(self)["_kernels"].get(op)
+        return found
 
     def require(self, *ops: str) -> None:
         """Raise NotClaimed where one of these ops has no kernel."""
@@ -160,19 +190,24 @@ def bind(
     _verify_names(rules, known)
 
     kernels: dict[str, Kernel] = {}
-    choices: dict[str, Choice] = {}
-    binding = Binding(chosen, choices, kernels)
-    vars(binding).update(profile=profile, _advice=advice, _again=again)
-    layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
-    for op, contract in known.items():
-        specs = (profile or {}).get(op, ())
+
+    def choose(op: str) -> Choice:
         policy = Policy(rules.get(op), fallback, advice, divert)
-        function, choices[op], kernel = _choose(binding, contract, specs, policy, None)
+        function, choice, kernel = _choose(binding, known[op], (profile or {}).get(op, ()), policy, None)
         if kernel is not None:
             kernels[op] = kernel
         for layer in reversed(layers):
             function = layer(op, function)
         vars(binding)[op] = function
+        return choice
+
+    choices = Choices(known, choose)
+    binding = Binding(chosen, choices, kernels)
+    vars(binding).update(profile=profile, _advice=advice, _again=again)
+    layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
+    wanted = known if profile is None or fallback != "error" else known.keys() & {*profile, *rules}
+    for op in wanted:  # what cannot be chosen is told now; of others there is a choice, if only to refuse the call
+        choices[op]
     binding.require(*(profile or () if needed is None else called(choices, needed)))
     return binding
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -390,6 +393,7 @@ def _attributes(reference: Reference) -> dict[str, Attribute]:
 
 
 _contracts: dict[str, Contract] = {}
+_known: Mapping[str, Contract] = MappingProxyType(_contracts)
 
 
 def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
@@ -407,9 +411,9 @@ def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
     return make
 
 
+@cache
 def contracts() -> Mapping[str, Contract]:
     """Every contract by name; the files of porthal/ops are found by listing the folder."""
-    import importlib
-
-    importlib.import_module("porthal.ops")
-    return MappingProxyType(_contracts)
+    if "porthal.ops" not in sys.modules:
+        importlib.import_module("porthal.ops")
+    return _known

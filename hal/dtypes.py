@@ -19,6 +19,7 @@ UNIT_ROUNDOFF = {
 }
 _EXTENSION = ("bfloat16", "float8_e4m3fn")
 FLOATS = ("float32", "bfloat16", "float16")
+_ONE, _HALF, _BELOW, _MIDDLE, _LOST = (np.array(n, np.uint32) for n in (1, 16, 0x7FFF, 0x8000, 0xFFFF))
 BLOCK = 2**14  # elements that stay in a core's cache while several passes go over them
 INTEGERS = ("int8", "uint8", "int32", "int64", "bool")
 
@@ -99,19 +100,18 @@ def _bfloat16_bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _rounded(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Through float32, which rounds as x does unless it lies exactly in the middle between two bfloat16 numbers."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        bits = x.astype(np.float32).view(np.uint32)
-    middle = np.flatnonzero((bits & np.uint32(0xFFFF)) == np.uint32(0x8000))
+    bits = x.astype(np.float32).view(np.uint32)
+    middle = np.flatnonzero((bits & _LOST) == _MIDDLE)
     if middle.size:  # there: step back where the cast rounded away from zero, then mark what was lost in the last bit
         inexact = np.abs(bits[middle].view(np.float32).astype(np.float64)) - np.abs(x[middle])
         bits[middle] = bits[middle] - (inexact > 0) | (inexact != 0)
-    rounded = bits >> np.uint32(16)
+    rounded = bits >> _HALF
     nan = np.isnan(x)
     quiet = (rounded[nan] | np.uint32(0x40)) if nan.any() else None
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
+    rounded &= _ONE
+    rounded += _BELOW
     rounded += bits
-    rounded >>= np.uint32(16)
+    rounded >>= _HALF
     if quiet is not None:
         rounded[nan] = quiet
     return rounded

@@ -14,11 +14,12 @@ The last three may also flush what float32 holds only as a denormal.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,12 @@ U_ACC = UNIT_ROUNDOFF["float32"]
 # Values of `only` for runs that round wherever that is permitted, as a chip does; the second flushes denormals to zero.
 ROUNDED, ROUNDED_TO_ZERO = -1, -2
 EXACT = -3  # for a run that perturbs nothing, and counts where it could
+# Arrays, with which NumPy computes faster than with its scalars.
+SIZE, SIGN, FIRST_FACTOR, SECOND_FACTOR, HALF = (
+    np.array(n, np.uint32) for n in (0x7FFFFFFF, 0x80000000, 0x9E3779B1, 0x85EBCA77, 15)
+)
+HIGH = int(sys.byteorder == "little")  # which half of a float64 has its sign
+ROOT_3 = float(np.sqrt(3))
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
 
@@ -117,7 +124,6 @@ class Noise:
     def __init__(
         self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
     ) -> None:
-        self.rng = rng
         self.dtypes = dtypes
         self.only = only
         self.known = known or Known((), 0)
@@ -125,28 +131,38 @@ class Noise:
         self.points: list[str] = []
         self.count = 0  # perturbations so far; `only` makes just the one of that number, or none if it is ROUNDED
         self.reduced = False  # the formula has a reduction: errors of one row are shared among its elements
+        self._rng = rng
+        self._salts: Array = np.empty(0, np.uint32)
 
     def shifted(self, value: Array, u: float, step: Callable[[Array], Array], beside: Array | None = None) -> Array:
         """The value plus or minus a step: alike for values that a rounding by u moves alike, the other way for their
         negatives. `step` gives its size from the value or, element by element, from the array `beside`."""
-        self.count += 1
-        salt = self.rng.integers(2**32, dtype=np.uint32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self.only is not None and self.only != self.count - 1:
-                return np.asarray(value + np.abs(value) * 0.0)
-            out = np.empty_like(value, np.float64)
-            alike = np.uint32(max(0, 20 + round(np.log2(u))))  # bits worth an eighth of u and less
-            for v, near, moved in blocks(value, value if beside is None else beside, out):
-                one = v.astype(np.float32).view(np.uint32)
-                word = one & np.uint32(0x7FFFFFFF)
-                word >>= alike
-                word ^= salt
-                word *= np.uint32(0x9E3779B1)
-                word ^= word >> np.uint32(15)
-                word *= np.uint32(0x85EBCA77)
-                word ^= one
-                np.add(v, np.copysign(step(near), word.view(np.int32)), out=moved)
+        n, self.count = self.count, self.count + 1
+        if self.only is not None and self.only != n:
+            return np.asarray(value + np.abs(value) * 0.0)
+        if n >= len(self._salts):
+            self._salts = np.append(self._salts, self._rng.integers(2**32, size=n + 16 - len(self._salts), dtype=np.uint32))
+        salt, alike, out = self._salts[n, ...], _alike(u), np.empty_like(value, np.float64)
+        for v, near, moved in blocks(value, value if beside is None else beside, out):
+            one = v.astype(np.float32).view(np.uint32)
+            word = one & SIZE
+            word >>= alike
+            word ^= salt
+            word *= FIRST_FACTOR
+            word ^= word >> HALF
+            word *= SECOND_FACTOR
+            word ^= one
+            word &= SIGN
+            size = np.ascontiguousarray(step(near))
+            size.view(np.uint32)[..., HIGH::2] ^= word
+            np.add(v, size.reshape(v.shape), out=moved)
         return out
+
+
+@cache
+def _alike(u: float) -> Array:
+    """How many low bits of a float32 are worth an eighth of u and less."""
+    return np.array(max(0, 20 + round(np.log2(u))), np.uint32)
 
 
 def blocks(*arrays: Array) -> Iterator[Sequence[Array]]:
@@ -174,7 +190,8 @@ def noise(
     mode = Noise(rng, dtypes, only, known)
     token = _noise.set(mode)
     try:
-        yield mode
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield mode
     finally:
         _noise.reset(token)
 
@@ -200,9 +217,8 @@ def dot(subscripts: str, a: Array, b: Array) -> Array:
         return mode.shifted(_contract(subscripts, a, b), U_ACC, np.abs)
     value, magnitude = mode.known.product(mode.products, subscripts, a, b)
     mode.products += 1
-    left, right = subscripts.split("->")
-    size = dict(zip(left.replace(",", ""), a.shape + b.shape))
-    scale = np.sqrt(float(prod(n for s, n in size.items() if s not in right) if value.size else 1)) * U_ACC
+    to_a, _, _, batch, free, _ = _axes(subscripts)
+    scale = sqrt(prod(a.shape[axis] for axis in to_a[batch + free :]) if value.size else 1) * U_ACC
     return mode.shifted(value, U_ACC, lambda m: scale * m, magnitude)
 
 
@@ -249,7 +265,7 @@ def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype:
         size = np.abs(v)
         size *= u
         size += least
-        size /= np.sqrt(3)
+        size /= ROOT_3
         return size
 
     return mode.shifted(np.asarray(value), u, step)

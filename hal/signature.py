@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from porthal.hal.errors import UsageError
 from porthal.hal.operands import KINDS
@@ -44,6 +44,10 @@ class OperandSpec:
 
     def symbols(self) -> tuple[str, ...]:
         """The symbols in its dims and fields."""
+        return self._symbols
+
+    @cached_property
+    def _symbols(self) -> tuple[str, ...]:
         return tuple(s for d in (*self.dims, *(width for _, width, _ in self.fields)) for s in symbols(d))
 
 
@@ -65,11 +69,19 @@ class Signature:
 
     def of_kind(self, kind: str) -> tuple[OperandSpec, ...]:
         """The operands of one kind."""
-        return tuple(o for o in self.operands if o.kind == kind)
+        return self._of_kind.get(kind, ())
 
-    def symbols(self) -> set[str]:
+    @cached_property
+    def _of_kind(self) -> dict[str, tuple[OperandSpec, ...]]:
+        return {kind: tuple(o for o in self.operands if o.kind == kind) for kind in {o.kind for o in self.operands}}
+
+    def symbols(self) -> frozenset[str]:
         """The symbols in the shapes of operands."""
-        return {s for o in self.operands for s in o.symbols()}
+        return self._symbols
+
+    @cached_property
+    def _symbols(self) -> frozenset[str]:
+        return frozenset(s for o in self.operands for s in o.symbols())
 
 
 def parse(text: str) -> Signature:

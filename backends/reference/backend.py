@@ -64,7 +64,9 @@ class Reference(Backend):
 
 def _wide(value: Any) -> Any:
     if isinstance(value, Weight):
-        return value.native
+        return widen(value.native)
+    if isinstance(value, Pages):
+        return value.mapped(widen)
     return widen(value) if isinstance(value, np.ndarray) else value
 
 

@@ -64,7 +64,8 @@ def beside(span: Sequence[int], n: int) -> list[int]:
 
 # -- what a call counts ------------------------------------------------------------------------------------------------
 
-ADDRESSES = (2**31, 2**32)  # elements behind which 32-bit offsets wrap
+COUNTED = 2**24  # elements that float32 counts, and about as many as 65,535 blocks of 256 hold
+ADDRESSES = (COUNTED, 2**31, 2**32)  # elements, also those behind which 32-bit offsets wrap
 TELLING = ("special", "rim", "shelves", "outlier", "rear", "summit")
 REQUESTS = 1024  # of one step at most,
 ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
@@ -164,7 +165,7 @@ class _Met:
                         self.above.setdefault((what, n), token)
         for what in addressed(self.contract):
             far = case.view == PAST_2G and ("P" in symbols(what) or (per_expert(self.contract) and "E" in symbols(what)))
-            v = (_value(what, env) or 0) + (ADDRESSES[0] if far else 0)
+            v = (_value(what, env) or 0) + (ADDRESSES[1] if far else 0)
             for n in ADDRESSES:
                 self.above.setdefault((what, n), token) if v > n else self.below.setdefault((what, n), token)
 
@@ -221,10 +222,10 @@ def _reason(contract: Contract, level: Level, what: str, n: int, above: bool, mo
     largest = _value(what, most)
     if largest is None or largest <= n:
         return f"{BEYOND}: at most {largest or 1}"
-    if n in ADDRESSES:
-        first = first_float(contract)
-        bytes_of = itemsize(contract.dtypes[first][1] if first else "float32")
-        return f"{MEMORY}: {n * bytes_of / 2**30:.0f} GiB" if n * bytes_of > level.copied * 4 else ""
+    first = first_float(contract)
+    bytes_of = itemsize(contract.dtypes[first][1] if first else "float32")
+    if n in ADDRESSES and n * bytes_of > level.copied * 4:
+        return f"{MEMORY}: {n * bytes_of / 2**30:.0f} GiB"
     case = next(_joint(contract, _crossing(what, n, most)), None)
     if case is None:
         return ""
@@ -268,6 +269,9 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
     for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-2:-1]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
             yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level))
+    for what in addressed(contract) if level.thorough else ():
+        if (what, COUNTED) not in met.above and (_value(what, most) or 0) > COUNTED:
+            yield from (c for c in islice(_joint(contract, _crossing(what, COUNTED, most)), 1) if _cheap(c, level))
     for what in counts(contract) if level.thorough else ():
         if (what, TILES[0]) in met.above and (what, TILES[0]) not in met.below and not what.isidentifier():
             yield from islice(_joint(contract, dict.fromkeys((contract.rows, *symbols(what)), 1)), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -29,15 +30,16 @@ class Request(NamedTuple):
     shared: int = 0
 
 
-def requests(batch: str) -> list[Request] | None:
+@lru_cache(maxsize=1024)
+def requests(batch: str) -> tuple[Request, ...] | None:
     """The requests that a composition spells out, "64*1/5" being 64 alike; None where it is a name, or they are too many."""
     if not _REQUESTS.fullmatch(batch):
         return None
-    found = []
+    found: list[Request] = []
     for part in batch.split("+"):
         times, _, one = part.rpartition("*")
         found += [Request(*map(int, one.split("/")))] * min(int(times or 1), MANY + 1)
-    return found if len(found) <= MANY else None
+    return tuple(found) if len(found) <= MANY else None
 
 
 def spelled(found: Sequence[Request]) -> str:

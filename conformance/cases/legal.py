@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,9 @@ def refusal(case: Case) -> str:
     unset = [name for name, value in attrs.items() if value is inspect.Parameter.empty]
     if lacking := [*(s for s in _sizes(case) if s not in sizes), *unset, *_unpaged(case)]:
         return f"it lacks {', '.join(lacking)}"
+    known = contract.signature.symbols()
     for name, size in sizes.items():
-        if name not in contract.signature.symbols():
+        if name not in known:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
@@ -131,7 +133,7 @@ def _refused_requests(found: Sequence[Request], T: int, block_size: int, written
     if any(r.kv and r.kv < r.q for r in found) or max(r.kv for r in found) > LONGEST:
         return f"a request must see 0 keys, or at least its own query rows and at most {LONGEST}"
     for before, request in pairwise((Request(0, 0), *found)):
-        if request.shared > (most := shareable(before, request, block_size, written)):
+        if request.shared and request.shared > (most := shareable(before, request, block_size, written)):
             return f"a request shares {request.shared} pages with the one before, expected at most {most}"
     return ""
 
@@ -190,7 +192,7 @@ def _sizes(case: Case) -> list[str]:
     """Symbols in the shapes of present operands that neither attributes nor the batch bind."""
     signature = case.contract.signature
     present = [
-        replace(o, fields=tuple(f for f in o.fields if f[0] not in case.absent))
+        replace(o, fields=tuple(f for f in o.fields if f[0] not in case.absent)) if o.fields and case.absent else o
         for o in signature.operands
         if o.name not in case.absent and o.kind != "Batch"
     ]
@@ -208,6 +210,7 @@ def _wide_enough(contract: Contract, name: str, sizes: Mapping[str, int]) -> boo
     return all(sizes.get(s, 1) for d in contract.signature[name].dims for s in symbols(d))
 
 
+@lru_cache(maxsize=256)
 def elements(case: Case) -> int:
     """About how many numbers a case's operands and results hold, and what drawing them takes."""
     signature = case.contract.signature

@@ -1,7 +1,9 @@
 """Which calls are tested: cases derived from a contract.
 
-A plan varies one thing at a time around a small default call, and once takes GLM-5's own dims. Levels differ only in
-how many variations, dtypes and row counts they combine; a case does not know the level it came from.
+What a call chooses is varied in pairs (see `pairs`), and at the numbers at which kernels break (see `boundaries`); calls in a
+model's own sizes are beside them (see `profiles`). Here stands what is tested by itself: values, programs, threads, faults,
+what is far apart in memory, and known discrepancies. Levels differ only in how much of it they take; a case does not know
+the level it came from.
 """
 
 from __future__ import annotations
@@ -10,47 +12,44 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations, cycle, product
+from itertools import cycle, product
 from math import prod
 from types import SimpleNamespace
 from typing import Any
 
-from porthal.conformance.cases.boundaries import TILES, UNEVEN, boundary_cases, ends, telling, values
+from porthal.conformance.cases.boundaries import boundary_cases, ends, telling
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import COMPOSITIONS, CROWD, EACH, Request, parted, spelled
+from porthal.conformance.cases.compositions import CROWD, Request, parted, spelled
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
-    absences,
     combos,
     first_float,
     free_symbols,
-    mixed,
     options,
     per_expert,
     takes_integers,
 )
-from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, elements, refusal
+from porthal.conformance.cases.legal import FAR, FAULTS, PAST_2G, THREADS, elements, refusal
+from porthal.conformance.cases.pairs import pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
-from porthal.hal.contract import PAGE_SIZES, Contract
-from porthal.hal.signature import evaluate, symbols
+from porthal.hal.contract import Contract
+from porthal.hal.signature import ARRAY, evaluate, symbols
 
-MANY = 520  # rows of one request
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
-CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
 FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
 EXPERTS = 256  # of GLM-5
+NARROW = 32  # widths of so many experts
 FAINT = "faint"
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
 LONG_TIES = ("shelves", "equal", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PAGE = 64  # slots, where a case is about something else
-PAGES = (PAGE, 128)  # in every composition
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
 
@@ -73,8 +72,10 @@ def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[st
 @lru_cache(maxsize=256)
 def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
     found: dict[str, Case] = {}
-    planned = (*_Plan(contract, level).cases(), *large(contract, level, model))
-    for case in (*planned, *boundary_cases(contract, level_of(level), planned, profile_of(model))):
+    plan, profile = _Plan(contract, level), profile_of(model)
+    planned = (*plan.cases(), *large(contract, level, model))
+    planned += tuple(pair_cases(contract, plan.level, planned, profile, plan.telling()))
+    for case in (*planned, *boundary_cases(contract, plan.level, planned, profile)):
         found.setdefault(case.token, case)
     return tuple(found.values())
 
@@ -109,14 +110,18 @@ class _Plan:
         self.turn = 0
 
     def cases(self) -> Iterator[Case]:
+        """What stands for itself; what meets in pairs is added to it."""
         yield from self._production()
-        for combo in (*self.combos, *mixed(self.contract)):
+        for combo in [c for c in self.combos if len(c) <= 1]:
             yield from self._made(dtypes=combo)
-        yield from self._sizes()
+        yield from self._made(rows=0, dtypes=self._next())
+        if self.level.thorough:
+            least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
+            for rows in (MANY_ROWS, MANY_ROWS + 1):
+                yield from self._many(least, rows, 4, dtypes=self._next())
+        yield from self._words()
         yield from self._loads()
         yield from self._forms()
-        if self.has_batch or self.has_pages:
-            yield from self._batches()
         yield from self._programs()
         for seed, combo in product(self.level.seeds, self.combos):
             yield from self._made(rows=65, dtypes=combo, seed=seed)
@@ -134,44 +139,21 @@ class _Plan:
 
     def _production(self) -> Iterator[Case]:
         """GLM-5's dims in its dtype with all rows different, where no calls in a model's own sizes have them: at several row
-        counts and compositions, over a cache longer than top-k; then pairs of other attributes. In every dtype if thorough."""
+        counts and compositions, over a cache longer than top-k; a choice also among as many equals as there may be."""
         bases = [c for c in self.combos if len(c) <= 1]
         production = [c for c in bases if dict(c).get(self.first, "bfloat16") == "bfloat16"]
-        wide = bool(large(self.contract, self.level.name))
+        wide = bool(large(self.contract, self.level.name, MODEL))
         dims = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
         attrs = {a: self.contract.cases[a][0] for a in self.attrs}
         deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
-        every = bases if self.level.thorough else []
         once = [] if wide else production
-        for combo, rows in (*product(once, self.level.production_rows), *product(every, (1,) if wide else (1, 16))):
+        for combo, rows in product(once, self.level.production_rows):
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
         for batch, combo in product(self.level.production_batches if self.has_batch else (), once):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
-        for recipes, combo in product(self._recipes() if self.contract.choice and self.level.thorough else (), production):
-            if all(recipe in TIED for _, recipe in recipes):  # a choice among as many equals as there may be
+        for recipes, combo in product(self.recipes() if self.contract.choice and self.level.thorough else (), production):
+            if all(recipe in TIED for _, recipe in recipes):
                 yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
-        for pair in combinations(self.attrs, 2):  # some attributes act only together
-            yield from self._made(dims | {a: self.contract.cases[a][-1] for a in pair}, dtypes=self._next())
-
-    def _sizes(self) -> Iterator[Case]:
-        """Row counts, then every value of every dim and attribute."""
-        for rows in self.level.rows:
-            for combo in self._each():
-                many = rows > 2 * EACH
-                yield from self._many({}, rows, 64, dtypes=combo) if many else self._made(rows=rows, dtypes=combo)
-        if self.level.thorough:
-            least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
-            yield from self._many(least, MANY_ROWS - 1, 4, dtypes=self._next())
-            for combo in self.combos:
-                yield from self._many(least, MANY_ROWS, 4, dtypes=combo)
-        served = self.contract.independent and not self.level.thorough  # a model's own calls have the first of a dim's values
-        for name in (*self.free, *self.attrs):
-            values = self.contract.cases[name]
-            for value in values[1:] if served and name in self.free and values[1:] else values:
-                for combo in self._each():
-                    yield from self._made({name: value}, rows=3, dtypes=combo)
-        yield from self._legal_ends()
-        yield from self._words()
 
     def _words(self) -> Iterator[Case]:
         """Every word that an attribute may be, in every dtype, and written in place; also of numbers too faint for float16."""
@@ -191,6 +173,7 @@ class _Plan:
         ids = [o.name for o in self.contract.signature.operands if "even" in options(self.contract, o.name)]
         counted = per_expert(self.contract)
         least = {s: min(v for v in self.contract.cases[s] if v) for s in (*self.free, *self.attrs) if s != self.rows}
+        least |= {s: min(least[s], NARROW) for s in self.free if s in least}
         sizes = {**least, "E": EXPERTS, **({"k": 8} if "k" in least else {})}
         for name in (*ids, *filter(None, [counted])) if experts else ():
             for recipe in [r for r in options(self.contract, name) if self.level.thorough or r in FIRST_LOADS]:
@@ -198,52 +181,22 @@ class _Plan:
                     sizes, rows=LOADED_ROWS * 3, recipes=((name, recipe),), dtypes=self._next(), most=MANY_ROWS * 128
                 )
 
-    def _legal_ends(self) -> Iterator[Case]:
-        """Attributes at the low and high ends of their ranges, in turn and together, and in the middle; if thorough, every
-        value of each that a plan takes, also at GLM-5's dims."""
-        dims = {s: self._near(s)[0] for s in self.free if s != self.rows}
-        wide = {s: self.contract.cases[s][0] for s in dims}
-        for turn in CORNERS[: None if self.level.thorough else 3] if self.attrs else ():
-            facts: dict[str, Any] = dict(dims)
-            for name, end in zip(self._in_order(), cycle(turn)):
-                found = ends(self.contract.allowed(name, SimpleNamespace(**facts)))
-                facts[name] = found[min(end, len(found) - 1)]
-            yield from self._made(facts, rows=3, dtypes=self._next())
-        if self.level.thorough:
-            for name, sizes in product(self._in_order(), (dims, wide)):
-                start = self._legal(dict(sizes), 3) or {}
-                for value in values(self.contract.allowed(name, SimpleNamespace(**start))):
-                    yield from self._made({**sizes, name: value}, rows=3, dtypes=self._next())
-
-    def _in_order(self) -> list[str]:
-        """The attributes, each behind those that bound its range."""
-        return [name for name in self.contract.legal if name in self.contract.attributes]
-
     def _forms(self) -> Iterator[Case]:
-        """Values, views, and optional operands left out."""
-        for recipes in self._recipes():
-            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else DEFAULT_ROWS
+        """Values, one at a time; operands far apart in memory, and caches that end far from where they start."""
+        for recipes in self.recipes():
+            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else 33 if self.contract.choice else DEFAULT_ROWS
             for combo in self._each():
                 yield from self._made(recipes=recipes, dtypes=combo, rows=few)
-                if self.level.thorough:
-                    yield from self._many({}, 256, 64, recipes=recipes, dtypes=combo)
         if self.contract.exact and self.has_batch and self.contract.choice:
-            for recipes in self._recipes():
+            for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
-        for view in (*VIEWS, *LAYOUTS):
+        if any(len(o.dims) > 1 for o in self.contract.signature.of_kind(ARRAY)):
+            yield from self._made(view=FAR, dtypes=self._next())
+        if self.has_batch and self.has_pages:
             for combo in self._each():
-                yield from self._made(view=view, dtypes=combo)
-        least = {s: min(v for v in self.contract.cases[s] if v) for s in self.free if s != self.rows}
-        for view in ("columns", *LAYOUTS):  # one row, and so many of one request that another kernel may serve them
-            yield from self._made(rows=1, view=view, dtypes=self._next())
-            many: dict[str, Any] = {"distinct": 4} if self.contract.independent else {}
-            batch = f"{MANY}/{MANY}" if self.has_batch and many else ""
-            yield from self._made(least, rows=MANY, view=view, dtypes=self._next(), batch=batch, **many)
+                yield from self._made(view=PAST_2G, dtypes=combo)
         yield from self._threads()
-        for absent in absences(self.contract):
-            for combo in self._each():
-                yield from self._made(absent=absent, dtypes=combo)
 
     def _threads(self) -> Iterator[Case]:
         """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as
@@ -257,21 +210,6 @@ class _Plan:
         for combo in [c for c in self.combos if len(c) <= 1] if self.level.thorough else [self._next()]:
             some = list(self._made(rows=64, view=THREADS, dtypes=combo, most=MANY_ROWS * 4))
             yield from some or self._made(view=THREADS, dtypes=combo)
-
-    def _batches(self) -> Iterator[Case]:
-        """Batch compositions, and every page size that a plan takes in one of them."""
-        compositions = COMPOSITIONS if self.has_batch else ("",)
-        every = list(product(compositions, PAGES))
-        some = list(zip(compositions, cycle((PAGE, TILES[0], UNEVEN, TILES[-1]))))
-        for batch, size in every if self.level.thorough else some:
-            for rows in (DEFAULT_ROWS, 33) if self.level.thorough else (DEFAULT_ROWS,):
-                for combo in self._each():
-                    yield from self._made(batch=batch, block_size=size, dtypes=combo, rows=rows)
-        turn = cycle(compositions)
-        least_and_most = PAGE_SIZES[:: len(PAGE_SIZES) - 1]
-        for size in least_and_most if self.has_batch and not self.level.thorough else values(PAGE_SIZES):
-            rows = DEFAULT_ROWS if size <= 2 * PAGES[-1] else 1
-            yield next(c for batch in turn for c in self._made(batch=batch, block_size=size, dtypes=self._next(), rows=rows))
 
     def _programs(self) -> Iterator[Case]:
         """Sequences of calls; results are held that are larger than what allocators treat in one way."""
@@ -363,7 +301,7 @@ class _Plan:
             found.sort(key=lambda v: (v < 8, v))
         return found
 
-    def _recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
+    def recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
         """One value generator at a time, in every operand that lists it; integers everywhere, so that results are exact."""
         names = [o.name for o in self.contract.signature.operands if o.kind != "Batch"]
         for chosen in {r: None for n in names for r in options(self.contract, n)[1:]}:
@@ -375,6 +313,10 @@ class _Plan:
             if chosen == "integer":
                 taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
             yield tuple(taken)
+
+    def telling(self) -> list[tuple[tuple[str, str], ...]]:
+        """Values that meet other variations: where not all is tested those by which places are told apart."""
+        return [r for r in self.recipes() if self.level.thorough or plain(r)]
 
     def _unlisted(self) -> Iterator[tuple[str, str]]:
         """Unlisted generators that the op must take all the same: plain ones in its first floats, any for indices."""

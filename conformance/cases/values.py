@@ -18,6 +18,10 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 BLOCK = 2**14  # words made at a time: they stay in a core's cache
+# SplitMix64: the step of its counter, multiples of it, and how it mixes the bits; arrays are faster than NumPy's scalars.
+STEP, LAST, BITS_21, LOW_21 = (np.array(n, np.uint64) for n in (0x9E3779B97F4A7C15, 31, 21, 2**21 - 1))
+COUNTED = np.arange(1, BLOCK + 1, dtype=np.uint64) * STEP
+MIXED = [tuple(np.array(n, np.uint64) for n in m) for m in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))]
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,16 @@ class Draw:
         """The words in blocks, each with its place."""
         start = np.frombuffer(hashlib.sha256(f"{self.key}/{part}".encode()).digest()[:8], "<u8")
         n = prod(self.shape)
+        room = np.empty((2, min(n, BLOCK)), np.uint64)
         for first in range(0, n, BLOCK):
-            z = np.arange(first + 1, min(first + BLOCK, n) + 1, dtype=np.uint64)
-            z *= np.uint64(0x9E3779B97F4A7C15)
-            z += start
-            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-                z ^= z >> np.uint64(shift)
-                z *= np.uint64(factor)
-            z ^= z >> np.uint64(31)
+            z, high = room[:, : n - first]
+            np.add(COUNTED[: len(z)], start + STEP * np.uint64(first), out=z)
+            for shift, factor in MIXED:
+                np.right_shift(z, shift, out=high)
+                z ^= high
+                z *= factor
+            np.right_shift(z, LAST, out=high)
+            z ^= high
             yield slice(first, first + len(z)), z
 
     def integers(self, low: int, high: int, part: str = "") -> Array:
@@ -57,14 +63,15 @@ class Draw:
 
     def bell(self) -> Array:
         """float64, mean 0, variance 1, within +-3: the sum of three uniform 21-bit integers, scaled by a power of two."""
-        out, mask = np.empty(prod(self.shape)), np.uint64(2**21 - 1)
+        out = np.empty(prod(self.shape))
         for at, word in self._words(""):
-            three = word & mask
+            three, made = word & LOW_21, out[at]
             for _ in range(2):
-                word >>= np.uint64(21)
-                three += word & mask
-            np.multiply(three.view(np.int64), 2.0**-20, out=out[at])
-            out[at] -= 3 * (2**21 - 1) * 2.0**-21
+                word >>= BITS_21
+                three += word & LOW_21
+            np.copyto(made, three.view(np.int64))
+            made *= 2.0**-20
+            made -= 3 * (2**21 - 1) * 2.0**-21
         return out.reshape(self.shape)
 
     def order(self, n: int) -> Array:

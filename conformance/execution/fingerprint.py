@@ -106,7 +106,7 @@ def _difference(path: str, old: Any, new: Any) -> str:
 
 def _hash(array: Array) -> bytes:
     dense = np.ascontiguousarray(array)
-    digest = hashlib.blake2b(f"{dense.dtype} {dense.shape}".encode(), digest_size=16)
+    digest = hashlib.sha256(f"{dense.dtype} {dense.shape}".encode())
     digest.update(dense.reshape(-1).view(np.uint8).data)
     return digest.digest()
 

@@ -87,8 +87,16 @@ def joined(parts: Sequence[Inputs], results: Sequence[Mapping[str, Any]]) -> dic
         if result.dims[:1] == (rows,) and isinstance(values[0], dict):
             found[result.name] = {part: np.concatenate([v[part] for v in values]) for part in values[0]}
         elif result.dims[:1] == (rows,):
-            found[result.name] = np.concatenate(values)
+            found[result.name] = np.concatenate(_of_one_width(values))
     return found
+
+
+def _of_one_width(values: Sequence[Array]) -> Sequence[Array]:
+    """Scores of calls whose longest requests differ, with -inf behind what a request has."""
+    if values[0].ndim != 2 or len({v.shape[1] for v in values}) == 1:
+        return values
+    width = max(v.shape[1] for v in values)
+    return [np.pad(v, ((0, 0), (0, width - v.shape[1])), constant_values=-np.inf) for v in values]
 
 
 def restored(moved: Inputs, results: Mapping[str, Any], to: Array) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases.inputs import Array, Copies, Inputs, specified_rows
-from porthal.conformance.execution.outcome import Outcome, difference, differing
+from porthal.conformance.cases.inputs import Array, Copies, Inputs, specified_rows, written_slots
+from porthal.conformance.execution.outcome import Outcome, difference, differing, same_bits
 from porthal.conformance.judgement.choices import Ids, ids_of, valid_ids
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.judge import beside, check_form, check_kept, check_untouched, exactly_judged, judged
@@ -46,10 +46,11 @@ class CopiesJudge:
         check_form(self.inputs, outcome.results)
         check_kept(outcome)
         first = self.chosen({})
+        small = self.small(outcome.results, first)
         judgement, spreads = self._one_of_each(outcome, first)
         same = self._choices(outcome, first)
         for key, spread in spreads.items():
-            self._everywhere(outcome, key, spread, same)
+            self._everywhere(outcome, key, spread, same, self._in_small_rows(small, key))
         self._exact(outcome, first, spreads)
         if change := difference(outcome.results, outcome.again):
             raise Failed("FAIL_NONDETERMINISTIC", f"{change} in another run on the same inputs")
@@ -62,11 +63,14 @@ class CopiesJudge:
         found = {}
         for symbol, at in self.copies.at.items():
             places = np.flatnonzero(at >= 0)
-            last = dict(zip(at[places].tolist(), places.tolist()))
-            first = dict(zip(at[places][::-1].tolist(), places[::-1].tolist()))
+            one = np.zeros(int(at.max(initial=-1)) + 1, np.int64)
+            one[at[places]] = places  # the last of each that is assigned stays
+            first = one.copy()
+            first[at[places][::-1]] = places[::-1]
+            one[::2] = first[::2]
             own = wanted.get(symbol, np.zeros(0, np.int64))
-            asked = dict(zip(at[own].tolist(), own.tolist()))
-            found[symbol] = np.array([asked.get(p, (first, last)[p % 2][p]) for p in range(len(first))], np.int64)
+            one[at[own]] = own
+            found[symbol] = one
         return found
 
     def _one_of_each(self, outcome: Outcome, chosen: Mapping[str, Array]) -> tuple[Judgement, Mapping[str, Spread]]:
@@ -141,18 +145,25 @@ class CopiesJudge:
             what = f"{contract.choice} row {t}"
             valid_ids(what, ids.ids[t], int(ids.length[t]), int(expected[t]), int(batch.visible[t]))
 
-    def _everywhere(self, outcome: Outcome, key: str, spread: Spread, same: Array | None) -> None:
-        """Every number of a float result is within its budget; where it depends on a choice, in rows of the same choice."""
+    def _everywhere(
+        self, outcome: Outcome, key: str, spread: Spread, same: Array | None, judged: Array
+    ) -> None:
+        """Every number of a float result is within its budget; where it depends on a choice, in rows of the same choice. What
+        has the bits of what was `judged` of each need not be judged again."""
         y, axes, spread = self._by_rows(outcome.results, key, spread)
         moved = self._by_rows(outcome.moved, key, spread)[0] if outcome.moved else y
         if not axes or not y.size:
             return
         exact = exactly_judged(self.copies.small, spread.value)
         whole = Spread(*(np.broadcast_to(part, spread.value.shape) for part in (spread.value, spread.sigma, spread.most)))
-        for rows, g in _pieces(y, axes, whole):
+        others = [(axis, places) for axis, places in axes if axis]
+        for rows, here in _pieces(y, axes):
             if same is not None:
-                rows, g = rows[same[rows]], g[np.flatnonzero(same[rows])]
+                rows, here = rows[same[rows]], here[same[rows]]
             got = y[rows]
+            if same_bits(got, _taken(judged[here], others)):
+                continue
+            g = Spread(*(_taken(part[here], others) for part in (whole.value, whole.sigma, whole.most)))
             if exact:
                 wanted = narrow(g.value, dtype(y))
                 if (wrong := differing(got, wanted) if self.inputs.contract.exact else got != wanted).any():
@@ -212,6 +223,13 @@ class CopiesJudge:
         rows = at[self.inputs.contract.rows][written]
         return results[name][part][slots[written]], [(0, np.where(rows >= 0, places[rows], -1))], spread
 
+    def _in_small_rows(self, small: Mapping[str, Any], key: str) -> Array:
+        """A float result of the small call: of a cache the slots that are written, as in its spread."""
+        name, _, part = key.partition(".")
+        if not part:
+            return np.asarray(small[name])
+        return np.asarray(small[name][part][written_slots(self.copies.small, self.copies.small.operands[name])])
+
     def _exact(self, outcome: Outcome, first: Mapping[str, Array], spreads: Mapping[str, Spread]) -> None:
         """Integers that are no choice: every copy is the same."""
         for result in self.inputs.contract.signature.results:
@@ -245,15 +263,13 @@ def _first(mask: Array) -> list[int]:
     return [int(i[0]) for i in np.nonzero(mask)]
 
 
-def _pieces(y: Array, axes: Axes, spread: Spread) -> Iterator[tuple[Array, Spread]]:
-    """Some rows of a result at a time, with what the small call says of each of their numbers; rows without are left out."""
+def _pieces(y: Array, axes: Axes) -> Iterator[tuple[Array, Array]]:
+    """Some rows of a result at a time, with those of the small call that they copy; rows without are left out."""
     rows = np.arange(len(y))
     for axis, places in axes:
         if axis == 0:
             rows = np.flatnonzero(places >= 0)
-    others = [(axis, places) for axis, places in axes if axis]
     lead = next((places for axis, places in axes if axis == 0), None)
     for at in range(0, len(rows), step := max(1, PIECE // max(y[0].size if len(y) else 1, 1))):
         part = rows[at : at + step]
-        here = part if lead is None else lead[part]
-        yield part, Spread(*(_taken(x[here], others) for x in (spread.value, spread.sigma, spread.most)))
+        yield part, part if lead is None else lead[part]

@@ -77,8 +77,10 @@ def _flushed(operand: Any) -> Any:
         return operand.mapped(_flushed)
     if not isinstance(operand, np.ndarray) or operand.dtype != np.float64:
         return operand
-    denormal = (np.abs(operand) < FLUSHED) & (operand != 0)
-    return np.where(denormal, 0.0, operand) if denormal.any() else operand
+    small = sum(np.count_nonzero(np.abs(part) < FLUSHED) for [part] in blocks(operand))
+    if small == operand.size - np.count_nonzero(operand):  # they are zeros
+        return operand
+    return np.where((np.abs(operand) < FLUSHED) & (operand != 0), 0.0, operand)
 
 
 class Golden:

@@ -154,9 +154,11 @@ def check_untouched(inputs: Inputs, key: str, got: Array) -> Array:
     name, _, part = key.partition(".")
     before = inputs.operands[name]
     written = written_slots(inputs, before)
-    touched = differing(got, before.native[part]).any(-1) & ~written
-    if touched.any():
-        slot = int(np.argmax(touched))
+    old, word = before.native[part], f"u{got.itemsize}"
+    other = np.flatnonzero((got.view(word) != old.view(word)).any(-1) & ~written)
+    touched = other[differing(got[other], old[other]).any(-1)]
+    if touched.size:
+        slot = int(touched[0])
         raise Failed("FAIL_WROTE_OUTSIDE", f"{key} slot {slot} changed, though the call does not write it")
     return written
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import re
 import resource
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
@@ -43,6 +44,8 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 START = 120.0  # seconds in which a backend must be ready
 GIB = 2**30
 ALONE = "passes when run alone: the kernel keeps state between calls"
+# Of a worker, which has one thread; what it frees it uses again, where glibc would give it back and fault it in anew.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**26}"}
 ADDRESSES = 16  # further GiB for views whose addresses are far apart and hardly touched
 
 
@@ -111,6 +114,7 @@ def serve(descriptor: int, parent: int) -> None:
         except PorthalError as error:
             return pipe.send(error)
         pipe.send(facts)
+        gc.freeze()  # what was imported stays
         while True:
             case, inputs, wanted = pipe.recv()
             _limit_memory(held("self") + setup.memory + ADDRESSES * (case.view in (PAST_2G, FAR)))
@@ -153,7 +157,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=self.log,
-                env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
+                env={**ENVIRONMENT, **os.environ, **environment},
                 start_new_session=True,  # the parent handles interrupts, and a kill ends its children too
             )
         self.send(setup)
@@ -170,13 +174,12 @@ class Worker:
         with suppress(BrokenPipeError):  # its end is seen when it is waited for
             self.pipe.send(message)
 
-    def received(self) -> Iterator[Any]:
-        """What has arrived; at the end a Judgement where the process is dead."""
+    def received(self) -> Any:
+        """The message that has arrived; a Judgement where the process is dead."""
         try:
-            while self.pipe.poll():
-                yield self.pipe.recv()
+            return self.pipe.recv()
         except (EOFError, OSError):
-            yield Judgement("CRASH", self._end())
+            return Judgement("CRASH", self._end())
 
     def _end(self) -> str:
         """How the process ended, and its last output."""
@@ -238,21 +241,23 @@ class Group:
         for rank, worker in enumerate(self.workers):
             worker.send((case, inputs, returned is not None and rank == 0))
 
-    def answer(self) -> Facts | Result | Judgement | PorthalError | None:
-        """The answer: a Judgement where a process is dead or out of time, None while there is nothing yet."""
+    def answer(self, ready: Collection[Any]) -> Facts | Result | Judgement | PorthalError | None:
+        """The answer, with a message from each of the pipes that are `ready`: a Judgement where a process is dead or out of
+        time, None while there is nothing yet."""
         for rank, worker in enumerate(self.workers):
-            for message in worker.received() if rank not in self.answers else ():
-                if isinstance(message, Choice):
-                    self.choice = message if rank == 0 else self.choice or message
-                elif isinstance(message, dict):
-                    if self.returned:
-                        self.returned(message)
-                elif isinstance(message, Judgement):
-                    where = f"rank {rank} " if len(self.workers) > 1 else ""
-                    return replace(message, message=where + message.message)
-                else:
-                    self.answers[rank] = message
-                    break
+            if rank in self.answers or worker.pipe not in ready:
+                continue
+            message = worker.received()
+            if isinstance(message, Choice):
+                self.choice = message if rank == 0 else self.choice or message
+            elif isinstance(message, dict):
+                if self.returned:
+                    self.returned(message)
+            elif isinstance(message, Judgement):
+                where = f"rank {rank} " if len(self.workers) > 1 else ""
+                return replace(message, message=where + message.message)
+            else:
+                self.answers[rank] = message
         if len(self.answers) == len(self.workers):
             answer: Facts | Result | PorthalError = self.answers[0]
             return answer
@@ -263,9 +268,10 @@ class Group:
 
     def awaited(self) -> Any:
         """The next answer."""
-        while (message := self.answer()) is None:
-            wait(self.pipes, max(self.deadline - time.monotonic(), 0.0))
-        return message
+        while True:
+            ready = wait(self.pipes, max(self.deadline - time.monotonic(), 0.0))
+            if (message := self.answer(ready)) is not None:
+                return message
 
     def result(self, judged: Facts | Judgement | PorthalError) -> Result:
         """The verdict on the case in flight."""
@@ -309,9 +315,9 @@ class Pool:
             for group in [g for g in self.groups if not g.case and not waiting]:
                 self._drop(group)
             patience = min((g.deadline for g in self.groups), default=0.0) - time.monotonic()
-            wait([pipe for g in self.groups for pipe in g.pipes], max(patience, 0.0))
+            ready = wait([pipe for g in self.groups for pipe in g.pipes], max(patience, 0.0))
             for group in list(self.groups):
-                message = group.answer()
+                message = group.answer(ready)
                 if message is None:
                     continue
                 if group.case:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
@@ -53,16 +54,9 @@ def load(source: str, text: str, name: str) -> ModuleType:
 
     `name` begins with the operator's, and a slash.
     """
-    texts = {path: (HERE / path).read_text("utf-8") for path in SOURCES} | {source: text}
-    objects = [
-        _object(texts, unit, loops, name)
-        for unit in _needed(texts, name.partition("/")[0])
-        for loops in (False, True)
-        if ("PORTHAL_LOOPS(" in texts[unit] if loops else unit != "panel.cpp")
-    ]
-    library = _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *map(str, objects)], name)
+    built = library([name.partition("/")[0]], (), {source: text}, name)
     # pybind11 keeps modules by their name, of which only the end must be that of the sources.
-    spec = importlib.util.spec_from_file_location(f"{library.name}._native", library)
+    spec = importlib.util.spec_from_file_location(f"{built.name}._native", built)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,10 +64,29 @@ def load(source: str, text: str, name: str) -> ModuleType:
     return module
 
 
+def library(
+    ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str] = MappingProxyType({}), name: str = ""
+) -> Path:
+    """The native module of these operators, built for the best instruction set here with these options; `edits` are texts
+    that take the place of sources."""
+    texts = {path: (HERE / path).read_text("utf-8") for path in SOURCES} | dict(edits)
+    units = sorted({unit for op in ops for unit in _needed(texts, op)})
+    made = [(unit, loops) for unit in units for loops in (False, True) if _stands(texts, unit, loops)]
+    name = name or ", ".join(ops)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda one: _object(texts, one[0], one[1], name, options), made))
+    return _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *options, *map(str, objects)], name)
+
+
+def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
+    """Whether a source has loops, or, compiled without an instruction set, something else."""
+    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit != "panel.cpp"
+
+
 def _needed(texts: dict[str, str], op: str) -> list[str]:
     """The sources that the module of one operator is linked of: its own, and those whose headers they include."""
     found: list[str] = []
-    left = ["module.cpp", "panel.cpp", *(unit for unit, text in texts.items() if f"PORTHAL_OP({op}," in text)]
+    left = ["module.cpp", "limits.cpp", "panel.cpp", *(unit for unit, text in texts.items() if f"PORTHAL_OP({op}," in text)]
     while left:
         unit = left.pop()
         if unit in texts and unit not in found:
@@ -93,12 +106,12 @@ def _included(texts: dict[str, str], unit: str) -> set[str]:
     return found
 
 
-def _object(texts: dict[str, str], unit: str, loops: bool, name: str) -> Path:
+def _object(texts: dict[str, str], unit: str, loops: bool, name: str, more: Sequence[str]) -> Path:
     import pybind11
 
     from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++
 
-    options = [*OPTIONS, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    options = [*OPTIONS, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", *more]
     if unit == "module.cpp":
         options.append("-O1")  # it checks arguments and computes nothing, and is done sooner so
     if loops:

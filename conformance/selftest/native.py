@@ -1,4 +1,4 @@
-"""Planted in the C++ kernels of the cpu backend: rms_norm, topk, moe_experts and the threads below them."""
+"""Planted in the C++ kernels of the cpu backend: rms_norm, moe_experts and the threads below them."""
 
 # ruff: noqa: E501, since a snippet is quoted on one line as it stands in its source
 # fmt: off
@@ -10,19 +10,17 @@ from porthal.conformance.selftest.planting import Defect
 
 PAIRS = "float32 is not read in pairs, so it has no padding"
 norm = partial(Defect, "rms_norm", source="rms_norm.cpp")
-keys = partial(Defect, "topk", source="topk.cpp")
-top = partial(Defect, "topk", source="topk.cpp")
 loops = partial(Defect, "moe_experts", source="moe_experts.cpp")
 experts = partial(Defect, "moe_experts", source="moe_experts.cpp")
-tail = """  if (i < n) {
-    const F v = load_some(x + i, n - i);
-    squares[0] += v * v;
-  }
+tail = """    if (i < n) {
+      const F v = load_some(x + i, n - i);
+      squares[0] += v * v;
+    }
 """
 written = "if (i < n) store_some(y + i, load_some(x + i, n - i) * scale * load_some(weight + i, n - i), n - i);\n"
-key = "const U u = (((U)v & ~nan) | (0xff800000u & nan)) & ~zero;\n"
-chosen = "for (std::size_t i = 0; i < k; ++i, ++chosen) choose(i);"
 local = "return id >= 0 && e >= 0 && e < experts ? e : -1;\n"
+products = partial(Defect, "linear", source="panel.cpp")
+shares = "const std::int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;"
 
 DEFECTS = [
     norm("squares-of-the-tail-missing", "vector tail", tail, ""),
@@ -33,23 +31,11 @@ DEFECTS = [
     norm("eps-forgotten", "eps", "__builtin_sqrtf(mean + eps)", "__builtin_sqrtf(mean)"),
     norm("copy-of-the-first-row-kept", "stale", "x.dense_row<X>(t, copy)", "copy.empty() ? x.dense_row<X>(t, copy) : copy.data()"),
     norm("last-chunk-dropped", "threads", "if (begin >= count) return;\n", "if (begin + chunk > count) return;\n", source="threads.cpp"),
-    keys("negative-zero-below-zero", "ties", key, key.replace(" & ~zero", "")),
-    keys("nan-is-infinite", "special", key, key.replace("0xff800000u", "0x7f800000u")),
-    keys("lanes-behind-the-row", "vector tail", "const std::size_t some = n - i < kLanes ? n - i : kLanes;\n", "const std::size_t some = kLanes;\n"),
-    top("last-of-equal-keys", "ties", chosen, chosen.replace("choose(i)", "choose(n - k + i)")),
-    top("first-digit-only", "radix", "    n = kept;\n", "    n = kept;\n    break;\n"),
-    top("guess-taken-for-granted", "guess", "if (found < count) found =", "if (found == 0) found =", discrepancy=60),
-    top("unsorted", "order", "  sort_by_key(space.chosen, space.sorted);\n", "",
-        equivalent="the contract leaves the order of the positions inside a row free, and which they are is settled before"),
-    loops("first-blocks-of-the-depth-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};", source="gemm.hpp"),
-    loops("last-columns-written-whole", "outside", "store_some(y + v * kLanes, out[v], columns - v * kLanes);", "store(y + v * kLanes, out[v]);"),
-    loops("exponent-unbounded", "overflow", "  x = x > 88.3f ? F{} + 88.3f : x;\n", "", source="simd.hpp"),
-    experts("up-before-gate", "preparation", "gated && lane >= half ? rows / 2 : 0", "gated && lane < half ? rows / 2 : 0", source="packed.cpp"),
-    experts("odd-column-not-packed", "preparation", "k < end; k += 2, to", "k + 1 < end; k += 2, to", source="packed.cpp",
-            dtypes=("bfloat16",), why=PAIRS),
-    experts("padding-of-the-hidden-stale", "stale", "r < routed && stride != inner", "r < routed && stride < inner",
-            dtypes=("bfloat16",), why=PAIRS),
-    experts("column-behind-the-input-read", "vector tail", "k < model ? x.at<T>(t, k) : T{}", "x.at<T>(t, k)",
+    loops("first-blocks-of-the-depth-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};", source="panel.cpp"),
+    loops("last-columns-written-whole", "outside", "store_some(at, add ? out[v] + load_some(at, some) : out[v], some);", "store(at, out[v]);"),
+    loops("exponent-unbounded", "overflow", "at_most(F{} + 88.3f, x)", "x", source="simd.hpp"),
+    experts("up-before-gate", "preparation", "gated ? i % 2 * all : 0", "gated ? (i + 1) % 2 * all : 0", source="packed.cpp"),
+    experts("odd-column-not-packed", "preparation", "c * kWord < some; ++c)", "(c + 1) * kWord <= some; ++c)", source="panel.cpp",
             dtypes=("bfloat16",), why=PAIRS),
     experts("negative-ids-are-the-first-expert", "-1", local, "return e < experts ? std::max<std::int64_t>(e, 0) : -1;\n", discrepancy=9),
     experts("first-expert-not-subtracted", "attribute", "e = id - first_expert;", "e = id;"),
@@ -57,7 +43,17 @@ DEFECTS = [
             equivalent="first_expert is never negative, so a negative id stays negative without it, and is huge when unsigned"),
     experts("second-round-over-the-first", "blocks", "y + t * model + p * width", "y + (t - begin) * model + p * width"),
     experts("rows-between-blocks-lost", "blocks", "count * (part + 1) / parts - first}", "count / parts}"),
-    experts("strided-rows-in-place", "strides", "if (!x.packed<T>() || depth != model) {", "if (depth != model) {", discrepancy=27),
-    experts("sums-shared-by-threads", "threads", "alignas(64) float sums[kRowBlock * 64];", "alignas(64) static float sums[kRowBlock * 64];",
+    experts("sums-shared-by-threads", "threads", "alignas(64) float sums[kRowBlock * kMostColumns];", "alignas(64) static float sums[kRowBlock * kMostColumns];",
             discrepancy=42),
+    products("strided-rows-in-place", "strides", "const bool dense = step == sizeof(T);", "const bool dense = true;", discrepancy=27),
+    products("padding-of-the-input-stale", "stale", "for (i = n; i < depth; ++i) to[i] = Row<T>{};", "", dtypes=("bfloat16",), why=PAIRS),
+    products("second-half-where-whole", "vector tail", "used > kHalf ? 2 : 1", "used == kPanel ? 2 : 1"),
+    products("tail-written-whole", "outside", "store_some(y + i, load(sums + i), used - i);", "store(y + i, load(sums + i));"),
+    products("five-rows-as-four", "blocks", "height == 5 ? tile<T, 5, 4>", "height == 5 ? tile<T, 4, 4>"),
+    products("first-blocks-lost", "blocks", "begin ? load(out + m * kPanel + j * kLanes) : F{};", "F{};"),
+    products("rows-between-blocks-lost", "blocks", shares, shares.replace("end = rows * (part + 1) / parts", "end = begin + rows / parts"), source="linear.cpp"),
+    Defect("head_linear", "first-matrix-for-all", "heads", "append(works, n, n * tokens,", "append(works, 0, n * tokens,", source="linear.cpp"),
+    Defect("head_linear", "heads-behind-tokens", "layout", "n * w.rows, heads * w.rows);\n  const", "n * tokens * w.rows, w.rows);\n  const", source="linear.cpp"),
+    Defect("grouped_gemm", "experts-without-rows-not-counted", "-1", "append(works, e, first, count,", "append(works, works.size(), first, count,", source="linear.cpp"),
+    Defect("grouped_gemm", "rows-of-the-first-expert-again", "offset", "    first += count;\n", "    first += e ? count : 0;\n", source="linear.cpp"),
 ]

@@ -24,7 +24,7 @@ SOURCES = {
 }
 THEMES = (
     "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "state", "native",
-    "values",
+    "native_attention",    "values",
 )  # fmt: skip
 SCORED = ("float32", "bfloat16")
 

@@ -71,10 +71,17 @@ def test_pytest_benchmark_reads_the_file(run, tmp_path):
     assert done.returncode == 0 and "rms_norm[rms_norm,T=1" in done.stdout, done.stderr
 
 
-def test_a_run_goes_on_from_what_is_kept(run, few):
-    found, journal = run
-    again = bench(few, ["cpu", "reference"], 1, SECONDS, journal, resume=True)
-    assert again.found == found.found
+def test_a_run_goes_on_from_what_is_kept(run, few, tmp_path):
+    _, journal = run
+    backends = ["cpu", "reference"]
+    part = tmp_path / "part"  # the second call was stopped between its measurements
+    part.write_text("".join(journal.read_text().splitlines(keepends=True)[:6]))
+    late = bench(few, backends, 1, 1e-9, part, resume=True)
+    first = {few.rows[0].case.token}
+    assert {m.token for m in late.timed} == first and len(late.timed) == 4
+    assert len(late.found) == 6 and all(m.why for m in late.found if m.token not in first)
+    whole = bench(few, backends, 1, SECONDS, part, resume=True)
+    assert len(whole.timed) == len(whole.found) == 8 and whole.timed[:4] == late.timed
 
 
 def test_no_time_is_said_and_nothing_timed_is_exit_code_2(few, command_line, tmp_path):

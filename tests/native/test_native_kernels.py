@@ -123,7 +123,7 @@ def topk_exact(scores, length, k):
     out = np.full((len(scores), k), -1, np.int32)
     for row, n, to in zip(wide, length, out, strict=True):
         order = np.argsort(-row[:n], kind="stable")[:k]
-        to[: len(order)] = order
+        to[: len(order)] = np.sort(order)
     return out
 
 
@@ -186,15 +186,15 @@ class Experts:
     def __init__(self, rng, experts, hidden, inner, dtype):
         self.plain13 = random(rng, experts, 2 * inner, hidden, dtype=dtype, scale=hidden**-0.5)
         self.plain2 = random(rng, experts, hidden, inner, dtype=dtype, scale=inner**-0.5)
-        self.w13 = native.PackedExperts(experts, 2 * inner, hidden, dtype, gated=True)
-        self.w2 = native.PackedExperts(experts, hidden, inner, dtype)
+        self.w13 = native.Packed(experts, 2 * inner, hidden, dtype, gated=True)
+        self.w2 = native.Packed(experts, hidden, inner, dtype)
         for e in range(experts):
             self.w13.set(e, self.plain13[e])
             self.w2.set(e, self.plain2[e])
 
     def run(self, x, ids, weights, first=0):
         y = np.full(x.shape, 7, x.dtype)
-        native.moe_experts(x, np.asarray(ids, np.int32), np.asarray(weights, np.float32), self.w13, self.w2, first, y)
+        native.moe_experts(x, np.asarray(ids, np.int32), np.asarray(weights, np.float32), self.w13, self.w2, first, False, y)
         return y
 
     def exact(self, x, ids, weights, first=0):
@@ -280,27 +280,27 @@ def test_moe_experts_reads_any_strides(dtype):
     for x in (base[:, :31], base[::-1, 31:62], base[:, ::3], base[:, 30::-1]):
         ids, weights = wide_ids[:, ::2], wide_weights[::1, ::2]
         y = np.empty(x.shape, dtype)
-        native.moe_experts(x, ids, weights, packed.w13, packed.w2, 0, y)
+        native.moe_experts(x, ids, weights, packed.w13, packed.w2, 0, False, y)
         assert same_bits(y, packed.run(x.copy(), ids.copy(), weights.copy()))
 
 
 def test_moe_experts_sums_choices_in_order():
     """1 + 2**-24 + 2**-24 is 1 from the left and more than 1 from the right."""
-    w13, w2 = native.PackedExperts(3, 2, 1, F32, gated=True), native.PackedExperts(3, 1, 1, F32)
+    w13, w2 = native.Packed(3, 2, 1, F32, gated=True), native.Packed(3, 1, 1, F32)
     gate = np.float32(1.0)
     unit = np.float32(gate / (1 + np.exp(-gate)))
     for e in range(3):
         w13.set(e, np.float32([[1], [1]]))
         w2.set(e, np.float32([[1]]))
     y = np.zeros((1, 1), F32)
-    native.moe_experts(np.ones((1, 1), F32), np.int32([[0, 1, 2]]), np.float32([[0, 0, 1]]), w13, w2, 0, y)
+    native.moe_experts(np.ones((1, 1), F32), np.int32([[0, 1, 2]]), np.float32([[0, 0, 1]]), w13, w2, 0, False, y)
     base = y[0, 0]
     assert abs(base - unit) <= np.spacing(unit)
     small = np.float32(2**-25)
-    native.moe_experts(np.ones((1, 1), F32), np.int32([[2, 1, 0]]), np.float32([[1, small, small]]), w13, w2, 0, y)
+    native.moe_experts(np.ones((1, 1), F32), np.int32([[2, 1, 0]]), np.float32([[1, small, small]]), w13, w2, 0, False, y)
     assert y[0, 0] == base
     native.moe_experts(
-        np.ones((1, 1), F32), np.int32([[0, 1, 2]]), np.float32([[small * 2, small * 2, 1]]), w13, w2, 0, y
+        np.ones((1, 1), F32), np.int32([[0, 1, 2]]), np.float32([[small * 2, small * 2, 1]]), w13, w2, 0, False, y
     )
     assert y[0, 0] > base
 
@@ -310,7 +310,7 @@ def test_moe_experts_sums_choices_in_order():
 def test_packing_gives_back_every_bit(dtype, gated):
     rng = np.random.default_rng(9)
     for rows, columns in [(2, 1), (34, 7), (130, 129), (64, 256), (6, 300)]:
-        packed = native.PackedExperts(3, rows, columns, dtype, gated=gated)
+        packed = native.Packed(3, rows, columns, dtype, gated=gated)
         bits = rng.integers(0, 256, (3, rows, columns * dtype.itemsize), np.uint8)  # NaN payloads included
         logical = bits.view(dtype).reshape(3, rows, columns)
         for e in range(3):
@@ -364,7 +364,7 @@ def test_bad_arguments_are_refused_in_a_sentence():
     out = np.zeros((2, 2), np.int32)
     read_only = y.copy()
     read_only.flags.writeable = False
-    run, pack = native.moe_experts, native.PackedExperts
+    run, pack = native.moe_experts, native.Packed
     for call, words in [
         (lambda: native.rms_norm(x.astype(np.float64), w, y, 1e-5), "x has dtype float64"),
         (lambda: native.rms_norm(x.astype(">f4"), w, y, 1e-5), "x has dtype >f4"),
@@ -378,14 +378,14 @@ def test_bad_arguments_are_refused_in_a_sentence():
         (lambda: native.topk(x, n + 1, 2, out), "length has 4 at 0, expected 0 to 3"),
         (lambda: native.topk(x, n.astype(np.int64), 2, out), "length has dtype int64"),
         (lambda: native.topk(x, n, -1, out), "k is -1"),
-        (lambda: run(x.astype(BF16), ids, mix, packed.w13, packed.w2, 0, y), "differ in dtype"),
-        (lambda: run(x, ids, mix, packed.w2, packed.w13, 0, y), "gated=True"),
-        (lambda: run(x, ids, mix, packed.w13, pack(2, 4, 4, F32), 0, y), "do not fit together"),
-        (lambda: run(x, ids.astype(np.int64), mix, packed.w13, packed.w2, 0, y), "ids has dtype int64"),
-        (lambda: run(x, ids, mix[:1], packed.w13, packed.w2, 0, y), "weights has shape"),
+        (lambda: run(x.astype(BF16), ids, mix, packed.w13, packed.w2, 0, False, y), "differ in dtype"),
+        (lambda: run(x, ids, mix, packed.w2, packed.w13, 0, False, y), "gated=True"),
+        (lambda: run(x, ids, mix, packed.w13, pack(2, 4, 4, F32), 0, False, y), "do not fit together"),
+        (lambda: run(x, ids.astype(np.int64), mix, packed.w13, packed.w2, 0, False, y), "ids has dtype int64"),
+        (lambda: run(x, ids, mix[:1], packed.w13, packed.w2, 0, False, y), "weights has shape"),
         (lambda: pack(1, 3, 4, F32, gated=True), "as many gate as up rows"),
         (lambda: pack(1, 0, 4, F32), "at least 1"),
-        (lambda: pack(1, 2, 4, np.float16), "dtype is float16"),
+        (lambda: pack(1, 2, 4, np.float64), "dtype is float64"),
         (lambda: packed.w2.set(0, y), "logical has shape"),
         (lambda: native.set_num_threads(0), "num_threads is 0"),
         (lambda: native.set_isa("abacus"), "expected one of baseline"),
@@ -405,7 +405,7 @@ def test_experts_packed_for_another_instruction_set_still_run(isa):
     assert same_bits(packed.run(x, ids, weights), y)
     if isa != "baseline":
         with pytest.raises(ValueError, match="different instruction sets"):
-            native.moe_experts(x, ids, weights, packed.w13, native.PackedExperts(2, 70, 30, F32), 0, y)
+            native.moe_experts(x, ids, weights, packed.w13, native.Packed(2, 70, 30, F32), 0, False, y)
 
 
 def test_the_host_has_one_device():

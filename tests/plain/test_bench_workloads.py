@@ -159,6 +159,12 @@ def test_wrong_usage_is_one_sentence(command_line, options, said):
     assert code == 2 and out == "" and said in err and err.count("\n") == 1
 
 
+def test_a_report_that_could_not_be_written_is_refused_before_anything_is_timed(command_line, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    code, out, err = command_line("bench", "--workload", "demo", "--json", tmp_path / "report.json")
+    assert code == 2 and out == "" and "pip install 'porthal[bench]'" in err
+
+
 # -- the curve -----------------------------------------------------------------------------------------------------------
 
 

@@ -348,15 +348,15 @@ def test_ranks_are_numbered_and_the_kernel_named_is_that_of_rank_0(monkeypatch: 
         """A worker without a process."""
 
         def __init__(self, setup: Setup) -> None:
-            self.setup = setup
+            self.setup, self.pipe = setup, object()
 
-        def received(self) -> list[Choice]:
-            return [Choice("add", "own", f"rank {self.setup.rank}", "", "")]
+        def received(self) -> Choice:
+            return Choice("add", "own", f"rank {self.setup.rank}", "", "")
 
     monkeypatch.setattr("porthal.conformance.runner.workers.Worker", Answering)
     group = Group(Setup("reference", "bring-up", False, 3.0, ranks=3))
     assert [worker.setup.rank for worker in group.workers] == [0, 1, 2]
-    assert group.answer() is None
+    assert group.answer(group.pipes) is None
     assert group.choice == Choice("add", "own", "rank 0", "", "")
 
 

@@ -108,6 +108,7 @@ def test_one_row_alone_has_the_bits_that_it_has_among_others_where_that_is_promi
         TIES,
         "rope,T=7,N=2,D=64,theta=10000.0,layout=half,start=0,width=64,x:fp32,batch=mixed,block_size=64,0",
         "sparse_mla,T=7,N=2,C=512,R=64,k=16,scale=0.0625,q_latent:fp32,batch=mixed,block_size=64,0",
+        "indexer_scores,T=5,G=8,D=128,scale=0.125,iq:fp32,batch=mixed,block_size=1,0",
         "moe_route,T=3,E=9,k=2,scale=1.0,0",
     ],
 )

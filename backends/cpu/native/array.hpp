@@ -69,6 +69,19 @@ struct Array {
   // Where a contiguous result of this shape is written.
   void* output(std::initializer_list<std::int64_t> wanted) const;
 
+  // Matrix i of an array of three dims, its rows `stride` bytes apart: in place if they have unit stride, else copied.
+  template <class T>
+  const T* dense_matrix(std::int64_t i, std::vector<T>& space, std::ptrdiff_t& stride) const {
+    const Matrix matrix{data + i * strides[0], shape[1], shape[2], strides[1], strides[2]};
+    stride = matrix.row_stride;
+    if (matrix.packed<T>()) return matrix.row<T>(0);
+    space.resize(matrix.rows * matrix.columns);
+    for (std::int64_t r = 0; r < matrix.rows; ++r)
+      for (std::int64_t c = 0; c < matrix.columns; ++c) space[r * matrix.columns + c] = matrix.at<T>(r, c);
+    stride = matrix.columns * sizeof(T);
+    return space.data();
+  }
+
   template <class T>
   const T& at(std::int64_t i) const {
     return *reinterpret_cast<const T*>(data + i * strides[0]);

@@ -28,14 +28,6 @@ enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
 // The one in use: the best that this CPU runs unless it was chosen.
 Isa isa();
 
-struct PanelLoops {
-  std::int64_t columns;  // output columns of one panel
-};
-
-// Depth elements that one panel row holds together: bf16 in pairs, as vdpbf16ps wants them.
-template <class T>
-constexpr std::int64_t kGroup = sizeof(T) == 2 ? 2 : 1;
-
 // One table per element type.
 template <template <class> class Loops>
 struct PerFloat {

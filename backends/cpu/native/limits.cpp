@@ -6,9 +6,10 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <new>
 #include <string>
 
-#include "dispatch.hpp"
+#include "isa.hpp"
 #include "threads.hpp"
 
 namespace py = pybind11;
@@ -113,12 +114,11 @@ struct Means {
 };
 
 Means means() {
-  const std::string isa = isa_name(porthal::isa());
 #if defined(PORTHAL_X86)
-  if (isa != "baseline") {
-    const bool wide = isa != "avx2";
+  if (isa() != Isa::baseline) {
+    const bool wide = isa() != Isa::avx2;
     Means found{{{"fp32", wide ? Burst{fma512, 12 * 32} : Burst{fma256, 12 * 16}}}, wide ? read512 : read256, copy256};
-    found.bursts["bf16"] = isa == "avx512bf16" ? Burst{dpbf16, 12 * 64} : found.bursts["fp32"];  // widened first
+    found.bursts["bf16"] = isa() == Isa::avx512bf16 ? Burst{dpbf16, 12 * 64} : found.bursts["fp32"];  // widened first
     if (wide && __builtin_cpu_supports("avx512vnni")) found.bursts["int8"] = {dpbusd, 12 * 128};
     return found;
   }

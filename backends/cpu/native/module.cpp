@@ -19,10 +19,18 @@ void bind_limits(py::module_& m);
 
 namespace {
 
-int bfloat16_num = -1;  // NumPy's number for ml_dtypes.bfloat16, given out at import
+int bfloat16_num = -1;  // NumPy's number for ml_dtypes.bfloat16, given out when that is imported
 PyTypeObject* array_type = nullptr;
 
+// NumPy is imported by the first array, so that what is built in can be asked for without it.
+void know_arrays() {
+  if (array_type) return;
+  bfloat16_num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
+  array_type = py::detail::npy_api::get().PyArray_Type_;
+}
+
 Kind kind_of(PyObject* descr) {
+  know_arrays();
   const auto* const d = py::detail::array_descriptor_proxy(descr);
   if (d->byteorder != '=' && d->byteorder != '|') return Kind::other;
   const int num = py::reinterpret_borrow<py::dtype>(descr).num();
@@ -53,13 +61,13 @@ std::unique_ptr<Packed> make_packed(std::int64_t experts, std::int64_t rows, std
                                     const py::object& dtype, bool gated) {
   const py::dtype wanted = py::dtype::from_args(dtype);
   const Kind kind = kind_of(wanted.ptr());
-  if (kind != Kind::f32 && kind != Kind::b16)
-    refuse("dtype", "is " + py::str(wanted).cast<std::string>(), "native float32 or bfloat16");
+  if (kind != Kind::f32 && kind != Kind::b16 && kind != Kind::f16)
+    refuse("dtype", "is " + py::str(wanted).cast<std::string>(), "native float32, bfloat16 or float16");
   if (experts < 1 || rows < 1 || columns < 1 || (gated && rows % 2))
     throw py::value_error("shape is [" + std::to_string(experts) + ", " + std::to_string(rows) + ", " +
                           std::to_string(columns) + "], expected every size at least 1" +
                           (gated ? " and as many gate as up rows." : "."));
-  return std::make_unique<Packed>(experts, rows, columns, kind == Kind::b16, gated);
+  return std::make_unique<Packed>(experts, rows, columns, kind, gated);
 }
 
 void check_expert(const Packed& packed, std::int64_t expert) {
@@ -71,7 +79,7 @@ void check_expert(const Packed& packed, std::int64_t expert) {
 void set_expert(Packed& packed, std::int64_t expert, const py::array& logical) {
   check_expert(packed, expert);
   const Array a = array(logical, "logical");
-  a.has(packed.kind());
+  a.has(packed.kind);
   const Matrix matrix = a.matrix(packed.rows, packed.columns);
   py::gil_scoped_release release;
   packed.set(expert, matrix);
@@ -80,7 +88,7 @@ void set_expert(Packed& packed, std::int64_t expert, const py::array& logical) {
 void get_expert(const Packed& packed, std::int64_t expert, const py::array& logical) {
   check_expert(packed, expert);
   const Array a = array(logical, "logical");
-  a.has(packed.kind());
+  a.has(packed.kind);
   void* const out = a.output({packed.rows, packed.columns});
   py::gil_scoped_release release;
   packed.get(expert, out);
@@ -98,6 +106,14 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 bool read(PyObject* object, const char* name, Array& to) {
+  if (!array_type) {
+    try {
+      know_arrays();
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return false;
+    }
+  }
   if (Py_TYPE(object) != array_type && !PyObject_TypeCheck(object, array_type))
     return wrong_type(name, object, "a NumPy array");
   const auto* const a = py::detail::array_proxy(object);
@@ -185,8 +201,6 @@ Op::Op(const char* name, const char* parameters, Fast fast, const char* doc)
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels; arrays are NumPy's, outputs are given by the caller, the GIL is released while computing.";
-  bfloat16_num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
-  array_type = py::detail::npy_api::get().PyArray_Type_;
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       std::rethrow_exception(p);
@@ -214,7 +228,7 @@ PYBIND11_MODULE(_native, m) {
     m.attr(op->name) = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&op->method, nullptr, nullptr));
 
   // Local to the module: a second build of it, as the suite's self-test makes, has a type of its own.
-  py::class_<Packed>(m, "PackedExperts", py::module_local(),
+  py::class_<Packed>(m, "Packed", py::module_local(),
                      "Matrices [experts, rows, columns] in the order in which kernels read them;\n"
                      "gated=True for w13 (gate rows, then up rows). Zero until set.")
       .def(py::init(&make_packed), "experts"_a, "rows"_a, "columns"_a, "dtype"_a, "gated"_a = false)

@@ -1,25 +1,19 @@
 #include "packed.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
-#include <algorithm>
 #include <cstring>
 #include <new>
 
-#include "threads.hpp"
-
 namespace porthal {
-
-PORTHAL_TABLES(PanelLoops, panel_loops)
-
 namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 // Zeroed pages on a huge-page boundary: 4 KB pages cost 15-20 % of read bandwidth.
 char* map_pages(std::size_t bytes) {
-  void* const raw =
-      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const raw = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   const std::size_t start = reinterpret_cast<std::size_t>(raw), head = (kHugePage - start % kHugePage) % kHugePage;
   char* const memory = static_cast<char*>(raw) + head;
@@ -31,69 +25,73 @@ char* map_pages(std::size_t bytes) {
   return memory;
 }
 
+// Whole pages of the common size: only those that fill huge ones become huge, so that small weights stay small.
 std::size_t mapped_size(std::int64_t bytes) {
-  return std::max<std::size_t>(1, ceil_div(bytes, kHugePage)) * kHugePage;
+  const std::int64_t page = sysconf(_SC_PAGESIZE);
+  return ceil_div(bytes, page) * page;
 }
 
 }  // namespace
 
 void Packed::Unmap::operator()(char* memory) const { munmap(memory, bytes); }
 
-Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, bool is_bf16, bool gated)
+Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated)
     : experts(experts),
       rows(rows),
       columns(columns),
-      is_bf16(is_bf16),
+      kind(kind),
       gated(gated),
       isa(porthal::isa()),
-      panel(panel_loops(isa).columns),
-      item(is_bf16 ? 2 : 4),
+      panel(panel_loops(isa).f32.columns),
+      item(kind == Kind::f32 ? 4 : 2),
+      depth(kind == Kind::b16 ? ceil_div(columns, kGroup<bf16>) * kGroup<bf16> : columns),
       panels(gated ? ceil_div(rows / 2, panel / 2) : ceil_div(rows, panel)),
-      panel_bytes(panel * 4 * (is_bf16 ? ceil_div(columns, 2) : columns)),
+      panel_bytes(panel * depth * item),
       memory_(map_pages(mapped_size(bytes())), Unmap{mapped_size(bytes())}) {}
 
-// visit(packed, stride, row, begin, end): elements [begin, end) of logical row `row` go to `packed`, one group every
-// `stride` bytes. Panels in parallel, each in blocks of depth that stay in L1 while its rows are transposed.
+// visit(half, row, count): the half's first `count` columns are logical rows from `row` on; those behind them are padding.
+// Halves in parallel.
 template <class Visit>
-void Packed::each_run(std::int64_t expert, Visit visit) const {
-  constexpr std::int64_t kBlock = 128;
-  const std::int64_t width = panel, half = width / 2, group = is_bf16 ? 2 : 1;
-  parallel_for(panels, 1, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t p = first; p < last; ++p)
-      for (std::int64_t begin = 0; begin < columns; begin += kBlock)
-        for (std::int64_t lane = 0; lane < width; ++lane) {
-          const std::int64_t output = gated ? p * half + lane % half : p * width + lane;
-          if (output >= (gated ? rows / 2 : rows)) continue;
-          char* const packed = memory_.get() + (expert * panels + p) * panel_bytes + (begin / group * width + lane) * 4;
-          const std::int64_t row = output + (gated && lane >= half ? rows / 2 : 0);
-          visit(packed, width * 4, row, begin, std::min(columns, begin + kBlock));
-        }
-  });
-}
-
-void Packed::set(std::int64_t expert, const Matrix& logical) {
-  const std::ptrdiff_t step = logical.column_stride;
-  each_run(expert, [&](char* to, std::int64_t stride, std::int64_t row, std::int64_t begin, std::int64_t end) {
-    const char* from = logical.data + row * logical.row_stride + begin * step;
-    if (is_bf16) {
-      for (std::int64_t k = begin; k < end; k += 2, to += stride, from += 2 * step) {
-        std::memcpy(to, from, 2);
-        if (k + 1 < end) std::memcpy(to + 2, from + step, 2);
-      }
-    } else {
-      for (std::int64_t k = begin; k < end; ++k, to += stride, from += step) std::memcpy(to, from, 4);
+void Packed::each_half(std::int64_t expert, Visit visit) const {
+  const std::int64_t half = panel / 2, all = gated ? rows / 2 : rows;
+  parallel_for(2 * panels, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t row = (gated ? i / 2 : i) * half, count = std::clamp<std::int64_t>(all - row, 0, half);
+      visit(memory_.get() + expert * panels * panel_bytes + i * (panel_bytes / 2), row + (gated ? i % 2 * all : 0), count);
     }
   });
 }
 
+template <class T>
+void Packed::pack(std::int64_t expert, const Matrix& logical) {
+  constexpr std::int64_t kBlock = 256;  // of depth, of rows that are copied as they are strided
+  const PanelLoops<T>& loops = panel_loops(isa).of(static_cast<const T*>(nullptr));
+  const std::int64_t half = panel / 2;
+  each_half(expert, [&](char* to, std::int64_t row, std::int64_t count) {
+    T copies[kMostColumns / 2][kBlock], zeros[kBlock] = {};
+    const T* from[kMostColumns / 2];
+    for (std::int64_t begin = 0; count && begin < columns; begin += kBlock) {
+      const std::int64_t size = std::min(columns - begin, kBlock);
+      for (std::int64_t i = 0; i < half; ++i) {
+        from[i] = i >= count ? zeros : logical.packed<T>() ? logical.row<T>(row + i) + begin : copies[i];
+        for (std::int64_t k = 0; from[i] == copies[i] && k < size; ++k) copies[i][k] = logical.at<T>(row + i, begin + k);
+      }
+      loops.pack(from, size, reinterpret_cast<T*>(to) + begin * half);
+    }
+  });
+}
+
+void Packed::set(std::int64_t expert, const Matrix& logical) {
+  with_float(kind, [&](auto tag) { pack<decltype(tag)>(expert, logical); });
+}
+
 void Packed::get(std::int64_t expert, void* logical) const {
-  each_run(expert, [&](const char* from, std::int64_t stride, std::int64_t row, std::int64_t begin, std::int64_t end) {
-    char* to = static_cast<char*>(logical) + (row * columns + begin) * item;
-    for (std::int64_t k = begin; k < end; from += stride) {
-      const std::int64_t count = std::min<std::int64_t>(end - k, is_bf16 ? 2 : 1);
-      std::memcpy(to, from, count * item);
-      to += count * item;
-      k += count;
+  const std::int64_t half = panel / 2, group = kind == Kind::b16 ? kGroup<bf16> : 1;
+  each_half(expert, [&](const char* from, std::int64_t row, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      char* to = static_cast<char*>(logical) + (row + i) * columns * item;
+      for (std::int64_t k = 0; k < columns; k += group, to += group * item)
+        std::memcpy(to, from + (k * half + i * group) * item, std::min(group, columns - k) * item);
     }
   });
 }

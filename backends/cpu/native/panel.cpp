@@ -1,6 +1,240 @@
-// The width of a panel of packed weights in each instruction set.
-#include "gemm.hpp"
+// Where all products with packed weights are computed.
+#include "panel.hpp"
+
+#include <type_traits>
+
+#include "simd.hpp"
 
 namespace porthal {
-PORTHAL_LOOPS(PanelLoops, panel_loops) = {kPanel};
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 12;  // kTileRows * 2 sums stay in registers
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kHalf = 2 * kLanes, kPanel = 2 * kHalf;
+// Up to kTileRows rows read a panel as one stream, which the hardware fetches ahead best. More pass over it in blocks: in
+// tiles of one half, or of both where rows are many enough to hide the fetching of the next block.
+constexpr std::int64_t kWideRows = kTileRows == 12 ? 21 : INT64_MAX;
+constexpr std::int64_t kSteps = 64, kWideSteps = 256;  // in depth of a block
+constexpr std::int64_t kJump = 32;                     // cache lines of the next panel that a stream fetches
+
+// One step in depth of a tile: sums += a[m] * the panel's next group. Vectors 2 and 3 are those of the second half.
+template <class T, int Rows, int Vectors>
+inline void step(const Row<T>* const* a, const T* panel, std::int64_t apart, std::int64_t k, F (&sums)[Rows][Vectors]) {
+  const T* at[Vectors];
+  for (int j = 0; j < Vectors; ++j) at[j] = panel + j / 2 * apart + j % 2 * kLanes * kGroup<T>;
+  if constexpr (kGroup<T> == 1) {
+    F b[Vectors];
+    for (int j = 0; j < Vectors; ++j) b[j] = load(at[j]);
+    for (int m = 0; m < Rows; ++m)
+      for (int j = 0; j < Vectors; ++j) sums[m][j] += a[m][k] * b[j];
+  } else {
+#if defined(__AVX512BF16__)
+    __m512bh b[Vectors];
+    for (int j = 0; j < Vectors; ++j) b[j] = (__m512bh)_mm512_loadu_si512(at[j]);
+    for (int m = 0; m < Rows; ++m) {
+      std::int32_t pair;
+      std::memcpy(&pair, a[m] + k, sizeof pair);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < Vectors; ++j) sums[m][j] = (F)_mm512_dpbf16_ps((__m512)sums[m][j], x, b[j]);
+    }
+#else
+    for (int odd = 0; odd < 2; ++odd) {
+      F b[Vectors];
+      for (int j = 0; j < Vectors; ++j) {
+        const U pairs = load_raw<U>(at[j]);
+        b[j] = (F)(odd ? pairs & 0xffff0000u : pairs << 16);
+      }
+      for (int m = 0; m < Rows; ++m)
+        for (int j = 0; j < Vectors; ++j) sums[m][j] += a[m][k + odd] * b[j];
+    }
+#endif
+  }
 }
+
+// out += a[Rows][begin:end] . half (from 0 at begin = 0); fetches a cache line at `next` in each of the first `lines` steps.
+// A stream for many rows helps the hardware: into L2 a line of the half far ahead, in every second step.
+template <class T, int Rows, int Vectors, bool Stream = false>
+void tile(const Row<T>* const* a, const T* half, std::int64_t apart, std::int64_t begin, std::int64_t end, float* out,
+          const char* next, std::int64_t lines) {
+  F sums[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) sums[m][j] = begin ? load(out + m * kPanel + j * kLanes) : F{};
+  std::int64_t k = begin;
+  const T* panel = half + begin * kHalf;
+  for (; lines > 0 && k < end; --lines, next += 64, k += kGroup<T>, panel += kHalf * kGroup<T>) {
+    __builtin_prefetch(next);
+    step<T, Rows, Vectors>(a, panel, apart, k, sums);
+  }
+  for (; k < end; k += kGroup<T>, panel += kHalf * kGroup<T>) {
+    if (Stream && Rows >= 8 && !(k & kGroup<T>)) __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
+    step<T, Rows, Vectors>(a, panel, apart, k, sums);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) store(out + m * kPanel + j * kLanes, sums[m][j]);
+}
+
+template <class T>
+using Tile = decltype(&tile<T, 1, 2>);
+
+template <class T, bool Stream>
+constexpr Tile<T> kTiles[] = {
+  tile<T, 1, 2, Stream>,  tile<T, 2, 2, Stream>,  tile<T, 3, 2, Stream>, tile<T, 4, 2, Stream>,
+  tile<T, 5, 2, Stream>,  tile<T, 6, 2, Stream>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+  tile<T, 7, 2, Stream>,  tile<T, 8, 2, Stream>,  tile<T, 9, 2, Stream>, tile<T, 10, 2, Stream>,
+  tile<T, 11, 2, Stream>, tile<T, 12, 2, Stream>,
+#endif
+};
+
+// Rows in tiles of nearly equal height over depth [begin, end) of one half, or of both (apart > 0); they share in fetching
+// what is read next.
+template <class T>
+void pass(const Row<T>* const* a, std::int64_t rows, std::int64_t most, const T* half, std::int64_t apart,
+          std::int64_t begin, std::int64_t end, const char* next, const char* next_second, float* sums) {
+  const std::int64_t tiles = (rows + most - 1) / most, bytes = (end - begin) * kHalf * sizeof(T);
+  const std::int64_t steps = (end - begin) / kGroup<T>;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    const std::int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
+    std::int64_t at = t * steps * 64;
+    const char* fetched = next;
+    if (apart && at >= bytes) at -= bytes, fetched = next_second;
+    const std::int64_t lines = fetched && at < bytes ? (bytes - at + 63) / 64 : 0;
+    Tile<T> run = kTiles<T, false>[(height - 1) % kTileRows];
+#if defined(__AVX512F__) || defined(__aarch64__)
+    if (apart) run = height == 6 ? tile<T, 6, 4> : height == 5 ? tile<T, 5, 4> : tile<T, 4, 4>;
+#endif
+    run(a + first, half, apart, begin, end, sums + first * kPanel, lines ? fetched + at : nullptr, lines);
+  }
+}
+
+template <class T>
+void multiply(const void* const* rows, std::int64_t count, const T* panel, std::int64_t depth, std::int64_t used,
+              const T* following, float* sums) {
+  const auto a = reinterpret_cast<const Row<T>* const*>(rows);
+  const std::int64_t apart = depth * kHalf, halves = used > kHalf ? 2 : 1;
+  const auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
+  if (count <= kTileRows) {
+    for (std::int64_t h = 0; h < halves; ++h) {
+      const bool last = following && h + 1 == halves;  // the hardware needs a while to follow where the stream jumps to
+      kTiles<T, true>[count - 1](a, panel + h * apart, 0, 0, depth, sums + h * kHalf, bytes(following), last ? kJump : 0);
+    }
+  } else if (count < kWideRows || halves == 1) {
+    const std::int64_t block = kSteps * kGroup<T>;
+    for (std::int64_t h = 0; h < halves; ++h)
+      for (std::int64_t k = 0; k < depth; k += block) {
+        const std::int64_t end = k + block < depth ? k + block : depth;
+        const T* const half = panel + h * apart;
+        const T* const next = end < depth || h + 1 < halves ? half + end * kHalf : following;
+        pass(a, count, kTileRows, half, 0, k, end, bytes(next), nullptr, sums + h * kHalf);
+      }
+  } else {
+    const std::int64_t block = kWideSteps * kGroup<T>;
+    for (std::int64_t k = 0; k < depth; k += block) {
+      const std::int64_t end = k + block < depth ? k + block : depth;
+      const T* const next = end < depth ? panel + end * kHalf : following;
+      pass(a, count, 6, panel, apart, k, end, bytes(next), next ? bytes(next + apart) : nullptr, sums);
+    }
+  }
+}
+
+template <class T>
+void ready(const char* x, std::ptrdiff_t step, std::int64_t n, std::int64_t depth, void* row) {
+  Row<T>* const to = static_cast<Row<T>*>(row);
+  const bool dense = step == sizeof(T);
+  std::int64_t i = 0;
+  if constexpr (std::is_same_v<T, Row<T>>) {
+    if (dense) {
+      std::memcpy(to, x, n * sizeof(T));
+      i = n;
+    }
+    for (; i < n; ++i) std::memcpy(to + i, x + i * step, sizeof(T));
+  } else {
+    for (; i < n; i += kLanes) {
+      const std::int64_t some = n - i < kLanes ? n - i : kLanes;
+      T part[kLanes] = {};
+      if (dense)
+        std::memcpy(part, x + i * sizeof(T), some * sizeof(T));
+      else
+        for (std::int64_t j = 0; j < some; ++j) std::memcpy(part + j, x + (i + j) * step, sizeof(T));
+      const F wide = load(part);
+      std::memcpy(to + i, &wide, some * sizeof(float));
+    }
+  }
+  for (i = n; i < depth; ++i) to[i] = Row<T>{};
+}
+
+template <class T>
+void store(const float* sums, std::int64_t count, std::int64_t used, T* y, std::int64_t stride) {
+  for (std::int64_t m = 0; m < count; ++m, sums += kPanel, y += stride) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= used; i += kLanes) store(y + i, load(sums + i));
+    if (i < used) store_some(y + i, load(sums + i), used - i);
+  }
+}
+
+// Words [r][c] to [c][r], in a butterfly of exchanges between rows 1, 2, 4 ... apart.
+inline void transpose(U (&v)[kLanes]) {
+#pragma GCC unroll 8
+  for (int h = 1; h < kLanes; h *= 2) {
+    U low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & h ? kLanes + i - h : i;
+      high[i] = i & h ? kLanes + i : i + h;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r)
+      if (!(r & h)) {
+        const U a = v[r], b = v[r + h];
+        v[r] = __builtin_shuffle(a, b, low);
+        v[r + h] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+// float and pairs of bf16 are words; fp16 is read in pairs and parted.
+template <class T>
+void pack(const T* const* rows, std::int64_t n, T* half) {
+  constexpr std::int64_t kWord = 4 / sizeof(T), kColumns = kLanes * kWord;
+  for (std::int64_t k = 0; k < n; k += kColumns) {
+    const std::int64_t some = n - k < kColumns ? n - k : kColumns;
+    for (int part = 0; part < 2; ++part) {
+      U v[kLanes];
+      if (some == kColumns)
+        for (int r = 0; r < kLanes; ++r) v[r] = load_raw<U>(rows[part * kLanes + r] + k);
+      else
+        for (int r = 0; r < kLanes; ++r) {
+          v[r] = U{};
+          std::memcpy(&v[r], rows[part * kLanes + r] + k, some * sizeof(T));
+        }
+      transpose(v);
+      T* const to = half + k * kHalf + part * kLanes * kGroup<T>;
+      for (std::int64_t c = 0; c * kWord < some; ++c)
+        if constexpr (kGroup<T> * sizeof(T) == 4) {
+          std::memcpy(to + c * kHalf * kGroup<T>, &v[c], sizeof(U));
+        } else {
+          const S first = narrow(v[c] & 0xffffu), second = narrow(v[c] >> 16);
+          std::memcpy(to + 2 * c * kHalf, &first, sizeof first);
+          if (2 * c + 1 < some) std::memcpy(to + (2 * c + 1) * kHalf, &second, sizeof second);
+        }
+    }
+  }
+}
+
+template <class T>
+constexpr PanelLoops<T> loops() {
+  return {kPanel, sizeof(Row<T>), ready<T>, multiply<T>, store<T>, pack<T>};
+}
+
+}  // namespace
+
+PORTHAL_LOOPS(PerFloat<PanelLoops>, panel_loops) = {loops<float>(), loops<bf16>(), loops<fp16>()};
+
+}  // namespace porthal

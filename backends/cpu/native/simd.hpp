@@ -57,8 +57,15 @@ inline S narrow(U u) {
 inline F load(const float* p) { return load_raw<F>(p); }
 inline F load(const bf16* p) { return (F)(widen(load_raw<S>(p)) << 16); }
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
-// Round to nearest even; a NaN stays a (quiet) NaN. Not vcvtneps2bf16: that one flushes subnormals.
+// Round to nearest even; a NaN stays a (quiet) NaN. vcvtneps2bf16 flushes subnormals, so it is left to vectors without.
 inline void store(bf16* p, F v) {
+#if defined(__AVX512BF16__)
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0, 1)) {
+    const __m256bh s = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &s, sizeof s);
+    return;
+  }
+#endif
   const U u = (U)v, nan = (U)(v != v);
   const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
   const S s = narrow((rounded & ~nan) | (quiet & nan));
@@ -107,6 +114,19 @@ inline void store_some(T* p, F v, std::int64_t n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+// Whether a lane of a comparison is true.
+inline bool any(I lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+  std::uint64_t half[2];
+  std::memcpy(half, &lanes, sizeof half);
+  return (half[0] | half[1]) != 0;
+#endif
+}
+
 inline float total(F v) {
   float lane[kLanes];
   store(lane, v);
@@ -115,10 +135,29 @@ inline float total(F v) {
   return lane[0];
 }
 
+// The greater and the smaller of two; where x is NaN, x. In one instruction where GCC would compare and choose.
+inline F at_least(F low, F x) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return x < low ? low : x;
+#endif
+}
+inline F at_most(F high, F x) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)x);
+#elif defined(__AVX2__)
+  return (F)_mm256_min_ps((__m256)high, (__m256)x);
+#else
+  return x > high ? high : x;
+#endif
+}
+
 // exp with about 1 ulp of error between the clamps; NaN passes through.
 inline F exp(F x) {
-  x = x > 88.3f ? F{} + 88.3f : x;
-  x = x < -87.3f ? F{} - 87.3f : x;
+  x = at_least(F{} - 87.3f, at_most(F{} + 88.3f, x));
   const F shift = F{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const F shifted = x * 1.44269504f + shift, n = shifted - shift;
   const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -129,6 +168,20 @@ inline F exp(F x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   return p * (F)(((U)shifted + (127u - 0x4b400000u)) << 23);
+}
+
+// exp for x <= 0, with an end: 0 where it would be subnormal.
+inline F exp_down(F x) {
+  const F e = exp(x);
+  return x < -87.3f ? F{} : e;
+}
+
+inline F magnitude(F x) { return (F)((U)x & 0x7fffffffu); }
+
+// 1 / (1 + exp(-x)), right for any x; NaN passes through.
+inline F sigmoid(F x) {
+  const F e = exp_down(-magnitude(x));
+  return (x < 0.0f ? e : F{} + 1.0f) / (1.0f + e);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "threads.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -121,10 +122,23 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
+// How many processors this process may run on, which taskset and containers restrict.
+int processors() {
+  for (int room = 1024; room <= 1 << 20; room *= 2) {  // of more than 1024 processors, the kernel wants a larger set
+    cpu_set_t* const set = CPU_ALLOC(room);
+    if (!set) break;
+    const bool known = sched_getaffinity(0, CPU_ALLOC_SIZE(room), set) == 0;
+    const int count = known ? CPU_COUNT_S(CPU_ALLOC_SIZE(room), set) : 0;
+    CPU_FREE(set);
+    if (known) return std::max(1, count);
+  }
+  return 1;
+}
+
 // Never destroyed, so that workers asleep at process exit still have their pool.
 struct Shared {
   std::mutex turn;
-  std::atomic<int> threads{std::max(1, static_cast<int>(std::thread::hardware_concurrency()))};
+  std::atomic<int> threads{processors()};
   int started = 0;
   Pool* pool = nullptr;
 };

@@ -28,4 +28,7 @@ void parallel_for(std::int64_t count, std::int64_t chunk, F&& f) {
       const_cast<void*>(static_cast<const void*>(std::addressof(f))));
 }
 
+// Rows of which each moves so many bytes, as a chunk: below about 64 KB it is done before another thread has woken up.
+inline std::int64_t rows_per_chunk(std::int64_t bytes) { return bytes < 65536 ? 65536 / (bytes + 1) : 1; }
+
 }  // namespace porthal

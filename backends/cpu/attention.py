@@ -1,0 +1,69 @@
+"""Attention over a paged cache, and the indexer that chooses its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from porthal.backends.cpu import _native
+from porthal.backends.reference.backend import Reference
+from porthal.hal import Backend, Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, limits, numpy_dtype
+
+Array = np.ndarray[Any, Any]
+LINE = 64  # bytes of a cache line
+
+
+class Attention(Reference):
+    """Pages keep their dtype. The fields of a slot are beside each other, so that its key is one run of memory."""
+
+    native = _native
+
+    def alloc_pages(self, spec: PagesSpec) -> Pages:
+        dtype, width = numpy_dtype(spec.dtype), sum(width for _, width in spec.fields)
+        memory = np.zeros(spec.slots * width * dtype.itemsize + LINE, np.uint8)
+        start = -memory.ctypes.data % LINE
+        slots = memory[start : start + len(memory) - LINE].view(dtype).reshape(spec.slots, width)
+        ends = np.cumsum([width for _, width in spec.fields])
+        return Pages(spec, {name: slots[:, end - width : end] for (name, width), end in zip(spec.fields, ends)})
+
+    def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
+        if not isinstance(spec, PagesSpec):
+            return super().from_logical(spec, arrays, into)
+        return Backend.from_logical(self, spec, arrays, into or self.alloc_pages(spec))
+
+    @limits(provider="C++", batch_invariant=True)
+    def sparse_mla(
+        self, q_latent: Array, q_rope: Array, kv: Pages, sel: Selection, batch: Batch, *, scale: float
+    ) -> Array:
+        o = self.empty(q_latent.shape, q_latent.dtype.name)
+        self.native.sparse_mla(
+            q_latent, q_rope, *kv.leaves(), *sel.native, batch.cu_q, batch.block_table, batch.block_size, scale, o
+        )
+        return o
+
+    @limits(provider="C++", batch_invariant=True)
+    def indexer_scores(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
+        scores = self.empty((batch.T, batch.max_kv), "float32")
+        self.native.indexer_scores(
+            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, scores
+        )
+        return scores
+
+    @limits(provider="C++", batch_invariant=True)
+    def topk(self, scores: Array, batch: Batch, *, k: int) -> Selection:
+        indices = self.empty((batch.T, k), "int32")
+        self.native.topk(scores, batch.visible, k, indices)
+        return self._selection(indices, batch)
+
+    @limits(provider="C++", batch_invariant=True)
+    def indexer_topk(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
+        indices = self.empty((batch.T, k), "int32")
+        self.native.indexer_topk(
+            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, k, indices
+        )
+        return self._selection(indices, batch)
+
+    def _selection(self, indices: Array, batch: Batch) -> Selection:
+        T, k = indices.shape
+        return Selection(SelectionSpec(T, k), Rows(indices, np.minimum(batch.visible, k)))

@@ -1,0 +1,66 @@
+"""What moves rows bit for bit: gathers, and writes to a paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from porthal.backends.reference.backend import Reference
+from porthal.hal import Batch, Pages, Rows, Selection, SelectionSpec, Weight, dtype, limits
+
+Array = np.ndarray[Any, Any]
+ROWS = limits(provider="C++", batch_invariant=True)
+WHOLE = limits(provider="C++")
+
+
+class Copies(Reference):
+    """Caches and tables lie in their own dtype."""
+
+    native: Any
+    widens = False
+
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
+        """The batch, which then need not find out with NumPy what its kernels ask: that takes longer than they do."""
+        positions, visible = np.empty(batch.T, np.int32), np.empty(batch.T, np.int32)
+        slots = np.empty(batch.T, np.int64)
+        self.native.plan(batch.cu_q, batch.kv_len, batch.block_table, batch.block_size, positions, visible, slots)
+        vars(batch).update(positions=positions, visible=visible, slots=slots)  # where cached properties are kept
+        return batch
+
+    @ROWS
+    def concat(self, a: Array, b: Array) -> Array:
+        y = self.empty((a.shape[0], a.shape[1] + b.shape[1]), dtype(a))
+        self.native.concat(a, b, y)
+        return y
+
+    @ROWS
+    def take_rows(self, x: Array, rows: Array) -> Array:
+        y = self.empty((rows.shape[0], x.shape[1]), dtype(x))
+        self.native.take_rows(x, rows, y)
+        return y
+
+    @ROWS
+    def embedding(self, ids: Array, table: Weight) -> Array:
+        x = self.empty((ids.shape[0], table.spec.shape[1]), table.spec.dtype)
+        self.native.embedding(ids, table.native, x)
+        return x
+
+    @ROWS
+    def select_rows(self, sel: Selection, rows: Array) -> Selection:
+        indices, length = self.rows(sel)
+        out, out_length = self.empty((rows.shape[0], sel.spec.k), "int32"), self.empty((rows.shape[0],), "int32")
+        self.native.select_rows(indices, length, rows, out, out_length)
+        return Selection(SelectionSpec(rows.shape[0], sel.spec.k), Rows(out, out_length))
+
+    @ROWS
+    def kv_write(self, pages: Pages, batch: Batch, first: Array, second: Array | None = None) -> Pages:
+        for (name, _), rows in zip(pages.spec.fields, (first, second)):
+            self.native.kv_write(pages.native[name], batch.slots, rows)
+        return pages
+
+    @WHOLE
+    def page_copy(self, pages: Pages, source: Array, target: Array) -> Pages:
+        for name, _ in pages.spec.fields:
+            self.native.page_copy(pages.native[name], source, target, pages.spec.block_size)
+        return pages

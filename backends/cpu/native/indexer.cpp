@@ -1,0 +1,192 @@
+// scores[t, s] = scale * sum_h w[t, h] * max(0, iq[t, h] . k_s): a block of keys in L1 against all rows of a group.
+#include "indexer.hpp"
+
+#if defined(PORTHAL_ISA)
+#include "attention.hpp"
+
+namespace porthal {
+namespace {
+
+// Where a row's queries lie, packed, and its weights, padded with zeros.
+template <class M>
+struct Row {
+  Word* queries;
+  float* weights;
+  Row(const IndexerDims& d, float* packed, std::int64_t i) {
+    const std::int64_t heads = Heads(d.heads).padded();
+    weights = packed + i * floats(d);
+    queries = reinterpret_cast<Word*>(weights + heads);
+  }
+  static std::int64_t floats(const IndexerDims& d) {
+    return Heads(d.heads).padded() * (1 + (d.width + M::kPer - 1) / M::kPer);
+  }
+};
+
+template <class M, class T>
+void pack(const IndexerDims& d, const T* iq, std::ptrdiff_t stride, const T* weights, const float* weights32, std::int64_t i,
+          float* wide, float* packed) {
+  const Row<M> row(d, packed, i);
+  const char* heads = reinterpret_cast<const char*>(iq);
+  if (sizeof(T) == 2 && M::kPer == 1) {
+    const std::int64_t width = up(d.width, kLanes);
+    for (std::int64_t h = 0; h < d.heads; ++h)
+      widen_row(reinterpret_cast<const T*>(heads + h * stride), d.width, wide + h * width);
+    heads = reinterpret_cast<const char*>(wide);
+    stride = width * sizeof(float);
+  }
+  pack_queries(heads, stride, d.heads, d.width / M::kPer, 0, d.width / M::kPer, row.queries);
+  if (weights)
+    widen_row(weights, d.heads, row.weights);
+  else
+    widen_row(weights32, d.heads, row.weights);
+}
+
+// of_key[k] (+)= weights * max(0, key . queries), lanes are heads.
+template <class M, int V>
+void products(const char* const* keys, const char* const* next, std::int64_t bytes, std::int64_t words, const Word* queries,
+              const float* weights, U last, bool first, F* of_key) {
+  constexpr int Keys = kKeys<V>;
+  for (std::int64_t k = 0; k < kIndexerKeys; k += Keys) {
+    F sums[Keys][V];
+#pragma GCC unroll 12
+    for (int m = 0; m < Keys; ++m)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[m][j] = F{};
+    dots<M, Keys, V>(keys + k, queries, words, sums, Fetch<Keys>{next + k, bytes});
+#pragma GCC unroll 12
+    for (int m = 0; m < Keys; ++m) {
+      F total = first ? F{} : of_key[k + m];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const F product = at_least(F{}, sums[m][j]) * load(weights + j * kLanes);
+        total += j < V - 1 ? product : (F)((U)product & last);  // heads that are not there may be NaN
+      }
+      of_key[k + m] = total;
+    }
+  }
+}
+
+// to[i] = the sum of vector i, for kLanes of them.
+inline void totals(const F* v, float* to) {
+#if defined(__AVX512F__)
+  const auto half = [](__m512 a, __m512 b) { return (__m512)((F)a + (F)b); };
+  // Where vector i begins, so that it ends at lane i: the two lower bits of i swapped, and the two upper.
+  const auto at = [&](int i) { return (__m512)v[(i & 1) << 1 | (i & 2) >> 1 | (i & 4) << 1 | (i & 8) >> 1]; };
+  __m512 t[8], u[4], x[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    t[i] = half(_mm512_maskz_shuffle_f32x4(0xffff, at(i), at(i + 8), 0x44), _mm512_maskz_shuffle_f32x4(0xffff, at(i), at(i + 8), 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    u[i] = half(_mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 4], 0x88), _mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    x[i] = half(_mm512_maskz_shuffle_ps(0xffff, u[i], u[i + 2], 0x44), _mm512_maskz_shuffle_ps(0xffff, u[i], u[i + 2], 0xee));
+  store(to, (F)half(_mm512_maskz_shuffle_ps(0xffff, x[0], x[1], 0x88), _mm512_maskz_shuffle_ps(0xffff, x[0], x[1], 0xdd)));
+#elif defined(__AVX2__)
+  const auto four = [&](int i) {
+    return _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]), _mm256_hadd_ps((__m256)v[i + 2], (__m256)v[i + 3]));
+  };
+  const __m256 a = four(0), b = four(4);
+  store(to, (F)_mm256_permute2f128_ps(a, b, 0x20) + (F)_mm256_permute2f128_ps(a, b, 0x31));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = total(v[i]);
+#endif
+}
+
+template <class M, class T>
+void scores(const IndexerDims& d, const T* const* keys, const T* const* following, float* wide, const float* packed,
+            std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride) {
+  const char *key[kIndexerKeys], *next[kIndexerKeys];
+  const bool copied = sizeof(T) == 2 && M::kPer == 1;
+  for (std::int64_t k = 0; k < kIndexerKeys; ++k) {
+    key[k] = reinterpret_cast<const char*>(keys[k]);
+    next[k] = reinterpret_cast<const char*>(following[k]);
+    if (copied) {
+      float* const row = wide + k * up(d.width, kLanes);
+      widen_row(keys[k], d.width, row);
+      key[k] = reinterpret_cast<const char*>(row);
+    }
+  }
+  using Products = decltype(&products<M, 1>);
+  static constexpr Products kProducts[] = {
+    products<M, 1>, products<M, 2>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+    products<M, 3>, products<M, 4>,
+#endif
+  };
+  const Heads heads(d.heads);
+  alignas(64) std::uint32_t lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = heads.padded() - kLanes + i < d.heads ? ~0u : 0u;
+  const U last = load_raw<U>(lane), all = ~U{};
+  const std::int64_t words = d.width / M::kPer;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    if (visible[t] <= 0) continue;
+    const Row<M> row(d, const_cast<float*>(packed), t);
+    F of_key[kIndexerKeys];
+    for (std::int64_t p = 0; p < heads.panels; ++p) {
+      const std::int64_t begin = heads.first(p), width = heads.first(p + 1) - begin;
+      kProducts[width - 1](key, t ? key : next, t ? sizeof(Word) : sizeof(T) * M::kPer, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
+                           p + 1 < heads.panels ? all : last, p == 0, of_key);
+    }
+    alignas(64) float sums[kIndexerKeys];
+    for (std::int64_t k = 0; k < kIndexerKeys; k += kLanes) totals(of_key + k, sums + k);
+    for (std::int64_t k = 0; k < kIndexerKeys; k += kLanes) store(sums + k, load(sums + k) * d.scale);
+    std::memcpy(out + t * stride, sums, (visible[t] < kIndexerKeys ? visible[t] : kIndexerKeys) * sizeof(float));
+  }
+}
+
+template <class M>
+std::int64_t wide_floats(const IndexerDims& d) {
+  return up(d.width, kLanes) * (d.heads > kIndexerKeys ? d.heads : kIndexerKeys);
+}
+
+template <class M, class T>
+constexpr IndexerLoops<T> loops() {
+  return {wide_floats<M>, Row<M>::floats, pack<M, T>, scores<M, T>};
+}
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+using BestPairs = Pairs;
+#else
+using BestPairs = Singles;
+#endif
+PORTHAL_LOOPS(IndexerTables, indexer_loops) = {{loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()},
+                                             loops<BestPairs, bf16>()};
+
+}  // namespace porthal
+#else
+#include "bind.hpp"
+
+namespace porthal {
+namespace {
+
+void indexer_scores(const Array& iq, const Array& w, const Array& keys, const Array& visible, const Array& cu_q,
+                    const Array& block_table, std::int64_t block_size, double scale, const Array& scores) {
+  scores.has(Kind::f32);
+  scores.is_shape({iq.dims ? iq.shape[0] : 0, kAny});
+  const std::int64_t width = scores.shape[1];
+  float* const out = static_cast<float*>(scores.output({scores.shape[0], width}));
+  with_scorer(iq, w, keys, visible, cu_q, block_table, block_size, scale, [&](const auto& scorer) {
+    const std::int64_t chunks = ceil_div(width, kIndexerChunk), items = scorer.groups.size() * chunks;
+    parallel_for(items, scorer.alone(width) ? items : 1, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t i = from; i < to; ++i) {
+        const RowGroup& group = scorer.groups[i / chunks];
+        const std::int64_t begin = i % chunks * kIndexerChunk, end = std::min(begin + kIndexerChunk, width);
+        scorer.score(group, i == from || i % chunks == 0, begin, end, out + group.first * width + begin, width);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+PORTHAL_OP(indexer_scores, "iq w keys visible cu_q block_table block_size scale scores",
+           "scores[t, s] = scale * sum_h w[t, h] * max(0, iq[t, h] . k_s) for the first visible[t] positions of row t's\n"
+           "request, else -inf. iq [T, G, D] of any strides, w [T, G] of its dtype or float32, keys [slots, D] with unit\n"
+           "stride inside a row, scores float32 [T, S]. Sums in float32; in bfloat16 subnormal products may count as 0.")
+
+}  // namespace porthal
+#endif

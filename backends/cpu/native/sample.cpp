@@ -1,0 +1,552 @@
+// Drawing tokens: softmax at a temperature, cut to top-k and top-p, inverted at a random number; and judging drafts by it.
+//
+// Nothing is sorted but the few candidates among which a bound falls: one pass over a row adds up weights by bins of falling
+// logits, another collects the bin that a bound falls in.
+#include "logits.hpp"
+
+namespace porthal {
+
+constexpr std::int64_t kBins = 512, kCopies = 4;  // copies, because neighbours often fall into the same bin
+
+// How the candidates of a row are weighed: exp((x - top) * inverse), 0 where x is NaN or -inf; and what bin they fall in.
+struct Scale {
+  float top, inverse, bins_per;  // bins per unit of logits below the top; the last bin holds all that lie deeper
+};
+
+// The last candidate that is kept, in the order of falling logits, equal ones by index.
+struct Bound {
+  float value;
+  std::int64_t index;
+};
+
+struct Extent {
+  float top, low;  // of a row: the highest, NaN aside; the lowest above -inf
+};
+
+template <class T>
+struct SampleLoops {  // one row of n
+  Extent (*extent)(const T* x, std::int64_t n);
+  // masses[kCopies][kBins] += the weight of each element, or 1 of each that is above -inf.
+  void (*fill)(const T* x, std::int64_t n, const Scale& scale, bool ones, double* masses);
+  // The elements from `least` on that fall in bins first to last, in the order of indices; returns how many. Room for n + 16.
+  std::int64_t (*collect)(const T* x, std::int64_t n, const Scale& scale, std::int64_t first, std::int64_t last, float least,
+                          float* values, float* weights, std::uint32_t* indices);
+  // p[i] = max(weight * factor - q[i], 0) for begin <= i < end, with weight 0 behind the bound, q null: 0; returns the sum.
+  double (*rest)(const T* x, std::int64_t begin, std::int64_t end, const Scale& scale, const Bound& bound, float factor,
+                 const float* q, float* p);
+};
+
+}  // namespace porthal
+
+#if defined(PORTHAL_ISA)
+#include "simd.hpp"
+
+namespace porthal {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+template <class T>
+inline F load_at_most(const T* p, std::int64_t n) {  // -inf behind the n elements
+  if (n >= kLanes) return load(p);
+  float lane[kLanes];
+  store(lane, load_some(p, n));
+  for (std::int64_t i = n; i < kLanes; ++i) lane[i] = -kInfinity;
+  return load(lane);
+}
+
+inline F without_nan(F v) { return v > -kInfinity ? v : F{} - kInfinity; }
+inline F weight_of(F v, const Scale& scale) { return exp_down((v - scale.top) * scale.inverse); }
+inline I bin_of(F v, const Scale& scale) {
+  const F depth = (scale.top - v) * scale.bins_per, last = F{} + static_cast<float>(kBins - 1);
+  return __builtin_convertvector(depth < last ? depth : last, I);
+}
+
+template <class T>
+Extent extent(const T* x, std::int64_t n) {
+  F top = F{} - kInfinity, low = F{} + kInfinity;
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const F v = load_at_most(x + i, n - i);
+    top = v > top ? v : top;
+    low = v < low && v > -kInfinity ? v : low;
+  }
+  Extent found = {-kInfinity, kInfinity};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    found.top = top[lane] > found.top ? top[lane] : found.top;
+    found.low = low[lane] < found.low ? low[lane] : found.low;
+  }
+  return found;
+}
+
+template <class T>
+void fill(const T* x, std::int64_t n, const Scale& scale, bool ones, double* masses) {
+  constexpr std::int64_t kBlock = 512;
+  alignas(64) float weights[kBlock];
+  alignas(64) std::int32_t bins[kBlock];
+  for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+    const std::int64_t size = n - begin < kBlock ? n - begin : kBlock;
+    for (std::int64_t i = 0; i < size; i += kLanes) {
+      const F v = without_nan(load_at_most(x + begin + i, size - i));
+      const I bin = bin_of(v, scale);
+      store(weights + i, ones ? (v > -kInfinity ? F{} + 1.0f : F{}) : weight_of(v, scale));
+      std::memcpy(bins + i, &bin, sizeof bin);
+    }
+    std::int64_t i = 0;
+    for (; i + kCopies <= size; i += kCopies)
+      for (std::int64_t j = 0; j < kCopies; ++j) masses[j * kBins + bins[i + j]] += static_cast<double>(weights[i + j]);
+    for (; i < size; ++i) masses[bins[i]] += static_cast<double>(weights[i]);
+  }
+}
+
+template <class T>
+std::int64_t collect(const T* x, std::int64_t n, const Scale& scale, std::int64_t first, std::int64_t last, float least,
+                     float* values, float* weights, std::uint32_t* indices) {
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const F v = without_nan(load_at_most(x + i, n - i));
+    const I bin = bin_of(v, scale);
+    const I keep = (bin >= static_cast<std::int32_t>(first)) & (bin <= static_cast<std::int32_t>(last)) & (v >= least) &
+                   (v > -kInfinity);
+    if (!any(keep)) continue;
+    const F weight = weight_of(v, scale);
+#if defined(__AVX512F__)
+    const __mmask16 mask = _mm512_movepi32_mask((__m512i)keep);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(i)));
+    store(values + found, (F)_mm512_maskz_compress_ps(mask, (__m512)v));
+    store(weights + found, (F)_mm512_maskz_compress_ps(mask, (__m512)weight));
+    _mm512_storeu_si512(indices + found, _mm512_maskz_compress_epi32(mask, index));
+    found += __builtin_popcount(mask);
+#else
+    for (int lane = 0; lane < kLanes; ++lane) {
+      values[found] = v[lane];
+      weights[found] = weight[lane];
+      indices[found] = static_cast<std::uint32_t>(i + lane);
+      found += keep[lane] & 1;
+    }
+#endif
+  }
+  return found;
+}
+
+template <class T>
+double rest(const T* x, std::int64_t begin, std::int64_t end, const Scale& scale, const Bound& bound, float factor,
+            const float* q, float* p) {
+  I lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  F sum = {};
+  for (std::int64_t i = begin; i < end; i += kLanes) {
+    const std::int64_t some = end - i < kLanes ? end - i : kLanes;
+    const F v = without_nan(load_at_most(x + i, some));
+    const I ahead = lane + static_cast<std::int32_t>(i) <= static_cast<std::int32_t>(bound.index);
+    const I kept = (v > bound.value) | ((v == bound.value) & ahead);
+    F left = (F)((I)(weight_of(v, scale) * factor) & kept);
+    if (q) {
+      left -= some == kLanes ? load(q + i) : load_some(q + i, some);
+      left = left > 0.0f ? left : F{};
+    }
+    if (some == kLanes)
+      store(p + (i - begin), left);
+    else
+      store_some(p + (i - begin), left, some);
+    sum += left;
+  }
+  return total(sum);
+}
+
+template <class T>
+constexpr SampleLoops<T> loops() {
+  return {extent<T>, fill<T>, collect<T>, rest<T>};
+}
+
+}  // namespace
+
+PORTHAL_LOOPS(PerFloat<SampleLoops>, sample_loops) = {loops<float>(), loops<bf16>(), loops<fp16>()};
+
+}  // namespace porthal
+#else
+#include <algorithm>
+#include <cstring>
+
+#include "bind.hpp"
+#include "threads.hpp"
+
+namespace porthal {
+
+PORTHAL_TABLES(PerFloat<SampleLoops>, sample_loops)
+
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+struct Candidate {
+  std::uint64_t order;  // falling logits, then rising indices
+  float value, weight;
+};
+
+// Where a bound on the cumulated weight falls: the element, and the weight up to it, its own included.
+struct Place {
+  Bound at;
+  double mass;
+};
+
+std::uint64_t order_of(float value, std::uint32_t index) {
+  value += 0.0f;  // -0 is 0
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const std::uint32_t rising = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<std::uint64_t>(~rising) << 32 | index;
+}
+
+// The distribution that one row is drawn from, and the memory that finding a bound in it takes.
+template <class T>
+class Drawn {
+ public:
+  bool certain = false;  // all of it is on `only`
+  std::int64_t only = 0;
+  Bound last{};      // the last candidate that is kept
+  double mass = 0;   // the weight of those that are kept
+  Scale scale{};
+
+  void make(const T* row, std::int64_t n, float temperature, std::int64_t top_k, float top_p) {
+    x_ = row;
+    n_ = n;
+    loops_ = &sample_loops(isa()).of(row);
+    const Extent found = loops_->extent(row, n);
+    certain = temperature == 0 || !(found.top < kInfinity) || found.top == -kInfinity;
+    if (certain) {
+      only = logit_loops(isa()).of(row).argmax(row, n);
+      return;
+    }
+    const float inverse = 1.0f / temperature, span = std::min(found.top - found.low, 40.0f * temperature);
+    scale = {found.top, inverse, span > 0 ? static_cast<float>(kBins - 1) / span : 0.0f};
+    last = {-kInfinity, 0};
+    filled_ = false;
+    const bool few = top_k > 0 && n >= 4096 && top_k <= n / 16;
+    if (few && take_highest(top_k)) {
+      sorted_ = true;
+    } else {
+      sorted_ = false;
+      fill(false);
+      mass = total_;
+      if (top_k > 0 && top_k < n) {
+        const double target = static_cast<double>(top_k) - 0.5;
+        fill(true);
+        if (total_ > target) {  // by rank: every candidate counts as 1
+          last = find(target, true, true).at;
+          mass = kept_mass();
+        }
+        fill(false);
+      }
+    }
+    if (top_p < 1.0f) {
+      const Place cut = find(static_cast<double>(top_p) * mass, false, false);
+      last = cut.at;
+      mass = cut.mass;
+    }
+  }
+
+  // The first candidate, in the order of falling logits, at which the cumulated weight exceeds u times all of it.
+  std::int64_t draw(float u) {
+    if (certain) return only;
+    const Bound at = find(static_cast<double>(u) * mass, true, false).at;
+    return order_of(at.value, 0) > order_of(last.value, 0) || (at.value == last.value && at.index > last.index) ? last.index
+                                                                                                                : at.index;
+  }
+
+  float weight(std::int64_t i) const {  // of one element, 0 if it is not kept
+    float p;
+    loops_->rest(x_, i, i + 1, scale, last, 1.0f, nullptr, &p);
+    return p;
+  }
+
+  // In the order of indices: the first at which the cumulated max(p - q, 0) exceeds u times all of it. q is null, or a row,
+  // or all on one index, `whole`.
+  std::int64_t draw_rest(float u, const float* q, std::int64_t whole) {
+    if (certain) return only;
+    constexpr std::int64_t kBlock = 1024;
+    const float factor = static_cast<float>(1.0 / mass);
+    float p[kBlock];
+    const auto block = [&](std::int64_t begin) {
+      const std::int64_t end = std::min(n_, begin + kBlock);
+      double sum = loops_->rest(x_, begin, end, scale, last, factor, q, p);
+      if (whole >= begin && whole < end) {
+        p[whole - begin] = 0;
+        sum = 0;
+        for (std::int64_t i = 0; i < end - begin; ++i) sum += p[i];
+      }
+      return sum;
+    };
+    sums_.assign(1, 0.0);
+    for (std::int64_t i = 0; i < n_; i += kBlock) sums_.push_back(sums_.back() + block(i));
+    if (!(sums_.back() > 0)) return draw_rest(u, nullptr, -1);  // p equals q: the rejection came from rounding
+    const double target = static_cast<double>(u) * sums_.back();
+    std::int64_t at = 0;
+    while (at + 2 < static_cast<std::int64_t>(sums_.size()) && !(sums_[at + 1] > target)) ++at;
+    block(at * kBlock);
+    std::int64_t chosen = last.index;
+    double sum = sums_[at];
+    for (std::int64_t i = at * kBlock; i < std::min(n_, (at + 1) * kBlock) && !(sum > target); ++i) {
+      sum += p[i % kBlock];
+      if (p[i % kBlock] > 0) chosen = i;
+    }
+    return chosen;
+  }
+
+ private:
+  const T* x_ = nullptr;
+  std::int64_t n_ = 0;
+  const SampleLoops<T>* loops_ = nullptr;
+  bool filled_ = false, ones_ = false, sorted_ = false;
+  double total_ = 0;
+  std::vector<double> bins_, sums_;
+  std::vector<Candidate> list_, kept_;
+  std::vector<float> values_, weights_;
+  std::vector<std::uint32_t> indices_;
+
+  std::int64_t collect(std::int64_t first, std::int64_t last_bin, float least) {
+    if (static_cast<std::int64_t>(values_.size()) < n_ + 16) {
+      values_.resize(n_ + 16);
+      weights_.resize(n_ + 16);
+      indices_.resize(n_ + 16);
+    }
+    return loops_->collect(x_, n_, scale, first, last_bin, least, values_.data(), weights_.data(), indices_.data());
+  }
+
+  void listed(std::int64_t count) {
+    list_.resize(count);
+    for (std::int64_t i = 0; i < count; ++i) list_[i] = {order_of(values_[i], indices_[i]), values_[i], weights_[i]};
+  }
+
+  static Bound bound(const Candidate& c) { return {c.value, static_cast<std::int64_t>(c.order & 0xffffffffu)}; }
+
+  // The k highest in order, with their mass; false where a guess from some of them was too high.
+  bool take_highest(std::int64_t k) {
+    constexpr std::int64_t kSample = 1024;
+    float sample[kSample];
+    for (std::int64_t i = 0; i < kSample; ++i) sample[i] = loops_->extent(x_ + i * n_ / kSample, 1).top;
+    const double expected = static_cast<double>(k) * kSample / n_;
+    const std::int64_t rank = std::min<std::int64_t>(kSample - 1, static_cast<std::int64_t>(expected + 4 * __builtin_sqrt(expected) + 4));
+    std::nth_element(sample, sample + rank, sample + kSample, [](float a, float b) { return a > b; });
+    if (sample[rank] == -kInfinity) return false;
+    const std::int64_t found = collect(0, kBins - 1, sample[rank]);
+    if (found < k) return false;
+    listed(found);
+    const auto before = [](const Candidate& a, const Candidate& b) { return a.order < b.order; };
+    std::nth_element(list_.begin(), list_.begin() + (k - 1), list_.end(), before);
+    list_.resize(k);
+    std::sort(list_.begin(), list_.end(), before);
+    mass = 0;
+    for (const Candidate& c : list_) mass += c.weight;
+    last = bound(list_.back());
+    return true;
+  }
+
+  void fill(bool ones) {
+    if (filled_ && ones_ == ones) return;
+    bins_.assign(kBins * kCopies, 0.0);
+    loops_->fill(x_, n_, scale, ones, bins_.data());
+    total_ = 0;
+    for (std::int64_t b = 0; b < kBins; ++b) {
+      for (std::int64_t j = 1; j < kCopies; ++j) bins_[b] += bins_[j * kBins + b];
+      total_ += bins_[b];
+    }
+    filled_ = true;
+    ones_ = ones;
+  }
+
+  double kept_mass() {
+    constexpr std::int64_t kBlock = 1024;
+    float p[kBlock];
+    double all = 0;
+    for (std::int64_t i = 0; i < n_; i += kBlock)
+      all += loops_->rest(x_, i, std::min(n_, i + kBlock), scale, last, 1.0f, nullptr, p);
+    return all;
+  }
+
+  // The first candidate at which the cumulated weight is above the target, or at least the target.
+  Place find(double target, bool above, bool ones) {
+    const auto reached = [=](double mass) { return above ? mass > target : mass >= target; };
+    double before = 0;
+    if (sorted_) return walk(list_, 0.0, reached);
+    std::int64_t b = 0, some = 0;  // the bin, and the last one with anything in it
+    for (; b < kBins && !reached(before + bins_[b]); ++b) {
+      if (bins_[b] > 0) some = b;
+      before += bins_[b];
+    }
+    if (b == kBins) {
+      b = some;
+      before -= bins_[b];
+    }
+    listed(collect(b, b, -kInfinity));
+    if (ones)
+      for (Candidate& c : list_) c.weight = 1.0f;
+    while (list_.size() > 64) {  // each round keeps one bin of the range that the candidates span
+      std::uint32_t low = ~0u, high = 0;
+      for (const Candidate& c : list_) {
+        low = std::min(low, static_cast<std::uint32_t>(c.order >> 32));
+        high = std::max(high, static_cast<std::uint32_t>(c.order >> 32));
+      }
+      if (low == high) return walk(list_, before, reached);  // by index, as they are
+      constexpr int kBits = 8;
+      const int width = 32 - __builtin_clz(high - low), shift = std::max(0, width - kBits);
+      const auto bin = [=](const Candidate& c) { return (static_cast<std::uint32_t>(c.order >> 32) - low) >> shift; };
+      double masses[1 << kBits] = {};
+      for (const Candidate& c : list_) masses[bin(c)] += c.weight;
+      std::uint32_t at = 0, full = 0;
+      double passed = before;
+      for (; at < (1u << kBits) && !reached(passed + masses[at]); ++at) {
+        if (masses[at] > 0) full = at;
+        passed += masses[at];
+      }
+      if (at == 1u << kBits) {
+        at = full;
+        passed -= masses[at];
+      }
+      before = passed;
+      kept_.clear();
+      for (const Candidate& c : list_)
+        if (bin(c) == at) kept_.push_back(c);
+      list_.swap(kept_);
+    }
+    std::sort(list_.begin(), list_.end(), [](const Candidate& a, const Candidate& b) { return a.order < b.order; });
+    return walk(list_, before, reached);
+  }
+
+  template <class Reached>
+  Place walk(const std::vector<Candidate>& sorted, double before, Reached reached) const {
+    Place place{last, before};  // sums that were rounded in another order may fall short of it: then the last that weighs
+    for (const Candidate& c : sorted) {
+      if (before > 0 && !(c.weight > 0)) continue;
+      before += c.weight;
+      place = {bound(c), before};
+      if (reached(before)) break;
+    }
+    return place;
+  }
+};
+
+struct Settings {
+  Matrix u, temperature, top_k, top_p;
+
+  void check(std::int64_t rows, std::int64_t per_row, std::int64_t vocabulary) const {
+    const auto bad = [](const char* name, std::int64_t t, const std::string& value, const std::string& expected) {
+      refuse(std::string(name) + "[" + std::to_string(t) + "]", "is " + value, expected);
+    };
+    for (std::int64_t t = 0; t < rows; ++t) {
+      for (std::int64_t i = 0; i < per_row; ++i)
+        if (const float v = u.at<float>(t, i); !(v >= 0 && v < 1)) bad("u", t, std::to_string(v), "0 to less than 1");
+      if (const float v = temperature.at<float>(0, t); !(v >= 0 && v < kInfinity)) bad("temperature", t, std::to_string(v), "at least 0");
+      if (const float v = top_p.at<float>(0, t); !(v >= 0 && v <= 1)) bad("top_p", t, std::to_string(v), "0 to 1");
+      if (const std::int32_t v = top_k.at<std::int32_t>(0, t); v < 0 || v > vocabulary)
+        bad("top_k", t, std::to_string(v), "0 to " + std::to_string(vocabulary));
+    }
+  }
+
+  template <class T>
+  void make(Drawn<T>& drawn, const T* row, std::int64_t n, std::int64_t t) const {
+    drawn.make(row, n, temperature.at<float>(0, t), top_k.at<std::int32_t>(0, t), top_p.at<float>(0, t));
+  }
+};
+
+void sample(const Array& logits, const Array& u, const Array& temperature, const Array& top_k, const Array& top_p,
+            const Array& ids) {
+  logits.is_float();
+  u.has(Kind::f32);
+  temperature.has(Kind::f32);
+  top_k.has(Kind::i32);
+  top_p.has(Kind::f32);
+  ids.has(Kind::i32);
+  const Matrix rows = logits.matrix(), draws = u.vector(rows.rows);
+  if (rows.columns < 1) refuse("logits", "has 0 columns", "at least 1");
+  const Settings settings{{draws.data, rows.rows, 1, draws.column_stride, 0},
+                          temperature.vector(rows.rows),
+                          top_k.vector(rows.rows),
+                          top_p.vector(rows.rows)};
+  auto* const out = static_cast<std::int32_t*>(ids.output({rows.rows}));
+  settings.check(rows.rows, 1, rows.columns);
+  with_float(logits.kind, [&](auto tag) {
+    using T = decltype(tag);
+    parallel_for(rows.rows, rows_per_chunk(rows.columns * 16), [&](std::int64_t begin, std::int64_t end) {
+      thread_local Drawn<T> drawn;
+      thread_local std::vector<T> copy;
+      for (std::int64_t t = begin; t < end; ++t) {
+        settings.make(drawn, rows.dense_row<T>(t, copy), rows.columns, t);
+        out[t] = static_cast<std::int32_t>(drawn.draw(draws.at<float>(0, t)));
+      }
+    });
+  });
+}
+
+void speculative_verify(const Array& logits, const Array& draft, const Array& u, const Array& temperature, const Array& top_k,
+                        const Array& top_p, const Array* draft_probs, const Array& tokens) {
+  logits.has(Kind::f32);
+  draft.has(Kind::i32);
+  u.has(Kind::f32);
+  temperature.has(Kind::f32);
+  top_k.has(Kind::i32);
+  top_p.has(Kind::f32);
+  tokens.has(Kind::i32);
+  const Matrix drafts = draft.matrix();
+  const std::int64_t R = drafts.rows, n = drafts.columns;
+  logits.is_shape({R, n + 1, kAny});
+  const std::int64_t V = logits.shape[2];
+  if (V < 1) refuse("logits", "has 0 columns", "at least 1");
+  if (draft_probs) {
+    draft_probs->has(Kind::f32);
+    draft_probs->is_shape({R, n, V});
+  }
+  const Settings settings{u.matrix(R, n + 1), temperature.vector(R), top_k.vector(R), top_p.vector(R)};
+  auto* const out = static_cast<std::int32_t*>(tokens.output({R, n + 1}));
+  settings.check(R, n + 1, V);
+  for (std::int64_t r = 0; r < R; ++r)
+    for (std::int64_t i = 0; i < n; ++i)
+      if (const std::int32_t v = drafts.at<std::int32_t>(r, i); v < 0 || v >= V)
+        refuse("draft[" + std::to_string(r) + ", " + std::to_string(i) + "]", "is " + std::to_string(v),
+               "0 to " + std::to_string(V - 1));
+  const auto rows_of = [](const Array& a, std::int64_t r) {
+    return Matrix{a.data + r * a.strides[0], a.shape[1], a.shape[2], a.strides[1], a.strides[2]};
+  };
+  parallel_for(R, 1, [&](std::int64_t begin, std::int64_t end) {
+    thread_local Drawn<float> drawn;
+    thread_local std::vector<float> copy, other;
+    for (std::int64_t r = begin; r < end; ++r) {
+      const Matrix rows = rows_of(logits, r);
+      std::int32_t* const emitted = out + r * (n + 1);
+      std::fill(emitted, emitted + n + 1, -1);
+      for (std::int64_t i = 0; i <= n; ++i) {
+        settings.make(drawn, rows.dense_row<float>(i, copy), V, r);
+        const float* q = nullptr;  // behind the last draft there is nothing
+        std::int64_t whole = -1;
+        if (i < n) {
+          const std::int32_t d = drafts.at<std::int32_t>(r, i);
+          const float p = drawn.certain ? static_cast<float>(drawn.only == d) : static_cast<float>(drawn.weight(d) / drawn.mass);
+          if (draft_probs)
+            q = rows_of(*draft_probs, r).dense_row<float>(i, other);
+          else
+            whole = d;
+          if (settings.u.at<float>(r, i) * (q ? q[d] : 1.0f) < p) {
+            emitted[i] = d;
+            continue;
+          }
+        }
+        emitted[i] = static_cast<std::int32_t>(drawn.draw_rest(settings.u.at<float>(r, n), q, whole));
+        break;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+PORTHAL_OP(sample, "logits u temperature top_k top_p ids",
+           "ids[T] int32 drawn from softmax(logits / temperature): of the candidates by falling logit, ties by id, the first\n"
+           "top_k (0: all), of those the shortest prefix that reaches top_p; the first at which the cumulated probability\n"
+           "exceeds u. Temperature 0, or a highest logit that is not finite, is argmax. NaN counts as -inf.")
+PORTHAL_OP(speculative_verify, "logits draft u temperature top_k top_p draft_probs tokens",
+           "tokens[R, n+1] int32 = the accepted prefix of the drafts, one token more, then -1. Draft i is accepted when\n"
+           "u[i] * q(draft) < p(draft), p as sample draws from; the token is drawn at u[n] from max(p - q, 0), or from p behind\n"
+           "the last draft, in the order of ids. draft_probs None: q is all on the draft.")
+
+}  // namespace porthal
+#endif

@@ -1,0 +1,560 @@
+// Sparse multi-head latent attention in blocks of selected keys: scores, softmax and values of a block while its keys are in
+// cache. Keys are read where they lie; a row's blocks are merged in the order of the selection, by whichever thread.
+#include "isa.hpp"
+
+namespace porthal {
+
+struct MlaDims {
+  std::int64_t heads, c, r;
+  float scale;
+};
+
+template <class T>
+struct MlaKeys {
+  static constexpr std::int64_t kMost = 144;
+  const T *c[kMost], *kp[kMost];
+  std::int64_t count;
+};
+
+template <class T>
+struct MlaLoops {
+  std::int64_t block;                     // keys of a block, at most
+  std::int64_t (*space)(const MlaDims&);  // floats that a thread needs
+  std::int64_t (*state)(const MlaDims&);  // floats that a row's sums take
+  // Packs a row's queries into space: heads are `stride` bytes apart.
+  void (*queries)(const MlaDims&, const T* latent, std::ptrdiff_t latent_stride, const T* rope, std::ptrdiff_t rope_stride,
+                  float* space);
+  // Adds a block to a row's sums, which it begins if it is the first; meanwhile fetches the keys of the next.
+  void (*add)(const MlaDims&, const MlaKeys<T>& keys, const MlaKeys<T>& next, bool first, float* space, float* state);
+  // Adds the sums of a later block.
+  void (*merge)(const MlaDims&, const float* later, float* space, float* state);
+  void (*finish)(const MlaDims&, const float* state, T* o);
+};
+
+struct MlaTables {
+  PerFloat<MlaLoops> each;
+  MlaLoops<bf16> pairs;  // for rows of whole pairs
+};
+
+}  // namespace porthal
+
+#if defined(PORTHAL_ISA)
+#include "attention.hpp"
+
+namespace porthal {
+namespace {
+
+constexpr int kRows = kLanes > 4 ? kLanes / 2 : kLanes;  // heads, and
+constexpr int kAcross = 3;                              // vectors of columns, of one tile of values
+constexpr float kLowest = -3.402823466e38f;
+
+template <class M>
+constexpr std::int64_t kBlock = M::kPer == 2 ? 144 : 96;  // keys: two blocks and their sums are in L2
+template <class M>
+constexpr std::int64_t kPairs = (kBlock<M> + kTiled) / 2 * kAcross * kLanes;  // words of a panel of values, as pairs of keys
+
+// Where a row's sums lie: o[head][column], and of each head the highest score and the sum of its weights.
+struct State {
+  std::int64_t width;
+  float *o, *top, *sum;
+  State(const MlaDims& d, float* memory)
+      : width(up(d.c, kLanes)), o(memory), top(o + Heads(d.heads).padded() * width), sum(top + Heads(d.heads).padded()) {}
+  static std::int64_t floats(const MlaDims& d) { return Heads(d.heads).padded() * (up(d.c, kLanes) + 2); }
+};
+
+// What a thread needs beside it: of a block, the highest score of each head and the sum of its weights, what older sums and
+// its own are multiplied by, scores, weights, and values as pairs or rows in float32; and the packed queries.
+template <class M>
+struct Space {
+  float *old, *now, *top, *sum, *scores, *wide;
+  Word *weights, *queries, *pairs;
+  std::int64_t wide_row;
+  Space(const MlaDims& d, float* memory) {
+    const std::int64_t heads = Heads(d.heads).padded();
+    old = memory;
+    now = old + heads;
+    top = now + heads;
+    sum = top + heads;
+    scores = sum + heads;
+    weights = reinterpret_cast<Word*>(scores + kBlock<M> * heads);
+    queries = weights + kBlock<M> * heads;
+    wide = reinterpret_cast<float*>(queries + heads * up(d.c + d.r, kLanes));
+    pairs = reinterpret_cast<Word*>(wide);  // no kernel needs both
+    wide_row = row(d);
+  }
+  // Rows are an odd number of cache lines apart, so that a column of them is in all sets of L1.
+  static std::int64_t row(const MlaDims& d) { return up(up(d.c, kLanes) + up(d.r, kLanes), 2 * kLine) + kLine; }
+  static std::int64_t floats(const MlaDims& d) {
+    const std::int64_t heads = Heads(d.heads).padded(), rows = heads > kBlock<M> ? heads : kBlock<M>;
+    const std::int64_t panels = (d.c + kAcross * kLanes - 1) / (kAcross * kLanes);
+    return heads * (4 + 2 * kBlock<M> + up(d.c + d.r, kLanes)) +
+           (M::kPer == 1 ? rows * row(d) : panels * kPairs<M>);
+  }
+};
+
+template <class M, class T>
+void queries(const MlaDims& d, const T* latent, std::ptrdiff_t latent_stride, const T* rope, std::ptrdiff_t rope_stride,
+             float* memory) {
+  const Space<M> space(d, memory);
+  const char *a = reinterpret_cast<const char*>(latent), *b = reinterpret_cast<const char*>(rope);
+  if (sizeof(T) == 2 && M::kPer == 1) {
+    for (std::int64_t n = 0; n < d.heads; ++n) {
+      float* const row = space.wide + n * space.wide_row;
+      widen_row(reinterpret_cast<const T*>(a + n * latent_stride), d.c, row);
+      widen_row(reinterpret_cast<const T*>(b + n * rope_stride), d.r, row + up(d.c, kLanes));
+    }
+    a = reinterpret_cast<const char*>(space.wide);
+    b = reinterpret_cast<const char*>(space.wide + up(d.c, kLanes));
+    latent_stride = rope_stride = space.wide_row * sizeof(float);
+  }
+  const std::int64_t c = d.c / M::kPer, all = (d.c + d.r) / M::kPer;
+  pack_queries(a, latent_stride, d.heads, c, 0, all, space.queries);
+  pack_queries(b, rope_stride, d.heads, all - c, c, all, space.queries);
+}
+
+// Beside the scores of a tile's keys: their values as pairs of keys, pairs[panel of columns][pair][column], while they are in
+// L1. Columns that pad the last vector are zeros.
+template <class M, int Keys>
+struct Beside {
+  Fetch<Keys> fetch;
+  void operator()(std::int64_t word) const { fetch(word); }
+  Beside(const char* const*, const Fetch<Keys>& fetch, std::int64_t, std::int64_t, Word*) : fetch(fetch) {}
+};
+#if defined(__AVX512BF16__)
+template <int Keys>
+struct Beside<Pairs, Keys> {
+  Fetch<Keys> fetch;
+  const char* const* keys;
+  std::int64_t columns, panel;  // words of a panel
+  Word* pairs;                  // null where they are made already
+  Beside(const char* const* keys, const Fetch<Keys>& fetch, std::int64_t columns, std::int64_t panel, Word* pairs)
+      : fetch(fetch), keys(keys), columns(columns), panel(panel), pairs(pairs) {}
+
+  void operator()(std::int64_t word) const {
+    fetch(word);
+    if (!pairs) return;
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                         35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const std::int64_t vector = word / kLanes * 2, left = columns - 2 * word;
+    Word* const first = pairs + vector / kAcross * panel + vector % kAcross * kLanes;
+    Word* const second = pairs + (vector + 1) / kAcross * panel + (vector + 1) % kAcross * kLanes;
+    const __mmask32 there = left < 2 * kLanes ? (1u << left) - 1 : 0xffffffffu;  // no call: it would spill all sums
+#pragma GCC unroll 6
+    for (int m = 0; m < Keys; m += 2) {
+      const __m512i a = _mm512_maskz_loadu_epi16(there, keys[m] + word * sizeof(Word));
+      const __m512i b = _mm512_maskz_loadu_epi16(there, keys[m + 1] + word * sizeof(Word));
+      _mm512_storeu_si512(first + m / 2 * kAcross * kLanes, _mm512_permutex2var_epi16(a, low, b));
+      if (left > kLanes) _mm512_storeu_si512(second + m / 2 * kAcross * kLanes, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+};
+#endif
+
+// scores[key][head] = scale * (c . latent + kp . rope); pairs is null unless these are the first heads.
+template <class M, int V>
+void score(const MlaDims& d, const char* const* c, const char* const* kp, const char* const* next_c, const char* const* next_kp,
+           std::int64_t bytes, std::int64_t count, const Word* panel, std::int64_t heads, float* scores, Word* pairs,
+           std::int64_t pairs_panel) {
+  constexpr int Keys = kKeys<V>;
+  const std::int64_t words = d.c / M::kPer;
+  for (std::int64_t k = 0; k < count; k += Keys) {
+    F sums[Keys][V];
+#pragma GCC unroll 12
+    for (int m = 0; m < Keys; ++m)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[m][j] = F{};
+    const Beside<M, Keys> beside(c + k, {next_c + k, bytes}, d.c, pairs_panel, pairs ? pairs + k / 2 * kAcross * kLanes : nullptr);
+    dots<M, Keys, V>(c + k, panel, words, sums, beside);
+    dots<M, Keys, V>(kp + k, panel + words * V * kLanes, d.r / M::kPer, sums, Fetch<Keys>{next_kp + k, bytes});
+#pragma GCC unroll 12
+    for (int m = 0; m < Keys; ++m)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) store(scores + (k + m) * heads + j * kLanes, sums[m][j] * d.scale);
+  }
+}
+
+// Of two parts of a row's keys, what the sums of each are multiplied by to be added.
+inline void join(const float* top, const float* sum, float* old, float* now, float* joint_top, float* joint_sum) {
+  const F a = load(joint_top), b = load(top), high = a > b ? a : b;
+  const F x = exp(a - high), y = exp(b - high);
+  store(joint_sum, load(joint_sum) * x + load(sum) * y);
+  store(joint_top, high);
+  store(old, x);
+  store(now, y);
+}
+
+inline F joined(F old, F before, F now, F added) { return old * before + now * added; }
+
+inline U word_of(Singles, const float* p, F& sum, F top, std::int64_t) {
+  const F e = exp(load(p) - top);
+  sum += e;
+  return (U)e;
+}
+#if defined(__AVX512BF16__)
+inline U word_of(Pairs, const float* p, F& sum, F top, std::int64_t second) {
+  const F a = exp(load(p) - top), b = second ? exp(load(p + second) - top) : F{};
+  sum += a + b;
+  return widen((S)_mm512_cvtneps_pbh((__m512)a)) | widen((S)_mm512_cvtneps_pbh((__m512)b)) << 16;
+}
+#endif
+
+inline void store_groups(Word* first, Word* second, U word) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)word, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)word, 1));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128((__m256i)word));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256((__m256i)word, 1));
+#else
+  (void)second;
+  std::memcpy(first, &word, sizeof word);
+#endif
+}
+
+// weights[group of kRows heads][step][head] = exp(score - highest), and their sums; a step is as many keys as a word holds.
+template <class M>
+void soften(const float* scores, std::int64_t count, std::int64_t heads, Word* weights, float* tops, float* sums) {
+  const std::int64_t steps = (count + M::kPer - 1) / M::kPer;
+  for (std::int64_t h = 0; h < heads; h += kLanes) {
+    F top = F{} + kLowest, sum = {};
+    for (std::int64_t k = 0; k < count; ++k) {
+      const F s = load(scores + k * heads + h);
+      top = s > top ? s : top;
+    }
+    Word* const to = weights + h * steps;
+    for (std::int64_t i = 0; i < steps; ++i) {
+      const std::int64_t k = i * M::kPer;
+      const U word = word_of(M{}, scores + k * heads + h, sum, top, k + 1 < count ? heads : 0);
+      store_groups(to + i * kRows, to + (steps + i) * kRows, word);
+    }
+    store(tops + h, top);
+    store(sums + h, sum);
+  }
+}
+
+// o[head][column] (+)= sum over steps of weight . value
+template <class M, int Rows, int V>
+void values(const Word* weights, std::int64_t steps, const char* const* rows, std::int64_t offset, bool first, const float* old,
+            const float* now, std::int64_t width, float* o) {
+  F sums[Rows][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 3
+    for (int j = 0; j < V; ++j) sums[m][j] = F{};
+  for (std::int64_t i = 0; i < steps; ++i) {
+    const char* const row = rows[i] + offset;
+    U v[V];
+#pragma GCC unroll 3
+    for (int j = 0; j < V; ++j) v[j] = load_raw<U>(row + j * sizeof(U));
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 3
+      for (int j = 0; j < V; ++j) sums[m][j] = M::add(sums[m][j], weights[i * kRows + m], v[j]);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 3
+    for (int j = 0; j < V; ++j) {
+      float* const to = o + m * width + j * kLanes;
+      store(to, first ? sums[m][j] : joined(F{} + old[m], load(to), F{} + now[m], sums[m][j]));
+    }
+}
+
+template <class M>
+void all_values(const Word* weights, std::int64_t steps, std::int64_t heads, int across, const char* const* rows,
+                std::int64_t offset, bool first, const float* old, const float* now, std::int64_t width, float* o) {
+  using Tile = decltype(&values<M, 1, 1>);
+  static constexpr Tile kTiles[4][kAcross] = {
+    {values<M, 1, 1>, values<M, 1, 2>, values<M, 1, 3>},
+    {values<M, 2, 1>, values<M, 2, 2>, values<M, 2, 3>},
+    {values<M, 4, 1>, values<M, 4, 2>, values<M, 4, 3>},
+#if defined(__AVX512F__)
+    {values<M, 8, 1>, values<M, 8, 2>, values<M, 8, 3>},
+#endif
+  };
+  for (std::int64_t h = 0; h < heads; h += kRows) {
+    const std::int64_t left = heads - h < kRows ? heads - h : kRows;
+    int power = 0;
+    while ((1 << power) < left) ++power;  // rows above are padding
+    kTiles[power][across - 1](weights + h * steps, steps, rows, offset, first, old + h, now + h, width, o + h * width);
+  }
+}
+
+template <class M, class T>
+void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& following, bool first, float* memory, float* sums) {
+  const Space<M> space(d, memory);
+  const State state(d, sums);
+  const Heads panels(d.heads);
+  const std::int64_t heads = panels.padded(), count = keys.count;
+  const char *c[kBlock<M>], *kp[kBlock<M>], *next_c[kBlock<M>], *next_kp[kBlock<M>];
+  const bool copied = M::kPer == 1 && (sizeof(T) == 2 || d.c % kLanes != 0);
+  const MlaKeys<T>& next = following.count ? following : keys;
+  for (std::int64_t k = 0; k < up(count, kTiled); ++k) {  // tiles are whole: the last key fills them
+    const std::int64_t here = k < count ? k : count - 1, then = k < next.count ? k : next.count - 1;
+    c[k] = reinterpret_cast<const char*>(keys.c[here]);
+    kp[k] = reinterpret_cast<const char*>(keys.kp[here]);
+    if (copied) {
+      float* const row = space.wide + here * space.wide_row;
+      if (k < count) {
+        widen_row(keys.c[k], d.c, row);
+        widen_row(keys.kp[k], d.r, row + up(d.c, kLanes));
+      }
+      c[k] = reinterpret_cast<const char*>(row);
+      kp[k] = reinterpret_cast<const char*>(row + up(d.c, kLanes));
+    }
+    next_c[k] = reinterpret_cast<const char*>(next.c[then]);
+    next_kp[k] = reinterpret_cast<const char*>(next.kp[then]);
+  }
+
+  using Score = decltype(&score<M, 1>);
+  static constexpr Score kScores[] = {
+    score<M, 1>, score<M, 2>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+    score<M, 3>, score<M, 4>,
+#endif
+  };
+  for (std::int64_t p = 0; p < panels.panels; ++p) {
+    const std::int64_t begin = panels.first(p), width = panels.first(p + 1) - begin;
+    kScores[width - 1](d, c, kp, next_c, next_kp, sizeof(T) * M::kPer, count, space.queries + begin * kLanes * ((d.c + d.r) / M::kPer), heads,
+                       space.scores + begin * kLanes, p ? nullptr : space.pairs, kPairs<M>);
+  }
+
+  soften<M>(space.scores, count, heads, space.weights, space.top, space.sum);
+  for (std::int64_t h = 0; h < heads; h += kLanes)
+    if (first) {
+      store(state.top + h, load(space.top + h));
+      store(state.sum + h, load(space.sum + h));
+    } else {
+      join(space.top + h, space.sum + h, space.old + h, space.now + h, state.top + h, state.sum + h);
+    }
+
+  const std::int64_t steps = (count + M::kPer - 1) / M::kPer;
+  const char* rows[kBlock<M>];
+  for (std::int64_t i = 0; i < steps; ++i)
+    rows[i] = M::kPer == 1 ? c[i] : reinterpret_cast<const char*>(space.pairs + i * kAcross * kLanes);
+  for (std::int64_t column = 0, panel = 0; column < d.c; column += kAcross * kLanes, ++panel) {
+    const std::int64_t left = (d.c - column + kLanes - 1) / kLanes;
+    all_values<M>(space.weights, steps, d.heads, left < kAcross ? static_cast<int>(left) : kAcross, rows,
+                  (M::kPer == 1 ? column : panel * kPairs<M>)*sizeof(Word), first, space.old, space.now, state.width,
+                  state.o + column);
+  }
+}
+
+void merge(const MlaDims& d, const float* later, float* memory, float* sums) {
+  const State state(d, sums), part(d, const_cast<float*>(later));
+  const Space<Singles> space(d, memory);
+  for (std::int64_t h = 0; h < Heads(d.heads).padded(); h += kLanes)
+    join(part.top + h, part.sum + h, space.old + h, space.now + h, state.top + h, state.sum + h);
+  for (std::int64_t n = 0; n < d.heads; ++n)
+    for (std::int64_t i = n * state.width; i < (n + 1) * state.width; i += kLanes)
+      store(state.o + i, joined(F{} + space.old[n], load(state.o + i), F{} + space.now[n], load(part.o + i)));
+}
+
+template <class T>
+void finish(const MlaDims& d, const float* sums, T* o) {
+  const State state(d, const_cast<float*>(sums));
+  for (std::int64_t n = 0; n < d.heads; ++n, o += d.c) {
+    // Scores that are all -inf have no softmax.
+    const float scale = state.top[n] == kLowest ? __builtin_nanf("") : 1.0f / state.sum[n];
+    const float* const from = state.o + n * state.width;
+    std::int64_t i = 0;
+    for (; i + kLanes <= d.c; i += kLanes) store(o + i, load(from + i) * scale);
+    if (i < d.c) store_some(o + i, load(from + i) * scale, d.c - i);
+  }
+}
+
+template <class M, class T>
+constexpr MlaLoops<T> loops() {
+  return {kBlock<M>, Space<M>::floats, State::floats, queries<M, T>, add_block<M, T>, merge, finish<T>};
+}
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+using BestPairs = Pairs;
+#else
+using BestPairs = Singles;
+#endif
+PORTHAL_LOOPS(MlaTables, sparse_mla_loops) = {{loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()},
+                                             loops<BestPairs, bf16>()};
+
+}  // namespace porthal
+#else
+#include <algorithm>
+#include <vector>
+
+#include "bind.hpp"
+#include "packed.hpp"
+#include "requests.hpp"
+#include "threads.hpp"
+
+namespace porthal {
+
+PORTHAL_TABLES(MlaTables, sparse_mla_loops)
+
+namespace {
+
+const MlaLoops<float>& loops_of(const MlaDims&, const float*) { return sparse_mla_loops(isa()).each.f32; }
+const MlaLoops<fp16>& loops_of(const MlaDims&, const fp16*) { return sparse_mla_loops(isa()).each.f16; }
+const MlaLoops<bf16>& loops_of(const MlaDims& d, const bf16*) {
+  const MlaTables& tables = sparse_mla_loops(isa());
+  return d.c % 2 || d.r % 2 ? tables.each.b16 : tables.pairs;
+}
+
+constexpr std::int64_t kSplitRows = 4;           // rows of a thread, up to which blocks are handed out instead of rows
+constexpr std::int64_t kAlone = 1 << 20;         // products that are not worth waking anybody for
+constexpr std::int64_t kSplitFloats = 1 << 24;  // that their sums may take
+
+template <class T>
+struct Mla {
+  const Array &q_latent, &q_rope;
+  const Matrix c, kp, indices, length;
+  const Requests& requests;
+  const MlaDims dims;
+  T* const o;
+  const MlaLoops<T>& loops = loops_of(dims, static_cast<const T*>(nullptr));
+
+  std::int64_t keys(std::int64_t t) const { return length.at<std::int32_t>(0, t); }
+  std::int64_t blocks(std::int64_t t) const { return ceil_div(keys(t), loops.block); }
+
+  // Blocks of nearly equal size, in whole tiles.
+  void block(std::int64_t t, std::int64_t i, MlaKeys<T>& to) const {
+    to.count = 0;
+    if (i >= blocks(t)) return;
+    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 12) * 12, begin = i * size;
+    const std::int64_t request = requests.of_row(t);
+    to.count = std::min(keys(t) - begin, size);
+    for (std::int64_t k = 0; k < to.count; ++k) {
+      const std::int64_t slot = requests.slot(request, indices.at<std::int32_t>(t, begin + k));
+      to.c[k] = c.row<T>(slot);
+      to.kp[k] = kp.row<T>(slot);
+    }
+  }
+
+  void queries(std::int64_t t, float* space) const {
+    thread_local std::vector<T> latent_copy, rope_copy;
+    std::ptrdiff_t latent_stride, rope_stride;
+    const T* const latent = q_latent.dense_matrix<T>(t, latent_copy, latent_stride);
+    const T* const rope = q_rope.dense_matrix<T>(t, rope_copy, rope_stride);
+    loops.queries(dims, latent, latent_stride, rope, rope_stride, space);
+  }
+
+  T* out(std::int64_t t) const { return o + t * dims.heads * dims.c; }
+
+  void rows(std::int64_t begin, std::int64_t end) const {
+    thread_local Scratch<float> memory;
+    thread_local MlaKeys<T> keys[2];
+    float* const space = memory.at_least(loops.space(dims) + loops.state(dims));
+    float* const state = space + loops.space(dims);
+    int now = 0;
+    block(begin, 0, keys[now]);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t count = blocks(t);
+      if (count) queries(t, space);
+      for (std::int64_t i = 0; i < count; ++i, now = 1 - now) {
+        if (i + 1 < count)
+          block(t, i + 1, keys[1 - now]);
+        else if (t + 1 < end)
+          block(t + 1, 0, keys[1 - now]);
+        else
+          keys[1 - now].count = 0;
+        loops.add(dims, keys[now], keys[1 - now], i == 0, space, state);
+      }
+      if (!count && t + 1 < end) block(t + 1, 0, keys[now]);
+      finish(t, state);
+    }
+  }
+
+  void finish(std::int64_t t, const float* state) const {
+    T* const to = o + t * dims.heads * dims.c;
+    if (blocks(t))
+      loops.finish(dims, state, to);
+    else
+      std::fill_n(to, dims.heads * dims.c, T{});
+  }
+
+  // Blocks instead of rows are handed out, and then added in the order in which `rows` adds them.
+  void split(std::int64_t count, std::int64_t all) const {
+    thread_local Scratch<float> states_of_caller;
+    thread_local std::vector<std::int64_t> row_of_caller;
+    float* const states = states_of_caller.at_least(all * loops.state(dims));
+    std::vector<std::int64_t>& row = row_of_caller;
+    row.clear();
+    for (std::int64_t t = 0; t < count; ++t) row.insert(row.end(), blocks(t), t);
+    const auto first = [&](std::int64_t t) { return std::lower_bound(row.begin(), row.end(), t) - row.begin(); };
+    parallel_for(all, ceil_div(all, 2 * num_threads()), [&](std::int64_t begin, std::int64_t end) {
+      thread_local Scratch<float> memory;
+      thread_local MlaKeys<T> keys[2];
+      float* const space = memory.at_least(loops.space(dims));
+      block(row[begin], begin - first(row[begin]), keys[begin % 2]);
+      for (std::int64_t i = begin; i < end; ++i) {
+        MlaKeys<T>& next = keys[(i + 1) % 2];
+        next.count = 0;
+        if (i + 1 < end) block(row[i + 1], i + 1 - first(row[i + 1]), next);
+        if (i == begin || row[i - 1] != row[i]) queries(row[i], space);
+        loops.add(dims, keys[i % 2], next, true, space, states + i * loops.state(dims));
+      }
+    });
+    parallel_for(count, 1, [&](std::int64_t begin, std::int64_t end) {
+      thread_local Scratch<float> memory;
+      for (std::int64_t t = begin; t < end; ++t) {
+        float* const state = states + first(t) * loops.state(dims);
+        for (std::int64_t i = 1; i < blocks(t); ++i)
+          loops.merge(dims, state + i * loops.state(dims), memory.at_least(loops.space(dims)), state);
+        finish(t, state);
+      }
+    });
+  }
+
+  void run(std::int64_t count) const {
+    std::int64_t all = 0, selected = 0;
+    for (std::int64_t t = 0; t < count; ++t) {
+      all += blocks(t);
+      selected += keys(t);
+    }
+    const int threads = num_threads();
+    if (threads == 1 || selected * dims.heads * (2 * dims.c + dims.r) < kAlone) return count ? rows(0, count) : void();
+    if (count < kSplitRows * threads && all > count && all * loops.state(dims) < kSplitFloats) return split(count, all);
+    parallel_for(count, std::clamp<std::int64_t>(count / (4 * threads), 1, 8),
+                 [&](std::int64_t begin, std::int64_t end) { rows(begin, end); });
+  }
+};
+
+void sparse_mla(const Array& q_latent, const Array& q_rope, const Array& c, const Array& kp, const Array& indices,
+                const Array& length, const Array& cu_q, const Array& block_table, std::int64_t block_size, double scale,
+                const Array& o) {
+  q_latent.is_float();
+  for (const Array* a : {&q_rope, &c, &kp, &o}) a->has(q_latent.kind);
+  indices.has(Kind::i32);
+  length.has(Kind::i32);
+  q_latent.is_shape({kAny, kAny, kAny});
+  const std::int64_t rows = q_latent.shape[0], heads = q_latent.shape[1], width = q_latent.shape[2];
+  q_rope.is_shape({rows, heads, kAny});
+  const Matrix c_rows = c.matrix(kAny, width), kp_rows = kp.matrix(c_rows.rows, q_rope.shape[2]);
+  const Matrix chosen = indices.matrix(rows), valid = length.vector(rows);
+  const Requests requests(cu_q, block_table, block_size, rows, c_rows.rows);
+  void* const out = o.output({rows, heads, width});
+  for (std::int64_t t = 0; t < rows; ++t)
+    if (const std::int32_t n = valid.at<std::int32_t>(0, t); n < 0 || n > chosen.columns)
+      refuse("length", "has " + std::to_string(n) + " at " + std::to_string(t), "0 to " + std::to_string(chosen.columns));
+  if (heads == 0 || width == 0) return;
+  with_float(q_latent.kind, [&](auto tag) {
+    using T = decltype(tag);
+    if (!c_rows.packed<T>() || !kp_rows.packed<T>()) refuse("kv", "has fields with gaps inside a row", "rows of unit stride");
+    const MlaDims dims{heads, width, kp_rows.columns, static_cast<float>(scale)};
+    Mla<T>{q_latent, q_rope, c_rows, kp_rows, chosen, valid, requests, dims, static_cast<T*>(out)}.run(rows);
+  });
+}
+
+}  // namespace
+
+PORTHAL_OP(sparse_mla, "q_latent q_rope c kp indices length cu_q block_table block_size scale o",
+           "o[t, n] = sum_s softmax_s(scale * (q_latent[t, n] . c[s] + q_rope[t, n] . kp[s])) c[s] over the cache slots s of\n"
+           "the positions indices[t, :length[t]] of row t's request; nothing selected gives 0. q_latent [T, N, C] and q_rope\n"
+           "[T, N, R] of any strides, c [slots, C] and kp [slots, R] with unit stride inside a row, all of one dtype; o\n"
+           "contiguous. Sums in float32; in bfloat16 weights are rounded, and subnormal products may count as 0. A row of o\n"
+           "depends on its own inputs only, bit by bit, with any number of threads.")
+
+}  // namespace porthal
+#endif

@@ -1,0 +1,332 @@
+"""A covering design: calls in which the classes of everything that a case may choose meet in pairs.
+
+A kernel that is right along each axis may be wrong where two of them meet: few rows and a wide operand, a remainder and a
+stride, a long context and small pages. What a case chooses are factors: its sizes, attributes, dtypes, layout, batch, optional
+operands and values. A pair of their classes is met by a case that has both, once with few rows and once with many. Cases are
+made for pairs that none has met, and of these a level takes, as far as its time goes, what meets most pairs for its cost.
+
+Where values are such that places cannot be told apart (zeros, equals) a case meets only the pairs of these values.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_of
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.classes import ENDS, FEW, FORMS, KEYS, batch_of, form_of, points, size_class
+from porthal.conformance.cases.cost import seconds
+from porthal.conformance.cases.domain import absences, combos, free_symbols, mixed
+from porthal.conformance.cases.legal import LAYOUTS, VIEWS, elements, refusal
+from porthal.conformance.cases.profiles import Profile
+from porthal.conformance.level import Level
+from porthal.hal.contract import Contract
+from porthal.hal.spans import Reals
+
+Array = np.ndarray[Any, Any]
+Met = tuple[Array, int, bool]  # the places of a case's classes, its rows, and whether its values tell places apart
+Recipes = tuple[tuple[str, str], ...]
+PAGE = "block_size"
+PLAIN = (*TELLING, "normal", "seesaw")  # values by which places are told apart
+SAME = "broadcast"  # a layout in which they are not
+COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs so much less:
+LESS = 0.7
+WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5}  # of a factor's classes, whose product a pair counts; of others 1
+FIRST = 300.0  # and a class that no case has had
+HUGE = size_class(4096) + 2
+DEAD = 3  # failures, after which a class that no case has is left out
+USUAL = size_class(9)
+TRIES = 3  # at a pair, with other points of the same classes
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Something that a case chooses, and its classes: of a size numbers (see `classes`), of anything else the values."""
+
+    name: str
+    classes: tuple[Any, ...]
+    sized: bool = False
+
+
+def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequence[Recipes]) -> list[Factor]:
+    """Everything that a case of an op chooses, rows first. A width that a contract lists alone stays unless all is tested."""
+    most, kinds = most_of(contract, profile), {o.kind for o in contract.signature.operands}
+    free = [s for s in free_symbols(contract) if s == contract.rows or level.thorough or len(contract.cases[s]) > 1]
+    sizes = list(dict.fromkeys([contract.rows, *free])) if contract.rows else free
+    found = [Factor(s, tuple(_classes(1, most.get(s, 64), level)), True) for s in sizes]
+    for name, attribute in contract.attributes.items():
+        listed = contract.cases.get(name, ())
+        if attribute.type is int:
+            low = min(0 in (span if isinstance(span := contract.legal.get(name, (1,)), Sequence) else (1,)), 1)
+            high = max(most.get(name, 0), *listed, 1)
+            found.append(Factor(name, tuple(_classes(1 - low, high, level)), True))
+        elif name in contract.legal:
+            span = contract.allowed(name, SimpleNamespace())
+            more = ends(span) if level.thorough or not isinstance(span, Reals) else ends(span)[:2]
+            found.append(Factor(name, tuple(dict.fromkeys([*listed, *more]))))
+        elif listed:
+            found.append(Factor(name, tuple(listed)))
+    if "Batch" in kinds:
+        found.append(Factor(KEYS, tuple(_classes(1, most[KEYS], level)), True))
+        found.append(Factor("form", FORMS))
+    if PAGE in contract.legal:
+        found.append(Factor(PAGE, tuple(_classes(1, 1024, level)), True))
+    found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
+    found.append(Factor("view", ("", *VIEWS, *LAYOUTS)))
+    found.append(Factor("absent", ((), *absences(contract))))
+    found.append(Factor("recipes", ((), *recipes)))
+    return [f for f in found if len(f.classes) > 1]
+
+
+def _classes(low: int, high: int, level: Level) -> Iterator[int]:
+    """Those of all sizes from `low` to `high`; of huge ones only those that leave a remainder, where not all is tested."""
+    for label in dict.fromkeys(size_class(v) for end in ENDS for v in (end, end - 1) if v >= low):
+        if any(low <= p <= high for p in points(label)) and (level.thorough or label < HUGE or label % 2):
+            yield label
+
+
+class Design:
+    """The pairs of an op's classes: which are met, and cases for the others."""
+
+    def __init__(self, contract: Contract, level: Level, profile: Profile, recipes: Sequence[Recipes]) -> None:
+        self.contract, self.level, self.most = contract, level, most_of(contract, profile)
+        self.factors = factors(contract, level, profile, recipes)
+        self.at = {f.name: n for n, f in enumerate(self.factors)}
+        starts = np.cumsum([0, *(len(f.classes) for f in self.factors)])
+        self.slices = [slice(int(a), int(b)) for a, b in pairwise(starts)]
+        self.places = {f.name: {c: int(a) + n for n, c in enumerate(f.classes)} for f, a in zip(self.factors, starts)}
+        self.owner = np.repeat(np.arange(len(self.factors)), [len(f.classes) for f in self.factors])
+        worth = np.concatenate([[self._worth(f, c) for c in f.classes] for f in self.factors])
+        pairs = np.where(self.owner[:, None] != self.owner, worth[:, None] * worth, 0)
+        self.open = np.stack([2 * pairs, pairs])  # what a pair is worth that no case has met: with few rows, and with many
+        few = np.zeros(len(self.owner), bool)
+        for label, place in self.places.get(contract.rows, {}).items():
+            few[place] = label < 2 * FEW
+        rows = self.owner == self.at.get(contract.rows, -1)
+        for regime, others in enumerate((rows & ~few, rows & few)):
+            self.open[regime][others] = self.open[regime][:, others] = False
+        self.few = set(np.flatnonzero(few).tolist())
+        if not rows.any():
+            self.open[0] = False
+        for recipe in (self.factors[self.at["recipes"]].classes if "recipes" in self.at else ()):
+            if not plain(recipe):  # such values are met by each class once
+                self.open[0][self.places["recipes"][recipe]] = self.open[0][:, self.places["recipes"][recipe]] = False
+        self.seen = np.zeros(len(self.owner), bool)
+        self.failed = np.zeros(len(self.owner), int)  # how often no case of a class could be made
+        self.used: Counter[tuple[str, int]] = Counter()
+        self.turn = 0
+
+    def _worth(self, f: Factor, of: Any) -> float:
+        """Of a class: of a size that is more than a few, and of few rows, most."""
+        if f.sized:
+            return 3.0 if of >= 2 * FEW or f.name == self.contract.rows else 1.0
+        return WORTH.get(f.name, 1.0)
+
+    # -- what a case meets -------------------------------------------------------------------------------------------
+
+    def classes_of(self, case: Case) -> Met:
+        """The places of a case's classes, 0 where its rows are few and 1 where many, and whether places can be told apart."""
+        env = sizes_of(case)
+        known: dict[str, Any] = {**case.attributes, "dtypes": case.dtypes, "view": case.view, "absent": case.absent}
+        known |= {"recipes": case.recipes, "form": form_of(case) if case.batch else ""}
+        found = []
+        for f in self.factors:
+            key = size_class(env[f.name]) if f.sized and f.name in env else known.get(f.name)
+            if (place := self.places[f.name].get(key)) is not None:
+                found.append(place)
+        regime = int(found[0] not in self.few) if found else 1
+        return np.array(found), regime, plain(case.recipes) and case.view != SAME
+
+    def gain(self, met: Met) -> float:
+        """What the pairs are worth that a case meets and none has met; a class that none has had counts more."""
+        found, regime, plain = met
+        new = self.open[regime][np.ix_(found, found)]
+        if not plain:
+            new = new[self._masking(found)]
+        return float(new.sum()) + FIRST * int((~self.seen[found]).sum())
+
+    def meet(self, met: Met) -> None:
+        found, regime, plain = met
+        self.seen[found] = True
+        of = found if plain else found[self._masking(found)]
+        self.open[regime][np.ix_(of, found)] = False
+        self.open[regime][np.ix_(found, of)] = False
+
+    def _masking(self, found: Array) -> Array:
+        """Of a case's classes its values and its layout."""
+        owners = self.owner[found]
+        masks: Array = (owners == self.at.get("recipes", -1)) | (owners == self.at["view"])
+        return masks
+
+    # -- cases for what is not met -----------------------------------------------------------------------------------
+
+    def pool(self, count: int) -> list[tuple[Case, float, Met]]:
+        """So many cases at most, each for a pair that none before has met; what no legal case has that is not dearer than
+        the level allows is closed."""
+        found: list[tuple[Case, float, Met]] = []
+        kept = self.open.copy(), self.seen.copy()
+        for _ in range(2 * count):
+            if len(found) == count or not self.open.any():
+                break
+            degree = self.open.sum(-1)
+            regime, a = divmod(int((degree * np.where(self.seen, 1, 1000)).argmax()), len(self.owner))
+            b = int((self.open[regime, a] * degree[regime]).argmax())
+            case, cost = self._case(regime, a, b)
+            if case:
+                met = self.classes_of(case)
+                self.meet(met)
+                found.append((case, cost, met))
+            if self.open[regime, a, b]:
+                self.failed[a] += 1
+                none = [a] if self.failed[a] >= DEAD and not self.seen[a] else []
+                for state in (self.open, kept[0]):
+                    state[regime, a, b] = state[regime, b, a] = False
+                    state[:, none] = state[:, :, none] = False
+        self.open, self.seen = kept
+        return found
+
+    def _case(self, regime: int, a: int, b: int) -> tuple[Case | None, float]:
+        """A case that has these two classes, and what it costs; None where none is legal, or within what a level allows."""
+        filled = self._filled(regime, a, b)
+        fixed = {int(self.owner[p]) for p in (a, b)}
+        for attempt in range(TRIES):
+            chosen = dict(filled)
+            for i, f in enumerate(self.factors if attempt else ()):  # what is bounded by others may need more of them
+                if f.name in self.contract.signature.symbols() and f.name != self.contract.rows and i not in fixed:
+                    chosen[f.name] = f.classes[-min(attempt, len(f.classes))]
+            case, cost = self._afforded(chosen, fixed, attempt)
+            if case and {a, b} <= set(self.classes_of(case)[0].tolist()):
+                for f in self.factors:
+                    if f.sized:
+                        self.used[f.name, chosen[f.name]] += 1
+                return case, cost
+            if not case and cost:
+                break  # legal, but dear
+        return None, 0.0
+
+    def _filled(self, regime: int, a: int, b: int) -> dict[str, Any]:
+        """A class for each factor: of two these, of the others what meets most with those before."""
+        self.turn += 1
+        taken = {int(self.owner[p]): p for p in (a, b)}
+        order = [(n + self.turn) % len(self.factors) for n in range(len(self.factors))]
+        for n in sorted(order, key=lambda n: n != self.at.get(self.contract.rows, -1)):
+            if n in taken:
+                continue
+            part = self.slices[n]
+            score = self.open[regime, part][:, list(taken.values())].sum(-1)
+            if self.factors[n].sized:
+                score -= np.abs(np.array(self.factors[n].classes) - USUAL)  # of what meets as much neither tiny nor huge
+            if n == self.at.get(self.contract.rows, -1):
+                score[[(place not in self.few) != regime for place in range(part.start, part.stop)]] = -np.inf
+            if self.factors[n].name in ("view", "absent") and self.turn % 2:  # every second call as most are
+                score[1:] = -np.inf
+            taken[n] = part.start + int(score.argmax())
+        return {f.name: f.classes[taken[n] - self.slices[n].start] for n, f in enumerate(self.factors)}
+
+    def _afforded(self, chosen: dict[str, Any], fixed: set[int], attempt: int) -> tuple[Case | None, float]:
+        """The case of these classes, of which sizes that are not fixed become smaller until a level can afford it."""
+        for smaller in (0, 4, 2 * len(ENDS)):
+            for i, f in enumerate(self.factors):
+                if f.sized and smaller and i not in fixed:
+                    chosen[f.name] = max(chosen[f.name] - smaller, min(chosen[f.name], 2 * FEW - 2))
+            case, cost = self._built(chosen, attempt), 0.0
+            if case is None:
+                break
+            cost, n = seconds(case), elements(case)
+            if cost > COPIED and self.contract.independent and case.view != SAME:
+                fewer = replace(case, distinct=8 if self.level.thorough else 4)
+                if not refusal(fewer) and (less := seconds(fewer)) < LESS * cost:
+                    case, cost, n = fewer, less, elements(fewer)
+            if cost <= self.level.pair and n <= (self.level.copied if case.distinct else self.level.elements):
+                return case, cost + n / ELEMENTS
+        return None, cost
+
+    def _built(self, chosen: Mapping[str, Any], attempt: int) -> Case | None:
+        contract = self.contract
+
+        def point(name: str) -> int:
+            listed = contract.cases.get(name, ())
+            most = max(self.most.get(name, 0), *listed) if listed else self.most.get(name, 2**20)
+            own = sorted({v for v in (*listed, most) if size_class(v) == chosen[name]}, reverse=True)
+            within = [p for p in dict.fromkeys((*own, *points(chosen[name]))) if p <= most] or [1]
+            return within[(self.used[name, chosen[name]] + attempt) % len(within)]
+
+        dims = {s: point(s) if s in chosen else contract.cases.get(s, (1,))[0] for s in self._symbols()}
+        size = (point(PAGE) if PAGE in chosen else 0) if PAGE in contract.legal else 0
+        batch = ""
+        if "form" in chosen:
+            rows = dims[contract.rows]
+            batch = batch_of(chosen["form"], rows, point(KEYS), size, bool(contract.signature.mutated))
+        facts: dict[str, Any] = dict(dims)
+        for name in dict.fromkeys([*(n for n in contract.legal if n in contract.attributes), *contract.attributes]):
+            attribute = contract.attributes[name]
+            if name not in chosen:
+                facts[name] = contract.cases.get(name, (attribute.default,))[0]
+            elif attribute.type is not int:
+                facts[name] = chosen[name]
+            elif name not in contract.legal:
+                facts[name] = min(contract.cases[name], key=lambda v: abs(size_class(v) - chosen[name]))
+            else:
+                span = contract.allowed(name, SimpleNamespace(**facts))
+                if isinstance(span, Reals) or not len(span):
+                    return None
+                wanted = point(name)
+                facts[name] = wanted if wanted in span else span[max(bisect_right(span, wanted) - 1, 0)]
+        case = Case(
+            contract.name,
+            tuple(dims.items()),
+            tuple((a, t.type(facts[a])) for a, t in contract.attributes.items() if t.type(facts[a]) != t.default),
+            chosen.get("dtypes", combos(contract)[0]),
+            chosen.get("recipes", ()),
+            chosen.get("absent", ()),
+            batch,
+            size,
+            view=chosen["view"],
+        )
+        return None if refusal(case) else case
+
+    def _symbols(self) -> list[str]:
+        rows = [self.contract.rows] if self.contract.rows else []
+        return list(dict.fromkeys([*rows, *free_symbols(self.contract)]))
+
+
+ELEMENTS = 1e9  # that are drawn, placed and compared in a second
+
+
+def plain(recipes: Recipes) -> bool:
+    """Whether by these values places are told apart."""
+    return all(recipe in PLAIN for _, recipe in recipes)
+
+
+def pair_cases(
+    contract: Contract, level: Level, planned: Iterable[Case], profile: Profile, recipes: Sequence[Recipes]
+) -> Iterator[Case]:
+    """Of cases for the pairs that planned ones do not meet those that meet most for their cost, as far as the level's time
+    for them goes."""
+    design = Design(contract, level, profile, recipes)
+    for case in planned:
+        if not (case.fault or case.seq):
+            design.meet(design.classes_of(case))
+    pool = design.pool(level.pooled)
+    waiting = [(-design.gain(met) / cost, n) for n, (_, cost, met) in enumerate(pool)]
+    heapify(waiting)
+    left = level.pairs * len(design.factors)
+    while waiting and left > 0:
+        _, n = heappop(waiting)
+        case, cost, met = pool[n]
+        worth = -design.gain(met) / cost
+        if worth < 0 and waiting and worth > waiting[0][0]:  # less than when it was put there
+            heappush(waiting, (worth, n))
+        elif worth < 0:
+            design.meet(met)
+            left -= cost
+            yield case
