@@ -56,4 +56,8 @@ DEFECTS = [
     Defect("head_linear", "heads-behind-tokens", "layout", "n * w.rows, heads * w.rows);\n  const", "n * tokens * w.rows, w.rows);\n  const", source="linear.cpp"),
     Defect("grouped_gemm", "experts-without-rows-not-counted", "-1", "append(works, e, first, count,", "append(works, works.size(), first, count,", source="linear.cpp"),
     Defect("grouped_gemm", "rows-of-the-first-expert-again", "offset", "    first += count;\n", "    first += e ? count : 0;\n", source="linear.cpp"),
+    Defect("mla_prolog", "rope-where-the-nope-is", "layout", "rope(part(by_head, nope, nope + width)", "rope(part(by_head, 0, width)", source="composites.cpp"),
+    Defect("mla_prolog", "keys-cached-unrotated", "cache", "kv_write(kp_field, slots, kp);", "kv_write(kp_field, slots, part(a, latent, latent + width));", source="composites.cpp"),
+    Defect("index_prolog", "eps-of-its-own", "eps", "layer_norm(raw, k_norm, k_bias, normed, eps);", "layer_norm(raw, k_norm, k_bias, normed, 1e-6);", source="composites.cpp"),
+    Defect("mtp_input", "hidden-state-first", "order", "concat(first, second, both);", "concat(second, first, both);", source="composites.cpp"),
 ]
