@@ -101,4 +101,8 @@ DEFECTS = [
     Defect("speculative_verify", "draft-accepted-at-equality", "boundary", "(q ? q[d] : 1.0f) < p) {", "(q ? q[d] : 1.0f) <= p) {", source="sample.cpp"),
     Defect("speculative_verify", "random-number-of-the-first-row", "order", "drawn.draw_rest(settings.u.at<float>(r, n), q, whole)", "drawn.draw_rest(settings.u.at<float>(r, 0), q, whole)", source="sample.cpp"),
     Defect("speculative_verify", "native-draft-probabilities-ignored", "operand", "left -= some == kLanes ? load(q + i) : load_some(q + i, some);", "", source="sample.cpp"),
+    Defect("mla_prolog", "rope-where-the-nope-is", "layout", "rope(part(by_head, nope, nope + width)", "rope(part(by_head, 0, width)", source="composites.cpp"),
+    Defect("mla_prolog", "keys-cached-unrotated", "cache", "kv_write(kp_field, slots, kp);", "kv_write(kp_field, slots, part(a, latent, latent + width));", source="composites.cpp"),
+    Defect("index_prolog", "eps-of-its-own", "eps", "layer_norm(raw, k_norm, k_bias, normed, eps);", "layer_norm(raw, k_norm, k_bias, normed, 1e-6);", source="composites.cpp"),
+    Defect("mtp_input", "hidden-state-first", "order", "concat(first, second, both);", "concat(second, first, both);", source="composites.cpp"),
 ]
