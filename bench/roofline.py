@@ -43,8 +43,8 @@ class Work:
 
 
 def _met(inputs: Inputs) -> dict[str, int]:
-    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen, rows without
-    those whose index is -1. A row that sees no more keys than it selects need not look at them to choose."""
+    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen, rows
+    without those whose index is -1. A row that sees no more keys than it selects need not look at them to choose."""
     found: dict[str, int] = {}
     sizes = {**inputs.spec.attrs, **inputs.spec.dims}
     if (batch := inputs.batch) is not None and batch.T:
