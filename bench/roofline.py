@@ -15,6 +15,7 @@ from porthal.hal.calls import distinct
 from porthal.hal.dtypes import itemsize
 
 ARITHMETIC = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+WIDE = "fp32"  # what a dtype without arithmetic of its own is widened to
 COPYING = 0.25  # part of the traffic that is written, from which on a copy is what it is like
 CACHES = ("l2", "l3")  # the smallest first
 
@@ -85,7 +86,8 @@ def needed(work: Work, holds: Mapping[str, float], cold: bool) -> tuple[str, ...
     level = next((n for n, c in enumerate(CACHES) if work.bytes <= holds.get(c, 0)), None)
     memories = CACHES[: level + 1] if level is not None and not cold else ("dram",)
     copying = ("copy",) if memories == ("dram",) and work.written > COPYING * work.bytes else ()
-    return tuple(name for name in (ARITHMETIC.get(work.dtype, "fp32"), *memories, *copying) if name in holds)
+    own = ARITHMETIC.get(work.dtype, WIDE)
+    return tuple(name for name in (own if own in holds else WIDE, *memories, *copying) if name in holds)
 
 
 def limit(work: Work, rates: Mapping[str, float], holds: Mapping[str, float]) -> Limit:

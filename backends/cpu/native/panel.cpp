@@ -199,7 +199,16 @@ inline void transpose(U (&v)[kLanes]) {
   }
 }
 
-// float and pairs of bf16 are words; fp16 is read in pairs and parted.
+// A line of packed words. Nobody reads them soon, so where they fill a cache line it is not read before it is written.
+inline void write(void* to, U words) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)words);
+#else
+  std::memcpy(to, &words, sizeof words);
+#endif
+}
+
+// float and pairs of bf16 are words; fp16 is read in pairs and parted. Too many rows for the hardware to fetch ahead.
 template <class T>
 void pack(const T* const* rows, std::int64_t n, T* half) {
   constexpr std::int64_t kWord = 4 / sizeof(T), kColumns = kLanes * kWord;
@@ -208,7 +217,11 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
     for (int part = 0; part < 2; ++part) {
       U v[kLanes];
       if (some == kColumns)
-        for (int r = 0; r < kLanes; ++r) v[r] = load_raw<U>(rows[part * kLanes + r] + k);
+        for (int r = 0; r < kLanes; ++r) {
+          const T* const from = rows[part * kLanes + r] + k;
+          __builtin_prefetch(reinterpret_cast<const char*>(from) + 512, 0, 2);
+          v[r] = load_raw<U>(from);
+        }
       else
         for (int r = 0; r < kLanes; ++r) {
           v[r] = U{};
@@ -218,7 +231,7 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
       T* const to = half + k * kHalf + part * kLanes * kGroup<T>;
       for (std::int64_t c = 0; c * kWord < some; ++c)
         if constexpr (kGroup<T> * sizeof(T) == 4) {
-          std::memcpy(to + c * kHalf * kGroup<T>, &v[c], sizeof(U));
+          write(to + c * kHalf * kGroup<T>, v[c]);
         } else {
           const S first = narrow(v[c] & 0xffffu), second = narrow(v[c] >> 16);
           std::memcpy(to + 2 * c * kHalf, &first, sizeof first);
@@ -226,6 +239,9 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
         }
     }
   }
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>
