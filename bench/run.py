@@ -237,7 +237,8 @@ class _Stage:
                 made.append(replace(one, verdict=failed[name].verdict, why=why))
             else:
                 near = {peak: tuple(rates[self.limits[name], peak]) for peak in peaks[name]}
-                made.append(replace(one, work=found.work, samples=tuple(samples[name]), rates=near, calls=calls[name]))
+                one = replace(one, work=found.work, samples=tuple(samples[name]), rates=near, calls=calls[name])
+                made.append(replace(one, holds={c: size for c, size in self._holds(name).items() if c in CACHES}))
         return made
 
     def _largest(self, name: str) -> float:

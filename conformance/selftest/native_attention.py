@@ -22,7 +22,7 @@ ties = "equal &= ~(1u << (31 - __builtin_clz(equal)));"
 DEFECTS = [
     mla("sum-of-older-blocks-not-rescaled", "online softmax", "load(joint_sum) * x + load(sum) * y", "load(joint_sum) + load(sum) * y"),
     mla("values-of-older-blocks-not-rescaled", "online softmax", "return old * before + now * added;", "return before + now * added;"),
-    mla("rope-part-forgotten", "dropped", "    dots<M, Keys, V>(kp + k, panel + words * V * kLanes, d.r / M::kPer, sums, Fetch<Keys>{next_kp + k});\n", ""),
+    mla("rope-part-forgotten", "dropped", "    dots<M, Keys, V>(kp + k, panel + words * V * kLanes, d.r / M::kPer, sums, Fetch<Keys>{next_kp + k, bytes});\n", ""),
     mla("rows-that-select-nothing-not-written", "empty", "      std::fill_n(to, dims.heads * dims.c, T{});\n", "      (void)to;\n"),
     mla("request-of-the-first-row", "requests", "const std::int64_t request = requests.of_row(t);", "const std::int64_t request = requests.of_row(0);"),
     mla("not-divided-by-the-sum", "softmax", "1.0f / state.sum[n]", "1.0f"),

@@ -75,14 +75,15 @@ def test_a_plan_meets_pairs(op, bring_up, standard):
     assert pairs(op, "bring-up")[0] >= bring_up and pairs(op, "standard")[0] >= standard
 
 
-def test_what_no_pair_of_classes_is_left_out_of():
+def test_no_class_is_left_out():
     """Each class that a legal call has is in the plan, whatever it meets there."""
     design = Design(contracts()["rope"], level_of("standard"), profile_of(MODEL), [])
     for case in cases(contracts()["rope"], "standard"):
         if not (case.fault or case.seq):
             design.meet(design.classes_of(case))
     lacking = {f.name: [c for c, n in design.places[f.name].items() if not design.seen[n]] for f in design.factors}
-    assert {name: found for name, found in lacking.items() if found} == {"D": [size_class(1)], "view": ["joint"]}
+    one = [size_class(1)]
+    assert {name: found for name, found in lacking.items() if found} == {"D": one, "width": one, "view": ["joint"]}
 
 
 # -- what it finds -----------------------------------------------------------------------------------------------------

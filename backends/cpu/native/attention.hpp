@@ -17,8 +17,8 @@ constexpr int kMostVectors = 2;
 #endif
 // Keys of a tile with V vectors of heads: each has a pointer, and those need registers too. All divide kTiled.
 template <int V>
-constexpr int kKeys = V > 2 || kSums / V < 12 ? 6 : 12;
-constexpr std::int64_t kTiled = 12;
+constexpr int kKeys = V == 1 ? 8 : V == 2 && kSums == 24 ? 12 : 6;
+constexpr std::int64_t kTiled = 24;
 constexpr std::int64_t kLine = 16;                      // words of a cache line
 
 // How words are multiplied.
@@ -119,13 +119,15 @@ inline void pack_queries(const char* rows, std::ptrdiff_t stride, std::int64_t c
   }
 }
 
-// Fetches the same part of other rows into L2.
+// Fetches the same part of other rows into L2; a word is so many bytes of theirs.
 template <int Keys>
 struct Fetch {
   const char* const* rows;
+  std::int64_t bytes;
   void operator()(std::int64_t word) const {
+    const std::int64_t at = word * bytes;
 #pragma GCC unroll 12
-    for (int m = 0; m < Keys; ++m) __builtin_prefetch(rows[m] + word * sizeof(Word), 0, 2);
+    for (int m = 0; m < Keys; ++m) __builtin_prefetch(rows[m] + at, 0, 2);
   }
 };
 

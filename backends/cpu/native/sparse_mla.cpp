@@ -80,13 +80,15 @@ struct Space {
     queries = weights + kBlock<M> * heads;
     wide = reinterpret_cast<float*>(queries + heads * up(d.c + d.r, kLanes));
     pairs = reinterpret_cast<Word*>(wide);  // no kernel needs both
-    wide_row = up(d.c, kLanes) + up(d.r, kLanes);
+    wide_row = row(d);
   }
+  // Rows are an odd number of cache lines apart, so that a column of them is in all sets of L1.
+  static std::int64_t row(const MlaDims& d) { return up(up(d.c, kLanes) + up(d.r, kLanes), 2 * kLine) + kLine; }
   static std::int64_t floats(const MlaDims& d) {
     const std::int64_t heads = Heads(d.heads).padded(), rows = heads > kBlock<M> ? heads : kBlock<M>;
     const std::int64_t panels = (d.c + kAcross * kLanes - 1) / (kAcross * kLanes);
     return heads * (4 + 2 * kBlock<M> + up(d.c + d.r, kLanes)) +
-           (M::kPer == 1 ? rows * (up(d.c, kLanes) + up(d.r, kLanes)) : panels * kPairs<M>);
+           (M::kPer == 1 ? rows * row(d) : panels * kPairs<M>);
   }
 };
 
@@ -116,7 +118,7 @@ template <class M, int Keys>
 struct Beside {
   Fetch<Keys> fetch;
   void operator()(std::int64_t word) const { fetch(word); }
-  Beside(const char* const*, const char* const* next, std::int64_t, std::int64_t, Word*) : fetch{next} {}
+  Beside(const char* const*, const Fetch<Keys>& fetch, std::int64_t, std::int64_t, Word*) : fetch(fetch) {}
 };
 #if defined(__AVX512BF16__)
 template <int Keys>
@@ -125,8 +127,8 @@ struct Beside<Pairs, Keys> {
   const char* const* keys;
   std::int64_t columns, panel;  // words of a panel
   Word* pairs;                  // null where they are made already
-  Beside(const char* const* keys, const char* const* next, std::int64_t columns, std::int64_t panel, Word* pairs)
-      : fetch{next}, keys(keys), columns(columns), panel(panel), pairs(pairs) {}
+  Beside(const char* const* keys, const Fetch<Keys>& fetch, std::int64_t columns, std::int64_t panel, Word* pairs)
+      : fetch(fetch), keys(keys), columns(columns), panel(panel), pairs(pairs) {}
 
   void operator()(std::int64_t word) const {
     fetch(word);
@@ -152,7 +154,8 @@ struct Beside<Pairs, Keys> {
 // scores[key][head] = scale * (c . latent + kp . rope); pairs is null unless these are the first heads.
 template <class M, int V>
 void score(const MlaDims& d, const char* const* c, const char* const* kp, const char* const* next_c, const char* const* next_kp,
-           std::int64_t count, const Word* panel, std::int64_t heads, float* scores, Word* pairs, std::int64_t pairs_panel) {
+           std::int64_t bytes, std::int64_t count, const Word* panel, std::int64_t heads, float* scores, Word* pairs,
+           std::int64_t pairs_panel) {
   constexpr int Keys = kKeys<V>;
   const std::int64_t words = d.c / M::kPer;
   for (std::int64_t k = 0; k < count; k += Keys) {
@@ -161,9 +164,9 @@ void score(const MlaDims& d, const char* const* c, const char* const* kp, const 
     for (int m = 0; m < Keys; ++m)
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sums[m][j] = F{};
-    const Beside<M, Keys> beside(c + k, next_c + k, d.c, pairs_panel, pairs ? pairs + k / 2 * kAcross * kLanes : nullptr);
+    const Beside<M, Keys> beside(c + k, {next_c + k, bytes}, d.c, pairs_panel, pairs ? pairs + k / 2 * kAcross * kLanes : nullptr);
     dots<M, Keys, V>(c + k, panel, words, sums, beside);
-    dots<M, Keys, V>(kp + k, panel + words * V * kLanes, d.r / M::kPer, sums, Fetch<Keys>{next_kp + k});
+    dots<M, Keys, V>(kp + k, panel + words * V * kLanes, d.r / M::kPer, sums, Fetch<Keys>{next_kp + k, bytes});
 #pragma GCC unroll 12
     for (int m = 0; m < Keys; ++m)
 #pragma GCC unroll 4
@@ -285,9 +288,10 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
   const Heads panels(d.heads);
   const std::int64_t heads = panels.padded(), count = keys.count;
   const char *c[kBlock<M>], *kp[kBlock<M>], *next_c[kBlock<M>], *next_kp[kBlock<M>];
-  const bool copied = M::kPer == 1 && (sizeof(T) == 2 || d.c % kLanes != 0), fetch = !copied && following.count > 0;
+  const bool copied = M::kPer == 1 && (sizeof(T) == 2 || d.c % kLanes != 0);
+  const MlaKeys<T>& next = following.count ? following : keys;
   for (std::int64_t k = 0; k < up(count, kTiled); ++k) {  // tiles are whole: the last key fills them
-    const std::int64_t here = k < count ? k : count - 1, then = k < following.count ? k : following.count - 1;
+    const std::int64_t here = k < count ? k : count - 1, then = k < next.count ? k : next.count - 1;
     c[k] = reinterpret_cast<const char*>(keys.c[here]);
     kp[k] = reinterpret_cast<const char*>(keys.kp[here]);
     if (copied) {
@@ -299,8 +303,8 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
       c[k] = reinterpret_cast<const char*>(row);
       kp[k] = reinterpret_cast<const char*>(row + up(d.c, kLanes));
     }
-    next_c[k] = fetch ? reinterpret_cast<const char*>(following.c[then]) : c[k];
-    next_kp[k] = fetch ? reinterpret_cast<const char*>(following.kp[then]) : kp[k];
+    next_c[k] = reinterpret_cast<const char*>(next.c[then]);
+    next_kp[k] = reinterpret_cast<const char*>(next.kp[then]);
   }
 
   using Score = decltype(&score<M, 1>);
@@ -312,7 +316,7 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
   };
   for (std::int64_t p = 0; p < panels.panels; ++p) {
     const std::int64_t begin = panels.first(p), width = panels.first(p + 1) - begin;
-    kScores[width - 1](d, c, kp, next_c, next_kp, count, space.queries + begin * kLanes * ((d.c + d.r) / M::kPer), heads,
+    kScores[width - 1](d, c, kp, next_c, next_kp, sizeof(T) * M::kPer, count, space.queries + begin * kLanes * ((d.c + d.r) / M::kPer), heads,
                        space.scores + begin * kLanes, p ? nullptr : space.pairs, kPairs<M>);
   }
 
@@ -418,7 +422,7 @@ struct Mla {
   void block(std::int64_t t, std::int64_t i, MlaKeys<T>& to) const {
     to.count = 0;
     if (i >= blocks(t)) return;
-    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 12) * 12, begin = i * size;
+    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 24) * 24, begin = i * size;
     const std::int64_t request = requests.of_row(t);
     to.count = std::min(keys(t) - begin, size);
     for (std::int64_t k = 0; k < to.count; ++k) {
