@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -22,7 +23,7 @@ from porthal.conformance.level import BRING_UP
 from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages
 
-EVICTED = 2**27  # bytes that are copied between two cold calls, at least
+EVICTED, PARTS = 2**27, 32  # bytes that are copied between two cold calls, at least; such a part fills a core's own cache
 LARGE = 2**24  # bytes of a call, besides which it matters little whether its code is still in a cache
 PATIENCE = 2.0  # seconds of a call, from which on it is judged by its first results alone
 
@@ -136,16 +137,22 @@ def _moved(pages: Pages, source: Any, target: Any, n_blocks: int) -> Pages:
     return Pages(replace(pages.spec, n_blocks=n_blocks), native)
 
 
-def evicting(backend: Backend, holds: Mapping[str, float]) -> Callable[[], None] | None:
-    """What empties the caches between two calls: a copy of twice what they hold; None where arrays cannot be changed."""
+def evicting(backend: Backend, holds: float, cores: Sequence[int] = ()) -> Callable[[], None] | None:
+    """What empties the caches between two calls: a copy of twice what they hold, and on each of the host's `cores` another one
+    for the cache that is its own; None where arrays cannot be changed."""
     if not backend.traits.mutable:
         return None
-    largest = max((h for h in holds.values() if h < float("inf")), default=0.0)
-    block = np.zeros(int(max(EVICTED, 2 * largest)), np.int8).view(np.float32)
+    block = np.zeros(int(max(EVICTED, 2 * holds)), np.int8).view(np.float32)
     source, target = backend.from_numpy(block), backend.from_numpy(block.copy())
+    part = len(block) // PARTS
 
     def evict() -> None:
         backend.write(target, source)
+        for core in cores:
+            os.sched_setaffinity(0, {core})
+            backend.write(target[:part], source[:part])
+        if cores:
+            os.sched_setaffinity(0, cores)
 
     evict()  # gets its memory
     return evict

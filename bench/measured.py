@@ -33,6 +33,7 @@ class Measured:
     samples: tuple[float, ...] = ()
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     calls: int = 1  # in a row, of which each sample is the mean
+    holds: Mapping[str, float] = field(default_factory=dict)  # bytes that the device's caches have room for
 
     @property
     def summary(self) -> Summary:
@@ -42,7 +43,12 @@ class Measured:
     def limit(self) -> Limit:
         """What the call is held to: of each peak what it sustains, not its luckiest sample."""
         assert self.work
-        return limit(self.work, {name: sustained(found) for name, found in self.rates.items()})
+        return limit(self.work, {name: sustained(found) for name, found in self.rates.items()}, self.holds)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether nothing is said of its share: the time is noisy, or the limit that binds it was."""
+        return self.summary.noisy or Summary.of(self.rates.get(self.limit.bound, (1.0,))).noisy
 
     @property
     def share(self) -> float:

@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from porthal.bench.compare import Ratio
 from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
-from porthal.bench.statistics import ratio
+from porthal.bench.speeds import Timed
 from porthal.bench.text import rate_text, time_text
 from porthal.bench.workloads import Row
 from porthal.conformance.report.receipt import receipt
@@ -43,7 +44,7 @@ class Report:
     @cached_property
     def impossible(self) -> list[Measured]:
         """What was faster than the device can be."""
-        return [m for m in self.run.timed if m.share > OVER and not m.summary.noisy]
+        return [m for m in self.run.timed if m.share > OVER and not m.noisy]
 
     @cached_property
     def wrong(self) -> list[Measured]:
@@ -172,7 +173,7 @@ class Report:
         for name in names:
             table.add_column(name, justify="right")
         for name in names[1:]:
-            table.add_column(f"{names[0]}/{name}", justify="right")
+            table.add_column(f"{names[0]} against {name}", justify="right")
         for token, found in self.by_token.items():
             for cache in dict.fromkeys(m.cache for m in found if m.samples):
                 at = {m.backend: m for m in found if m.cache == cache and m.samples}
@@ -273,17 +274,17 @@ def cell(m: Measured | None) -> str:
     if not m:
         return "-"
     found = m.summary
-    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound else ""
+    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound and not m.noisy else ""
     kernel = "" if m.kernel == "own" else f" {m.kernel}"
     return f"{time_text(found.median)} {share:>5}{kernel}".rstrip()
 
 
 def compared(a: Measured | None, b: Measured | None) -> str:
-    """How often the first's time the second's is: "1.52 (1.48 to 1.57)"; "" where one is too noisy."""
+    """How many times as fast the first is: "1.52x (1.48 to 1.57)"; "" where one is too noisy."""
     if not a or not b or a.summary.noisy or b.summary.noisy:
         return ""
-    middle, low, high = ratio(a.summary, b.summary)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    first, second = (Timed(m.summary.median, *m.summary.ci95) for m in (a, b))
+    return str(Ratio.of(first, second))
 
 
 def shortened(rest: str) -> str:

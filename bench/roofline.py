@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, prod
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from porthal.conformance.cases.domain import first_float, per_expert
 from porthal.conformance.cases.inputs import Inputs
-from porthal.hal import Peak
 from porthal.hal.calls import distinct
 from porthal.hal.dtypes import itemsize
 
 ARITHMETIC = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+WIDE = "fp32"  # what a dtype without arithmetic of its own is widened to
 COPYING = 0.25  # part of the traffic that is written, from which on a copy is what it is like
 CACHES = ("l2", "l3")  # the smallest first
 
@@ -81,26 +81,28 @@ class Limit:
 
 
 def needed(work: Work, holds: Mapping[str, float], cold: bool) -> tuple[str, ...]:
-    """The names of the peaks that can bind a call, of those a device has; `holds` are the bytes of its memories."""
-    arithmetic = ARITHMETIC.get(work.dtype, "fp32")
-    level = "dram" if cold else next((c for c in CACHES if work.bytes <= holds.get(c, 0)), "dram")
-    names = arithmetic, level, *(("copy",) if level == "dram" and work.written > COPYING * work.bytes else ())
-    return tuple(name for name in names if name in holds)
+    """The names of the peaks that can bind a call, of those a device has; `holds` are the bytes of its memories. With warm
+    caches these are all up to the first that has room for what the call touches."""
+    level = next((n for n, c in enumerate(CACHES) if work.bytes <= holds.get(c, 0)), None)
+    memories = CACHES[: level + 1] if level is not None and not cold else ("dram",)
+    copying = ("copy",) if memories == ("dram",) and work.written > COPYING * work.bytes else ()
+    own = ARITHMETIC.get(work.dtype, WIDE)
+    return tuple(name for name in (own if own in holds else WIDE, *memories, *copying) if name in holds)
 
 
-def limit(work: Work, rates: Mapping[str, float]) -> Limit:
-    """The higher of the two times, that of arithmetic and that of memory; of two memories the faster one."""
-    compute: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    for name, rate in rates.items():
-        if rate > 0:
-            kind, amount = (compute, work.flops) if name in {*ARITHMETIC.values(), "int8"} else (memory, work.bytes)
-            kind[name] = amount / rate
-    best = [min(kind.items(), key=lambda pair: pair[1]) for kind in (compute, memory) if kind]
-    name, seconds = max(best, key=lambda pair: pair[1], default=("", inf))
-    return Limit(name, seconds) if 0 < seconds < inf else Limit("", 0.0)
-
-
-def fits(work: Work, peaks: Mapping[str, Peak]) -> bool:
-    """Whether what a call touches can stay in a cache, so that to call it again is another measurement."""
-    return any(work.bytes <= peak.holds < inf for peak in peaks.values())
+def limit(work: Work, rates: Mapping[str, float], holds: Mapping[str, float]) -> Limit:
+    """The higher of the two times, that of arithmetic and that of memory. What an inner cache has no room for comes from the
+    next one; of reading memory and copying it the faster counts."""
+    name = next((n for n in rates if n in ARITHMETIC.values()), "")
+    times = [(work.flops / rates[name], name)] if rates.get(name) else []
+    caches = [c for c in CACHES if rates.get(c)]
+    if caches:
+        left, took = work.bytes, 0.0
+        for cache in caches[:-1]:
+            part = min(left, holds[cache])
+            took, left = took + part / rates[cache], left - part
+        times.append((took + left / rates[caches[-1]], caches[-1]))
+    elif memories := [(work.bytes / rates[m], m) for m in ("dram", "copy") if rates.get(m)]:
+        times.append(min(memories))
+    seconds, name = max(times, default=(0.0, ""))
+    return Limit(name, seconds) if seconds > 0 else Limit("", 0.0)

@@ -140,8 +140,7 @@ class _Stage:
             host = Backstage(HOST, self.run.threads)
             self.stack.callback(host.close)
         for name, side in self.run.sides.items():
-            on_host = host and host.side.facts.device == side.facts.device
-            self.limits[name] = HOST if on_host else name
+            self.limits[name] = HOST if host and side.on_host else name
         if host:
             self.workers.setdefault(HOST, host)
         for source in dict.fromkeys(self.limits.values()):
@@ -238,7 +237,8 @@ class _Stage:
                 made.append(replace(one, verdict=failed[name].verdict, why=why))
             else:
                 near = {peak: tuple(rates[self.limits[name], peak]) for peak in peaks[name]}
-                made.append(replace(one, work=found.work, samples=tuple(samples[name]), rates=near, calls=calls[name]))
+                one = replace(one, work=found.work, samples=tuple(samples[name]), rates=near, calls=calls[name])
+                made.append(replace(one, holds={c: size for c, size in self._holds(name).items() if c in CACHES}))
         return made
 
     def _largest(self, name: str) -> float:

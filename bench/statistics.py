@@ -54,11 +54,3 @@ def interval(ordered: Sequence[float]) -> tuple[float, float]:
         k += 1
     k = max(k - 1, 0)
     return ordered[k], ordered[n - 1 - k]
-
-
-def ratio(a: Summary, b: Summary) -> tuple[float, float, float]:
-    """a over b: of the medians, and an interval that holds it with 95 %, from the two intervals by their logarithms."""
-    middle = a.median / b.median
-    widths = [math.log(s.ci95[1] / s.ci95[0]) / 2 for s in (a, b) if s.ci95[0] > 0]
-    off = math.hypot(*widths) if widths else 0.0
-    return middle, middle * math.exp(-off), middle * math.exp(off)

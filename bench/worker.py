@@ -19,7 +19,7 @@ from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.runner.workers import START, Worker, ends_with
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import PorthalError, Unavailable, create, running
+from porthal.hal import Backend, PorthalError, Unavailable, create, running
 
 EMPTY = 200  # times that nothing is timed, for what timing itself takes
 SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PORTHAL_THREADS")
@@ -33,11 +33,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Side:
-    """What a worker says of its backend: the facts of a report, its clock, and the bytes that each of its memories holds."""
+    """What a worker says of its backend: the facts of a report, its clock, whether it computes on the host's processor, and the
+    bytes that each of its memories holds."""
 
     facts: Facts
     clock: str
     threads: int
+    on_host: bool
     holds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -69,7 +71,8 @@ class Bench:
     """A backend on so many threads, and the call that is being timed."""
 
     def __init__(self, setup: Setup) -> None:
-        os.sched_setaffinity(0, processors(setup.threads))  # before anything counts them
+        cores = processors(setup.threads)
+        os.sched_setaffinity(0, cores)  # before anything counts them
         self.backend = create(setup.backend)
         with running(self.backend):
             self.bindings = Bindings(self.backend)
@@ -79,11 +82,12 @@ class Bench:
                 clock = "device events"
             holds = {name: peak.holds for name, peak in self.peaks.items()}
             facts = Facts.of(self.backend)
-        self.side = Side(facts, clock, setup.threads, holds)
+        on_host = facts.device.startswith(Backend.describe(self.backend))
+        self.side = Side(facts, clock, setup.threads, on_host, holds)
+        self.cores = cores if on_host and len(cores) > 1 else []
         self.overhead = min(self._timed(lambda: None) for _ in range(EMPTY))
         self.call: Call | None = None
         self.evict: Callable[[], None] | None = None
-        self.evicted: tuple[float, ...] | None = None
 
     def _reads_our_clock(self) -> bool:
         read: list[float] = []
@@ -114,8 +118,7 @@ class Bench:
         """Seconds of a call after the caches, which hold so many bytes, have been filled with something else, and its code has
         run on other memory; None where that cannot be done."""
         assert self.call
-        if self.evicted != (holds,):
-            self.evict, self.evicted = evicting(self.backend, {"": holds}), (holds,)
+        self.evict = self.evict or evicting(self.backend, holds, self.cores)
         if self.evict is None:
             return None
         self.evict()
@@ -171,11 +174,8 @@ class Backstage:
         return Judgement("NOT_JUDGED", str(answer)) if isinstance(answer, PorthalError) else answer
 
     def _answer(self, patience: float) -> Any:
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            wait([self.worker.pipe], max(end - time.monotonic(), 0.0))
-            for message in self.worker.received():
-                return message
+        if wait([self.worker.pipe], patience):
+            return self.worker.received()
         return Judgement("TIMEOUT", f"no answer within {patience:g} s")
 
     def close(self) -> None:

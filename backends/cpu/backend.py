@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 from porthal.backends.cpu import _native, policy
 from porthal.backends.cpu.attention import Attention
+from porthal.backends.cpu.composites import Composites
 from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
 from porthal.backends.cpu.peaks import peaks
-from porthal.backends.cpu.products import Products
 from porthal.backends.cpu.routing import Routing
 from porthal.backends.cpu.tokens import Tokens
 from porthal.hal import Peak, UsageError
 
 
-class Cpu(Attention, Copies, Elementwise, Products, Routing, Tokens):
+class Cpu(Attention, Copies, Elementwise, Composites, Routing, Tokens):
     """Native kernels; what is not packed lies as in the reference."""
 
     def __init__(self, device: str = "") -> None:

@@ -20,6 +20,14 @@ class Copies(Reference):
     native: Any
     widens = False
 
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
+        """The batch, which then need not find out with NumPy what its kernels ask: that takes longer than they do."""
+        positions, visible = np.empty(batch.T, np.int32), np.empty(batch.T, np.int32)
+        slots = np.empty(batch.T, np.int64)
+        self.native.plan(batch.cu_q, batch.kv_len, batch.block_table, batch.block_size, positions, visible, slots)
+        vars(batch).update(positions=positions, visible=visible, slots=slots)  # where cached properties are kept
+        return batch
+
     @ROWS
     def concat(self, a: Array, b: Array) -> Array:
         y = self.empty((a.shape[0], a.shape[1] + b.shape[1]), dtype(a))

@@ -11,7 +11,10 @@ from porthal.backends.reference.backend import Reference
 from porthal.hal import Weight, WeightSpec, limits, numpy_dtype
 
 Array = np.ndarray[Any, Any]
-PACKED = {"linear", "head_linear", "grouped_gemm", "mla_output", "moe_experts", "moe_layer"}
+PACKED = {
+    "grouped_gemm", "head_linear", "index_prolog", "linear", "mla_output", "mla_prolog", "moe_experts", "moe_layer",
+    "mtp_input",
+}  # fmt: skip
 GATED = {"w13", "shared13"}  # gate rows, then up rows
 
 
@@ -68,21 +71,4 @@ class Products(Reference):
     ) -> Array:
         y = self.empty(x.shape, w2.spec.dtype)
         self.native.moe_experts(x, ids, weights, w13.native, w2.native, first_expert, False, y)
-        return y
-
-    @limits(provider="C++", batch_invariant=True)
-    def moe_layer(
-        self, x: Array, w13: Weight, w2: Weight, ids: Array, weights: Array, shared13: Weight, shared2: Weight
-    ) -> Array:
-        y = self.empty(x.shape, w2.spec.dtype)
-        self.native.moe_experts(x, None, None, shared13.native, shared2.native, 0, False, y)
-        self.native.moe_experts(x, ids, weights, w13.native, w2.native, 0, True, y)
-        return y
-
-    @limits(provider="C++", batch_invariant=True)
-    def mla_output(self, o: Array, w_uv: Weight, w_o: Weight) -> Array:
-        values = self.empty((*o.shape[:2], w_uv.spec.shape[1]), w_o.spec.dtype)
-        self.native.head_linear(o, w_uv.native, values)
-        y = self.empty((o.shape[0], w_o.spec.shape[0]), w_o.spec.dtype)
-        self.native.linear(values.reshape(o.shape[0], w_o.spec.shape[1]), w_o.native, y)
         return y

@@ -89,6 +89,6 @@ def batch_of(form: str, rows: int, keys: int, size: int, written: bool) -> str:
         found = [*found[:half], Request(1, 0), *found[half + 1 :]]
     if form == "idle":
         found = [Request(0, 5), *found, Request(0, 0)]
-    if form == "shared":
+    if form == "shared" and rows > 1:
         found = [*found[:-2], last, last._replace(shared=shareable(last, last, size, written))][-rows:]
     return spelled(found)

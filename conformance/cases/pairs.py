@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_of
+from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_of, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import ENDS, FEW, FORMS, KEYS, batch_of, form_of, points, size_class
 from porthal.conformance.cases.cost import seconds
@@ -29,7 +29,7 @@ from porthal.conformance.cases.domain import absences, combos, free_symbols, mix
 from porthal.conformance.cases.legal import LAYOUTS, VIEWS, elements, refusal
 from porthal.conformance.cases.profiles import Profile
 from porthal.conformance.level import Level
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.spans import Reals
 
 Array = np.ndarray[Any, Any]
@@ -41,8 +41,9 @@ SAME = "broadcast"  # a layout in which they are not
 COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs so much less:
 LESS = 0.7
 WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5}  # of a factor's classes, whose product a pair counts; of others 1
-FIRST = 64.0  # and a class that no case has had
-DEAD = 3  # failures, after which a class that no case has is left out
+FIRST = 300.0  # and a class that no case has had
+HUGE = size_class(4096) + 2
+DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
 TRIES = 3  # at a pair, with other points of the same classes
 
@@ -61,13 +62,13 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     most, kinds = most_of(contract, profile), {o.kind for o in contract.signature.operands}
     free = [s for s in free_symbols(contract) if s == contract.rows or level.thorough or len(contract.cases[s]) > 1]
     sizes = list(dict.fromkeys([contract.rows, *free])) if contract.rows else free
-    found = [Factor(s, tuple(_classes(1, most.get(s, 64))), True) for s in sizes]
+    found = [Factor(s, tuple(_classes(1, most.get(s, 64), level)), True) for s in sizes]
     for name, attribute in contract.attributes.items():
         listed = contract.cases.get(name, ())
         if attribute.type is int:
             low = min(0 in (span if isinstance(span := contract.legal.get(name, (1,)), Sequence) else (1,)), 1)
             high = max(most.get(name, 0), *listed, 1)
-            found.append(Factor(name, tuple(_classes(1 - low, high)), True))
+            found.append(Factor(name, tuple(_classes(1 - low, high, level)), True))
         elif name in contract.legal:
             span = contract.allowed(name, SimpleNamespace())
             more = ends(span) if level.thorough or not isinstance(span, Reals) else ends(span)[:2]
@@ -75,10 +76,10 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
         elif listed:
             found.append(Factor(name, tuple(listed)))
     if "Batch" in kinds:
-        found.append(Factor(KEYS, tuple(_classes(1, most[KEYS])), True))
+        found.append(Factor(KEYS, tuple(_classes(1, most[KEYS], level)), True))
         found.append(Factor("form", FORMS))
     if PAGE in contract.legal:
-        found.append(Factor(PAGE, tuple(_classes(1, 1024)), True))
+        found.append(Factor(PAGE, tuple(_classes(1, 1024, level)), True))
     found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
     found.append(Factor("view", ("", *VIEWS, *LAYOUTS)))
     found.append(Factor("absent", ((), *absences(contract))))
@@ -86,10 +87,10 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     return [f for f in found if len(f.classes) > 1]
 
 
-def _classes(low: int, high: int) -> Iterator[int]:
-    """Those of all sizes from `low` to `high`."""
+def _classes(low: int, high: int, level: Level) -> Iterator[int]:
+    """Those of all sizes from `low` to `high`; of huge ones only those that leave a remainder, where not all is tested."""
     for label in dict.fromkeys(size_class(v) for end in ENDS for v in (end, end - 1) if v >= low):
-        if any(low <= p <= high for p in points(label)):
+        if any(low <= p <= high for p in points(label)) and (level.thorough or label < HUGE or label % 2):
             yield label
 
 
@@ -194,17 +195,22 @@ class Design:
         return found
 
     def _case(self, regime: int, a: int, b: int) -> tuple[Case | None, float]:
-        chosen = self._filled(regime, a, b)
+        """A case that has these two classes, and what it costs; None where none is legal, or within what a level allows."""
+        filled = self._filled(regime, a, b)
         fixed = {int(self.owner[p]) for p in (a, b)}
         for attempt in range(TRIES):
-            case, cost = self._afforded(dict(chosen), fixed, attempt)
-            if not case and cost:
-                break  # legal, but dear
-            if case:
+            chosen = dict(filled)
+            for i, f in enumerate(self.factors if attempt else ()):  # what is bounded by others may need more of them
+                if f.name in self.contract.signature.symbols() and f.name != self.contract.rows and i not in fixed:
+                    chosen[f.name] = f.classes[-min(attempt, len(f.classes))]
+            case, cost = self._afforded(chosen, fixed, attempt)
+            if case and {a, b} <= set(self.classes_of(case)[0].tolist()):
                 for f in self.factors:
                     if f.sized:
                         self.used[f.name, chosen[f.name]] += 1
                 return case, cost
+            if not case and cost:
+                break  # legal, but dear
         return None, 0.0
 
     def _filled(self, regime: int, a: int, b: int) -> dict[str, Any]:
@@ -245,20 +251,21 @@ class Design:
         return None, cost
 
     def _built(self, chosen: Mapping[str, Any], attempt: int) -> Case | None:
-        contract = self.contract
+        """The case of these classes; in turn sizes of one class are equal, and more keys are seen than are chosen."""
+        contract, alike, beyond = self.contract, self.turn % 3 == 0 and not attempt, (self.turn + attempt) % 2
+        given: dict[int, int] = {}
 
         def point(name: str) -> int:
-            most = self.most.get(name, 2**20)
-            own = sorted({v for v in (*contract.cases.get(name, ()), most) if size_class(v) == chosen[name]}, reverse=True)
+            listed = contract.cases.get(name, ()) if name != PAGE else values(PAGE_SIZES)
+            most = max(self.most.get(name, 0), *listed) if listed else self.most.get(name, 2**20)
+            own = sorted({v for v in (*listed, most) if size_class(v) == chosen[name]}, reverse=True)
             within = [p for p in dict.fromkeys((*own, *points(chosen[name]))) if p <= most] or [1]
-            return within[(self.used[name, chosen[name]] + attempt) % len(within)]
+            v = within[(self.used[name, chosen[name]] + attempt) % len(within)]
+            same = given.setdefault(chosen[name], v)
+            return same if alike and same <= most else v
 
         dims = {s: point(s) if s in chosen else contract.cases.get(s, (1,))[0] for s in self._symbols()}
         size = (point(PAGE) if PAGE in chosen else 0) if PAGE in contract.legal else 0
-        batch = ""
-        if "form" in chosen:
-            rows = dims[contract.rows]
-            batch = batch_of(chosen["form"], rows, point(KEYS), size, bool(contract.signature.mutated))
         facts: dict[str, Any] = dict(dims)
         for name in dict.fromkeys([*(n for n in contract.legal if n in contract.attributes), *contract.attributes]):
             attribute = contract.attributes[name]
@@ -274,6 +281,10 @@ class Design:
                     return None
                 wanted = point(name)
                 facts[name] = wanted if wanted in span else span[max(bisect_right(span, wanted) - 1, 0)]
+        batch = ""
+        if "form" in chosen:
+            keys = max(point(KEYS), facts.get("k", 0) + 9 if beyond else 0)
+            batch = batch_of(chosen["form"], dims[contract.rows], keys, size, bool(contract.signature.mutated))
         case = Case(
             contract.name,
             tuple(dims.items()),

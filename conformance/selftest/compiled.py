@@ -64,7 +64,9 @@ def load(source: str, text: str, name: str) -> ModuleType:
     return module
 
 
-def library(ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str] = MappingProxyType({}), name: str = "") -> Path:
+def library(
+    ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str] = MappingProxyType({}), name: str = ""
+) -> Path:
     """The native module of these operators, built for the best instruction set here with these options; `edits` are texts
     that take the place of sources."""
     texts = {path: (HERE / path).read_text("utf-8") for path in SOURCES} | dict(edits)
@@ -72,7 +74,7 @@ def library(ops: Sequence[str], options: Sequence[str], edits: Mapping[str, str]
     made = [(unit, loops) for unit in units for loops in (False, True) if _stands(texts, unit, loops)]
     name = name or ", ".join(ops)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda one: _object(texts, *one, name, options), made))
+        objects = list(pool.map(lambda one: _object(texts, one[0], one[1], name, options), made))
     return _made(EXTENSION_SUFFIXES[0], ["-shared", "-pthread", *options, *map(str, objects)], name)
 
 

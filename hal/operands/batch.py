@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,11 +49,11 @@ class Batch(Operand):
                 f"Batch got {len(q_lens)} query lengths, {len(kv_lens)} key lengths and {len(rows)} page lists: "
                 "give one of each per request"
             )
-        table = np.full((len(rows), max((len(t) for t in rows), default=0)), -1, np.int32)
-        for r, pages in enumerate(rows):
-            table[r, : len(pages)] = pages
-        cu_q = np.concatenate([[0], np.cumsum(np.asarray(q_lens, np.int64))])
-        return cls(cu_q.astype(np.int32), np.asarray(kv_lens, np.int32), table, block_size)
+        columns = max(map(len, rows), default=0)
+        table = [row + [-1] * (columns - len(row)) for row in rows]
+        cu_q = np.asarray([0, *accumulate(q_lens)])
+        pages = np.asarray(table, np.int32).reshape(len(rows), columns)
+        return cls(cu_q.astype(np.int32), np.asarray(kv_lens, np.int32), pages, block_size)
 
     def __post_init__(self) -> None:
         for name in ("cu_q", "kv_len", "block_table"):
@@ -67,15 +68,15 @@ class Batch(Operand):
         if self.block_table.ndim != 2 or len(self.block_table) != self.R:
             shape = list(self.block_table.shape)
             raise UsageError(f"Batch.block_table has shape {shape}: expected {self.R} rows of page ids, one per request")
-        short = (self.kv_len != 0) & (self.kv_len < self.q_len)
-        if short.any() or (self.kv_len < 0).any():
-            r = int(np.argmax(short | (self.kv_len < 0)))
+        short = self.kv_len < self.q_len
+        if short.any() and (short & (self.kv_len != 0)).any():
+            r = int(np.argmax(short & (self.kv_len != 0)))
             raise UsageError(
                 f"request {r} has {self.q_len[r]} query rows but kv_len {self.kv_len[r]}: "
                 "kv_len counts the step's own rows too (0 only for a padded request)"
             )
         need = -(-self.kv_len // self.block_size)
-        held = np.cumprod(self.block_table >= 0, axis=1).sum(1)  # pages before the first -1
+        held = np.logical_and.accumulate(self.block_table >= 0, axis=1).sum(1)  # pages before the first -1
         if (need > held).any():
             r = int(np.argmax(need > held))
             raise UsageError(
@@ -92,7 +93,7 @@ class Batch(Operand):
 
     @cached_property
     def q_len(self) -> Ints:
-        return np.diff(self.cu_q)
+        return self.cu_q[1:] - self.cu_q[:-1]
 
     @cached_property
     def max_kv(self) -> int:

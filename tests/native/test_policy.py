@@ -53,8 +53,8 @@ def test_the_instruction_set_is_forced_and_told(monkeypatch, isa):
     ("name", "value", "expected"),
     [("PORTHAL_ISA", "neon", "one of baseline"), ("PORTHAL_THREADS", "0", "a number of threads from 1 to 1024"),
      ("PORTHAL_THREADS", "2,1", "a number"), ("PORTHAL_THREADS", "1025", "a number"),
-     ("PORTHAL_THREADS", "9" * 5000, "a number"),
-     ("PORTHAL_THREADS", "\u00b2", "a number"), ("OMP_NUM_THREADS", "many", "a number"), ("OMP_NUM_THREADS", "-1", "a number")],
+     ("PORTHAL_THREADS", "9" * 5000, "a number"), ("PORTHAL_THREADS", "\u00b2", "a number"),
+     ("OMP_NUM_THREADS", "many", "a number"), ("OMP_NUM_THREADS", "-1", "a number")],
 )  # fmt: skip
 def test_bad_values_are_one_sentence_wherever_they_are_read(monkeypatch, name, value, expected):
     monkeypatch.setenv(name, value)

@@ -1,5 +1,7 @@
 """What is timed is the call that was judged; what it has to do is counted from its own data."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -58,10 +60,18 @@ def test_a_call_that_no_kernel_takes_has_no_work():
 
 def test_caches_are_emptied_by_a_copy_of_twice_what_they_hold():
     backend = create("reference")
-    sizes = []
-    backend.write = lambda into, value: sizes.append(value.nbytes) or into
-    evicting(backend, {"l3": 2.0**27, "dram": float("inf")})()
-    assert sizes == [2**28, 2**28]
+    cores, written = sorted(os.sched_getaffinity(0)), []
+
+    def write(into, value):
+        written.append((value.nbytes, os.sched_getaffinity(0)))
+        return into
+
+    backend.write = write
+    evicting(backend, 2.0**27)
+    assert written == [(2**28, set(cores))]
+    evicting(backend, 0, cores)
+    assert written[1:] == [(2**27, set(cores)), *((2**22, {core}) for core in cores)]  # each core's own cache as well
+    assert os.sched_getaffinity(0) == set(cores)
 
 
 # -- work ----------------------------------------------------------------------------------------------------------------
@@ -108,5 +118,5 @@ def test_how_numbers_are_written():
 def test_a_noisy_time_is_not_compared():
     quiet = Measured("add,0", "a", "cold", "PASS", work=Work(1, 1, 1, "float32"), samples=(1.0,) * 9)
     noisy = Measured("add,0", "b", "cold", "PASS", work=Work(1, 1, 1, "float32"), samples=(1.0, 2.0, 3.0, 4.0, 5.0))
-    assert compared(quiet, quiet) == "1.00 (1.00 to 1.00)"
+    assert compared(quiet, quiet) == "1x (1 to 1)"
     assert compared(quiet, noisy) == compared(noisy, quiet) == compared(quiet, None) == ""

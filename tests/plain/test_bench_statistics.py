@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from porthal.bench.measured import Kept, Measured, sustained
 from porthal.bench.roofline import Limit, Work, limit, needed
-from porthal.bench.statistics import LEAST, NOISY, Summary, interval, quantile, ratio
+from porthal.bench.statistics import LEAST, NOISY, Summary, interval, quantile
 from porthal.hal import UsageError
 
 TIMES = st.lists(st.floats(1e-7, 1e2), min_size=1, max_size=60)
@@ -61,14 +62,6 @@ def test_measuring_ends_when_the_interval_is_narrow():
     assert Summary.of([1.0, 1.1] * 100).settled  # there must be an end
 
 
-def test_a_ratio_has_the_interval_of_both():
-    a, b = Summary(2.0, 2.0, (1.9, 2.1), 0.0, 9), Summary(1.0, 1.0, (0.9, 1.1), 0.0, 9)
-    middle, low, high = ratio(a, b)
-    wider = math.exp(math.hypot(math.log(2.1 / 1.9) / 2, math.log(1.1 / 0.9) / 2))
-    assert (middle, low, high) == pytest.approx((2.0, 2.0 / wider, 2.0 * wider))
-    assert ratio(a, a)[0] == 1.0
-
-
 # -- the roofline --------------------------------------------------------------------------------------------------------
 
 HOLDS = {"fp32": math.inf, "bf16": math.inf, "dram": math.inf, "l3": 2.0**25, "l2": 2.0**20, "copy": math.inf}
@@ -78,10 +71,10 @@ HOLDS = {"fp32": math.inf, "bf16": math.inf, "dram": math.inf, "l3": 2.0**25, "l
     ("work", "cold", "names"),
     [
         (Work(1, 2.0**30, 0, "bfloat16"), False, ("bf16", "dram")),
-        (Work(1, 2.0**24, 0, "bfloat16"), False, ("bf16", "l3")),
+        (Work(1, 2.0**24, 0, "bfloat16"), False, ("bf16", "l2", "l3")),
         (Work(1, 2.0**19, 2.0**18, "float32"), False, ("fp32", "l2")),
         (Work(1, 2.0**19, 2.0**18, "float32"), True, ("fp32", "dram", "copy")),  # half of it is written
-        (Work(1, 2.0**19, 2.0**10, "float16"), True, ("dram",)),  # no arithmetic that is known
+        (Work(1, 2.0**19, 2.0**10, "float16"), True, ("fp32", "dram")),  # no arithmetic of its own: widened
     ],
 )
 def test_which_limits_can_bind_a_call(work, cold, names):
@@ -90,11 +83,17 @@ def test_which_limits_can_bind_a_call(work, cold, names):
 
 def test_the_slower_of_arithmetic_and_memory_binds():
     work = Work(1e9, 1e9, 0, "bfloat16")
-    assert limit(work, {"bf16": 2e11, "dram": 2e10}) == Limit("dram", 0.05)
-    assert limit(work, {"bf16": 1e9, "dram": 2e10}) == Limit("bf16", 1.0)
-    assert limit(work, {"bf16": 1e12, "dram": 2e10, "copy": 4e10}) == Limit("copy", 0.025)  # the faster of two memories
-    assert limit(work, {}) == Limit("", 0.0)
-    assert limit(work, {"dram": 2e10}).share(0.1) == 0.5
+    assert limit(work, {"bf16": 2e11, "dram": 2e10}, {}) == Limit("dram", 0.05)
+    assert limit(work, {"bf16": 1e9, "dram": 2e10}, {}) == Limit("bf16", 1.0)
+    assert limit(work, {"bf16": 1e12, "dram": 2e10, "copy": 4e10}, {}) == Limit("copy", 0.025)  # the faster of two memories
+    assert limit(work, {}, {}) == Limit("", 0.0)
+    assert limit(work, {"dram": 2e10}, {}).share(0.1) == 0.5
+
+
+def test_what_an_inner_cache_has_no_room_for_comes_from_the_next():
+    work = Work(1.0, 3e6, 0, "float32")
+    assert limit(work, {"l2": 1e11, "l3": 5e10}, {"l2": 1e6, "l3": 3e7}) == Limit("l3", 1e6 / 1e11 + 2e6 / 5e10)
+    assert limit(replace(work, bytes=1e6), {"l2": 1e11}, {"l2": 1e6}) == Limit("l2", 1e-5)
 
 
 def test_a_limit_is_what_a_peak_sustains():

@@ -61,6 +61,23 @@ def test_a_bound_function_is_the_backends_own() -> None:
     assert bind(backend=backend).prepare is not None
 
 
+def test_kernels_are_chosen_when_they_are_first_asked_for() -> None:
+    asked: list[str] = []
+
+    class Asked(OnSmall):
+        def candidates(self, contract: Any) -> Any:
+            asked.append(contract.name)
+            return super().candidates(contract)
+
+    ops = bind(backend=Asked(), profile={"rms_norm": [spec(T=1, H=8)]}, overrides={"add": "reference"})
+    assert asked == ["rms_norm"]  # of add, the reference is asked
+    assert ops.topk is ops.topk and ops.choices["topk"].status == "own" and asked == ["rms_norm", "topk"]
+    assert list(ops.choices) == list(contracts()) and len(ops.choices) == len(contracts())
+    assert sum(ops.counts().values()) == len(contracts()) and sorted(asked) == sorted(contracts().keys() - {"add"})
+    with pytest.raises(AttributeError, match="has no op or service 'tokp'"):
+        _ = ops.tokp
+
+
 def test_own_inherited_and_composed_are_told_apart() -> None:
     ops = bind(backend=OnSmall())
     status = {op: c.status for op, c in ops.choices.items()}

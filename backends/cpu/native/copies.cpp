@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bind.hpp"
+#include "copies.hpp"
 #include "threads.hpp"
 
 namespace porthal {
@@ -45,6 +46,8 @@ void check_range(const char* name, const Matrix& values, std::int64_t low, std::
     if (const std::int64_t v = values.at<std::int32_t>(0, i); v < low || v >= end) out_of_range(name, i, v, low, end);
 }
 
+}  // namespace
+
 void concat(const Array& a, const Array& b, const Array& y) {
   const std::int64_t item = item_size(a);
   b.has(a.kind);
@@ -61,6 +64,8 @@ void concat(const Array& a, const Array& b, const Array& y) {
     }
   });
 }
+
+namespace {
 
 // y[m] = x[rows[m]], zeros where that is -1, which only `low` = -1 permits.
 void gather(const Array& x, const Array& rows, const Array& y, std::int64_t low) {
@@ -94,6 +99,8 @@ void select_rows(const Array& indices, const Array& length, const Array& rows, c
   for (std::int64_t m = 0; m < chosen.columns; ++m) to[m] = lengths.at<std::int32_t>(0, chosen.at<std::int32_t>(0, m));
 }
 
+}  // namespace
+
 void kv_write(const Array& field, const Array& slots, const Array& rows) {
   const std::int64_t item = item_size(field);
   rows.has(field.kind);
@@ -106,6 +113,33 @@ void kv_write(const Array& field, const Array& slots, const Array& rows) {
     for (std::int64_t t = begin; t < end; ++t)
       if (const std::int64_t slot = places.at<std::int64_t>(0, t); slot >= 0) copy_row(cache, slot, from, t, item);
   });
+}
+
+namespace {
+
+// Per query row, by the lengths of its request: see Batch, whose arrays these are.
+void plan(const Array& cu_q, const Array& kv_len, const Array& table, std::int64_t block_size, const Array& positions,
+          const Array& visible, const Array& slots) {
+  for (const Array* a : {&cu_q, &kv_len, &table, &positions, &visible}) a->has(Kind::i32);
+  slots.has(Kind::i64);
+  const Matrix keys = kv_len.vector(), pages = table.matrix(keys.columns), ends = cu_q.vector(keys.columns + 1);
+  const std::int64_t rows = ends.at<std::int32_t>(0, keys.columns);
+  auto* const at = static_cast<std::int32_t*>(positions.output({rows}));
+  auto* const seen = static_cast<std::int32_t*>(visible.output({rows}));
+  auto* const slot = static_cast<std::int64_t*>(slots.output({rows}));
+  if (block_size < 1) refuse("block_size", "is " + std::to_string(block_size), "at least 1");
+  std::int64_t t = 0;
+  for (std::int64_t r = 0; r < keys.columns; ++r) {
+    const std::int64_t length = keys.at<std::int32_t>(0, r), end = ends.at<std::int32_t>(0, r + 1);
+    if (end < t || end > rows) refuse("cu_q", "has " + std::to_string(end) + " at " + std::to_string(r + 1), "rising counts");
+    for (const std::int64_t start = length - end; t < end; ++t) {
+      const std::int64_t position = length > 0 ? start + t : 0, page = position / block_size;
+      const std::int64_t block = length > 0 && page < pages.columns ? pages.at<std::int32_t>(r, page) : -1;
+      at[t] = static_cast<std::int32_t>(position);
+      seen[t] = static_cast<std::int32_t>(length > 0 ? position + 1 : 0);
+      slot[t] = block < 0 ? -1 : block * block_size + position % block_size;
+    }
+  }
 }
 
 // One step's copies of whole pages. Those whose source is also a target are read before any is written.
@@ -156,6 +190,8 @@ PORTHAL_OP(select_rows, "indices length rows out out_length",
 PORTHAL_OP(kv_write, "field slots rows",
            "field[slots[t]] = rows[t] in place, for slots >= 0; field [slots, width] and rows [T, width] of one dtype and any\n"
            "strides, slots int64 [T] from -1 on.")
+PORTHAL_OP(plan, "cu_q kv_len block_table block_size positions visible slots",
+           "positions, visible int32 and slots int64 [T] of a batch, from its lengths.")
 PORTHAL_OP(page_copy, "field source target block_size",
            "Page target[m] of field [slots, width] becomes what page source[m] was before the call; source and target int32.")
 

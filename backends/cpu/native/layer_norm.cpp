@@ -59,6 +59,7 @@ PORTHAL_LOOPS(PerFloat<LayerLoops>, layer_norm_loops) = {loops<float>(), loops<b
 }  // namespace porthal
 #else
 #include "bind.hpp"
+#include "layer_norm.hpp"
 #include "threads.hpp"
 
 namespace porthal {
@@ -66,6 +67,8 @@ namespace porthal {
 PORTHAL_TABLES(PerFloat<LayerLoops>, layer_norm_loops)
 
 namespace {
+
+}  // namespace
 
 void layer_norm(const Array& x, const Array& weight, const Array& bias, const Array& y, double eps) {
   x.is_float();
@@ -93,8 +96,6 @@ void layer_norm(const Array& x, const Array& weight, const Array& bias, const Ar
     });
   });
 }
-
-}  // namespace
 
 PORTHAL_OP(layer_norm, "x weight bias y eps",
            "y[T, H] = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias. x [T, H] float32, bfloat16 or float16 of any\n"

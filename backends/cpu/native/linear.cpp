@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "bind.hpp"
+#include "linear.hpp"
 #include "packed.hpp"
 
 namespace porthal {
@@ -62,6 +63,8 @@ std::vector<Work>& no_works() {
   return works;
 }
 
+}  // namespace
+
 void linear(const Array& x, const Packed& w, const Array& y) {
   x.has(w.kind);
   y.is_float();
@@ -73,6 +76,10 @@ void linear(const Array& x, const Packed& w, const Array& y) {
   run(w, rows.rows, rows.column_stride, [&](std::int64_t i) { return rows.data + i * rows.row_stride; }, works, y.kind, out,
       w.rows);
 }
+
+namespace {
+
+}  // namespace
 
 void head_linear(const Array& x, const Packed& w, const Array& y) {
   x.has(w.kind);
@@ -86,6 +93,8 @@ void head_linear(const Array& x, const Packed& w, const Array& y) {
   const auto from = [&](std::int64_t i) { return x.data + i % tokens * x.strides[0] + i / tokens * x.strides[1]; };
   run(w, tokens * heads, x.strides[2], from, works, y.kind, out, heads * w.rows);
 }
+
+namespace {
 
 void grouped_gemm(const Array& x, const Packed& w, const Array& counts, const Array& y) {
   x.has(w.kind);

@@ -18,6 +18,7 @@ constexpr int kHalf = 2 * kLanes, kPanel = 2 * kHalf;
 // tiles of one half, or of both where rows are many enough to hide the fetching of the next block.
 constexpr std::int64_t kWideRows = kTileRows == 12 ? 21 : INT64_MAX;
 constexpr std::int64_t kSteps = 64, kWideSteps = 256;  // in depth of a block
+constexpr std::int64_t kJump = 32;                     // cache lines of the next panel that a stream fetches
 
 // One step in depth of a tile: sums += a[m] * the panel's next group. Vectors 2 and 3 are those of the second half.
 template <class T, int Rows, int Vectors>
@@ -54,7 +55,8 @@ inline void step(const Row<T>* const* a, const T* panel, std::int64_t apart, std
 }
 
 // out += a[Rows][begin:end] . half (from 0 at begin = 0); fetches a cache line at `next` in each of the first `lines` steps.
-template <class T, int Rows, int Vectors>
+// A stream for many rows helps the hardware: into L2 a line of the half far ahead, in every second step.
+template <class T, int Rows, int Vectors, bool Stream = false>
 void tile(const Row<T>* const* a, const T* half, std::int64_t apart, std::int64_t begin, std::int64_t end, float* out,
           const char* next, std::int64_t lines) {
   F sums[Rows][Vectors];
@@ -68,7 +70,10 @@ void tile(const Row<T>* const* a, const T* half, std::int64_t apart, std::int64_
     __builtin_prefetch(next);
     step<T, Rows, Vectors>(a, panel, apart, k, sums);
   }
-  for (; k < end; k += kGroup<T>, panel += kHalf * kGroup<T>) step<T, Rows, Vectors>(a, panel, apart, k, sums);
+  for (; k < end; k += kGroup<T>, panel += kHalf * kGroup<T>) {
+    if (Stream && Rows >= 8 && !(k & kGroup<T>)) __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096, 0, 2);
+    step<T, Rows, Vectors>(a, panel, apart, k, sums);
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
@@ -78,11 +83,13 @@ void tile(const Row<T>* const* a, const T* half, std::int64_t apart, std::int64_
 template <class T>
 using Tile = decltype(&tile<T, 1, 2>);
 
-template <class T>
+template <class T, bool Stream>
 constexpr Tile<T> kTiles[] = {
-  tile<T, 1, 2>, tile<T, 2, 2>, tile<T, 3, 2>, tile<T, 4, 2>,  tile<T, 5, 2>,  tile<T, 6, 2>,
+  tile<T, 1, 2, Stream>,  tile<T, 2, 2, Stream>,  tile<T, 3, 2, Stream>, tile<T, 4, 2, Stream>,
+  tile<T, 5, 2, Stream>,  tile<T, 6, 2, Stream>,
 #if defined(__AVX512F__) || defined(__aarch64__)
-  tile<T, 7, 2>, tile<T, 8, 2>, tile<T, 9, 2>, tile<T, 10, 2>, tile<T, 11, 2>, tile<T, 12, 2>,
+  tile<T, 7, 2, Stream>,  tile<T, 8, 2, Stream>,  tile<T, 9, 2, Stream>, tile<T, 10, 2, Stream>,
+  tile<T, 11, 2, Stream>, tile<T, 12, 2, Stream>,
 #endif
 };
 
@@ -99,7 +106,7 @@ void pass(const Row<T>* const* a, std::int64_t rows, std::int64_t most, const T*
     const char* fetched = next;
     if (apart && at >= bytes) at -= bytes, fetched = next_second;
     const std::int64_t lines = fetched && at < bytes ? (bytes - at + 63) / 64 : 0;
-    Tile<T> run = kTiles<T>[(height - 1) % kTileRows];
+    Tile<T> run = kTiles<T, false>[(height - 1) % kTileRows];
 #if defined(__AVX512F__) || defined(__aarch64__)
     if (apart) run = height == 6 ? tile<T, 6, 4> : height == 5 ? tile<T, 5, 4> : tile<T, 4, 4>;
 #endif
@@ -114,8 +121,10 @@ void multiply(const void* const* rows, std::int64_t count, const T* panel, std::
   const std::int64_t apart = depth * kHalf, halves = used > kHalf ? 2 : 1;
   const auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
   if (count <= kTileRows) {
-    for (std::int64_t h = 0; h < halves; ++h)
-      kTiles<T>[count - 1](a, panel + h * apart, 0, 0, depth, sums + h * kHalf, nullptr, 0);
+    for (std::int64_t h = 0; h < halves; ++h) {
+      const bool last = following && h + 1 == halves;  // the hardware needs a while to follow where the stream jumps to
+      kTiles<T, true>[count - 1](a, panel + h * apart, 0, 0, depth, sums + h * kHalf, bytes(following), last ? kJump : 0);
+    }
   } else if (count < kWideRows || halves == 1) {
     const std::int64_t block = kSteps * kGroup<T>;
     for (std::int64_t h = 0; h < halves; ++h)
@@ -190,7 +199,16 @@ inline void transpose(U (&v)[kLanes]) {
   }
 }
 
-// float and pairs of bf16 are words; fp16 is read in pairs and parted.
+// A line of packed words. Nobody reads them soon, so where they fill a cache line it is not read before it is written.
+inline void write(void* to, U words) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)words);
+#else
+  std::memcpy(to, &words, sizeof words);
+#endif
+}
+
+// float and pairs of bf16 are words; fp16 is read in pairs and parted. Too many rows for the hardware to fetch ahead.
 template <class T>
 void pack(const T* const* rows, std::int64_t n, T* half) {
   constexpr std::int64_t kWord = 4 / sizeof(T), kColumns = kLanes * kWord;
@@ -199,7 +217,11 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
     for (int part = 0; part < 2; ++part) {
       U v[kLanes];
       if (some == kColumns)
-        for (int r = 0; r < kLanes; ++r) v[r] = load_raw<U>(rows[part * kLanes + r] + k);
+        for (int r = 0; r < kLanes; ++r) {
+          const T* const from = rows[part * kLanes + r] + k;
+          __builtin_prefetch(reinterpret_cast<const char*>(from) + 512, 0, 2);
+          v[r] = load_raw<U>(from);
+        }
       else
         for (int r = 0; r < kLanes; ++r) {
           v[r] = U{};
@@ -209,7 +231,7 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
       T* const to = half + k * kHalf + part * kLanes * kGroup<T>;
       for (std::int64_t c = 0; c * kWord < some; ++c)
         if constexpr (kGroup<T> * sizeof(T) == 4) {
-          std::memcpy(to + c * kHalf * kGroup<T>, &v[c], sizeof(U));
+          write(to + c * kHalf * kGroup<T>, v[c]);
         } else {
           const S first = narrow(v[c] & 0xffffu), second = narrow(v[c] >> 16);
           std::memcpy(to + 2 * c * kHalf, &first, sizeof first);
@@ -217,6 +239,9 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
         }
     }
   }
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>

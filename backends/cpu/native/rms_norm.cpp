@@ -65,6 +65,7 @@ PORTHAL_LOOPS(PerFloat<NormLoops>, rms_norm_loops) = {loops<float>(), loops<bf16
 #include <algorithm>
 
 #include "bind.hpp"
+#include "rms_norm.hpp"
 #include "threads.hpp"
 
 namespace porthal {
@@ -115,7 +116,11 @@ void norm(const Array& x, const Array* residual, const Array& weight, const Arra
   });
 }
 
+}  // namespace
+
 void rms_norm(const Array& x, const Array& weight, const Array& y, double eps) { norm(x, nullptr, weight, nullptr, y, eps); }
+
+namespace {
 
 void add_rms_norm(const Array& x, const Array& residual, const Array& weight, const Array& y, const Array& r, double eps) {
   norm(x, &residual, weight, &r, y, eps);

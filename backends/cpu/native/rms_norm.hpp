@@ -1,0 +1,10 @@
+// rms_norm, for operators that are composed of it; what it does stands where it is bound to Python.
+#pragma once
+
+#include "array.hpp"
+
+namespace porthal {
+
+void rms_norm(const Array& x, const Array& weight, const Array& y, double eps);
+
+}  // namespace porthal
