@@ -90,7 +90,6 @@ DEFECTS = [
     Defect("check_finite", "infinity-is-finite", "special", "bad |= ~(v < kInfinity);", "bad |= (v != v);", source="logits.cpp"),
     Defect("check_finite", "masked-rows-are-bad", "special", "return !any(bad) && greatest", "return !any(bad | (top == -kInfinity)) && greatest", source="logits.cpp"),
     Defect("log_softmax", "sum-not-rescaled", "blocks", "found.norm *= exp_down(F{} + (found.top - top))[0];", "", source="logits.cpp"),
-    Defect("log_softmax", "masked-block-is-nan", "special", "const float top = found.top == -kInfinity ? 0.0f : found.top;", "const float top = found.top;", source="logits.cpp"),
     Defect("gather_logprob", "first-logit-of-all", "order", "loops.minus(row + chosen.at<std::int32_t>(0, t), 1,", "loops.minus(row, 1,", source="logits.cpp"),
     Defect("sample", "temperature-forgotten", "attribute", "scale = {top, 1.0f / temperature,", "scale = {top, 1.0f,", source="sample.cpp"),
     Defect("sample", "top-p-of-all-instead-of-top-k", "formula", "      sorted_ = true;\n", "      sorted_ = true;\n      mass = 1e30;\n", source="sample.cpp"),
