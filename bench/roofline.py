@@ -43,8 +43,8 @@ class Work:
 
 
 def _met(inputs: Inputs) -> dict[str, int]:
-    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen. A row that
-    sees no more keys than it selects need not look at them to choose."""
+    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen, rows
+    without those whose index is -1. A row that sees no more keys than it selects need not look at them to choose."""
     found: dict[str, int] = {}
     sizes = {**inputs.spec.attrs, **inputs.spec.dims}
     if (batch := inputs.batch) is not None and batch.T:
@@ -54,6 +54,10 @@ def _met(inputs: Inputs) -> dict[str, int]:
         found |= {s: round(float(seen.mean())) for o in inputs.contract.signature.of_kind("Batch") for s in o.dims[2:]}
         if "k" in sizes:
             found["k"] = round(float(np.minimum(batch.visible, sizes["k"]).mean()))
+    rows = inputs.contract.rows
+    for name, (lowest, _) in inputs.contract.ranges.items():
+        if lowest == -1 and inputs.contract.signature[name].dims == (rows,):
+            found[rows] = int(np.count_nonzero(inputs.operands[name] >= 0))
     weights = inputs.contract.signature.of_kind("Weight")
     if any(w.dims[0] == "E" for w in weights):
         counts = per_expert(inputs.contract)

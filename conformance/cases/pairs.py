@@ -81,7 +81,7 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     if PAGE in contract.legal:
         found.append(Factor(PAGE, tuple(_classes(1, 1024, level)), True))
     found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
-    found.append(Factor("view", ("", *VIEWS, *LAYOUTS)))
+    found.append(Factor("view", ("", *(v for v in VIEWS if v != SAME), *LAYOUTS)))
     found.append(Factor("absent", ((), *absences(contract))))
     found.append(Factor("recipes", ((), *recipes)))
     return [f for f in found if len(f.classes) > 1]

@@ -31,7 +31,7 @@ from porthal.conformance.cases.domain import (
     takes_integers,
 )
 from porthal.conformance.cases.legal import FAR, FAULTS, PAST_2G, THREADS, elements, refusal
-from porthal.conformance.cases.pairs import pair_cases, plain
+from porthal.conformance.cases.pairs import SAME, pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
@@ -198,7 +198,7 @@ class _Plan:
                 )
 
     def _forms(self) -> Iterator[Case]:
-        """Values, one at a time; operands far apart in memory, and caches that end far from where they start."""
+        """Values one at a time, and all rows alike; operands far apart in memory, and caches that end far from their start."""
         for recipes in self.recipes():
             few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else 33 if self.contract.choice else DEFAULT_ROWS
             for combo in self._each():
@@ -207,6 +207,8 @@ class _Plan:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
+        for combo in self._each():
+            yield from self._made(view=SAME, dtypes=combo)
         if any(len(o.dims) > 1 for o in self.contract.signature.of_kind(ARRAY)):
             yield from self._made(view=FAR, dtypes=self._next())
         if self.has_batch and self.has_pages:

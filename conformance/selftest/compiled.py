@@ -86,7 +86,8 @@ def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
 def _needed(texts: dict[str, str], op: str) -> list[str]:
     """The sources that the module of one operator is linked of: its own, and those whose headers they include."""
     found: list[str] = []
-    left = ["module.cpp", "limits.cpp", "panel.cpp", *(unit for unit, text in texts.items() if f"PORTHAL_OP({op}," in text)]
+    own = [unit for unit, text in texts.items() if unit.endswith(".cpp") and f"PORTHAL_OP({op}," in text]
+    left = ["module.cpp", "limits.cpp", "panel.cpp", *own]
     while left:
         unit = left.pop()
         if unit in texts and unit not in found:

@@ -17,7 +17,7 @@ constexpr int kHalf = 2 * kLanes, kPanel = 2 * kHalf;
 // Up to kTileRows rows read a panel as one stream, which the hardware fetches ahead best. More pass over it in blocks: in
 // tiles of one half, or of both where rows are many enough to hide the fetching of the next block.
 constexpr std::int64_t kWideRows = kTileRows == 12 ? 21 : INT64_MAX;
-constexpr std::int64_t kSteps = 64, kWideSteps = 256;  // in depth of a block
+constexpr std::int64_t kSteps = kTileRows == 12 ? 64 : 256, kWideSteps = 256;  // in depth of a block
 constexpr std::int64_t kJump = 32;                     // cache lines of the next panel that a stream fetches
 
 // One step in depth of a tile: sums += a[m] * the panel's next group. Vectors 2 and 3 are those of the second half.
@@ -44,6 +44,7 @@ inline void step(const Row<T>* const* a, const T* panel, std::int64_t apart, std
     for (int odd = 0; odd < 2; ++odd) {
       F b[Vectors];
       for (int j = 0; j < Vectors; ++j) {
+        if (odd) asm("" : "+r"(at[j]));  // read again: kept in a register it would cost one that sums need
         const U pairs = load_raw<U>(at[j]);
         b[j] = (F)(odd ? pairs & 0xffff0000u : pairs << 16);
       }
@@ -120,6 +121,13 @@ void multiply(const void* const* rows, std::int64_t count, const T* panel, std::
   const auto a = reinterpret_cast<const Row<T>* const*>(rows);
   const std::int64_t apart = depth * kHalf, halves = used > kHalf ? 2 : 1;
   const auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
+#if !defined(__AVX512F__) && !defined(__aarch64__)
+  // The sums of a few rows of one half are too few to hide how long an addition takes.
+  if (count <= 3 && halves == 2) {
+    constexpr Tile<T> kBoth[] = {tile<T, 1, 4>, tile<T, 2, 4>, tile<T, 3, 4>};
+    return kBoth[count - 1](a, panel, apart, 0, depth, sums, nullptr, 0);
+  }
+#endif
   if (count <= kTileRows) {
     for (std::int64_t h = 0; h < halves; ++h) {
       const bool last = following && h + 1 == halves;  // the hardware needs a while to follow where the stream jumps to
