@@ -45,5 +45,4 @@ DEFECTS = [
     top("lanes-behind-the-row", "vector tail", "reaches(v, least)) & first_lanes(n - i)", "reaches(v, least)) & first_lanes(kLanes)"),
     top("last-of-equal-keys", "ties", ties, "equal &= equal - 1;"),
     best("highest-of-the-last-bin", "radix", "low = some[k - 1];", "low = some[0];"),
-    best("threshold-too-high", "threshold", "std::max(threshold_, least + 1)", "std::max(threshold_, least + (1u << 16))"),
 ]
