@@ -23,6 +23,7 @@ PASSES = 18  # over the reference's products for one golden
 ROW, DRAWN = 1.5e-7, 3e-5  # and to look at a row, or at one whose choice is drawn
 ENTRY = 1.5e-7  # and at an entry of a block table
 INNER = 400.0  # operations that take as long as a number between the products of an expert
+PICKED = 2e-8  # and to put one key of a row in an order, of which its selection takes the first
 COPY = 20.0  # operations that take as long as to write a number
 
 
@@ -53,8 +54,9 @@ def seconds(case: Case) -> float:
     read = sum(prod(evaluate(d, {**case.attributes, **small}) for d in o.dims) for o in weights)
     kernel = CALLS * (work / FLOPS + 3 * moved / BYTES)
     rows = dims.get(contract.rows, 1) * (DRAWN if contract.admits else ROW)
+    picked = PICKED * sum(r.q * r.kv for r in found) if contract.signature.of_kind("Selection") else 0.0
     entries = len(found) * max((r.kv for r in found), default=0) / (case.block_size or 1)
-    least = 0.01 + rows + ENTRY * entries
+    least = 0.01 + rows + picked + ENTRY * entries
     return least + kernel + PASSES * (reference / GOLDEN + read * WIDENED) + SORTED * ranked
 
 

@@ -120,8 +120,7 @@ def _calls(model: str) -> Iterator[Case]:
 def _curve(backend: str, emulated: bool) -> Iterator[Probe]:
     """The probes of the demo checkpoint, or one that says why there are none."""
     with closing(Worker((backend, emulated), __name__)) as worker:
-        wait([worker.pipe], PATIENCE)
-        found = next(worker.received(), f"no answer within {PATIENCE:g} s")
+        found = worker.received() if wait([worker.pipe], PATIENCE) else f"no answer within {PATIENCE:g} s"
     if isinstance(found, Curve):
         yield from probes(found, stored())
     else:

@@ -54,7 +54,7 @@ def load(source: str, text: str, name: str) -> ModuleType:
 
     `name` begins with the operator's, and a slash.
     """
-    built = library([name.partition("/")[0]], (), {source: text}, name)
+    built = library([name.partition("/")[0], "plan"], (), {source: text}, name)  # a batch is planned before any call
     # pybind11 keeps modules by their name, of which only the end must be that of the sources.
     spec = importlib.util.spec_from_file_location(f"{built.name}._native", built)
     assert spec and spec.loader
