@@ -55,7 +55,6 @@ DEFECTS = [
     Defect("head_linear", "first-matrix-for-all", "heads", "append(works, n, n * tokens,", "append(works, 0, n * tokens,", source="linear.cpp"),
     Defect("head_linear", "head-of-the-neighbour", "heads", "i / tokens * x.strides[1]", "(i / tokens + 1) % heads * x.strides[1]", source="linear.cpp"),
     Defect("grouped_gemm", "experts-without-rows-not-counted", "-1", "append(works, e, first, count,", "append(works, works.size(), first, count,", source="linear.cpp"),
-    Defect("grouped_gemm", "rows-of-the-first-expert-again", "offset", "    first += count;\n", "    first += e ? count : 0;\n", source="linear.cpp"),
     Defect("add", "sum-of-the-tail-written-whole", "outside", "if (i < n) store_some(y + i, f(load_some(a + i, n - i), load_some(b + i, n - i)), n - i);", "if (i < n) store(y + i, f(load_some(a + i, n - i), load_some(b + i, n - i)));", source="elementwise.cpp"),
     Defect("add", "strided-rows-in-place", "strides", "right.dense_row<T>(t, other)", "right.row<T>(t)", source="elementwise.cpp"),
     Defect("silu_mul", "up-is-activated", "order", "loops.silu_mul(row, row + half,", "loops.silu_mul(row + half, row,", source="elementwise.cpp"),
