@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -54,7 +55,7 @@ class Call:
             return
         work = Work.of(inputs)
         self.run = _ready(inputs, bound.binding)
-        self.other = _ready(inputs, bound.binding) if work.bytes < LARGE else None
+        self.other = _ready(deepcopy(inputs), bound.binding) if work.bytes < LARGE else None
         judged = self._judged(inputs, bound)
         self.judged = Judged(judged.verdict, judged.message, bound.choice.status, bound.choice.provider, work)
 

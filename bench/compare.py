@@ -165,6 +165,11 @@ class Comparison:
         rows = [side.rows[key] for key in mine]
         return Step(side, took(rows), rows, lacks, ratio)
 
+    @property
+    def part(self) -> bool:
+        """Whether some file has some ops of its steps alone."""
+        return any(file.workload.get("part") for file in self.files)
+
     def mean(self, side: Side, op: str = "") -> Ratio | None:
         """The geometric mean of a side's ratios: of one op, or of all."""
         ratios = [ratio for call, ratio in side.ratios.items() if op in ("", call.op)]
@@ -295,7 +300,7 @@ class Comparison:
             return
         yield Text("")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("one step", no_wrap=True)
+        table.add_column("part of a step" if self.part else "one step", no_wrap=True)
         for side in self.sides:
             table.add_column(side.label, justify="right", no_wrap=True)
             if side.reference:

@@ -104,7 +104,7 @@ class Report:
                 name: {str(n): {"seconds": s.seconds, "host_s": s.host, "calls": s.calls} for n, s in steps.items()}
                 for name, steps in run.steps.items()
             },
-            "workload": {"name": run.workload.name, "scale": self._scales(), **run.workload.facts},
+            "workload": {"name": run.workload.name, "part": run.workload.part, "scale": self._scales(), **run.workload.facts},
             "unmeasured": [
                 {"op": row.case.op, "token": m.token, "backend": m.backend, "why": m.why, "group": row.group}
                 for row in run.workload.rows

@@ -15,6 +15,7 @@ from porthal.hal.calls import distinct
 from porthal.hal.dtypes import itemsize
 
 ARITHMETIC = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+WIDE = "fp32"  # what a dtype without arithmetic of its own is widened to
 COPYING = 0.25  # part of the traffic that is written, from which on a copy is what it is like
 CACHES = ("l2", "l3")  # the smallest first
 
@@ -42,8 +43,8 @@ class Work:
 
 
 def _met(inputs: Inputs) -> dict[str, int]:
-    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen. A row that
-    sees no more keys than it selects need not look at them to choose."""
+    """The sizes of dims of which a call meets a part only: S and k as the mean of its rows, E as the experts chosen, rows
+    without those whose index is -1. A row that sees no more keys than it selects need not look at them to choose."""
     found: dict[str, int] = {}
     sizes = {**inputs.spec.attrs, **inputs.spec.dims}
     if (batch := inputs.batch) is not None and batch.T:
@@ -53,6 +54,10 @@ def _met(inputs: Inputs) -> dict[str, int]:
         found |= {s: round(float(seen.mean())) for o in inputs.contract.signature.of_kind("Batch") for s in o.dims[2:]}
         if "k" in sizes:
             found["k"] = round(float(np.minimum(batch.visible, sizes["k"]).mean()))
+    rows = inputs.contract.rows
+    for name, (lowest, _) in inputs.contract.ranges.items():
+        if lowest == -1 and inputs.contract.signature[name].dims == (rows,):
+            found[rows] = int(np.count_nonzero(inputs.operands[name] >= 0))
     weights = inputs.contract.signature.of_kind("Weight")
     if any(w.dims[0] == "E" for w in weights):
         counts = per_expert(inputs.contract)
@@ -85,7 +90,8 @@ def needed(work: Work, holds: Mapping[str, float], cold: bool) -> tuple[str, ...
     level = next((n for n, c in enumerate(CACHES) if work.bytes <= holds.get(c, 0)), None)
     memories = CACHES[: level + 1] if level is not None and not cold else ("dram",)
     copying = ("copy",) if memories == ("dram",) and work.written > COPYING * work.bytes else ()
-    return tuple(name for name in (ARITHMETIC.get(work.dtype, "fp32"), *memories, *copying) if name in holds)
+    own = ARITHMETIC.get(work.dtype, WIDE)
+    return tuple(name for name in (own if own in holds else WIDE, *memories, *copying) if name in holds)
 
 
 def limit(work: Work, rates: Mapping[str, float], holds: Mapping[str, float]) -> Limit:

@@ -223,7 +223,7 @@ class Speeds:
     @property
     def worked(self) -> str:
         """The workload in words, without how each of its calls was scaled."""
-        return plain(", ".join(f"{name} {value}" for name, value in self.workload.items() if not isinstance(value, dict)))
+        return plain(", ".join(f"{name} {value}" for name, value in self.workload.items() if isinstance(value, str)))
 
     @property
     def threads(self) -> int:

@@ -49,7 +49,7 @@ def verify(
     for row in chosen:
         name = backend or row.backend
         again = found.get((name, row.key.call)) or wrong.get((name, row.token))
-        if again and again.samples and again.summary.noisy:
+        if again and again.samples and again.noisy:
             noisy += 1
         else:
             checked.append(_checked(row, name, again))

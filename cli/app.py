@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from porthal.cli import text
 from porthal.cli.bench import bench
+from porthal.cli.check import check
 from porthal.cli.compare import compare
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
@@ -38,6 +38,7 @@ from porthal.cli.options import (
     WorkersOption,
     dtype_of,
 )
+from porthal.cli.selecting import named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 from porthal.cli.verify import verify
@@ -103,7 +104,7 @@ def explain(
 
     config = _config(model) if model or _demo_is_here() else None
     needed = profile(config, dtype.value) if config else {}
-    made = create(_named(backend, False))
+    made = create(named(backend, False))
     with running(made):
         bare = bind(backend=made)
         choices = dict(bare.choices)
@@ -160,7 +161,7 @@ def generate(
         raise UsageError(f"--sample: {directory} has no generation_config.json with do_sample: give --temperature instead")
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
-    chosen = create(_named(backend, False))
+    chosen = create(named(backend, False))
     with running(chosen):
         loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
@@ -269,7 +270,7 @@ def conform(
     text.check_writable(json=json, html=html, junit=junit, resume=journal)
     if profile and op:
         raise UsageError(f"--profile {profile} with --op {op[0]}: give only one of the two")
-    name = _tested(backend, emulated)
+    name = tested(backend, emulated)
 
     def advice() -> str:
         kept = journal and journal.exists()
@@ -353,6 +354,7 @@ def self_test(
     return score.exit_code
 
 
+app.command()(check)
 app.command()(compare)
 app.command()(verify)
 
@@ -377,7 +379,7 @@ def replay(
     from porthal.conformance.judgement import saved
     from porthal.conformance.runner.workers import Bounds
 
-    name = _tested(backend, emulated)
+    name = tested(backend, emulated)
     if Path(call).is_dir():
         raise UsageError(f"{call} is a folder: give the file in it, {Path(call) / 'case.npz'}")
     inputs = saved.call(call) if save or call.endswith(".npz") else None
@@ -426,7 +428,7 @@ def diff(
         raise UsageError(
             f"--decode is {steps} after {len(ids)} tokens: expected no more than {config.max_position_embeddings} together"
         )
-    made = create(_named(backend, emulated), emulated)
+    made = create(named(backend, emulated), emulated)
     with running(made):
         found = lockstep(bind(backend=made), ids, directory, dtype.value, steps)
         captured = replays(bind(backend=made), ids, directory, dtype.value, steps) if made.captures and steps else None
@@ -453,23 +455,6 @@ def new_backend(
 
     made = write(name, base.value, folder)
     print(f"{made}: a backend with 0 ops of its own\n\npip install -e {made}\nporthal conform --backend {name}")
-
-
-def _named(backend: str | None, emulated: bool) -> str:
-    """The selected backend's name; one that can be emulated where that is asked for."""
-    from porthal.hal import emulatable, selected
-
-    name = (backend or "").partition(":")[0]
-    if emulated and name not in emulatable():
-        raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(emulatable())}")
-    return backend or selected()[0]
-
-
-def _tested(backend: str | None, emulated: bool) -> str:
-    """The name of a backend whose kernels are tested as they are; says that a fallback is not used for that."""
-    if (given := os.environ.get("PORTHAL_FALLBACK", "error")) != "error":
-        text.note(f"porthal: not used here: PORTHAL_FALLBACK={given}; conform and replay test the backend's own kernels")
-    return _named(backend, emulated)
 
 
 def _config(model: Path | None) -> Any:

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 
 
 def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> float:
-    """Mean -log2 p of tokens[1:], in windows that overlap by half: all but the first score only their second half.
+    """Mean -log2 p of tokens[1:], as `logprobs` scores them. For a byte-level vocabulary these are bits per byte."""
+    found = logprobs(model, tokens, window)
+    return -log2_sum(found) / len(found)
 
-    For a byte-level vocabulary these are bits per byte. UsageError for fewer than 2 tokens or a window that does not fit
-    the context; NotFinite where a log probability is NaN or infinite, -inf included: no mean has a value then.
+
+def logprobs(model: Glm5, tokens: Sequence[int], window: int = 512) -> list[float]:
+    """Natural log probabilities of tokens[1:], in windows that overlap by half: all but the first score only their second half.
+
+    UsageError for fewer than 2 tokens or a window that does not fit the context; NotFinite where a log probability is NaN
+    or infinite, -inf included: no mean has a value then.
     """
     context = model.config.max_position_embeddings
     if not 2 <= window <= context:
@@ -25,7 +31,8 @@ def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> flo
     ids = check_ids(tokens, model.config.vocab_size, max(len(tokens), 1))
     if len(ids) < 2:
         raise UsageError(f"the text has {len(ids)} token: expected at least 2")
-    total, scored = 0.0, 1
+    scores: list[float] = []
+    scored = 1
     while scored < len(ids):
         start = max(0, scored - window // 2) if scored > 1 else 0
         piece = ids[start : start + window]
@@ -37,9 +44,9 @@ def bits_per_token(model: Glm5, tokens: Sequence[int], window: int = 512) -> flo
                     f"the log probability of token {i} is {logprob}: look for NaN and infinity in the checkpoint, or let "
                     "`porthal diff` name the op that makes them"
                 )
-        total -= log2_sum(found)
+        scores += found
         scored += len(targets)
-    return total / (len(ids) - 1)
+    return scores
 
 
 def _logprobs(model: Glm5, piece: list[int], following: list[int], first: int) -> list[float]:

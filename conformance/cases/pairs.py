@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_of
+from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_of, values
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import ENDS, FEW, FORMS, KEYS, batch_of, form_of, points, size_class
 from porthal.conformance.cases.cost import seconds
@@ -29,7 +29,7 @@ from porthal.conformance.cases.domain import absences, combos, free_symbols, mix
 from porthal.conformance.cases.legal import LAYOUTS, VIEWS, elements, refusal
 from porthal.conformance.cases.profiles import Profile
 from porthal.conformance.level import Level
-from porthal.hal.contract import Contract
+from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.spans import Reals
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +43,7 @@ LESS = 0.7
 WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5}  # of a factor's classes, whose product a pair counts; of others 1
 FIRST = 300.0  # and a class that no case has had
 HUGE = size_class(4096) + 2
-DEAD = 3  # failures, after which a class that no case has is left out
+DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
 TRIES = 3  # at a pair, with other points of the same classes
 
@@ -81,7 +81,7 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     if PAGE in contract.legal:
         found.append(Factor(PAGE, tuple(_classes(1, 1024, level)), True))
     found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
-    found.append(Factor("view", ("", *VIEWS, *LAYOUTS)))
+    found.append(Factor("view", ("", *(v for v in VIEWS if v != SAME), *LAYOUTS)))
     found.append(Factor("absent", ((), *absences(contract))))
     found.append(Factor("recipes", ((), *recipes)))
     return [f for f in found if len(f.classes) > 1]
@@ -251,21 +251,21 @@ class Design:
         return None, cost
 
     def _built(self, chosen: Mapping[str, Any], attempt: int) -> Case | None:
-        contract = self.contract
+        """The case of these classes; in turn sizes of one class are equal, and more keys are seen than are chosen."""
+        contract, alike, beyond = self.contract, self.turn % 3 == 0 and not attempt, (self.turn + attempt) % 2
+        given: dict[int, int] = {}
 
         def point(name: str) -> int:
-            listed = contract.cases.get(name, ())
+            listed = contract.cases.get(name, ()) if name != PAGE else values(PAGE_SIZES)
             most = max(self.most.get(name, 0), *listed) if listed else self.most.get(name, 2**20)
             own = sorted({v for v in (*listed, most) if size_class(v) == chosen[name]}, reverse=True)
             within = [p for p in dict.fromkeys((*own, *points(chosen[name]))) if p <= most] or [1]
-            return within[(self.used[name, chosen[name]] + attempt) % len(within)]
+            v = within[(self.used[name, chosen[name]] + attempt) % len(within)]
+            same = given.setdefault(chosen[name], v)
+            return same if alike and same <= most else v
 
         dims = {s: point(s) if s in chosen else contract.cases.get(s, (1,))[0] for s in self._symbols()}
         size = (point(PAGE) if PAGE in chosen else 0) if PAGE in contract.legal else 0
-        batch = ""
-        if "form" in chosen:
-            rows = dims[contract.rows]
-            batch = batch_of(chosen["form"], rows, point(KEYS), size, bool(contract.signature.mutated))
         facts: dict[str, Any] = dict(dims)
         for name in dict.fromkeys([*(n for n in contract.legal if n in contract.attributes), *contract.attributes]):
             attribute = contract.attributes[name]
@@ -281,6 +281,10 @@ class Design:
                     return None
                 wanted = point(name)
                 facts[name] = wanted if wanted in span else span[max(bisect_right(span, wanted) - 1, 0)]
+        batch = ""
+        if "form" in chosen:
+            keys = max(point(KEYS), facts.get("k", 0) + 9 if beyond else 0)
+            batch = batch_of(chosen["form"], dims[contract.rows], keys, size, bool(contract.signature.mutated))
         case = Case(
             contract.name,
             tuple(dims.items()),

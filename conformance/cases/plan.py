@@ -31,7 +31,7 @@ from porthal.conformance.cases.domain import (
     takes_integers,
 )
 from porthal.conformance.cases.legal import FAR, FAULTS, PAST_2G, THREADS, elements, refusal
-from porthal.conformance.cases.pairs import pair_cases, plain
+from porthal.conformance.cases.pairs import SAME, pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
@@ -42,6 +42,7 @@ from porthal.hal.signature import ARRAY, evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
+CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
 FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
 EXPERTS = 256  # of GLM-5
@@ -119,6 +120,7 @@ class _Plan:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
             for rows in (MANY_ROWS, MANY_ROWS + 1):
                 yield from self._many(least, rows, 4, dtypes=self._next())
+        yield from self._legal_ends()
         yield from self._words()
         yield from self._loads()
         yield from self._forms()
@@ -155,6 +157,20 @@ class _Plan:
             if all(recipe in TIED for _, recipe in recipes):
                 yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
 
+    def _legal_ends(self) -> Iterator[Case]:
+        """Attributes at the low and high ends of their ranges, in turn and together, and in the middle."""
+        dims = {s: self._near(s)[0] for s in self.free if s != self.rows}
+        for turn in CORNERS[: None if self.level.thorough else 3] if self.attrs else ():
+            facts: dict[str, Any] = dict(dims)
+            for name, end in zip(self._in_order(), cycle(turn)):
+                found = ends(self.contract.allowed(name, SimpleNamespace(**facts)))
+                facts[name] = found[min(end, len(found) - 1)]
+            yield from self._made(facts, rows=3, dtypes=self._next())
+
+    def _in_order(self) -> list[str]:
+        """The attributes, each behind those that bound its range."""
+        return [name for name in self.contract.legal if name in self.contract.attributes]
+
     def _words(self) -> Iterator[Case]:
         """Every word that an attribute may be, in every dtype, and written in place; also of numbers too faint for float16."""
         words = [a for a in self.attrs if self.contract.attributes[a].type is str]
@@ -182,7 +198,7 @@ class _Plan:
                 )
 
     def _forms(self) -> Iterator[Case]:
-        """Values, one at a time; operands far apart in memory, and caches that end far from where they start."""
+        """Values one at a time, and all rows alike; operands far apart in memory, and caches that end far from their start."""
         for recipes in self.recipes():
             few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else 33 if self.contract.choice else DEFAULT_ROWS
             for combo in self._each():
@@ -191,6 +207,8 @@ class _Plan:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
+        for combo in self._each():
+            yield from self._made(view=SAME, dtypes=combo)
         if any(len(o.dims) > 1 for o in self.contract.signature.of_kind(ARRAY)):
             yield from self._made(view=FAR, dtypes=self._next())
         if self.has_batch and self.has_pages:

@@ -45,7 +45,6 @@ DEFECTS = [
     top("nan-is-infinite", "special", key, key.replace("0xff800000u", "0x7f800000u")),
     top("lanes-behind-the-row", "vector tail", "reaches(v, least)) & first_lanes(n - i)", "reaches(v, least)) & first_lanes(kLanes)"),
     top("last-of-equal-keys", "ties", ties, "equal &= equal - 1;"),
-    top("guess-taken-for-granted", "guess", "if (static_cast<std::int64_t>(candidates.count()) < wanted) {", "if (candidates.count() == 0) {", discrepancy=60),
     best("first-digit-only", "radix", "      keys = some_.data();\n", "      keys = some_.data();\n      break;\n"),
     best("rank-not-reduced", "radix", "        k -= here;\n", ""),
     best("threshold-too-high", "threshold", "std::max(threshold_, least + 1)", "std::max(threshold_, least + (1u << 16))"),

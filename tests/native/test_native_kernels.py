@@ -138,7 +138,7 @@ def test_topk(dtype, size, k):
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["equal", "few values", "rising", "falling", "spikes", "special", "huge"])
+@pytest.mark.parametrize("name", ["equal", "few values", "rising", "falling", "spikes", "runs", "special", "huge"])
 def test_topk_of_hard_rows(dtype, name):
     n, rng = 20000, np.random.default_rng(4)
     scores = {
@@ -147,6 +147,7 @@ def test_topk_of_hard_rows(dtype, name):
         "rising": np.arange(n)[None],
         "falling": -np.arange(n)[None],
         "spikes": np.where(np.arange(n) % 10 == 0, 1e30, np.arange(n) / n)[None],  # what a strided sample mistakes
+        "runs": ((np.arange(n) % ((n - 16) // 63) < 16) * 1e30 + np.arange(n) / n)[None],  # what a sample of runs mistakes
         "special": rng.choice([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0], (1, n)),
         "huge": rng.choice([-1, 1], (1, n)) * 10.0 ** rng.uniform(-38, 38, (1, n)),
     }[name].astype(dtype)

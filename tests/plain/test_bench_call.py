@@ -51,6 +51,8 @@ def test_a_call_is_repeated_on_the_operands_that_were_judged(bindings):
     first = call.run()
     call.repeat(3)()
     assert np.array_equal(call.run(), first) and np.array_equal(call.other(), first)
+    cells = ([c.cell_contents for c in f.__closure__ if isinstance(c.cell_contents, list)] for f in (call.run, call.other))
+    assert not any(np.shares_memory(a, b) for a, b in zip(*(operands for [operands] in cells)))  # else the caches would be warm
 
 
 def test_a_call_that_no_kernel_takes_has_no_work():
@@ -96,6 +98,12 @@ def test_attention_counts_the_keys_that_there_are():
     short = work("sparse_mla,T=2,N=2,C=512,R=64,k=16,scale=0.0625,q_latent:fp32,batch=2*1/8,block_size=16,0")
     long = work("sparse_mla,T=2,N=2,C=512,R=64,k=16,scale=0.0625,q_latent:fp32,batch=2*1/80,block_size=16,0")
     assert (short.flops, long.flops) == (2 * 2 * 2 * 8 * 1088, 2 * 2 * 2 * 16 * 1088)
+
+
+def test_a_row_whose_index_is_none_is_not_read():
+    inputs = build(Case.from_token("check_finite,T=17,V=256,logits:fp32,0"))
+    chosen = np.count_nonzero(inputs.operands["ids"] >= 0)
+    assert 0 < chosen < 17 and Work.of(inputs).bytes == chosen * 256 * 4
 
 
 def test_only_experts_that_were_chosen_are_read():

@@ -74,7 +74,7 @@ HOLDS = {"fp32": math.inf, "bf16": math.inf, "dram": math.inf, "l3": 2.0**25, "l
         (Work(1, 2.0**24, 0, "bfloat16"), False, ("bf16", "l2", "l3")),
         (Work(1, 2.0**19, 2.0**18, "float32"), False, ("fp32", "l2")),
         (Work(1, 2.0**19, 2.0**18, "float32"), True, ("fp32", "dram", "copy")),  # half of it is written
-        (Work(1, 2.0**19, 2.0**10, "float16"), True, ("dram",)),  # no arithmetic that is known
+        (Work(1, 2.0**19, 2.0**10, "float16"), True, ("fp32", "dram")),  # no arithmetic of its own: widened
     ],
 )
 def test_which_limits_can_bind_a_call(work, cold, names):

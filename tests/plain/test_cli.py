@@ -359,7 +359,7 @@ def test_a_policy_that_conformance_does_not_use_is_named_once(run, monkeypatch, 
     for command in (["conform", "--op", "add"], ["replay", "add,T=2,H=7,0"]):
         code, _, err = run(*command, "--backend", "reference")
         notes = [line for line in err.splitlines() if line.startswith("porthal: ")]
-        end = "; conform and replay test the backend's own kernels"
+        end = "; conform, check and replay test the backend's own kernels"
         assert (code, notes) == (0, [f"porthal: not used here: {said}{end}"] if said else [])
 
 

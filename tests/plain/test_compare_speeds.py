@@ -158,6 +158,15 @@ def test_calls_of_no_step_and_without_a_limit_are_compared_too(command_line, tmp
     assert "<h2>One step</h2>" not in text and "a step" not in text and '<span class="soft">inherited</span>' in text
 
 
+def test_steps_of_some_ops_alone_are_called_parts(command_line, tmp_path: Path):
+    data = benchmark_file({"cpu": 0.9}, **ONE)
+    data["porthal"]["workload"]["part"] = True
+    file, html = tmp_path / "a.json", tmp_path / "page.html"
+    file.write_text(json.dumps(sealed(data)))
+    code, out, _ = command_line("compare", file, file, "--html", html)
+    assert code == 0 and "\npart of a step " in out and "<h2>Part of one step</h2>" in html.read_text()
+
+
 def test_files_without_a_call_in_common_are_refused():
     with pytest.raises(UsageError, match=r"^files A and B have no call in common: measure the same workload"):
         comparison(measured({"cpu": 1}, rows=(1,)), measured({"cpu": 1}, rows=(8,)))

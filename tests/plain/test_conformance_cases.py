@@ -9,7 +9,7 @@ import pytest
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.inputs import written_slots
-from porthal.conformance.cases.legal import FAULTS, LAYOUTS, THREADS, VIEWS, elements
+from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, elements
 from porthal.conformance.cases.plan import MANY_ROWS, cases, large
 from porthal.conformance.cases.values import RECIPES, Draw
 from porthal.conformance.execution.outcome import bits
@@ -48,9 +48,10 @@ def test_every_case_is_its_token():
 @pytest.mark.parametrize("op", sorted(contracts()))
 def test_every_op_has_every_kind_of_case(op):
     own = [c for c in BRING_UP if c.op == op]
-    assert {c.view for c in own} - set(LAYOUTS) == {"", *VIEWS, THREADS}
+    assert {c.view for c in own} - {*LAYOUTS, FAR, PAST_2G} == {"", *VIEWS, THREADS}
     assert {c.fault for c in own} >= {"", "dtype", "shape", "kind"}
-    assert {dict(c.dims).get("T", dict(c.dims).get("M", dict(c.dims).get("R"))) for c in own} >= {1, 2, 7, 17}
+    rows = {dict(c.dims).get("T", dict(c.dims).get("M", dict(c.dims).get("R"))) for c in own}
+    assert rows >= {1, 7} and rows & set(range(2, 7)) and rows & set(range(9, 64)) and max(rows) > 256
     recipes = {r for values in contracts()[op].values.values() for r in values[1:]}
     assert {r for c in own for _, r in c.recipes} >= recipes - {"integer"}
     first = next(iter(contracts()[op].dtypes))

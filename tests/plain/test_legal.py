@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from porthal import ops
 from porthal.conformance.cases.boundaries import GRIDS, TILES, UNEVEN, ends, values
+from porthal.conformance.cases.classes import size_class
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import cases
@@ -49,8 +50,11 @@ def test_plans_take_the_ends_of_every_range(op, name, level):
 @pytest.mark.parametrize("level", ["bring-up", "standard"])
 @pytest.mark.parametrize("op", [op for op, c in contracts().items() if "block_size" in c.legal])
 def test_plans_take_pages_of_every_kind(op, level):
+    """One slot, a few, and between powers of two; full tiles, and what leaves a remainder."""
     met = {case.block_size for case in cases(contracts()[op], level)}
-    assert met >= {1, 1024, 16, 48, 64, 256} and (level == "bring-up" or met >= {17, 33, 49, 65, 128, 129, 257, 513})
+    every = {size_class(n) for n in (1, 3, 16, 17, 128, 129, 512, 513)}
+    assert len(every - {size_class(n) for n in met}) <= (level == "bring-up")
+    assert 64 in met and len(met & {1, 16, 17, 48, 65, 128, 256, 257, 1024}) > (3 if level == "bring-up" else 5)
 
 
 def test_properties_draw_anything_legal():

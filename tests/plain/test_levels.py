@@ -127,11 +127,11 @@ def test_what_glm5_does_not_need_may_be_left_to_others():
 
 def test_what_the_backends_arrays_leave_out_is_not_required(monkeypatch):
     monkeypatch.setattr("porthal.conformance.execution.bindings.verify", lambda backend: None)  # NumPy's have strides
-    dense = made(sample=truth("sample"), traits=Traits(strides=False))
-    wanted = required(contracts()["sample"], "bring-up")
+    dense = made(topk=truth("topk"), traits=Traits(strides=False))
+    wanted = required(contracts()["topk"], "bring-up")
     n = sum(not left_out(case, dense) for case in wanted)
     assert n < len(wanted)
-    found = level_of(dense, "sample")
+    found = level_of(dense, "topk")
     assert found == Reached("bring-up", "", n, n, n)
 
 

@@ -8,13 +8,14 @@ import pytest
 from porthal.conformance.selftest.outside import PARTS, Score, Tried, attempt, outside, self_test
 from porthal.conformance.selftest.page import ESCAPES
 from porthal.conformance.selftest.page import by_others as section
-from porthal.conformance.selftest.planting import edited
+from porthal.conformance.selftest.planting import SOURCES, edited
 from porthal.hal import UsageError, contracts
 
 
 def test_every_edit_applies():
-    """Each snippet stands exactly once, and what comes of it is Python."""
+    """Each snippet stands exactly once in a source that is there, be it C++; what comes of Python is Python."""
     for d in outside().values():
+        assert d.source in SOURCES, f"{d.key}: there is no source {d.source} any more; renew the edit"
         planted = edited(d.source, d.edits, d.key)
         if not d.native:
             compile(planted, d.key, "exec")

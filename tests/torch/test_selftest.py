@@ -56,7 +56,9 @@ def test_every_edit_applies():
         assert d.native or planted(d).name == "planted"
         assert edited(d.source, ((d.old, d.new),), d.key)
     for v in variants():
-        if v.edits and v.source not in compiled.SOURCES:
+        if v.source in compiled.SOURCES:
+            assert edited(v.source, v.edits, v.key)
+        elif v.edits:
             plant(v.key, v.source, *v.edits)
 
 
@@ -88,11 +90,11 @@ def test_cpp_is_compiled_as_the_real_kernels_are():
 
 
 def test_cpp_that_does_not_compile_is_an_error(monkeypatch):
-    broken = Defect("topk", "broken", "none", "    n = kept;\n", "    n = lost;\n", source="topk.cpp")
+    broken = Defect("topk", "broken", "none", "*low = *high = keys[0];", "*low = *high = lost;", source="selection.cpp")
     with pytest.raises(UsageError, match=r"^topk/broken: the edited source does not compile; renew the edit: .*lost"):
         planted(broken)
-    with pytest.raises(UsageError, match=r"x: its snippet stands 0 times in topk\.cpp, expected once"):
-        edited("topk.cpp", (("no such line", ""),), "x")
+    with pytest.raises(UsageError, match=r"x: its snippet stands 0 times in selection\.cpp, expected once"):
+        edited("selection.cpp", (("no such line", ""),), "x")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ constexpr int kMostVectors = 2;
 #endif
 // Keys of a tile with V vectors of heads: each has a pointer, and those need registers too. All divide kTiled.
 template <int V>
-constexpr int kKeys = V > 2 || kSums / V < 12 ? 6 : 12;
-constexpr std::int64_t kTiled = 12;
+constexpr int kKeys = V == 1 ? 8 : V == 2 && kSums == 24 ? 12 : 6;
+constexpr std::int64_t kTiled = 24;
 constexpr std::int64_t kLine = 16;                      // words of a cache line
 
 // How words are multiplied.

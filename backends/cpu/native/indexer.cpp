@@ -44,9 +44,9 @@ void pack(const IndexerDims& d, const T* iq, std::ptrdiff_t stride, const T* wei
 // of_key[k] (+)= weights * max(0, key . queries), lanes are heads.
 template <class M, int V>
 void products(const char* const* keys, const char* const* next, std::int64_t bytes, std::int64_t words, const Word* queries,
-              const float* weights, U last, bool first, F* of_key) {
+              const float* weights, U last, bool first, std::int64_t count, F* of_key) {
   constexpr int Keys = kKeys<V>;
-  for (std::int64_t k = 0; k < kIndexerKeys; k += Keys) {
+  for (std::int64_t k = 0; k < count; k += Keys) {
     F sums[Keys][V];
 #pragma GCC unroll 12
     for (int m = 0; m < Keys; ++m)
@@ -95,18 +95,17 @@ inline void totals(const F* v, float* to) {
 }
 
 template <class M, class T>
-void scores(const IndexerDims& d, const T* const* keys, const T* const* following, float* wide, const float* packed,
+void scores(const IndexerDims& d, const char* const* keys, const char* const* following, float* wide, const float* packed,
             std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride) {
-  const char *key[kIndexerKeys], *next[kIndexerKeys];
-  const bool copied = sizeof(T) == 2 && M::kPer == 1;
-  for (std::int64_t k = 0; k < kIndexerKeys; ++k) {
-    key[k] = reinterpret_cast<const char*>(keys[k]);
-    next[k] = reinterpret_cast<const char*>(following[k]);
-    if (copied) {
+  const char* copies[kIndexerKeys];
+  const char* const* key = keys;
+  if (sizeof(T) == 2 && M::kPer == 1) {
+    for (std::int64_t k = 0; k < kIndexerKeys; ++k) {
       float* const row = wide + k * up(d.width, kLanes);
-      widen_row(keys[k], d.width, row);
-      key[k] = reinterpret_cast<const char*>(row);
+      widen_row(reinterpret_cast<const T*>(keys[k]), d.width, row);
+      copies[k] = reinterpret_cast<const char*>(row);
     }
+    key = copies;
   }
   using Products = decltype(&products<M, 1>);
   static constexpr Products kProducts[] = {
@@ -122,16 +121,17 @@ void scores(const IndexerDims& d, const T* const* keys, const T* const* followin
   const std::int64_t words = d.width / M::kPer;
   for (std::int64_t t = 0; t < rows; ++t) {
     if (visible[t] <= 0) continue;
+    const std::int64_t count = visible[t] < kIndexerKeys ? up(visible[t], kTiled) : kIndexerKeys;
     const Row<M> row(d, const_cast<float*>(packed), t);
     F of_key[kIndexerKeys];
     for (std::int64_t p = 0; p < heads.panels; ++p) {
       const std::int64_t begin = heads.first(p), width = heads.first(p + 1) - begin;
-      kProducts[width - 1](key, t ? key : next, t ? sizeof(Word) : sizeof(T) * M::kPer, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
-                           p + 1 < heads.panels ? all : last, p == 0, of_key);
+      kProducts[width - 1](key, t ? key : following, t ? sizeof(Word) : sizeof(T) * M::kPer, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
+                           p + 1 < heads.panels ? all : last, p == 0, count, of_key);
     }
     alignas(64) float sums[kIndexerKeys];
-    for (std::int64_t k = 0; k < kIndexerKeys; k += kLanes) totals(of_key + k, sums + k);
-    for (std::int64_t k = 0; k < kIndexerKeys; k += kLanes) store(sums + k, load(sums + k) * d.scale);
+    for (std::int64_t k = 0; k < count; k += kLanes) totals(of_key + k, sums + k);
+    for (std::int64_t k = 0; k < count; k += kLanes) store(sums + k, load(sums + k) * d.scale);
     std::memcpy(out + t * stride, sums, (visible[t] < kIndexerKeys ? visible[t] : kIndexerKeys) * sizeof(float));
   }
 }

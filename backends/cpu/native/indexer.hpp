@@ -22,7 +22,7 @@ struct IndexerLoops {
                float* wide, float* packed);
   // Scores of kIndexerKeys keys for packed rows; of row i the first visible[i] are written, to out + i * stride. Meanwhile
   // fetches the following keys.
-  void (*scores)(const IndexerDims&, const T* const* keys, const T* const* following, float* wide, const float* packed,
+  void (*scores)(const IndexerDims&, const char* const* keys, const char* const* following, float* wide, const float* packed,
                  std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride);
 };
 
@@ -82,7 +82,7 @@ class Scorer {
     }
     if (most == 0) return;
     if (fresh) pack(group, wide, packed);
-    const T *keys[2][kIndexerKeys];
+    const char *keys[2][kIndexerKeys];
     locate(group.request, begin, begin + most, keys[0]);
     int now = 0;
     for (std::int64_t at = begin; at < begin + most; at += kIndexerKeys, now = 1 - now) {
@@ -122,12 +122,12 @@ class Scorer {
   }
 
   // The keys of a block of positions; the last fills the block.
-  void locate(std::int64_t request, std::int64_t begin, std::int64_t end, const T** to) const {
+  void locate(std::int64_t request, std::int64_t begin, std::int64_t end, const char** to) const {
     std::int64_t k = 0;
     for (std::int64_t position = begin; position < std::min(end, begin + kIndexerKeys);) {
       const std::int64_t size = requests_.block_size(), slot = requests_.slot(request, position);
       const std::int64_t run = std::min({end, begin + kIndexerKeys, (position / size + 1) * size}) - position;
-      for (std::int64_t i = 0; i < run; ++i) to[k++] = keys_.row<T>(slot + i);
+      for (std::int64_t i = 0; i < run; ++i) to[k++] = reinterpret_cast<const char*>(keys_.row<T>(slot + i));
       position += run;
     }
     std::fill(to + k, to + kIndexerKeys, to[k - 1]);

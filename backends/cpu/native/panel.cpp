@@ -17,7 +17,7 @@ constexpr int kHalf = 2 * kLanes, kPanel = 2 * kHalf;
 // Up to kTileRows rows read a panel as one stream, which the hardware fetches ahead best. More pass over it in blocks: in
 // tiles of one half, or of both where rows are many enough to hide the fetching of the next block.
 constexpr std::int64_t kWideRows = kTileRows == 12 ? 21 : INT64_MAX;
-constexpr std::int64_t kSteps = 64, kWideSteps = 256;  // in depth of a block
+constexpr std::int64_t kSteps = kTileRows == 12 ? 64 : 256, kWideSteps = 256;  // in depth of a block
 constexpr std::int64_t kJump = 32;                     // cache lines of the next panel that a stream fetches
 
 // One step in depth of a tile: sums += a[m] * the panel's next group. Vectors 2 and 3 are those of the second half.
@@ -44,6 +44,7 @@ inline void step(const Row<T>* const* a, const T* panel, std::int64_t apart, std
     for (int odd = 0; odd < 2; ++odd) {
       F b[Vectors];
       for (int j = 0; j < Vectors; ++j) {
+        if (odd) asm("" : "+r"(at[j]));  // read again: kept in a register it would cost one that sums need
         const U pairs = load_raw<U>(at[j]);
         b[j] = (F)(odd ? pairs & 0xffff0000u : pairs << 16);
       }
@@ -120,6 +121,13 @@ void multiply(const void* const* rows, std::int64_t count, const T* panel, std::
   const auto a = reinterpret_cast<const Row<T>* const*>(rows);
   const std::int64_t apart = depth * kHalf, halves = used > kHalf ? 2 : 1;
   const auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
+#if !defined(__AVX512F__) && !defined(__aarch64__)
+  // The sums of a few rows of one half are too few to hide how long an addition takes.
+  if (count <= 3 && halves == 2) {
+    constexpr Tile<T> kBoth[] = {tile<T, 1, 4>, tile<T, 2, 4>, tile<T, 3, 4>};
+    return kBoth[count - 1](a, panel, apart, 0, depth, sums, nullptr, 0);
+  }
+#endif
   if (count <= kTileRows) {
     for (std::int64_t h = 0; h < halves; ++h) {
       const bool last = following && h + 1 == halves;  // the hardware needs a while to follow where the stream jumps to
@@ -199,7 +207,16 @@ inline void transpose(U (&v)[kLanes]) {
   }
 }
 
-// float and pairs of bf16 are words; fp16 is read in pairs and parted.
+// A line of packed words. Nobody reads them soon, so where they fill a cache line it is not read before it is written.
+inline void write(void* to, U words) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)words);
+#else
+  std::memcpy(to, &words, sizeof words);
+#endif
+}
+
+// float and pairs of bf16 are words; fp16 is read in pairs and parted. Too many rows for the hardware to fetch ahead.
 template <class T>
 void pack(const T* const* rows, std::int64_t n, T* half) {
   constexpr std::int64_t kWord = 4 / sizeof(T), kColumns = kLanes * kWord;
@@ -208,7 +225,11 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
     for (int part = 0; part < 2; ++part) {
       U v[kLanes];
       if (some == kColumns)
-        for (int r = 0; r < kLanes; ++r) v[r] = load_raw<U>(rows[part * kLanes + r] + k);
+        for (int r = 0; r < kLanes; ++r) {
+          const T* const from = rows[part * kLanes + r] + k;
+          __builtin_prefetch(reinterpret_cast<const char*>(from) + 512, 0, 2);
+          v[r] = load_raw<U>(from);
+        }
       else
         for (int r = 0; r < kLanes; ++r) {
           v[r] = U{};
@@ -218,7 +239,7 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
       T* const to = half + k * kHalf + part * kLanes * kGroup<T>;
       for (std::int64_t c = 0; c * kWord < some; ++c)
         if constexpr (kGroup<T> * sizeof(T) == 4) {
-          std::memcpy(to + c * kHalf * kGroup<T>, &v[c], sizeof(U));
+          write(to + c * kHalf * kGroup<T>, v[c]);
         } else {
           const S first = narrow(v[c] & 0xffffu), second = narrow(v[c] >> 16);
           std::memcpy(to + 2 * c * kHalf, &first, sizeof first);
@@ -226,6 +247,9 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
         }
     }
   }
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>

@@ -10,8 +10,10 @@ struct AngleLoops {
 
 template <class T>
 struct RopeLoops {
-  // y = x * c + partner * s, where the partner of j is j ^ 1 if interleaved, else j + width / 2 modulo width.
-  void (*rotate[2])(const T* x, const float* c, const float* s, T* y, std::int64_t width);
+  // y = x * c + partner * s, where the partner of j is j ^ 1 if interleaved, else j + width / 2 modulo width; for some heads,
+  // whose rows lie x_step bytes apart, and y_step elements.
+  void (*rotate[2])(const T* x, std::int64_t heads, std::ptrdiff_t x_step, const float* c, const float* s, T* y,
+                    std::int64_t y_step, std::int64_t width);
 };
 
 }  // namespace porthal
@@ -49,27 +51,41 @@ inline F swapped(F v) { return __builtin_shuffle(v, I{1, 0, 3, 2}); }
 #endif
 
 template <class T>
-void interleaved(const T* x, const float* c, const float* s, T* y, std::int64_t width) {
-  std::int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
-    const F v = load(x + j);
-    store(y + j, v * load(c + j) + swapped(v) * load(s + j));
-  }
-  if (j < width) {
-    const F v = load_some(x + j, width - j);
-    store_some(y + j, v * load_some(c + j, width - j) + swapped(v) * load_some(s + j, width - j), width - j);
+inline const T* at(const T* x, std::ptrdiff_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(x) + bytes);
+}
+
+template <class T>
+void interleaved(const T* x, std::int64_t heads, std::ptrdiff_t x_step, const float* c, const float* s, T* y,
+                 std::int64_t y_step, std::int64_t width) {
+  for (std::int64_t j = 0; j < width; j += kLanes) {  // the factors of some elements stay while the heads pass
+    const std::int64_t some = width - j < kLanes ? width - j : kLanes;
+    const F cosine = load_some(c + j, some), sine = load_some(s + j, some);
+    if (some == kLanes) {
+      for (std::int64_t n = 0; n < heads; ++n) {
+        const F v = load(at(x, n * x_step) + j);
+        store(y + n * y_step + j, v * cosine + swapped(v) * sine);
+      }
+    } else {
+      for (std::int64_t n = 0; n < heads; ++n) {
+        const F v = load_some(at(x, n * x_step) + j, some);
+        store_some(y + n * y_step + j, v * cosine + swapped(v) * sine, some);
+      }
+    }
   }
 }
 
 template <class T>
-void half(const T* x, const float* c, const float* s, T* y, std::int64_t width) {
-  const std::int64_t n = width / 2;
-  for (std::int64_t j = 0; j < n; j += kLanes) {
-    const std::int64_t some = n - j < kLanes ? n - j : kLanes;
-    const F u = load_some(x + j, some), v = load_some(x + n + j, some);
-    store_some(y + j, u * load_some(c + j, some) + v * load_some(s + j, some), some);
-    store_some(y + n + j, v * load_some(c + n + j, some) + u * load_some(s + n + j, some), some);
-  }
+void half(const T* x, std::int64_t heads, std::ptrdiff_t x_step, const float* c, const float* s, T* y, std::int64_t y_step,
+          std::int64_t width) {
+  const std::int64_t m = width / 2;
+  for (std::int64_t n = 0; n < heads; ++n, x = at(x, x_step), y += y_step)
+    for (std::int64_t j = 0; j < m; j += kLanes) {
+      const std::int64_t some = m - j < kLanes ? m - j : kLanes;
+      const F u = load_some(x + j, some), v = load_some(x + m + j, some);
+      store_some(y + j, u * load_some(c + j, some) + v * load_some(s + j, some), some);
+      store_some(y + m + j, v * load_some(c + m + j, some) + u * load_some(s + m + j, some), some);
+    }
 }
 
 }  // namespace
@@ -141,15 +157,16 @@ void run(const Array& x, const Matrix& positions, const Frequencies& frequencies
     for (std::int64_t t = begin; t < end; ++t) {
       factors.make(frequencies, positions.at<std::int32_t>(0, t), interleaved);
       const Matrix rows{x.data + t * x.strides[0], heads, size, x.strides[1], x.strides[2]};
-      T* out = y + t * heads * size;
-      for (std::int64_t n = 0; n < heads; ++n, out += size) {
+      const float *const c = factors.c.data(), *const s = factors.s.data();
+      T* const out = y + t * heads * size;
+      for (std::int64_t n = 0; n < heads && (width < size || !rows.packed<T>()); ++n) {
         const T* const row = rows.dense_row<T>(n, copy);
-        if (width < size) {
-          std::memcpy(out, row, start * sizeof(T));
-          std::memcpy(out + start + width, row + start + width, (size - start - width) * sizeof(T));
-        }
-        rotate(row + start, factors.c.data(), factors.s.data(), out + start, width);
+        T* const to = out + n * size;
+        std::memcpy(to, row, start * sizeof(T));
+        std::memcpy(to + start + width, row + start + width, (size - start - width) * sizeof(T));
+        if (!rows.packed<T>()) rotate(row + start, 1, 0, c, s, to + start, size, width);
       }
+      if (rows.packed<T>()) rotate(rows.row<T>(0) + start, heads, rows.row_stride, c, s, out + start, size, width);
     }
   });
 }

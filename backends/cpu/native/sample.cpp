@@ -19,13 +19,11 @@ struct Bound {
   std::int64_t index;
 };
 
-struct Extent {
-  float top, low;  // of a row: the highest, NaN aside; the lowest above -inf
-};
-
 template <class T>
 struct SampleLoops {  // one row of n
-  Extent (*extent)(const T* x, std::int64_t n);
+  float (*highest)(const T* x, std::int64_t n);  // NaN aside
+  // Of `count` elements that lie evenly in the row, as floats.
+  void (*sample)(const T* x, std::int64_t n, float* some, std::int64_t count);
   // masses[kCopies][kBins] += the weight of each element, or 1 of each that is above -inf.
   void (*fill)(const T* x, std::int64_t n, const Scale& scale, bool ones, double* masses);
   // The elements from `least` on that fall in bins first to last, in the order of indices; returns how many. Room for n + 16.
@@ -63,19 +61,22 @@ inline I bin_of(F v, const Scale& scale) {
 }
 
 template <class T>
-Extent extent(const T* x, std::int64_t n) {
-  F top = F{} - kInfinity, low = F{} + kInfinity;
-  for (std::int64_t i = 0; i < n; i += kLanes) {
-    const F v = load_at_most(x + i, n - i);
-    top = v > top ? v : top;
-    low = v < low && v > -kInfinity ? v : low;
-  }
-  Extent found = {-kInfinity, kInfinity};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    found.top = top[lane] > found.top ? top[lane] : found.top;
-    found.low = low[lane] < found.low ? low[lane] : found.low;
-  }
+float highest(const T* x, std::int64_t n) {
+  F top[4];
+  for (int j = 0; j < 4; ++j) top[j] = F{} - kInfinity;
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) top[j] = at_least(load(x + i + j * kLanes), top[j]);
+  for (; i < n; i += kLanes) top[0] = at_least(load_at_most(x + i, n - i), top[0]);
+  float found = -kInfinity;
+  for (int j = 0; j < 4; ++j)
+    for (int lane = 0; lane < kLanes; ++lane) found = top[j][lane] > found ? top[j][lane] : found;
   return found;
+}
+
+template <class T>
+void sample(const T* x, std::int64_t n, float* some, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) some[i] = load_some(x + i * n / count, 1)[0];
 }
 
 template <class T>
@@ -104,9 +105,10 @@ std::int64_t collect(const T* x, std::int64_t n, const Scale& scale, std::int64_
   std::int64_t found = 0;
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const F v = without_nan(load_at_most(x + i, n - i));
+    const I high = (v >= least) & (v > -kInfinity);
+    if (!any(high)) continue;
     const I bin = bin_of(v, scale);
-    const I keep = (bin >= static_cast<std::int32_t>(first)) & (bin <= static_cast<std::int32_t>(last)) & (v >= least) &
-                   (v > -kInfinity);
+    const I keep = (bin >= static_cast<std::int32_t>(first)) & (bin <= static_cast<std::int32_t>(last)) & high;
     if (!any(keep)) continue;
     const F weight = weight_of(v, scale);
 #if defined(__AVX512F__)
@@ -156,7 +158,7 @@ double rest(const T* x, std::int64_t begin, std::int64_t end, const Scale& scale
 
 template <class T>
 constexpr SampleLoops<T> loops() {
-  return {extent<T>, fill<T>, collect<T>, rest<T>};
+  return {highest<T>, sample<T>, fill<T>, collect<T>, rest<T>};
 }
 
 }  // namespace
@@ -178,6 +180,7 @@ PORTHAL_TABLES(PerFloat<SampleLoops>, sample_loops)
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+constexpr std::int64_t kSome = 1024;
 
 struct Candidate {
   std::uint64_t order;  // falling logits, then rising indices
@@ -212,14 +215,19 @@ class Drawn {
     x_ = row;
     n_ = n;
     loops_ = &sample_loops(isa()).of(row);
-    const Extent found = loops_->extent(row, n);
-    certain = temperature == 0 || !(found.top < kInfinity) || found.top == -kInfinity;
+    const float top = loops_->highest(row, n);
+    certain = temperature == 0 || !(top < kInfinity) || top == -kInfinity;
     if (certain) {
       only = logit_loops(isa()).of(row).argmax(row, n);
       return;
     }
-    const float inverse = 1.0f / temperature, span = std::min(found.top - found.low, 40.0f * temperature);
-    scale = {found.top, inverse, span > 0 ? static_cast<float>(kBins - 1) / span : 0.0f};
+    // The bins reach down to the lowest of some elements: those below it, a few, share the last one.
+    some_.resize(std::min(n, kSome));
+    loops_->sample(row, n, some_.data(), static_cast<std::int64_t>(some_.size()));
+    float low = top;
+    for (const float v : some_) low = v < low && v > -kInfinity ? v : low;
+    const float span = std::min(top - low, 40.0f * temperature);
+    scale = {top, 1.0f / temperature, span > 0 ? static_cast<float>(kBins - 1) / span : 0.0f};
     last = {-kInfinity, 0};
     filled_ = false;
     const bool few = top_k > 0 && n >= 4096 && top_k <= n / 16;
@@ -301,7 +309,7 @@ class Drawn {
   double total_ = 0;
   std::vector<double> bins_, sums_;
   std::vector<Candidate> list_, kept_;
-  std::vector<float> values_, weights_;
+  std::vector<float> values_, weights_, some_;
   std::vector<std::uint32_t> indices_;
 
   std::int64_t collect(std::int64_t first, std::int64_t last_bin, float least) {
@@ -322,14 +330,12 @@ class Drawn {
 
   // The k highest in order, with their mass; false where a guess from some of them was too high.
   bool take_highest(std::int64_t k) {
-    constexpr std::int64_t kSample = 1024;
-    float sample[kSample];
-    for (std::int64_t i = 0; i < kSample; ++i) sample[i] = loops_->extent(x_ + i * n_ / kSample, 1).top;
-    const double expected = static_cast<double>(k) * kSample / n_;
-    const std::int64_t rank = std::min<std::int64_t>(kSample - 1, static_cast<std::int64_t>(expected + 4 * __builtin_sqrt(expected) + 4));
-    std::nth_element(sample, sample + rank, sample + kSample, [](float a, float b) { return a > b; });
-    if (sample[rank] == -kInfinity) return false;
-    const std::int64_t found = collect(0, kBins - 1, sample[rank]);
+    const double expected = static_cast<double>(k) * kSome / n_;
+    const auto rank = some_.begin() + std::min<std::int64_t>(kSome - 1, expected + 4 * __builtin_sqrt(expected) + 4);
+    for (float& v : some_) v = v > -kInfinity ? v : -kInfinity;
+    std::nth_element(some_.begin(), rank, some_.end(), [](float a, float b) { return a > b; });
+    if (*rank == -kInfinity) return false;
+    const std::int64_t found = collect(0, kBins - 1, *rank);
     if (found < k) return false;
     listed(found);
     const auto before = [](const Candidate& a, const Candidate& b) { return a.order < b.order; };

@@ -170,10 +170,32 @@ inline F exp(F x) {
   return p * (F)(((U)shifted + (127u - 0x4b400000u)) << 23);
 }
 
-// exp for x <= 0, with an end: 0 where it would be subnormal.
+// exp for x <= 0, with an end: 0 far down; NaN passes through.
 inline F exp_down(F x) {
+#if defined(__AVX512F__)
+  x = at_least(F{} - 200.0f, x);
+  const F n = (F)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (F)_mm512_maskz_scalef_ps(0xffff, (__m512)(p * (r * r) + r + 1.0f), (__m512)n);
+#else
   const F e = exp(x);
   return x < -87.3f ? F{} : e;
+#endif
+}
+
+// 1 / x for x of 1 to 2, to the last bit or the one before.
+inline F inverse(F x) {
+#if defined(__AVX512F__)
+  const F guess = (F)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return guess + guess * (1.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
 }
 
 inline F magnitude(F x) { return (F)((U)x & 0x7fffffffu); }
@@ -181,7 +203,7 @@ inline F magnitude(F x) { return (F)((U)x & 0x7fffffffu); }
 // 1 / (1 + exp(-x)), right for any x; NaN passes through.
 inline F sigmoid(F x) {
   const F e = exp_down(-magnitude(x));
-  return (x < 0.0f ? e : F{} + 1.0f) / (1.0f + e);
+  return (x < 0.0f ? e : F{} + 1.0f) * inverse(1.0f + e);
 }
 
 }  // namespace

@@ -422,7 +422,7 @@ struct Mla {
   void block(std::int64_t t, std::int64_t i, MlaKeys<T>& to) const {
     to.count = 0;
     if (i >= blocks(t)) return;
-    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 12) * 12, begin = i * size;
+    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 24) * 24, begin = i * size;
     const std::int64_t request = requests.of_row(t);
     to.count = std::min(keys(t) - begin, size);
     for (std::int64_t k = 0; k < to.count; ++k) {

@@ -1,0 +1,25 @@
+"""Which backend a command is about."""
+
+from __future__ import annotations
+
+import os
+
+from porthal.cli import text
+from porthal.hal import UsageError
+
+
+def named(backend: str | None, emulated: bool) -> str:
+    """The selected backend's name; one that can be emulated where that is asked for."""
+    from porthal.hal import emulatable, selected
+
+    name = (backend or "").partition(":")[0]
+    if emulated and name not in emulatable():
+        raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(emulatable())}")
+    return backend or selected()[0]
+
+
+def tested(backend: str | None, emulated: bool) -> str:
+    """The name of a backend whose kernels are tested as they are; says that a fallback is not used for that."""
+    if (given := os.environ.get("PORTHAL_FALLBACK", "error")) != "error":
+        text.note(f"porthal: not used here: PORTHAL_FALLBACK={given}; conform, check and replay test the backend's own kernels")
+    return named(backend, emulated)

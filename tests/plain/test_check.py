@@ -1,0 +1,178 @@
+"""The minute's look at a port: the stored curve is the checkpoint's, mistakes leave it, and one verdict says so."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from porthal import conformance
+from porthal.backends.reference.backend import Reference
+from porthal.conformance.diff import check, curve
+from porthal.conformance.diff.curve import Probe, probes, stored
+from porthal.conformance.report.facts import Facts
+from porthal.hal import bind, contracts, create
+from porthal.model.evaluate import logprobs
+from porthal.model.load import DEMO, load
+from tests.plugins import install, installed
+
+TEXT = "multi-byte text"
+
+
+def bits(backend=None, text=TEXT, dtype=curve.DTYPE, most=1024):
+    model = load(DEMO, bind(backend=backend or Reference()), dtype=dtype)
+    ids = list(stored().texts[text].encode())[:most]
+    return [-x / math.log(2) for x in logprobs(model, ids, len(ids))]
+
+
+def chip(**members):
+    return type("Made", (Reference,), {"name": "made", **members})()
+
+
+# -- the curve ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_stored_curve_is_that_of_the_checkpoint():
+    assert bits(dtype="float32") == pytest.approx(stored().curve.bits[TEXT], abs=2e-3)
+    known = stored()
+    assert set(known.texts) == set(known.curve.bits) == set(known.typical) == set(known.stretch)
+    for name, text in known.texts.items():
+        assert len(known.curve.bits[name]) == min(len(text.encode()), 1024) - 1
+    assert sum(byte > 127 for byte in known.texts[TEXT].encode()) > 100
+    assert len(known.curve.accepted) == curve.DRAFTS and 0.4 < min(known.curve.accepted) < max(known.curve.accepted) < 1
+
+
+def test_the_curve_goes_past_what_sparse_attention_selects():
+    assert len(stored().texts["source code"].encode()) >= 1024 > 4 * 128
+
+
+def truth(op):
+    return create("reference").derive(contracts()[op])
+
+
+def signed_bytes(self, ids, table):
+    return truth("embedding")(np.where(ids > 127, 256 - ids, ids), table)
+
+
+def without_the_gain(self, x, weight, *, eps=1e-5):
+    return truth("rms_norm")(x, np.ones_like(weight), eps=eps)
+
+
+def of_another_scale(self, *args, scale, **attrs):
+    return truth("sparse_mla")(*args, scale=0.5 * scale, **attrs)
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "text"),
+    [
+        ("embedding", signed_bytes, TEXT),
+        ("rms_norm", without_the_gain, "source code"),
+        ("sparse_mla", of_another_scale, "source code"),
+    ],
+)
+def test_a_mistake_leaves_the_curve(op, kernel, text):
+    theirs = stored().curve.bits[text]
+    typical, stretch = curve._apart(bits(chip(**{op: kernel}), text), theirs)
+    assert typical > stored().typical[text] or stretch > stored().stretch[text]
+
+
+def test_rounding_does_not_leave_it():
+    typical, stretch = curve._apart(bits(), stored().curve.bits[TEXT])
+    assert 0 < typical <= stored().typical[TEXT] and 0 < stretch <= stored().stretch[TEXT]
+
+
+def test_each_part_is_judged_apart():
+    known = stored()
+    assert [p.holds for p in probes(known.curve, known)] == [True] * 3
+
+    def found(**changes):
+        return {p.name: p.holds for p in probes(replace(known.curve, **changes), known)}
+
+    code = list(known.curve.bits["source code"])
+    everywhere = [b + 1.1 * known.typical["source code"] for b in code]
+    assert found(bits=known.curve.bits | {"source code": everywhere}) == {"source code": False, TEXT: True, "MTP": True}
+    at_the_end = code[:-63] + [b + 1.1 * known.stretch["source code"] for b in code[-63:]]
+    assert found(bits=known.curve.bits | {"source code": at_the_end}) == {"source code": False, TEXT: True, "MTP": True}
+    lower = [*known.curve.accepted[:-1], known.curve.accepted[-1] - 1.1 * known.accepted]
+    assert found(accepted=lower) == {"source code": True, TEXT: True, "MTP": False}
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The calls of one op, and a curve that is said."""
+    all_calls, said = check._calls, [Probe("source code", True, "as it should be")]
+    monkeypatch.setattr(check, "_calls", lambda model: [c for c in all_calls(model) if c.op == "rms_norm"])
+    monkeypatch.setattr(check, "_curve", lambda backend, emulated: said)
+    return said
+
+
+def test_one_verdict_and_one_exit_code(command_line, few):
+    code, out, _ = command_line("check", "--backend", "reference")
+    said = r"^calls: (\d+) of \1 pass, in the sizes of glm-5 and of the demo checkpoint \(\1 own\)$"
+    assert code == 0 and re.search(said, out, re.M)
+    assert "source code: as it should be\nreference (hardware) in bfloat16 computes what it should, as far as " in out
+    few[:] = [Probe("source code", False, "off")]
+    code, out, _ = command_line("check", "--backend", "reference")
+    assert code == 1 and "source code: NOT as it must be, off\n" in out
+    assert out.endswith("reference (hardware) in bfloat16 does not compute what it should: source code\n")
+
+
+WRONG = """
+    from porthal.backends.reference.backend import Reference
+
+    class Chip(Reference):
+        def rms_norm(self, x, weight, *, eps=1e-5):
+            y = self.empty(x.shape, x.dtype.name)
+            y[...] = x
+            return y
+"""
+
+
+def test_a_wrong_kernel_and_a_chip_without_one(command_line, few, tmp_path: Path):
+    install(tmp_path, "wrong", backend=WRONG)
+    install(tmp_path, "empty")
+    with installed(tmp_path):
+        code, out, _ = command_line("check", "--backend", "wrong")
+        assert code == 1 and out.count("FAIL_VALUE: rms_norm: ") == 1 and "  porthal replay 'rms_norm," in out
+        assert out.endswith("wrong (hardware) in bfloat16 does not compute what it should: calls\n")
+        code, out, _ = command_line("check", "--backend", "empty")
+        assert code == 2 and out.endswith("has no own kernel among these calls: nothing of the chip was tested\n")
+
+
+DYING = """
+    import os
+
+    from porthal.backends.reference.backend import Reference
+
+    class Chip(Reference):
+        def embedding(self, ids, table):
+            {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "said"), [("os._exit(3)", "exited with code 3"), ("raise OSError('no device')", "no device (backend.py:8)")]
+)
+def test_what_stops_the_demo_checkpoint_is_said(tmp_path: Path, does, said):
+    install(tmp_path, "dying", backend=DYING.format(does))
+    with installed(tmp_path):
+        [probe] = check._curve("dying", False)
+    assert (probe.name, probe.holds) == ("the demo checkpoint", False) and said in probe.words
+
+
+def test_what_is_waived_or_not_claimed_is_no_pass():
+    report = conformance.run("reference", ["add"], dtypes=["bfloat16"], isolate=False)
+    facts = Facts.of(Reference())
+    made = check.Check("reference", facts, "glm-5", report.results, (), 1.0)
+    assert made.exit_code == 0
+    for verdict in ("WAIVED", "UNCLAIMED", "FAIL_VALUE"):
+        other = replace(report.results[0], verdict=verdict, message="of this kind")
+        made = check.Check("reference", facts, "glm-5", (other, *report.results[1:]), (), 1.0)
+        assert made.exit_code == 1 and f"  {verdict}: add: of this kind" in made.lines()
