@@ -181,7 +181,7 @@ def _selection(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch
         length = np.where(np.arange(T) % 2 == 0, 0, length)
     indices = np.full((T, k), -1, np.int32)
     for t in range(T):
-        indices[t, : length[t]] = Draw(f"{draw.key}/{t}", (1,)).order(int(visible[t]))[: length[t]]
+        indices[t, : length[t]] = Draw(f"{draw.key}/{t}", (1,)).order(int(visible[t]), int(length[t]))
     return Selection(SelectionSpec(T, k), Rows(indices, length.astype(np.int32)))
 
 

@@ -74,9 +74,13 @@ class Draw:
             made -= 3 * (2**21 - 1) * 2.0**-21
         return out.reshape(self.shape)
 
-    def order(self, n: int) -> Array:
-        """A permutation of n numbers."""
-        return np.argsort(Draw(self.key, (n,)).words("order"), kind="stable")
+    def order(self, n: int, first: int | None = None) -> Array:
+        """A permutation of n numbers, or the first so many of it."""
+        words = Draw(self.key, (n,)).words("order")
+        if first is None or not 0 < first < n // 4:
+            return np.argsort(words, kind="stable")[:first]
+        least = np.flatnonzero(words <= np.partition(words, first - 1)[first - 1])
+        return least[np.argsort(words[least], kind="stable")][:first]
 
 
 Generator = Callable[[Draw], Array]

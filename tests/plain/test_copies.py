@@ -11,6 +11,7 @@ from porthal.conformance.cases.compositions import Request, requests, spelled
 from porthal.conformance.cases.copies import build, repeats
 from porthal.conformance.cases.domain import per_expert
 from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.values import Draw
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.judgement.golden import Golden
 from porthal.conformance.runner.check import check
@@ -153,3 +154,10 @@ def test_what_cannot_be_copied_is_refused(token, why):
 def test_the_order_of_copies_depends_on_its_name_alone():
     assert repeats(12, 3, "a").tolist() == repeats(12, 3, "a").tolist() != repeats(12, 3, "b").tolist()
     assert repeats(12, 3, "a")[:3].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 1000])
+def test_the_first_of_a_permutation_are_those_of_the_whole(n: int) -> None:
+    draw = Draw("sparse_mla,0/sel/3", (1,))
+    assert sorted(whole := draw.order(n).tolist()) == list(range(n))
+    assert all(draw.order(n, first).tolist() == whole[:first] for first in (0, 1, 3, 52, n))
