@@ -79,8 +79,8 @@ def package_files(package: str) -> tuple[Path, ...]:
 
 
 def _files(package: str) -> set[Path]:
-    home = Path(str(sys.modules[package].__file__)).parent
-    folders = home, *home.glob("*/")  # porthal's may be links
+    homes = [Path(home) for home in getattr(sys.modules.get(package), "__path__", ())]  # several of a namespace package
+    folders = *homes, *(folder for home in homes for folder in home.glob("*/"))  # porthal's may be links
     return {file for folder in folders for kind in ("*.py", "*.so") for file in folder.rglob(kind)}
 
 

@@ -68,9 +68,9 @@ What went wrong when others brought mixture-of-experts and sparse-attention mode
 page is made by `python -m porthal.conformance.selftest.page discrepancies`.
 
 A case is a token for `porthal replay`; what triggers it is also in the cases that the patterns in italics describe. The
-defect is the same mistake planted in a right kernel: the cases of its row find it, no other standard case of the op does,
-as `python -m porthal.conformance.selftest.discrepancies` verifies. One row against a chip:
-`pytest --porthal-backend=NAME --porthal-level=standard -m "discrepancy(number=17)"`.
+defect is the same mistake planted in a right kernel: the cases of its row find it, as
+`python -m porthal.conformance.selftest.discrepancies` verifies, which says how many others of the op do, too. One row against
+a chip: `pytest --porthal-backend=NAME --porthal-level=standard -m "discrepancy(number=17)"`.
 """
 
 TAIL = """Most of these would have been found by a few variations of any call. The standard level makes them on every op; beside

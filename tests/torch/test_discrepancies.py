@@ -30,7 +30,6 @@ from tests import inner
 ROOT = Path(__file__).parents[2]
 COVERED = [d for d in DISCREPANCIES if d.status == "covered"]
 QUICK = 2**22  # elements of a case that this file runs
-SAMPLE = (4, 5, 16, 19, 25, 29, 39, 53)  # cheap ops, found by their named cases alone
 
 
 @cache
@@ -95,15 +94,6 @@ def test_named_cases_find_the_defect(known):
     assert bool(found) == bool(quick) and "NOT_JUDGED" not in found
 
 
-@pytest.mark.parametrize("number", SAMPLE)
-def test_without_its_case_a_defect_escapes(number):
-    known = DISCREPANCIES[number - 1]
-    contract = contracts()[known.op]
-    others = [c.token for c in cases(contract) if not known.belongs(c.token) and elements(c) <= 2**17]
-    assert len(others) > 15
-    assert [r.explain() for r in findings(number, others).values() if r.failed] == []
-
-
 def test_the_page_is_what_is_generated():
     assert (ROOT / "docs" / "discrepancies.md").read_text() == discrepancies()
 
@@ -134,8 +124,8 @@ def test_caches_beyond_31_bits_take_no_memory_and_are_for_real_kernels():
 
 @pytest.mark.parametrize("backend", [Torch, Fused, Cpu])
 def test_kernels_have_the_signatures_of_their_contracts(backend):
-    kernels = {op: f for op, f in vars(backend).items() if op in contracts() and f is not None}
-    assert kernels
+    kernels = {op: f for op in contracts() if (f := getattr(backend, op, None)) is not None}
+    assert len(kernels) > 20
     for op, kernel in kernels.items():
         given = list(inspect.signature(kernel).parameters.values())[1:]
         wanted = list(inspect.signature(contracts()[op].reference).parameters.values())
@@ -146,13 +136,10 @@ def test_kernels_have_the_signatures_of_their_contracts(backend):
 
 # Row counts: larger than a case of the standard level may be. Permute and pad: rows refer to one another.
 EXEMPT = {
-    "index_prolog": {"row counts"},
-    "mla_output": {"row counts"},
     "mla_prolog": {"row counts"},
-    "sparse_mla": {"row counts"},
     "speculative_verify": {"row counts"},
-    "page_copy": {"row counts", "permute and pad"},
     "select_rows": {"row counts"},
+    "page_copy": {"permute and pad"},
     "grouped_gemm": {"permute and pad"},
     "moe_permute": {"permute and pad"},
     "moe_unpermute": {"permute and pad"},
