@@ -74,7 +74,7 @@ def test_one_row_is_poisoned_and_the_others_go_in_reverse() -> None:
 
 
 def test_requests_keep_their_cache_and_those_that_decode_come_first() -> None:
-    inputs = build(next(c for c in cases(contracts()["indexer_scores"]) if c.batch == "mixed" and ("T", 17) in c.dims))
+    inputs = build(Case.from_token("indexer_scores,T=17,G=8,D=128,scale=0.0156,iq:bf16,batch=mixed,block_size=64,0"))
     call, to = disturbed(inputs) or pytest.fail("nothing to disturb")
     old, new = inputs.batch, call.batch
     assert old is not None and new is not None

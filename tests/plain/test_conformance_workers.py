@@ -247,7 +247,7 @@ def test_what_is_left_when_no_worker_starts_any_more_is_not_judged(install: Any,
 
         class Chip(Reference):
             def add(self, a, b):
-                if len(a) == 17:
+                if len(a) == 7:
                     os.abort()
                 return (a.astype("float32") + b.astype("float32")).astype(a.dtype)
         """,
