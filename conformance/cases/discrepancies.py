@@ -228,6 +228,8 @@ DISCREPANCIES = (
         cases=(
             "kv_write,T=7,A=128,pages:bf16,-second,-b,batch=mixed,block_size=64,view=beyond,0",
             "take_rows,T=5,H=96,M=17,x:bf16,view=far,0",
+            "embedding,T=3,V=65800,H=96,table:fp32,0",
+            "argmax,T=3,V=154880,logits:bf16,0",
         ),
     ),
     Discrepancy(
@@ -243,7 +245,7 @@ DISCREPANCIES = (
         23,
         "A launch grid ends at 65,535: the rows, or the columns, beyond were not computed.",
         "vllm-project/vllm-ascend#10138, vllm-project/vllm-ascend#9780, ggml-org/llama.cpp#25103",
-        cases=("rms_norm,T=65537,H=7,x:bf16,0", "rms_norm,T=2,H=65568,x:bf16,0"),
+        cases=("rms_norm,T=65537,H=7,x:bf16,0", "rms_norm,T=2,H=65568,x:bf16,0", "linear,T=65536,K=7,N=7,x:bf16,0"),
         family=("rms_norm,T=65536,*",),
     ),
     Discrepancy(

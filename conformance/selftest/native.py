@@ -25,7 +25,7 @@ shares = "const std::int64_t begin = rows * part / parts, end = rows * (part + 1
 DEFECTS = [
     norm("squares-of-the-tail-missing", "vector tail", tail, ""),
     norm("tail-written-whole", "outside", written, written.replace("store_some(", "store(").replace("n - i), n - i)", "n - i))")),
-    norm("bits-cut-off", "rounding", "rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "rounded = u >> 16", dtypes=("bfloat16",),
+    norm("bits-cut-off", "rounding", "inline void store(bf16* p, F v) {\n", "inline void store(bf16* p, F v) {\n  v = (F)((U)v & 0xffff0000u);\n", dtypes=("bfloat16",),
          why="nothing is stored in bfloat16 where x is float32", source="simd.hpp"),
     norm("partial-sums-in-bfloat16", "accumulator", "squares[j] += v * v;\n", "squares[j] = (F)((U)(squares[j] + v * v) & 0xffff0000u);\n"),
     norm("eps-forgotten", "eps", "__builtin_sqrtf(mean + eps)", "__builtin_sqrtf(mean)"),
@@ -65,7 +65,6 @@ DEFECTS = [
     Defect("layer_norm", "bias-of-another-dtype", "dtype", "a.kind == Kind::f32 ? static_cast<const void*>(m.dense_row<float>(0, wide)) : m.dense_row<T>(0, same)", "a.kind == Kind::f32 ? static_cast<const void*>(m.row<float>(0)) : m.dense_row<T>(0, same)", source="layer_norm.cpp"),
     Defect("add_rms_norm", "residual-not-added", "residual", "const F v = load(x + i) + load(residual + i);", "const F v = load(x + i);", source="rms_norm.cpp"),
     Defect("add_rms_norm", "sum-of-the-tail-lost", "vector tail", "store_some(r + i, v, n - i);", "store_some(r + i, v, 0);", source="rms_norm.cpp"),
-    Defect("rope", "angle-in-float32", "accumulator", "const double angle = position * frequencies[i + j],", "const double angle = static_cast<float>(position) * static_cast<float>(frequencies[i + j]),", source="rope.cpp"),
     Defect("rope", "halves-exchanged", "layout", "const std::int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : n;", "const std::int64_t step = interleaved ? 1 : 2, apart = interleaved ? n : 1;", source="rope.cpp"),
     Defect("rope", "behind-the-slice-not-copied", "outside", "std::memcpy(to + start + width, row + start + width, (size - start - width) * sizeof(T));", "", source="rope.cpp"),
     Defect("rope", "quarters-by-one-bit", "quadrant", "static_cast<float>((turns + 1) & 2 ? -first : first);", "static_cast<float>(turns & 2 ? -first : first);", source="rope.cpp"),

@@ -29,7 +29,7 @@ def test_a_third_is_held():
 
 
 def test_the_first_case_that_fails_is_told():
-    tried = attempt(("bring-up", "take_rows/same-count-taken-for-identity"))
+    tried = attempt(("bring-up", "take_rows/missing-rows-of-the-second-block-wrap"))
     assert tried.token.startswith("take_rows,") and tried.verdict.startswith("FAIL") and tried.cases > 1
 
 
