@@ -38,6 +38,7 @@ from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import Contract
+from porthal.hal.dtypes import itemsize
 from porthal.hal.signature import ARRAY, evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
@@ -212,7 +213,9 @@ class _Plan:
         if any(len(o.dims) > 1 for o in self.contract.signature.of_kind(ARRAY)):
             yield from self._made(view=FAR, dtypes=self._next())
         if self.has_batch and self.has_pages:
-            for combo in self._each():
+            size = {combo: sum(itemsize(dtype) for _, dtype in combo) for combo in self.combos}
+            narrow = [combo for combo in self.combos if size[combo] == min(size.values())]  # of wider ones they are 8 GiB
+            for combo in narrow if self.level.thorough else narrow[:1]:
                 yield from self._made(view=PAST_2G, dtypes=combo)
         yield from self._threads()
 

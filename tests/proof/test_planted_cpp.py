@@ -24,6 +24,6 @@ def state():
 def test_a_defect_in_cpp_is_built_loaded_and_caught_beside_the_real_kernels():
     before = state()
     trial = attempt(("defect", "rms_norm/eps-forgotten", "float32", 0))
-    assert trial.verdict == "FAIL_VALUE" and trial.token.startswith("rms_norm,T=3,H=1,") and trial.cases == 1
+    assert trial.verdict == "FAIL_VALUE" and ",H=1," in trial.token and trial.cases == 1
     assert state() == before
     assert check(Case.from_token(trial.token), Bindings(create("cpu")), LEVEL).verdict == "PASS"
