@@ -22,6 +22,7 @@ def state():
 
 
 def test_a_defect_in_cpp_is_built_loaded_and_caught_beside_the_real_kernels():
+    create("cpu")  # which says how many threads there are
     before = state()
     trial = attempt(("defect", "rms_norm/eps-forgotten", "float32", 0))
     assert trial.verdict == "FAIL_VALUE" and ",H=1," in trial.token and trial.cases == 1
