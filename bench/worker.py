@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from porthal.bench.call import Call, Judged, evicting
@@ -18,7 +17,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.facts import Facts
-from porthal.conformance.runner.workers import START, Worker, ends_with
+from porthal.conformance.runner.workers import START, Worker, joined
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import Backend, PorthalError, Unavailable, create, running
 
@@ -50,10 +49,7 @@ class Side:
 
 def serve(descriptor: int, parent: int) -> None:
     """Send a Side, then the answer to each message: the name of a method and its arguments."""
-    os.set_inheritable(descriptor, False)  # a kernel's own processes must not keep the pipe open
-    ends_with(parent)
-    faulthandler.enable()
-    pipe = Connection(descriptor)
+    pipe = joined(descriptor, parent)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         setup: Setup = pipe.recv()
         try:

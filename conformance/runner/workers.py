@@ -96,12 +96,17 @@ def ends_with(parent: int) -> None:
         os._exit(1)
 
 
-def serve(descriptor: int, parent: int) -> None:
-    """Send Facts, then for every case received the chosen kernel, its results if they are wanted, and the Result."""
+def joined(descriptor: int, parent: int) -> Connection:
+    """The pipe to the parent, with whose death this process ends; a crash says where it was."""
     os.set_inheritable(descriptor, False)  # a kernel's own processes must not keep the pipe open
     ends_with(parent)
     faulthandler.enable()
-    pipe = Connection(descriptor)
+    return Connection(descriptor)
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Send Facts, then for every case received the chosen kernel, its results if they are wanted, and the Result."""
+    pipe = joined(descriptor, parent)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         setup: Setup = pipe.recv()
         try:
