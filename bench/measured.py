@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from porthal.bench.roofline import Limit, Work, limit
 from porthal.bench.statistics import Summary, quantile
-from porthal.hal import UsageError
+from porthal.conformance.report.journal import Lines
 
 SCHEMA = 1
 SUSTAINED = 0.9  # of the samples of a limit, those below what a kernel is held to
@@ -69,60 +67,14 @@ def sustained(rates: tuple[float, ...]) -> float:
     return quantile(sorted(rates), SUSTAINED)
 
 
-class Kept:
-    """The file of one run: a line of facts about it, then one per measurement. With `resume`, what is there is kept.
+class Journal(Lines[Measured]):
+    """That of a benchmark run: of one workload, number of threads, and set of backends with their sources."""
 
-    Raises UsageError for the file of another run: of another workload, number of threads, backend, or sources.
-    """
+    what = "journal of a benchmark run"
 
     def __init__(self, file: Path, head: Mapping[str, Any], resume: bool) -> None:
-        whole = {"bench": SCHEMA, **head}
-        lines = _lines(file) if resume and file.exists() else []
-        self.known: list[Measured] = []
-        if lines:
-            found = _parsed(file, lines[0])
-            for name, now in json.loads(json.dumps(whole)).items():
-                if found.get(name) != now:
-                    was = json.dumps(found.get(name))
-                    raise UsageError(f"{file} is of a run with {name} {was}, this one has {json.dumps(now)}: give another file")
-            try:
-                self.known = [Measured.read(_parsed(file, line)) for line in lines[1:]]
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{file} is damaged ({error}): give another file") from None
-            os.truncate(file, sum(len(line.encode()) for line in lines))
-        self._file = file.open("a" if lines else "w", encoding="utf-8")
-        if not lines:
-            self._write(whole)
+        super().__init__(file, {"bench": SCHEMA, **head}, resume)
 
-    def add(self, measured: Measured) -> None:
-        self._write(asdict(measured))
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _lines(file: Path) -> list[str]:
-    """The whole lines: the last may have been cut off when the run was stopped."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    except UnicodeDecodeError:
-        raise _other(file) from None
-    return lines[:-1] if lines and not lines[-1].endswith("\n") else lines
-
-
-def _parsed(file: Path, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise _other(file)
-    return value
-
-
-def _other(file: Path) -> UsageError:
-    return UsageError(f"{file} is not what a benchmark run keeps: give the file of a stopped run, or a new name")
+    @staticmethod
+    def read(lines: list[dict[str, Any]]) -> list[Measured]:
+        return list(map(Measured.read, lines))

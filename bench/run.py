@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from porthal.bench.call import Judged
-from porthal.bench.measured import Kept, Measured
+from porthal.bench.measured import Journal, Measured
 from porthal.bench.roofline import CACHES, needed
 from porthal.bench.statistics import LEAST, Summary
 from porthal.bench.step import StepTime
@@ -79,7 +79,7 @@ def bench(
             "threads": threads,
             "backends": {n: {"sources": dict(s.facts.sources), "device": s.facts.device} for n, s in run.sides.items()},
         }
-        kept = stack.enter_context(closing(Kept(journal, head, resume))) if journal else None
+        kept = stack.enter_context(closing(Journal(journal, head, resume))) if journal else None
         cases = list(dict.fromkeys(row.case for row in workload.rows))
         known = {(m.token, m.backend) for m in kept.known} if kept else set()
         whole = {c.token for c in cases if all((c.token, name) in known for name in backends)}

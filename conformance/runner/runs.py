@@ -76,7 +76,8 @@ def run(
             plan += [case for op in ops or known for case in captured(known[op], level, dtypes)]
         kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
         if kept:
-            results = {case.token: kept.known[case.token] for case in plan if case.token in kept.known}
+            known_results = {result.token: result for result in kept.known}
+            results = {case.token: known_results[case.token] for case in plan if case.token in known_results}
 
         def settle(plan: Sequence[Case]) -> None:
             left = Remaining([case for case in plan if case.token not in results])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from porthal.bench.measured import Kept, Measured, sustained
+from porthal.bench.measured import Journal, Measured, sustained
 from porthal.bench.roofline import Limit, Work, limit, needed
 from porthal.bench.statistics import LEAST, NOISY, Summary, interval, quantile
 from porthal.hal import UsageError
@@ -109,14 +109,14 @@ HEAD = {"workload": "demo", "threads": 1}
 
 
 def kept(file, resume=True, **head):
-    journal = Kept(file, {**HEAD, **head}, resume)
+    journal = Journal(file, {**HEAD, **head}, resume)
     journal.close()
     return journal.known
 
 
 def test_what_was_measured_is_there_again(tmp_path):
     file = tmp_path / "run"
-    journal = Kept(file, HEAD, resume=False)
+    journal = Journal(file, HEAD, resume=False)
     journal.add(MEASURED)
     journal.close()
     assert kept(file) == [MEASURED]
@@ -129,11 +129,12 @@ def test_what_was_measured_is_there_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"bench": 1, "workload": "glm5", "threads": 1}\n', 'of a run with workload "glm5", this one has "demo"'),
-        ('{"bench": 0, "workload": "demo", "threads": 1}\n', "of a run with bench 0, this one has 1"),
-        ('{"bench": 1, "workload": "demo", "threads": 1}\n{"token": 1}\n', "is damaged"),
-        ("a text\n", "is not what a benchmark run keeps"),
-        ("[]\n", "is not what a benchmark run keeps"),
+        ('{"bench": 1, "workload": "glm5", "threads": 1}\n', 'of a benchmark run with workload "glm5", this one has "demo"'),
+        ('{"bench": 1, "workload": {"a": 1}, "threads": 1}\n', 'a benchmark run with workload {"a": 1}, this one has "demo"'),
+        ('{"bench": 0, "workload": "demo", "threads": 1}\n', "of a benchmark run with bench 0, this one has 1"),
+        ('{"bench": 1, "workload": "demo", "threads": 1}\n{"token": 1}\n', "is a damaged journal of a benchmark run"),
+        ("a text\n", "is not the journal of a benchmark run"),
+        ("[]\n", "is not the journal of a benchmark run"),
     ],
 )
 def test_another_file_is_refused_in_one_sentence(tmp_path, text, said):
