@@ -1,6 +1,6 @@
 """What the demo checkpoint makes of two texts, and how many of its drafts it accepts: against the reference's stored curve.
 
-`python -m porthal.conformance.diff.curve TEXT ...` writes the stored one anew, of text files, after the checkpoint or its
+`python -m porthal.conformance.diff.curve` writes the stored one anew, of the same texts, after the checkpoint or its
 arithmetic has changed.
 """
 
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from statistics import fmean, median
 
 from porthal.hal import bind
@@ -119,6 +117,5 @@ def made(texts: Mapping[str, str]) -> Stored:
 
 
 if __name__ == "__main__":
-    files = [Path(file) for file in sys.argv[1:]]
-    result = made({file.stem: file.read_text(encoding="utf-8") for file in files})
+    result = made(stored().texts)
     FILE.write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
