@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from porthal.hal import Binding, UsageError, Weight, WeightSpec, dtype, narrow, note, numpy_dtype, widen
+from porthal.hal import FLOATS, Binding, UsageError, Weight, WeightSpec, dtype, narrow, note, numpy_dtype, widen
+from porthal.model import quantised
 
 Array = np.ndarray[Any, Any]
 Reader = Callable[[slice], Array]
-SCALES = ("_scale_inv", "_scale")  # either is multiplied
-FP8 = "float8_e4m3fn"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": FP8}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"} | {
+    **{"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64", "F8_E8M0": "uint8"}  # the last as its codes
+}
+FILES = ("model", "quant_model_weights")  # the second is AscendV1's
 SLICE = 4096  # rows that are compared at a time
 
 
@@ -78,7 +81,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A directory's safetensors files. FP8 tensors, which have a scale beside them, are dequantised as they are read.
+    """A directory's safetensors files. Quantised matrices are dequantised as they are read.
 
     Of a tensor that is in several files the one counts that the index names. A fault in a header, or a tensor that the
     index does not name, is a UsageError here; what is wrong with one tensor's name, shape, dtype or scale is one when it
@@ -89,19 +92,23 @@ class Checkpoint:
         self.directory = Path(directory)
         self.block = fp8_block or (128, 128)
         self._asked: set[str] = set()
-        index, file = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
-        if index.is_file() and file.is_file():
-            raise UsageError(f"{self.directory} has both {file.name} and {index.name}: remove the one that is out of date")
-        if index.is_file():
+        self.schemes: dict[str, str] = {}  # of what has been read, how codes say it; "" where it holds plain numbers
+        found = [self.directory / f"{name}.safetensors{end}" for name in FILES for end in (".index.json", "")]
+        there = [file for file in found if file.is_file()]
+        if there[1:]:
+            both = f"{there[1].name} and {there[0].name}"
+            raise UsageError(f"{self.directory} has both {both}: remove the one that is out of date")
+        if not there:
+            raise UsageError(f"{self.directory} has neither {found[1].name} nor {found[0].name}")
+        index = there[0]
+        if index.suffix == ".json":
             try:
                 entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._where = {name: self.directory / file for name, file in entries.items()}
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UsageError(f"{index} is not a safetensors index with a weight_map: {error}") from None
         else:
-            if not file.is_file():
-                raise UsageError(f"{self.directory} has neither {file.name} nor {index.name}")
-            self._where = dict.fromkeys(TensorFile(file).header, file)
+            self._where = dict.fromkeys(TensorFile(index).header, index)
         self._files = self._opened()
         self._names = sorted(self._where)
 
@@ -139,43 +146,53 @@ class Checkpoint:
         )
 
     def read(self, name: str, shape: Sequence[int], rows: slice) -> Array:
-        """Reader of a tensor; UsageError names one that is missing, has another shape or dtype, or lacks a usable scale."""
-        tensor = self._tensor(name, shape)
-        scales = [name + end for end in SCALES if name + end in self._where]
-        if dtype(tensor) == FP8 and len(scales) == 1 and len(shape) > 1:
-            values = self._dequantised(tensor, scales[0], rows)
-        elif dtype(tensor) == FP8:
-            raise UsageError(f"{self._where[name]}: {name!r} is FP8, expected a matrix with one of {_either(name)} beside it")
-        elif scales:
-            raise UsageError(f"{self._where[name]}: {name!r} is {dtype(tensor)}, but has {scales[0]!r} beside it: expected FP8")
+        """Rows of a tensor; UsageError names one that is missing, has another shape or dtype, or lacks a usable scale."""
+        if not self._scheme_of(name, shape):
+            values = np.array(self._tensor(name, shape)[rows])
+        elif len(shape) == 2:
+            values = quantised.values(self._matrix(name), (shape[0], shape[1]), self.block, rows)
         else:
-            values = np.array(tensor[rows])
+            matrix, (count, high, wide) = self._matrix(name), shape
+            parts = [quantised.values(matrix.at(i), (high, wide), self.block, slice(None)) for i in range(*rows.indices(count))]
+            values = np.stack(parts) if parts else np.empty((0, high, wide))
         if not _finite(values):
-            raise UsageError(f"{self._where[name]}: {name!r} holds NaN or infinity, expected finite numbers")
+            codes = ", or codes that are NaN" if self._scheme_of(name, shape) else ""
+            raise UsageError(f"{self.file(name).path}: {name!r} holds NaN or infinity{codes}, expected finite numbers")
         return values
 
-    def _dequantised(self, tensor: Array, scale_name: str, rows: slice) -> Array:
-        height, width = self.block
-        *stacked, high, wide = tensor.shape
-        scale = self._tensor(scale_name, (*stacked, -(-high // height), -(-wide // width)))
-        start, stop, _ = rows.indices(len(tensor))
-        if stacked:
-            scale = np.repeat(scale[start:stop], height, axis=1)[:, :high]
-        else:
-            scale = scale[np.arange(start, stop) // height]
-        factors = widen(scale)
-        if (wrong := ~(np.isfinite(factors) & (factors > 0))).any():
-            raise UsageError(
-                f"{self._where[scale_name]}: {scale_name!r} holds {factors[wrong][0]}, expected finite numbers above 0"
-            )
-        values: Array = widen(np.array(tensor[rows])) * np.repeat(factors, width, axis=-1)[..., :wide]
-        return values
+    def _scheme_of(self, name: str, shape: Sequence[int]) -> str:
+        if name not in self.schemes:
+            self.schemes[name] = self._scheme(self._matrix(name), shape)
+        return self.schemes[name]
+
+    def _scheme(self, matrix: _Matrix, shape: Sequence[int]) -> str:
+        kind = matrix.dtype("weight") if "weight" in matrix else ""
+        if kind in FLOATS and (beside := [name for part, name in matrix.names.items() if part != "weight"]):
+            raise matrix.wrong("weight", f"is {kind}, but has {beside[0]!r} beside it: expected codes")
+        if kind in FLOATS or not (kind or "weight_packed" in matrix):
+            return ""
+        if len(shape) not in (2, 3):
+            raise matrix.wrong("weight", f"is {kind}, expected one of {', '.join(FLOATS)}")
+        one = matrix.at(0) if shape[2:] else matrix
+        return str(quantised.scheme(one, (shape[-2], shape[-1]), self.block))
+
+    def _matrix(self, name: str) -> _Matrix:
+        """The tensors of a matrix."""
+        stem = name.removesuffix("weight")
+        spelled = {part: stem + part.removeprefix("weight" if stem == name else "") for part in ("weight", *quantised.PARTS)}
+        parts = {part: name for part, name in spelled.items() if name in self._where}
+        self._asked.update(parts.values())
+        return _Matrix(self, parts)
+
+    def file(self, name: str) -> TensorFile:
+        """The file that holds a tensor."""
+        return self._files[self._where[name]]
 
     def _tensor(self, name: str, shape: Sequence[int]) -> Array:
         self._asked.add(name)
         if name not in self._where:
             raise UsageError(f"{self.directory} lacks tensor {name!r} of shape {list(shape)}")
-        file = self._files[self._where[name]]
+        file = self.file(name)
         tensor = file.tensor(name)
         if tensor.shape != tuple(shape):
             raise UsageError(
@@ -184,15 +201,44 @@ class Checkpoint:
         return tensor
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """The tensors of a quantised matrix, or of one of a stack of them, by their part of its name."""
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    index: int | None = None
+
+    def at(self, index: int) -> _Matrix:
+        return replace(self, index=index)
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.names
+
+    def dtype(self, part: str) -> str:
+        return dtype(self._whole(part))
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        shape = self._whole(part).shape
+        return shape if self.index is None else shape[1:]
+
+    def array(self, part: str) -> Array:
+        whole = self._whole(part)
+        return whole if self.index is None else whole[self.index]
+
+    def wrong(self, part: str, what: str) -> UsageError:
+        name = self.names.get(part) or next(iter(self.names.values()))
+        return UsageError(f"{self.checkpoint.file(name).path}: {name!r} {what}")
+
+    def _whole(self, part: str) -> Array:
+        return self.checkpoint.file(self.names[part]).tensor(self.names[part])
+
+
 def _finite(values: Array) -> bool:
     """Whether no number is NaN or infinite: none whose exponent has all bits set."""
     if dtype(values) == "bfloat16":  # several times faster than ml_dtypes' isfinite
         return bool(((values.view(np.uint16) & 0x7F80) != 0x7F80).all())
     return bool(np.isfinite(values).all())
-
-
-def _either(name: str) -> str:
-    return " or ".join(repr(name + end) for end in SCALES)
 
 
 class Blank:

@@ -87,6 +87,11 @@ EOS = Rule(
 )
 OBJECT = Rule("expected an object", lambda v, _: v is None or isinstance(v, dict), None)
 HARMLESS = Rule("", lambda v, _: True, None)
+BLOCK = Rule(
+    "expected two whole numbers above 0",
+    lambda v, _: isinstance(v, (list, tuple)) and len(v) == 2 and all(map(_is_whole, v)),
+    (128, 128),
+)
 
 
 def _up_to(high: float, expected: str) -> Rule:
@@ -166,20 +171,41 @@ KEYS: dict[str, Rule] = {
 }
 # Under rope_parameters, or rope_scaling in older files, where `type` is the older name of rope_type.
 ROPE: dict[str, Rule] = {"rope_type": _only("default"), "type": _only("default"), "rope_theta": _number(None, THETA)}
-QUANTIZATION: dict[str, Rule] = {
-    "quant_method": Rule("porthal reads block-scaled 'fp8' only", lambda v, _: v == "fp8"),
-    "fmt": _only("e4m3"),
-    "activation_scheme": _only("dynamic"),
-    "scale_fmt": _only("float", None),
-    "expert_dtype": _only("fp8", None),
-    "weight_block_size": Rule(
-        "expected two whole numbers above 0",
-        lambda v, _: isinstance(v, (list, tuple)) and len(v) == 2 and all(map(_is_whole, v)),
-        (128, 128),
-    ),
-    # What is quantised is told by the scales in the checkpoint: published lists name modules that do not exist.
-    **dict.fromkeys(("modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize"), HARMLESS),
+# Of quantization_config, by its quant_method. Which matrices are quantised, and how, is told by the tensors in the checkpoint:
+# published lists name modules that do not exist.
+NAMES = ("modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "dequantize", "producer", "config_groups")
+QUANTIZATION: dict[str, dict[str, Rule]] = {
+    "fp8": {
+        "fmt": _only("e4m3"),
+        "activation_scheme": _only("dynamic"),
+        "scale_fmt": _only("float", None),
+        "expert_dtype": _only("fp8", None),
+        "weight_block_size": BLOCK,
+        **dict.fromkeys(NAMES, HARMLESS),
+    },
+    "compressed-tensors": {
+        "quantization_status": _only("compressed", None),
+        "sparsity_config": _only(None, {}),
+        "transform_config": _only(None, {}),
+        "config_groups": OBJECT,
+        **dict.fromkeys(("format", "version", "global_compression_ratio", "ignore", "kv_cache_scheme"), HARMLESS),
+    },
+    "modelopt": {
+        "weight_block_size": BLOCK,
+        **dict.fromkeys(("quant_algo", "group_size", "exclude_modules", "kv_cache_quant_algo", "kv_cache_scheme"), HARMLESS),
+        **dict.fromkeys(NAMES, HARMLESS),
+    },
+    "quark": {
+        "algo_config": _only(None, []),
+        **dict.fromkeys(("export", "global_quant_config", "layer_quant_config", "layer_type_quant_config"), HARMLESS),
+        **dict.fromkeys(("exclude", "kv_cache_quant_config", "softmax_quant_spec", "quant_mode", "version"), HARMLESS),
+    },
 }
+# Of AscendV1's quant_model_description.json: how it calls what `model.quantised` reads.
+ASCEND = (
+    *("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A8_DYNAMIC", "W4A4_DYNAMIC", "WFP8AFP8_DYNAMIC"),
+    *("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "C8"),
+)
 # Of generation_config.json; its other keys are told as not read.
 GENERATION: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"), HARMLESS),
@@ -279,8 +305,8 @@ class Config:
         c, unknown = _judged(raw, KEYS, where)
         block = None
         if c["quantization_config"]:
-            quantization, more = _judged(c["quantization_config"], QUANTIZATION, where, "quantization_config.")
-            block, unknown = tuple(quantization["weight_block_size"]), unknown + more
+            block, more = _quantised(c["quantization_config"], where)
+            unknown += more
         found = c | {
             "rms_norm_eps": float(c["rms_norm_eps"]),
             "latent_norm_eps": float(c["latent_norm_eps"] or c["rms_norm_eps"]),
@@ -298,6 +324,35 @@ class Config:
                 "if that changes the formula, this is another model"
             )
         return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+
+def _quantised(raw: dict[str, Any], where: str) -> tuple[tuple[int, int], list[str]]:
+    """The rows and columns of a block that shares a scale, and the keys that are not known."""
+    method, prefix = raw.get("quant_method"), "quantization_config."
+    if method not in QUANTIZATION:
+        raise UsageError(f"{where} has {prefix}quant_method = {shown(method)}: expected one of {', '.join(QUANTIZATION)}")
+    found, unknown = _judged({k: v for k, v in raw.items() if k != "quant_method"}, QUANTIZATION[method], where, prefix)
+    block = found.get("weight_block_size", BLOCK.default)
+    for name, group in (found["config_groups"] or {}).items() if method == "compressed-tensors" else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("block_structure") is not None:
+            rule = {"block_structure": BLOCK}
+            block = _judged(weights, rule, where, f"{prefix}config_groups.{name}.weights.")[0]["block_structure"]
+    return (block[0], block[1]), unknown
+
+
+def described(directory: str | Path) -> None:
+    """UsageError where AscendV1's description says what porthal does not read; nothing where there is none."""
+    path = Path(directory) / "quant_model_description.json"
+    if not os.path.lexists(path):
+        return
+    raw = _object(path)
+    rotated = raw.get("metadata")
+    if isinstance(rotated, dict) and rotated.get("quarot"):
+        raise UsageError(f"{path} has metadata.quarot: porthal does not rotate activations, take weights without rotation")
+    for name, kind in raw.items():
+        if "." in name and kind not in ASCEND:
+            raise UsageError(f"{path} has {name!r} = {shown(kind)}: expected one of {', '.join(ASCEND)}")
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from porthal.hal import FLOATS, Binding, Callers, CallSpec, UsageError, bind, callers, contracts, note, recorded
 from porthal.model.checkpoint import Blank, Checkpoint
-from porthal.model.config import Config
+from porthal.model.config import Config, described
 from porthal.model.generate import generate, step
 from porthal.model.glm5 import Glm5
 from porthal.model.tokens import ids_array
 
 DEMO = Path(__file__).parent / "demo"
+CACHES = (".k_scale", ".v_scale", ".kv_cache_scale", ".kv_cache_offset")  # what packers state for quantised caches
 
 
 def load(
@@ -44,6 +45,7 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
     used, or other than the one that is used in its place.
     """
     config = Config.read(path)
+    described(path)
     source = Checkpoint(path, config.fp8_block)
     recorded(lambda ops: Glm5(config, source, ops))  # asks for every tensor that a model reads
     layers, embed, head = config.num_hidden_layers, "model.embed_tokens.weight", "lm_head.weight"
@@ -60,6 +62,8 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
     unused = []
     for name in source.unasked():
         why = next((why for prefix, why in skipped.items() if name.startswith(prefix)), "")
+        if not why and name.endswith(CACHES):
+            why = "caches hold numbers as they are"
         if not why and name in copies:
             if not source.equal(name, copies[name], (config.vocab_size, config.hidden_size)):
                 raise UsageError(f"{path}: {name!r} differs from {copies[name]!r}, which porthal uses in its place")
@@ -74,9 +78,23 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
             f"{path} has tensor {unused[0]!r}{more}, of which a model with this config.json makes no use: "
             "correct config.json, or remove what is left over"
         )
+    _check_experts(source.schemes, path)
+    for scheme, count in Counter(filter(None, source.schemes.values())).items():
+        note(f"{path}: matrices read as plain numbers: {count}, of {scheme}")
     for why, count in without.items():
         note(f"{path}: tensors not used: {count}, since {why}")
     return config, source
+
+
+def _check_experts(schemes: Mapping[str, str], path: str | Path) -> None:
+    """UsageError where the experts of a layer are quantised in several ways."""
+    first: dict[str, str] = {}
+    for name, scheme in schemes.items():
+        layer = name.partition(".experts.")[0]
+        if layer != name and schemes[first.setdefault(layer, name)] != scheme:
+            known = first[layer]
+            found, expected = (how or "not quantised" for how in (scheme, schemes[known]))
+            raise UsageError(f"{path}: {name!r} is {found}, expected the experts of a layer alike: {known!r} is {expected}")
 
 
 def trace(

@@ -211,10 +211,17 @@ def test_a_scale_that_is_no_scale(refused: Check, name: str, wrong: float) -> No
     refused(spoil, f"'{name}_scale_inv' holds {wrong}", "finite numbers above 0", **FP8)
 
 
+def siblings(tensors: Tensors, name: str) -> list[str]:
+    """The tensors that are quantised alike: those of all experts of a layer."""
+    layer, experts, _ = name.partition("experts.")
+    return [n for n in tensors if n.startswith(layer + experts) and n.endswith("proj.weight")] if experts else [name]
+
+
 @pytest.mark.parametrize("name", [Q_A, EXPERT])
 def test_fp8_faults(refused: Check, name: str) -> None:
     def nan(tensors: Tensors) -> None:
-        quantise(tensors, name)
+        for each in siblings(tensors, name):
+            quantise(tensors, each)
         tensors[name][3, 5] = np.nan
 
     def small(tensors: Tensors) -> None:
@@ -227,7 +234,12 @@ def test_fp8_faults(refused: Check, name: str) -> None:
 
     refused(nan, f"{name!r} holds NaN", **FP8)
     refused(small, f"'{name}_scale_inv' has shape", "expected", **FP8)
-    refused(twice, f"{name!r} is FP8", "one of", **FP8)
+    refused(twice, f"{name!r} has weight_scale_inv and weight_scale beside it, expected one scale", **FP8)
+
+
+def test_experts_of_a_layer_are_quantised_alike(refused: Check) -> None:
+    said = f"{EXPERT!r} is float8_e4m3fn with a scale of float32 for {BLOCK} x {BLOCK}, expected the experts of a layer alike"
+    refused(lambda tensors: quantise(tensors, EXPERT), said, "is not quantised", **FP8)
 
 
 # -- experts, copies, what is skipped ------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_config_in_another_encoding(tmp_path: Path) -> None:
         ({"attention_bias": True}, ("attention_bias = True", "False only")),
         ({"indexer_rope_interleave": False}, ("indexer_rope_interleave = False", "True only")),
         ({"norm_topk_prob": False}, ("norm_topk_prob = False", "True only")),
-        ({"quantization_config": {"quant_method": "awq"}}, ("quantization_config.quant_method = 'awq'", "'fp8' only")),
+        ({"quantization_config": {"quant_method": "awq"}}, ("quantization_config.quant_method = 'awq'", "one of fp8,")),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, ("[0, 128]", "two")),
         ({"hidden_size": "96"}, ("hidden_size = '96'", "expected a whole number")),
         ({"hidden_size": None}, ("hidden_size = None", "expected a whole number")),
@@ -130,7 +130,7 @@ def test_unknown_keys_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert line.startswith("here has swiglu_limit, quantization_config.bits, unknown to porthal and not used")
 
 
-WORDS = st.text(max_size=4) | st.sampled_from([*ROPE, *QUANTIZATION])
+WORDS = st.text(max_size=4) | st.sampled_from([*ROPE, *QUANTIZATION["fp8"]])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner),
@@ -177,7 +177,7 @@ def test_wrong_shape(checkpoints: dict[str, Path], reference: Binding, tmp_path:
 def test_wrong_kind_of_numbers(checkpoints: dict[str, Path], reference: Binding, tmp_path: Path) -> None:
     wrong = np.zeros((56, 96), np.int32)
     broken = changed_tensors(checkpoints, tmp_path, reference, lambda tensors: tensors.update({Q_A: wrong}))
-    refusal(broken, f"'{Q_A}' is I32", "expected one of F32, BF16")
+    refusal(broken, f"'{Q_A}' is int32 [56, 96], which holds the codes of a matrix [56, 96] in no known way")
 
 
 def test_fp8_scale_of_wrong_shape(checkpoints: dict[str, Path], reference: Binding, tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Matrices as real packers write them: `python tests/packed/pack.py` writes the files beside this one anew.
+
+Needs compressed-tensors 0.20.0 and nvidia-modelopt 0.47.0 with torch 2.13.0. `X.expected` is what the package's own reader
+makes of matrix X, or for `X.about` the matrix before it was quantised.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+Tensors = dict[str, torch.Tensor]
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    found = torch.randn(rows, columns) * torch.logspace(-2, 1, rows)[:, None]
+    found[3] = 0
+    return found.to(dtype)
+
+
+def compressed_tensors() -> Tensors:
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    def args(bits: int, kind: str, strategy: str, **more: Any) -> Any:
+        return QuantizationArgs(num_bits=bits, type=kind, strategy=strategy, **{"symmetric": True, **more})
+
+    e8m0 = torch.uint8
+    kinds = {
+        "int4": ("pack-quantized", args(4, "int", "group", group_size=64)),
+        "int4_zero_points": ("pack-quantized", args(4, "int", "group", group_size=32, symmetric=False)),
+        "int3": ("pack-quantized", args(3, "int", "channel")),
+        "int8_packed": ("pack-quantized", args(8, "int", "group", group_size=32)),
+        "int8": ("int-quantized", args(8, "int", "channel")),
+        "fp8_tensor": ("float-quantized", args(8, "float", "tensor")),
+        "fp8_row": ("float-quantized", args(8, "float", "channel")),
+        "fp8_block": ("float-quantized", args(8, "float", "block", block_structure=[128, 128])),
+        "nvfp4": (
+            "nvfp4-pack-quantized",
+            args(4, "float", "tensor_group", group_size=16, scale_dtype=torch.float8_e4m3fn),
+        ),
+        "mxfp4": ("mxfp4-pack-quantized", args(4, "float", "group", group_size=32, scale_dtype=e8m0)),
+        "mxfp8": ("mxfp8-quantized", args(8, "float", "group", group_size=32, scale_dtype=e8m0)),
+    }
+    found: Tensors = {}
+    for name, (form, a) in kinds.items():
+        w = matrix(*((140, 160) if name == "fp8_block" else (20, 192)))
+        if a.strategy == "tensor":
+            parts = w.reshape(1, -1)
+        elif a.strategy == "channel":
+            parts = w[:, None]
+        elif a.strategy == "block":
+            padded = torch.nn.functional.pad(w, (0, 96, 0, 116))
+            parts = padded.reshape(2, 128, 2, 128).transpose(1, 2).flatten(2)
+        else:
+            parts = w.reshape(len(w), -1, a.group_size)
+        state: dict[str, Any] = {"weight": w}
+        if name == "nvfp4":
+            state["weight_global_scale"] = generate_gparam(w.min().reshape(1), w.max().reshape(1))
+        scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), a, global_scale=state.get("weight_global_scale"))
+        state |= {"weight_scale": scale, "weight_zero_point": zero}
+        scheme = QuantizationScheme(targets=["Linear"], weights=a, format=form)
+        packer = BaseCompressor.get_value_from_registry(form)
+        packed = {k: v for k, v in packer.compress(state, scheme).items() if v is not None}
+        found |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
+        found[name + ".expected"] = packer.decompress(dict(packed), scheme)["weight"]
+    return found
+
+
+def modelopt() -> Tensors:
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export.unified_export_hf import _export_quantized_weight
+    from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
+
+    found: Tensors = {}
+    kinds = {
+        "fp8": mtq.FP8_DEFAULT_CFG,
+        "fp8_row": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
+        "fp8_block": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG,
+        "int4": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,
+        "int4_awq": mtq.INT4_AWQ_CFG,
+        "int8": mtq.INT8_SMOOTHQUANT_CFG,
+    }
+    for name, config in kinds.items():
+        w = matrix(*((140, 160) if name == "fp8_block" else (20, 256)))
+        x = (torch.randn(8, w.shape[1]) * torch.logspace(-0.3, 0.3, w.shape[1])).to(w.dtype)
+        model = torch.nn.Sequential(torch.nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype))
+        model[0].weight.data = w.clone()
+        linear = mtq.quantize(model, copy.deepcopy(config), lambda m, x=x: m(x))[0]
+        _export_quantized_weight(linear, w.dtype)
+        for key, tensor in linear.state_dict().items():
+            if "quantizer" not in key or key.endswith("_pre_quant_scale"):
+                found[f"{name}.{key.rpartition('._')[2]}"] = tensor
+        found[name + ".about"] = w
+    w = matrix(20, 256)
+    made, s, s2 = NVFP4QTensor.quantize(w, 16)
+    expected = made.dequantize(dtype=torch.float32, scale=s, double_scale=s2, block_sizes={-1: 16})
+    found |= {"nvfp4.weight": made._quantized_data, "nvfp4.weight_scale": s, "nvfp4.weight_scale_2": s2}
+    found["nvfp4.expected"] = expected
+    for name, kind, more in (
+        ("mxfp4", MXFP4QTensor, {"block_sizes": {-1: 32}}),
+        ("mxfp8", MXFP8QTensor, {}),
+    ):
+        made, s = kind.quantize(w, *(() if name == "mxfp8" else (32,)))
+        found |= {f"{name}.weight": made._quantized_data, f"{name}.weight_scale": s.reshape(len(w), -1)}
+        found[name + ".expected"] = made.dequantize(dtype=torch.float32, scale=s, **more)
+    return found
+
+
+if __name__ == "__main__":
+    from importlib.metadata import version
+
+    from safetensors.torch import save_file
+
+    for package, pack in (("compressed-tensors", compressed_tensors), ("nvidia-modelopt", modelopt)):
+        torch.manual_seed(1)
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in pack().items()}
+        save_file(tensors, HERE / f"{package}.safetensors", metadata={"by": f"{package} {version(package)}"})
