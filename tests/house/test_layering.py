@@ -22,7 +22,7 @@ SHORTCUTS = (
     ("porthal.backends.torch.backend", "porthal.backends.torch.capture"),
 )
 EDITED = "selftest/"  # of conformance: plants defects in backends' sources, so it names them
-ARRAYS_IN_MODEL = {"config.py", "checkpoint.py", "tokens.py", "demo/corpus.py", "demo/train.py"}  # files, and scripts
+ARRAYS_IN_MODEL = {"config.py", "checkpoint.py", "quantised.py", "tokens.py", "demo/corpus.py", "demo/train.py"}  # files, and scripts
 
 
 class Import(NamedTuple):
