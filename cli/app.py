@@ -38,6 +38,7 @@ from porthal.cli.options import (
     WorkersOption,
     dtype_of,
 )
+from porthal.cli.quantize import quantize
 from porthal.cli.selecting import named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -355,6 +356,7 @@ def self_test(
 
 
 app.command()(check)
+app.command()(quantize)
 app.command()(compare)
 app.command()(verify)
 

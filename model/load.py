@@ -88,11 +88,11 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
 
 def _check_experts(schemes: Mapping[str, str], path: str | Path) -> None:
     """UsageError where the experts of a layer are quantised in several ways."""
-    first: dict[str, str] = {}
+    first: dict[tuple[str, str], str] = {}
     for name, scheme in schemes.items():
-        layer = name.partition(".experts.")[0]
-        if layer != name and schemes[first.setdefault(layer, name)] != scheme:
-            known = first[layer]
+        layer, experts, rest = name.partition(".experts.")
+        known = first.setdefault((layer, rest.partition(".")[2]), name) if experts else name
+        if schemes[known] != scheme:
             found, expected = (how or "not quantised" for how in (scheme, schemes[known]))
             raise UsageError(f"{path}: {name!r} is {found}, expected the experts of a layer alike: {known!r} is {expected}")
 

@@ -22,7 +22,8 @@ SHORTCUTS = (
     ("porthal.backends.torch.backend", "porthal.backends.torch.capture"),
 )
 EDITED = "selftest/"  # of conformance: plants defects in backends' sources, so it names them
-ARRAYS_IN_MODEL = {"config.py", "checkpoint.py", "quantised.py", "tokens.py", "demo/corpus.py", "demo/train.py"}  # files, and scripts
+FILES_IN_MODEL = {"config.py", "checkpoint.py", "quantised.py", "quantising.py", "tokens.py"}
+ARRAYS_IN_MODEL = FILES_IN_MODEL | {"demo/corpus.py", "demo/train.py"}  # scripts
 
 
 class Import(NamedTuple):
