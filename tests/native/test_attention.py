@@ -17,24 +17,10 @@ except ImportError as error:
 
 from porthal.hal import Batch, PagesSpec, Rows, Selection, SelectionSpec, contracts, create, numpy_dtype, widen
 
+pytestmark = pytest.mark.usefixtures("isa")
 CPU = create("cpu")
 DTYPES = ("float32", "bfloat16", "float16")
 ROUNDING = {"float32": 2.0**-16, "bfloat16": 2.0**-7, "float16": 2.0**-9}
-
-
-@pytest.fixture(params=native.isas(), autouse=True)
-def isa(request):
-    best = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = native.num_threads()
-    yield native.set_num_threads
-    native.set_num_threads(before)
 
 
 def cache(rng, fields, dtype, pages, size):

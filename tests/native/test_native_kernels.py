@@ -17,24 +17,10 @@ except ImportError as error:
 
 from porthal.hal import UsageError, create
 
+pytestmark = pytest.mark.usefixtures("isa")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-
-
-@pytest.fixture(params=native.isas(), autouse=True)
-def isa(request):
-    best = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = native.num_threads()
-    yield native.set_num_threads
-    native.set_num_threads(before)
 
 
 def random(rng, *shape, dtype=F32, scale=1.0):

@@ -11,24 +11,10 @@ try:
 except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("isa")
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 HALF_ULP = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}
-
-
-@pytest.fixture(params=native.isas(), autouse=True)
-def isa(request):
-    best = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = native.num_threads()
-    yield native.set_num_threads
-    native.set_num_threads(before)
 
 
 def random(rng, *shape, dtype=F32):

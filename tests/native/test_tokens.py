@@ -14,17 +14,10 @@ except ImportError as error:
 
 from porthal.hal import contracts, create, numpy_dtype, widen
 
+pytestmark = pytest.mark.usefixtures("isa")
 CPU = create("cpu")
 INF = np.inf
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@pytest.fixture(params=native.isas(), autouse=True)
-def isa(request):
-    best = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(best)
 
 
 def exact(op, *operands, **attrs):

@@ -33,6 +33,9 @@ struct Pairs {
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)y);
   }
 };
+using BestPairs = Pairs;
+#else
+using BestPairs = Singles;
 #endif
 
 inline std::int64_t up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }

@@ -148,13 +148,8 @@ constexpr IndexerLoops<T> loops() {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
-using BestPairs = Pairs;
-#else
-using BestPairs = Singles;
-#endif
-PORTHAL_LOOPS(IndexerTables, indexer_loops) = {{loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()},
-                                             loops<BestPairs, bf16>()};
+PORTHAL_LOOPS(FloatsAndPairs<IndexerLoops>, indexer_loops) = {
+  {loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()}, loops<BestPairs, bf16>()};
 
 }  // namespace porthal
 #else

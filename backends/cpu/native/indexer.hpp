@@ -26,11 +26,6 @@ struct IndexerLoops {
                  std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride);
 };
 
-struct IndexerTables {
-  PerFloat<IndexerLoops> each;
-  IndexerLoops<bf16> pairs;  // for rows of whole pairs
-};
-
 }  // namespace porthal
 
 #if !defined(PORTHAL_ISA)
@@ -44,7 +39,7 @@ struct IndexerTables {
 
 namespace porthal {
 
-PORTHAL_TABLES(IndexerTables, indexer_loops)
+PORTHAL_TABLES(FloatsAndPairs<IndexerLoops>, indexer_loops)
 
 // Rows of one request that share its keys.
 struct RowGroup {
@@ -59,7 +54,7 @@ class Scorer {
 
   Scorer(const Array& iq, const Array& w, const Matrix& keys, const Requests& requests, const Matrix& visible, float scale)
       : iq_(iq), w_(w), weights_(w.matrix(iq.shape[0], iq.shape[1])), keys_(keys), requests_(requests), visible_(visible), dims_{iq.shape[1], iq.shape[2], scale},
-        loops_(choose()) {
+        loops_(indexer_loops(isa()).of(static_cast<const T*>(nullptr), dims_.width % 2 == 0)) {
     for (std::int64_t r = 0; r < requests.count(); ++r)
       for (std::int64_t t = requests.first_row(r); t < requests.first_row(r + 1); t += kMostRows)
         groups.push_back({r, t, std::min(kMostRows, requests.first_row(r + 1) - t)});
@@ -101,13 +96,6 @@ class Scorer {
   std::vector<RowGroup> groups;
 
  private:
-  const IndexerLoops<T>& choose() const {
-    const IndexerTables& tables = indexer_loops(isa());
-    if constexpr (std::is_same_v<T, bf16>)
-      if (dims_.width % 2 == 0) return tables.pairs;
-    return tables.each.of(static_cast<const T*>(nullptr));
-  }
-
   void pack(const RowGroup& group, float* wide, float* packed) const {
     thread_local std::vector<T> copy, weights;
     thread_local std::vector<float> weights32;

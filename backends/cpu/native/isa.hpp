@@ -40,6 +40,17 @@ struct PerFloat {
   const Loops<fp16>& of(const fp16*) const { return f16; }
 };
 
+// And a second one of bfloat16, for rows of whole pairs.
+template <template <class> class Loops>
+struct FloatsAndPairs {
+  PerFloat<Loops> each;
+  Loops<bf16> pairs;
+
+  template <class T>
+  const Loops<T>& of(const T* type, bool) const { return each.of(type); }
+  const Loops<bf16>& of(const bf16*, bool whole) const { return whole ? pairs : each.b16; }
+};
+
 #define PORTHAL_JOIN_(a, b) a##b
 #define PORTHAL_JOIN(a, b) PORTHAL_JOIN_(a, b)
 
