@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from porthal.bench.page import speeds_page
 from porthal.bench.run import COLD
-from porthal.bench.speeds import Call, Key, Speed, Speeds, Timed
-from porthal.bench.text import time_text
+from porthal.bench.speeds import Call, Key, Speed, Speeds, Timed, machine
+from porthal.bench.statistics import OVER
+from porthal.bench.text import time_text, times_text
 from porthal.conformance.report.differences import LETTERS, differences
 from porthal.hal import UsageError
 
@@ -62,7 +63,7 @@ class Ratio(NamedTuple):
         return "not significant" if not self.significant else "faster" if self.value > 1 else "slower"
 
     def __str__(self) -> str:
-        return f"{self.value:.3g}x ({self.low:.3g} to {self.high:.3g})"
+        return f"{times_text(self.value)}x ({times_text(self.low)} to {times_text(self.high)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +87,10 @@ class Side:
 
     @cached_property
     def ratios(self) -> dict[Call, Ratio]:
-        """Of the calls that it and its reference measured quietly enough."""
+        """Of the calls that it and its reference measured quietly enough, and not faster than can be."""
         theirs = self.reference.calls if self.reference else {}
         both = {call: (row, theirs[call]) for call, row in self.calls.items() if call in theirs}
-        return {c: Ratio.of(a.time, b.time) for c, (a, b) in both.items() if not (a.noisy or b.noisy)}
+        return {c: Ratio.of(a.time, b.time) for c, (a, b) in both.items() if not (a.silent or b.silent)}
 
 
 class Step(NamedTuple):
@@ -157,7 +158,7 @@ class Comparison:
         theirs = side.reference.rows if side.reference else {}
         common = [key for key in mine if key in theirs]
         pairs = [took(rows[key] for key in common) for rows in (side.rows, theirs)] if common else []
-        faint = [took(rows[key] for key in common if rows[key].noisy) for rows in (side.rows, theirs)] if common else []
+        faint = [took(rows[key] for key in common if rows[key].silent) for rows in (side.rows, theirs)] if common else []
         clear = pairs and all(part.median <= FAINT * whole.median for part, whole in zip(faint, pairs))
         ratio = Ratio.of(*pairs) if clear else None
         gone = [m.op for m in self.files[side.file].missing if (m.group, m.backend) == (keys[0].group, side.backend)]
@@ -192,6 +193,12 @@ class Comparison:
     def differences(self) -> list[str]:
         """What else than the kernels is not the same, and what the numbers do not say."""
         found = self._told()
+        for letter, file in zip(LETTERS, self.files):
+            said = machine(file.load, list(file.limits.values()))
+            found += [f"{letter}: {line}" if len(self.files) > 1 else line for line in dict.fromkeys(said)]
+        if wrong := [f"{side.label}: {n}" for side in self.sides if (n := sum(r.impossible for r in side.calls.values()))]:
+            what = f"faster than {OVER:.0%} of what the machine's limit permits, and compared with nothing"
+            found.append(f"impossible, {what}: {', '.join(wrong)} of {len(self.calls)} calls")
         if len(self.files) > 1:
             found.append("the files are of different runs: an interval knows how a time varies within one")
         rows = [(side, row) for side in self.sides for row in side.calls.values()]
@@ -244,6 +251,8 @@ class Comparison:
     def regressions(self, beyond: float) -> list[str]:
         """What in a later file takes more than `beyond` longer than in the first, significantly, or is measured no more."""
         later = [(side, side.reference) for side in self.sides if side.file and side.reference]
+        if not any(side.ratios for side, _ in later):
+            raise UsageError("no call could be compared, all are noisy or impossible: measure again on a quiet machine")
         return [line for side, reference in later for line in self._worse(side, reference, beyond)]
 
     def _worse(self, side: Side, reference: Side, beyond: float) -> Iterator[str]:

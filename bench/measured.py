@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from porthal.bench.roofline import Limit, Work, limit
-from porthal.bench.statistics import Summary, quantile
+from porthal.bench.statistics import NOISY, OVER, Summary, quantile
 from porthal.conformance.report.journal import Lines
 
 SCHEMA = 1
@@ -44,9 +44,19 @@ class Measured:
         return limit(self.work, {name: sustained(found) for name, found in self.rates.items()}, self.holds)
 
     @property
+    def limit_noise(self) -> float:
+        """Of the limit that binds it."""
+        return Summary.of(self.rates.get(self.limit.bound, (1.0,))).noise
+
+    @property
     def noisy(self) -> bool:
         """Whether nothing is said of its share: the time is noisy, or the limit that binds it was."""
-        return self.summary.noisy or Summary.of(self.rates.get(self.limit.bound, (1.0,))).noisy
+        return self.summary.noisy or self.limit_noise > NOISY
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it was faster than the device can be: then the limit or the time is wrong."""
+        return not self.noisy and self.share > OVER
 
     @property
     def share(self) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from porthal.bench.speeds import Key, Speed
-from porthal.bench.text import rate_text, time_text
+from porthal.bench.text import rate_text, time_text, times_text
 from porthal.conformance.report.axis import Axis
 from porthal.conformance.report.page import render
 
@@ -114,6 +114,7 @@ def speeds_page(comparison: Comparison) -> str:
         ratios=Axis.ratios(min(r.low for r in ratios), max(r.high for r in ratios), "{:g}x".format) if ratios else None,
         tables=_tables(comparison),
         seconds=time_text,
+        factor=times_text,
     )
 
 
@@ -221,7 +222,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
         means = {n: comparison.mean(side, op) for n, side in enumerate(comparison.sides)}
         shares = {}
         for n, side in enumerate(comparison.sides):
-            rows = [row for row in side.rows.values() if row.op == op and row.bound and not row.noisy]
+            rows = [row for row in side.rows.values() if row.op == op and row.bound and not row.silent]
             if rows:
                 shares[n] = sum(r.calls * r.limit for r in rows) / sum(r.calls * r.time.median for r in rows)
         yield Line(op, {n: ratio for n, ratio in means.items() if ratio}, shares)

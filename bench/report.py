@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from porthal.bench.compare import Ratio
 from porthal.bench.measured import SCHEMA, Measured, sustained
 from porthal.bench.run import COLD, Run
-from porthal.bench.speeds import Timed
+from porthal.bench.speeds import Timed, machine
 from porthal.bench.text import rate_text, time_text
 from porthal.bench.workloads import Row
 from porthal.conformance.report.receipt import receipt
@@ -26,8 +26,6 @@ from porthal.hal import Unavailable
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-OVER = 1.05  # of its limit: what is faster says that the limit or the time is wrong
 
 
 class Report:
@@ -44,7 +42,7 @@ class Report:
     @cached_property
     def impossible(self) -> list[Measured]:
         """What was faster than the device can be."""
-        return [m for m in self.run.timed if m.share > OVER and not m.noisy]
+        return [m for m in self.run.timed if m.impossible]
 
     @cached_property
     def wrong(self) -> list[Measured]:
@@ -111,6 +109,7 @@ class Report:
                 for m in self.by_token.get(row.case.token, ())
                 if not m.samples
             ],
+            "load": round(run.load, 2),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
 
@@ -145,7 +144,7 @@ class Report:
         """What was measured, each call once; then the steps that these calls make up."""
         from rich.console import Group
 
-        return Group(*self._head(), self._calls(), "", *self._steps(), *self._said())
+        return Group(*self._head(), self._calls(), "", *self._steps(), *self.said())
 
     def _head(self) -> Iterator[str]:
         run = self.run
@@ -160,6 +159,7 @@ class Report:
                 seen.add(limits)
                 whose = ", ".join(n for n, f in run.peaks.items() if f == found)
                 yield f"limits of {whose}: " + ", ".join(f"{p} {_rate(p, r)}" for p, r in limits)
+        yield from machine(run.load, [{p: sustained(r) for p, r in found.items()} for found in run.peaks.values()])
         yield f"{run.workload.name} in {run.workload.dtype}, times are medians, % is of what the named limit permits"
         yield ""
 
@@ -173,14 +173,14 @@ class Report:
         for name in names:
             table.add_column(name, justify="right")
         for name in names[1:]:
-            table.add_column(f"{names[0]} against {name}", justify="right")
+            table.add_column(f"{name}: times as fast", justify="right")
         for token, found in self.by_token.items():
             for cache in dict.fromkeys(m.cache for m in found if m.samples):
                 at = {m.backend: m for m in found if m.cache == cache and m.samples}
                 first = next(iter(at.values()))
                 op, _, rest = token.partition(",")
                 cells = [cell(at.get(name)) for name in names]
-                ratios = [compared(at.get(names[0]), at.get(name)) for name in names[1:]]
+                ratios = [compared(at.get(name), at.get(names[0])) for name in names[1:]]
                 table.add_row(op, shortened(rest), cache, first.limit.bound or "-", *cells, *ratios)
         return table
 
@@ -213,7 +213,7 @@ class Report:
                     f"{best}; between its {alone.calls} ops are {time_text(alone.host)} of the host's work"
                 )
 
-    def _said(self) -> Iterator[str]:
+    def said(self) -> Iterator[str]:
         """What the table does not show: what was scaled, what is too noisy, wrong, impossible or missing."""
         scales = self._scales()
         if scales:
@@ -253,6 +253,7 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
         "p10": found.p10,
         "ci95": list(found.ci95),
         "noise": found.noise,
+        "limit_noise": m.limit_noise,
         "verdict": m.verdict,
         "scaled": row.scaled,
         "kernel": m.kernel,
@@ -274,14 +275,14 @@ def cell(m: Measured | None) -> str:
     if not m:
         return "-"
     found = m.summary
-    share = "noisy" if found.noisy else f"{m.share:.0%}" if m.limit.bound and not m.noisy else ""
+    share = "noisy" if found.noisy else f"{m.share:.0%}{'!' * m.impossible}" if m.limit.bound and not m.noisy else ""
     kernel = "" if m.kernel == "own" else f" {m.kernel}"
     return f"{time_text(found.median)} {share:>5}{kernel}".rstrip()
 
 
 def compared(a: Measured | None, b: Measured | None) -> str:
-    """How many times as fast the first is: "1.52x (1.48 to 1.57)"; "" where one is too noisy."""
-    if not a or not b or a.summary.noisy or b.summary.noisy:
+    """How many times as fast the first is: "1.52x (1.48 to 1.57)"; "" where one is too noisy, or impossible."""
+    if not a or not b or a.summary.noisy or b.summary.noisy or a.impossible or b.impossible:
         return ""
     first, second = (Timed(m.summary.median, *m.summary.ci95) for m in (a, b))
     return str(Ratio.of(first, second))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -44,6 +45,7 @@ class Run:
     peaks: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     steps: dict[str, dict[int, StepTime]] = field(default_factory=dict)  # of the demo checkpoint, by number of threads
     late: bool = False  # whether there was no time for some calls
+    load: float = field(default_factory=lambda: os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # as it began, per processor
 
     @property
     def timed(self) -> list[Measured]:

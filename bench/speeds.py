@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from porthal.bench.measured import SCHEMA
-from porthal.bench.statistics import NOISY
-from porthal.bench.text import time_text
+from porthal.bench.roofline import ARITHMETIC, WIDE
+from porthal.bench.statistics import NOISY, OVER
+from porthal.bench.text import rate_text, time_text
 from porthal.conformance.report.files import read
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
 from porthal.conformance.report.report import Report
 from porthal.hal import UsageError
 
 SHORTEST = 1e-15  # seconds
+APART = 4  # how far a call's limit may be from what the limits of the whole run say: these change from minute to minute
+BUSY = 0.5  # processes that wait, per processor, from which on a machine was busy with other work
+MEMORIES = ("dram", "l3", "l2")  # the slowest first
 
 
 class Timed(NamedTuple):
@@ -51,6 +56,7 @@ class Speed:
     cache    cold or warm
     bound    the limit of the machine that binds, `limit` the seconds which the call takes at that; "" where none is known
     noise    how far its quartiles lie apart; beyond NOISY it is compared with nothing
+    limit_noise  the same of the limit
     scaled   how the call is smaller than the model's, "" where it is not
     """
 
@@ -67,6 +73,7 @@ class Speed:
     bound: str
     limit: float
     noise: float
+    limit_noise: float
     scaled: str
     kernel: str
     provider: str
@@ -87,6 +94,9 @@ class Speed:
                 raise TypeError(f"{name} is {_said(value)}, expected a line of text")
             if not text and name != "time" and not number(value):
                 raise TypeError(f"{name} is {_said(value)}, expected a number")
+        order = (entry["stats"]["min"], info["p10"], time.median, entry["stats"]["max"])
+        if not all(map(number, order)) or list(order) != sorted(order):
+            raise ValueError(f"times of {row.op} are {order}: expected the least, a tenth, the middle and the most, rising")
         limited = row.limit > SHORTEST if row.bound else row.limit == 0
         if not (SHORTEST < time.low <= time.median <= time.high and limited and row.calls > 0 and row.noise >= 0):
             raise ValueError(f"times of {row.op} are {tuple(time)} and {row.limit} s: expected rising ones, all above 0")
@@ -103,8 +113,19 @@ class Speed:
         return self.noise > NOISY
 
     @property
+    def impossible(self) -> bool:
+        """Whether it is faster than its limit permits: then the limit or the time is wrong."""
+        return self.share > OVER and max(self.noise, self.limit_noise) <= NOISY
+
+    @property
+    def silent(self) -> bool:
+        """Whether it is compared with nothing."""
+        return self.noisy or self.impossible
+
+    @property
     def words(self) -> str:
-        return time_text(self.time.median) + (f", {self.share:.0%} of {self.bound}" if self.bound else "")
+        share = f", {self.share:.0%} of {self.bound}" + ", which is impossible" * self.impossible
+        return time_text(self.time.median) + (share if self.bound else "")
 
     @property
     def share(self) -> float:
@@ -152,6 +173,7 @@ class Speeds:
     date: str
     receipt: str
     whole: Mapping[str, list[Whole]]
+    load: float
     reproduced: Reproduced | None = None
 
     @classmethod
@@ -175,6 +197,7 @@ class Speeds:
                 data["datetime"],
                 ours["receipt"],
                 {name: [Whole.read(*step) for step in steps.items()] for name, steps in ours.get("steps", {}).items()},
+                ours["load"],
                 Reproduced.read(ours.get("reproduced")),
             )
             made._verify()
@@ -193,6 +216,14 @@ class Speeds:
         for name, limits in self.limits.items():
             if wrong := [what for what, value in limits.items() if not number(value) or value <= 0]:
                 raise TypeError(f"limit {wrong[0]} of {name} is {_said(limits[wrong[0]])}, expected a rate")
+        if not number(self.load) or self.load < 0:
+            raise TypeError(f"load is {_said(self.load)}, expected a number")
+        for row in self.rows:
+            rate = self.limits.get(row.backend, {}).get(row.bound)
+            if row.bound and rate is not None:
+                expected = (row.flops if row.bound in (*ARITHMETIC.values(), WIDE) else row.bytes) / rate
+                if not expected / APART <= row.limit <= expected * APART:
+                    raise ValueError(f"the limit of {row.op}, {row.limit} s, is not what {row.bound} says, {expected:.3g} s")
         found = [key for keys in self.by_backend.values() for key in keys]
         if len(found) != len(self.rows):
             raise ValueError("a call stands there twice")
@@ -245,6 +276,21 @@ class Speeds:
     def facts(self, backend: str) -> dict[str, str]:
         """What else is said of a backend, as text: version, threads, device, digests of sources, versions, ..."""
         return told(self.backends[backend])
+
+
+def machine(load: float, limits: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """What was wrong with the machine while it was measured."""
+    if load > BUSY:
+        yield (
+            f"the machine was busy as the run began: {load:.1f} processes for each processor waited or ran; "
+            "times by the wall clock are of that work, too"
+        )
+    for rates in limits:
+        known = [name for name in MEMORIES if name in rates]
+        for outer, inner in pairwise(known):
+            if rates[inner] < rates[outer]:
+                slower, faster = (rate_text(rates[name], "B/s") for name in (inner, outer))
+                yield f"{inner} was measured with {slower}, below {outer} with {faster}: shares of limits say little"
 
 
 def read_report(file: Path) -> Report | Speeds:

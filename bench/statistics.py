@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NOISY = 0.3  # of the median; noisier samples are told, not compared
+OVER = 1.05  # of its limit: what is faster says that the limit or the time is wrong
 SURE = 0.04  # width of the 95 % interval, in medians, at which measuring may end
 LEAST, MOST = 7, 200  # samples
 

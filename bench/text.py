@@ -13,6 +13,11 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
+def times_text(ratio: float) -> str:
+    """2.5312 -> "2.53", 4284.1 -> "4284"."""
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
+
+
 def rate_text(rate: float, unit: str = "") -> str:
     """1234567890 -> "1.23 GB/s"."""
     prefix, size = next(((p, s) for p, s in SIZES if rate >= s), ("", 1.0))

@@ -18,6 +18,7 @@ from porthal.conformance.report.verification import Checked, Verification, drawn
 from porthal.hal import UsageError
 
 SLOWER = 1.1  # times as long as the file says, from which on a row does not hold
+ABSOLUTE = 3  # times as long in seconds, where the machine is the same
 WIDEST = 8  # bytes of an element, at most
 
 
@@ -32,8 +33,9 @@ def verify(
     """Time that share of a file's calls again, on the backends that they were timed on or on another one.
 
     What is compared is the time as a multiple of what the machine's limit allows, each as measured in the same run: another
-    machine is no reason to fail. A row holds unless its call is wrong here, or significantly more than SLOWER times as slow;
-    what is too noisy here says nothing and is left out.
+    machine is no reason to fail. A row holds unless its call is wrong here, significantly more than SLOWER times as slow, or
+    faster than any limit permits, there or here; on the same machine, unless it takes ABSOLUTE times as long, too. What is too
+    noisy here says nothing and is left out.
     Raises UsageError for a file without rows to run, calls that do not fit `bounds`, and where all was too noisy.
     """
     rows = [row for side in file.by_backend.values() for row in {key.call: row for key, row in side.items()}.values()]
@@ -52,7 +54,8 @@ def verify(
         if again and again.samples and again.noisy:
             noisy += 1
         else:
-            checked.append(_checked(row, name, again))
+            same = name in run.sides and run.sides[name].facts.device == _said(file, row.backend).get("device")
+            checked.append(_checked(row, name, again, same))
     if not checked:
         raise UsageError(f"all {noisy} rows that were drawn were too noisy here: try again when the machine is quiet")
     facts = [run.sides[name].facts for name in names]
@@ -75,7 +78,7 @@ def _said(file: Speeds, name: str) -> dict[str, object]:
     return dict(file.backends.get(name, {}))
 
 
-def _checked(row: Speed, backend: str, again: Measured | None) -> Checked:
+def _checked(row: Speed, backend: str, again: Measured | None, same: bool) -> Checked:
     name, command = f"{row.op} [{row.token}], {row.cache}", f"porthal bench --backend {backend} --op {row.op}"
     if again is None or not again.samples:
         why = again.why if again else f"no time with {row.cache} caches"
@@ -84,4 +87,5 @@ def _checked(row: Speed, backend: str, again: Measured | None) -> Checked:
     words = time_text(time.median) + (f", {again.share:.0%} of {limit.bound}" if limit.bound else "")
     scale = row.limit / limit.seconds if row.bound and limit.bound else 1.0
     ratio = Ratio.of(Timed(*(scale * seconds for seconds in time)), row.time)
-    return Checked(name, row.words, words, ratio.high * SLOWER >= 1, command)
+    fast = ratio.high * SLOWER >= 1 and not (same and Ratio.of(time, row.time).high * ABSOLUTE < 1)
+    return Checked(name, row.words, words, fast and not (row.impossible or again.impossible), command)

@@ -294,15 +294,15 @@ def conform(
         )
     if profile:
         report = replace(report, profile=profile)
+    text.drawn(report.table())
     if json:
-        json.write_text(report.json(), encoding="utf-8")
+        text.save(json, report.json())
     if html:
-        html.write_text(report.html(), encoding="utf-8")
+        text.save(html, report.html())
     if junit:
-        junit.write_text(report.junit(), encoding="utf-8")
+        text.save(junit, report.junit())
     if journal and not resume:  # the report has all of it
         journal.unlink()
-    text.drawn(report.table())
     if report.exit_code == 2:
         print(next_step(create(name, emulated), [row.op for row in report.rows]))
     wrong = report.wrong_waivers() if verify_waivers else []
@@ -349,9 +349,9 @@ def self_test(
 
     with stoppable(), text.progress() as advance:
         score = (outside if by_others else run).self_test(op or [], quick, advance, workers)
-    if json:
-        json.write_text(score.json(), encoding="utf-8")
     text.drawn(score.table())
+    if json:
+        text.save(json, score.json())
     return score.exit_code
 
 
@@ -434,9 +434,9 @@ def diff(
     with running(made):
         found = lockstep(bind(backend=made), ids, directory, dtype.value, steps)
         captured = replays(bind(backend=made), ids, directory, dtype.value, steps) if made.captures and steps else None
-    if json:
-        json.write_text(found.json(), encoding="utf-8")
     text.drawn(found.table())
+    if json:
+        text.save(json, found.json())
     if captured:
         print(captured.sentence)
     if save and found.at_fault and (file := found.save(save)):

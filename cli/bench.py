@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -59,8 +60,8 @@ def bench(
     here = len(os.sched_getaffinity(0))
     if threads and threads > here:
         raise UsageError(f"--threads is {threads}: expected at most {here}, the processors that this process may use")
-    if not memory > 0:
-        raise UsageError(f"--memory is {memory}: expected more than 0 GiB")
+    if not 0 < memory < math.inf:
+        raise UsageError(f"--memory is {memory}: expected a number of GiB above 0")
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     text.check_writable(json=json, html=html, resume=journal)
     if json:
@@ -82,15 +83,15 @@ def bench(
     with stoppable(advice), text.progress() as advance:
         names = (backend or selected()[0]).split(",")
         found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance))
-    if html and found.run.timed:
-        html.write_text(comparison(Speeds.of_object(found.document)).html(), encoding="utf-8")
-    if json:
-        json.write_text(found.json(), encoding="utf-8")
     if curve:
-        for line in curves.markdown(found.run):
+        for line in (*curves.markdown(found.run), "", *found.said()):
             print(line)
     else:
         text.drawn(found.table())
+    if json:
+        text.save(json, found.json())
+    if html and found.run.timed:
+        text.save(html, comparison(Speeds.of_object(found.document)).html())
     if journal and found.run.late:
         text.note(f"porthal: there was no time left for some calls: {advice()}")
     elif journal and not resume:  # the report has all of it

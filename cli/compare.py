@@ -35,9 +35,9 @@ def compare(
     if html and (read := next((file for file in files if file.resolve() == html.resolve()), None)):
         raise UsageError(f"--html is {read}, which is one of the reports: give another file")
     found = compared(files)
-    if html:
-        html.write_text(found.html(), encoding="utf-8")
     text.drawn(found.table())
+    if html:
+        text.save(html, found.html())
     worse = [] if fail_over is None else found.regressions(fail_over)
     for sentence in worse:
         print(f"worse: {sentence}")

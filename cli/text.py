@@ -129,6 +129,21 @@ def note(line: str) -> None:
         builtins.print(line, file=sys.stderr, flush=True)
 
 
+def save(file: Path, content: str) -> None:
+    """Write a file that people asked for: whole, or as it was. UsageError where that is not possible."""
+    beside = file.with_name(f"{file.name}.part")
+    try:
+        if not file.exists() or file.is_file():
+            beside.write_text(content, encoding="utf-8")
+            beside.replace(file.resolve())
+        else:  # a pipe, or a device
+            file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {file}: {error.strerror}; what it was to hold is printed above") from None
+
+
 def check_writable(**files: Path | None) -> None:
     """Raise UsageError before long work if a file cannot be written after it, or if two of them are one; leaves none behind.
 

@@ -51,7 +51,7 @@ def verify(
             found = time_again(made, share, threads, backend or "", Sizes(memory * 2**30), advance)
         else:
             found = run_again(made, share, backend or "", bounds, advance)
-    if json:
-        json.write_text(found.marked(read(report, dict)), encoding="utf-8")
     text.drawn(found.table())
+    if json:
+        text.save(json, found.marked(read(report, dict)))
     return found.exit_code

@@ -39,7 +39,9 @@ def times(data, factor):
     """The file with all of its times that many times as long, in a machine that is as fast as before."""
     made = json.loads(json.dumps(data))
     for entry in made["benchmarks"]:
-        entry["stats"]["median"] *= factor
+        for name in ("min", "median", "max"):
+            entry["stats"][name] *= factor
+        entry["extra_info"]["p10"] *= factor
         entry["extra_info"]["ci95"] = [t * factor for t in entry["extra_info"]["ci95"]]
     return made
 
@@ -63,8 +65,22 @@ def test_the_same_time_on_a_slower_machine_holds(verify, written):
     fast = times(written, 0.05)
     for entry in fast["benchmarks"]:
         entry["extra_info"]["limit_s"] *= 0.05 / 3
+    for limits in fast["porthal"]["limits"].values():
+        limits |= {name: rate * 3 / 0.05 for name, rate in limits.items()}
+    (code, out, _), _ = verify(fast, "--share", "100%")
+    assert code == 1 and "does not hold" in out  # there is no machine that differs so and has this name
+    for facts in fast["porthal"]["backends"].values():
+        facts["device"] = "a faster one"
     (code, out, _), _ = verify(fast, "--share", "100%")
     assert code == 0 and "does not hold" not in out
+
+
+def test_what_is_impossible_does_not_hold(verify, written):
+    fast = times(written, 1e-6)
+    for entry in fast["benchmarks"]:
+        entry["extra_info"] |= {"noise": 0.0, "limit_noise": 0.0}
+    (code, out, _), _ = verify(fast, "--share", "100%")
+    assert code == 1 and ", which is impossible" in out
 
 
 def test_a_call_that_is_too_large_is_refused_before_anything_runs(verify, written):

@@ -110,9 +110,34 @@ def test_steps_with_other_calls_are_compared_over_those_in_common():
 
 def test_what_is_noisy_is_shown_and_not_compared():
     made = comparison(measured({"cpu": 0.9}, **ONE), measured({"cpu": 0.3}, noise=0.5, **ONE))
-    assert made.mean(made.sides[1]) is None and made.summary == {} and made.regressions(0) == []
+    assert made.mean(made.sides[1]) is None and made.summary == {}
+    with pytest.raises(UsageError, match="no call could be compared, all are noisy or impossible"):
+        made.regressions(0)  # nothing found is not nothing worse
     assert all(step.ratio is None for steps in made.steps.values() for step in steps)
     assert "too noisy to be compared: cpu B: 9 of 9 calls" in made.differences
+
+
+def test_what_is_impossible_is_said_and_not_compared():
+    made = comparison(measured({"cpu": 0.9, "torch": 4.1}, **ONE))
+    assert made.mean(made.sides[1]) is None and made.summary == {}
+    said = "impossible, faster than 105% of what the machine's limit permits, and compared with nothing: torch: 9 of 9 calls"
+    assert said in made.differences and "%, impossible</span>" in made.html()
+    assert all(row.words.endswith(f"% of {row.bound}, which is impossible") for row in made.sides[1].calls.values())
+    data = benchmark_file({"cpu": 0.9, "torch": 4.1}, **ONE)
+    for entry in data["benchmarks"]:
+        entry["extra_info"]["limit_noise"] = 0.4  # then the limit says nothing
+    assert len(comparison(Speeds.of_object(sealed(data))).summary) == 1
+
+
+def test_what_was_wrong_with_the_machine_is_said():
+    data = benchmark_file({"cpu": 0.9}, **ONE)
+    data["porthal"]["load"] = 8.5
+    data["porthal"]["limits"]["cpu"]["l3"] = 8.28e9
+    said = comparison(Speeds.of_object(sealed(data))).differences
+    assert said[0].startswith("the machine was busy as the run began: 8.5 processes for each processor waited or ran")
+    assert "l3 was measured with 8.28 GB/s, below dram with 25 GB/s: shares of limits say little" in said
+    both = comparison(measured({"cpu": 0.9}, **ONE), Speeds.of_object(data)).differences
+    assert any(line.startswith("B: the machine was busy") for line in both)
 
 
 def test_regressions_are_significant_and_beyond_the_share():
@@ -212,6 +237,10 @@ FIRST = ("benchmarks", 0)
         (("porthal", "reproduced"), {"rows": 1}, "TypeError: "),
         (("porthal", "reproduced"), 3, "TypeError: reproduced is 3"),
         (("porthal", "receipt"), "a\nb", "TypeError: 'a\\nb' stands where a line of text is expected"),
+        ((*FIRST, "extra_info", "limit_s"), 1e-9, "ValueError: the limit of rms_norm, 1e-09 s, is not what dram says"),
+        ((*FIRST, "stats", "min"), 1, "ValueError: times of rms_norm are (1, "),
+        ((*FIRST, "extra_info", "p10"), 0, "expected the least, a tenth, the middle and the most, rising"),
+        (("porthal", "load"), -1, "TypeError: load is -1, expected a number"),
         ((*FIRST, "extra_info", "limit_s"), 0, "ValueError: times of rms_norm are "),
         (("machine_info",), None, "TypeError: None stands where an object is expected"),
     ],
@@ -225,6 +254,14 @@ def test_a_damaged_file_gets_one_sentence(command_line, tmp_path: Path, path, va
     code, out, err = command_line("compare", good, bad)
     assert (code, out) == (2, "") and err.startswith(f"porthal: {bad} is ") and err.count("\n") == 1, err
     assert why in err
+
+
+def test_a_full_disk_is_a_sentence_and_loses_no_table(command_line, tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(benchmark_file({"cpu": 0.9}, **ONE)))
+    code, out, err = command_line("compare", file, file, "--html", "/dev/full")
+    assert code == 2 and "rms_norm" in out
+    assert err == "porthal: cannot write /dev/full: No space left on device; what it was to hold is printed above\n"
 
 
 def test_the_command_compares_and_fails_over_a_share(command_line, tmp_path: Path):

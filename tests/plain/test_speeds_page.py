@@ -119,7 +119,7 @@ def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
     assert (code, err) == (0, "") and not re.search(r"(src|href)=|https?://|@import|url\(|<script", text)
     for section in ("One step", "Cost against context", "Share of the limit", "How many times as fast", "Call by call"):
         assert f"<h2>{section}</h2>" in text
-    assert "different threads: 1 (cpu A), 2 (cpu B)." in text and "without rms_norm, not measured" in text
-    assert "FAIL_VALUE: &lt;y&gt; &amp; more" in text and "<y>" not in text
+    assert "different threads: 1 (cpu A), 2 (cpu B)." in text and "without calls of rms_norm, not measured" in text
+    assert "<b>rms_norm</b> on cpu, 1 calls: FAIL_VALUE: &lt;y&gt; &amp; more" in text and "<y>" not in text
     assert "The demo model's step as a whole" in text and text.count("1 thread, 337 µs between 35 ops") == 2
     assert text.count(f"receipt {other['porthal']['receipt']}") == 1 and text.count(">self-reported<") == 2
