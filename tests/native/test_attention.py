@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 try:
-    from porthal.backends.cpu import _native as native  # noqa: F401  # as a question
+    from porthal.backends.cpu import _native  # noqa: F401
 except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
