@@ -110,7 +110,12 @@ class Binding(Services):
     def capturable(self, op: str) -> bool:
         """Whether an op's kernel may stand in a captured graph."""
         kernel = self._kernel(op)
-        return kernel is None or kernel.capturable
+        return kernel is None or (kernel.backend is self.backend and kernel.capturable)
+
+    @property
+    def captures(self) -> bool:
+        """Whether all that it cannot do without may stand in a captured graph, and nothing is wrapped around the calls."""
+        return self.backend.captures and not vars(self)["_wrapped"] and all(map(self.capturable, vars(self)["_called"]))
 
     def _kernel(self, op: str) -> Kernel | None:
         """The kernel that was chosen for an op, where there is one."""
@@ -203,12 +208,13 @@ def bind(
 
     choices = Choices(known, choose)
     binding = Binding(chosen, choices, kernels)
-    vars(binding).update(profile=profile, _advice=advice, _again=again)
     layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
+    vars(binding).update(profile=profile, _advice=advice, _again=again, _wrapped=bool(layers))
     wanted = known if profile is None or fallback != "error" else known.keys() & {*profile, *rules}
     for op in wanted:  # what cannot be chosen is told now; of others there is a choice, if only to refuse the call
         choices[op]
-    binding.require(*(profile or () if needed is None else called(choices, needed)))
+    vars(binding)["_called"] = ops = tuple(profile or () if needed is None else called(choices, needed))
+    binding.require(*ops)
     return binding
 
 
