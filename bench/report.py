@@ -209,7 +209,7 @@ class Report:
                 times = ", ".join(f"{n} thread{'s' * (n > 1)} {time_text(s.seconds)}" for n, s in steps.items())
                 alone = steps[min(steps)]
                 yield (
-                    f"{name}: a whole step, {whole.group}, takes by the wall clock {times}, best with "
+                    f"{name}: a whole step, {whole.group}, takes {times}, best with "
                     f"{best}; between its {alone.calls} ops are {time_text(alone.host)} of the host's work"
                 )
 

@@ -35,7 +35,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a whole step, as medians: of the wall clock, and of the backend's clock between its ops."""
+    """Seconds of a whole step, and of what is between its ops, as medians by the backend's clock."""
 
     seconds: float
     host: float
@@ -92,19 +92,19 @@ def whole_step(backend: Backend, whole: Whole, dtype: str, clock: Callable[[], f
     model.config = replace(config, eos_token_id=())
     made = step(model, requests, drafts)
     each = _empty(clock)
-    walls, hosts = [], []
+    times, hosts = [], []
     until = time.perf_counter() + LONG
     for n in range(FIRST + STEPS):
         ops.spent, ops.calls = 0.0, 0
-        wall, start = time.perf_counter(), clock()
+        start = clock()
         made()
-        spent, wall = clock() - start, time.perf_counter() - wall
-        if n >= FIRST or wall > 1:
-            walls.append(wall)
-            hosts.append(max(spent - ops.spent - ops.calls * each, 0.0))
-        if len(walls) >= FEW and time.perf_counter() > until:
+        spent = clock() - start - ops.calls * each
+        if n >= FIRST or spent > 1:
+            times.append(spent)
+            hosts.append(max(spent - ops.spent, 0.0))
+        if len(times) >= FEW and time.perf_counter() > until:
             break
-    return StepTime(median(walls), median(hosts), len(stepped(config, requests, dtype, drafts)))
+    return StepTime(median(times), median(hosts), len(stepped(config, requests, dtype, drafts)))
 
 
 def _empty(clock: Callable[[], float], n: int = 2000) -> float:
