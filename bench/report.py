@@ -204,12 +204,12 @@ class Report:
                 what = "these calls of one step take" if self.run.workload.part else "one step takes"
                 yield f"{group}: {what} {', '.join(told)}"
         for name, steps in self.run.steps.items():
-            if steps:
+            if (whole := self.run.workload.whole) and steps:
                 best = min(steps, key=lambda threads: steps[threads].seconds)
                 times = ", ".join(f"{n} thread{'s' * (n > 1)} {time_text(s.seconds)}" for n, s in steps.items())
                 alone = steps[min(steps)]
                 yield (
-                    f"{name}: a whole step, one request at half of the context, takes by the wall clock {times}, best with "
+                    f"{name}: a whole step, {whole.group}, takes {times}, best with "
                     f"{best}; between its {alone.calls} ops are {time_text(alone.host)} of the host's work"
                 )
 

@@ -43,7 +43,7 @@ class Run:
     sides: dict[str, Side] = field(default_factory=dict)
     found: list[Measured] = field(default_factory=list)
     peaks: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
-    steps: dict[str, dict[int, StepTime]] = field(default_factory=dict)  # of the demo checkpoint, by number of threads
+    steps: dict[str, dict[int, StepTime]] = field(default_factory=dict)  # as a whole, by number of threads
     late: bool = False  # whether there was no time for some calls
     load: float = field(default_factory=lambda: os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # as it began, per processor
 

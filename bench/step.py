@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from porthal.conformance.cases.compositions import Request
-from porthal.hal import Backend, bind
+from porthal.hal import Backend, bind, narrow
 from porthal.hal.binding import Function
+from porthal.model.config import Config
 from porthal.model.generate import step
-from porthal.model.load import DEMO, load
+from porthal.model.glm5 import Glm5
+from porthal.model.load import DEMO, needed, opened, profile, stepped
 
 STEPS, FIRST = 60, 5  # steps that are timed, and those before them
+LONG, FEW = 30.0, 3  # seconds of all steps, after which so many of them are enough
+DEVIATION = 0.02  # of random weights: transformers' initializer_range
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A step that is timed as a whole: of a model with these requests and drafts; without a config, of the demo checkpoint."""
+
+    group: str
+    requests: tuple[Request, ...]
+    drafts: int = 0
+    config: Config | None = None
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step of the demo checkpoint, as medians: of the wall clock, and of the backend's clock between its ops."""
+    """Seconds of a whole step, and of what is between its ops, as medians by the backend's clock."""
 
     seconds: float
     host: float
@@ -47,23 +63,48 @@ class Clocked:
         return call
 
 
-def demo_step(backend: Backend, requests: tuple[Request, ...], dtype: str, clock: Callable[[], float]) -> StepTime:
-    """Steps of the demo checkpoint from one place; what the wrap itself takes is not counted."""
-    ops = Clocked(clock)
-    model = load(DEMO, bind(backend=backend, wrap=[ops]), dtype=dtype)
-    model.config = replace(model.config, eos_token_id=())
-    made = step(model, [(r.q, r.kv) for r in requests])
+class Random:
+    """A checkpoint that is made as it is read: vectors of ones, and matrices of small random numbers that repeat themselves."""
+
+    def __init__(self) -> None:
+        drawn = np.random.default_rng(0).standard_normal(2**20 - 3)
+        self.numbers = narrow(DEVIATION * drawn, "bfloat16")
+
+    def holds(self, prefix: str) -> bool:
+        return not prefix.endswith("experts.gate_up_proj")  # one by one, as GLM-5's own files have them
+
+    def read(self, name: str, shape: Sequence[int], rows: slice) -> np.ndarray[Any, Any]:
+        made = (len(range(*rows.indices(shape[0]))), *shape[1:])
+        return np.resize(self.numbers, made) if len(shape) > 1 else np.ones(made, self.numbers.dtype)
+
+
+def whole_step(backend: Backend, whole: Whole, dtype: str, clock: Callable[[], float]) -> StepTime:
+    """Steps of a model from one place; what is wrapped around its ops, or around a captured graph of them, is not counted."""
+    ops, drafts = Clocked(clock), whole.drafts
+    config, source = (whole.config, Random()) if whole.config else opened(DEMO)
+    requests = [(r.q, r.kv) for r in whole.requests]
+    captured = backend.captures and not drafts and all(q == 1 for q, _ in requests)
+    wrap = [] if captured else [ops]
+    binding = bind(profile=profile(config, dtype), needed=needed(config, drafts), backend=backend, wrap=wrap)
+    if captured:
+        vars(backend)["capture"] = lambda run: ops("capture", type(backend).capture(backend, run))
+    model = Glm5(config, source, binding, dtype)
+    model.config = replace(config, eos_token_id=())
+    made = step(model, requests, drafts)
     each = _empty(clock)
-    walls, hosts = [], []
+    times, hosts = [], []
+    until = time.perf_counter() + LONG
     for n in range(FIRST + STEPS):
         ops.spent, ops.calls = 0.0, 0
-        wall, start = time.perf_counter(), clock()
+        start = clock()
         made()
-        spent, wall = clock() - start, time.perf_counter() - wall
-        if n >= FIRST:
-            walls.append(wall)
-            hosts.append(max(spent - ops.spent - ops.calls * each, 0.0))
-    return StepTime(median(walls), median(hosts), ops.calls)
+        spent = clock() - start - ops.calls * each
+        if n >= FIRST or spent > 1:
+            times.append(spent)
+            hosts.append(max(spent - ops.spent, 0.0))
+        if len(times) >= FEW and time.perf_counter() > until:
+            break
+    return StepTime(median(times), median(hosts), len(stepped(config, requests, dtype, drafts)))
 
 
 def _empty(clock: Callable[[], float], n: int = 2000) -> float:

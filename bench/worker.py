@@ -12,9 +12,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from porthal.bench.call import Call, Judged, evicting
-from porthal.bench.step import StepTime, demo_step
+from porthal.bench.step import StepTime, Whole, whole_step
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import Request
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.runner.workers import START, Worker, joined
@@ -137,10 +136,10 @@ class Bench:
         seconds = self._timed(again)
         return sum(done) / seconds if seconds > 0 else 0.0
 
-    def step(self, requests: tuple[Request, ...], dtype: str) -> StepTime:
-        """A step of the demo checkpoint."""
+    def step(self, whole: Whole, dtype: str) -> StepTime:
+        """A step as a whole."""
         with running(self.backend):
-            return demo_step(self.backend, requests, dtype, self.clock)
+            return whole_step(self.backend, whole, dtype, self.clock if self.side.on_host else time.perf_counter)
 
     def close(self) -> None:
         self.call = None

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from porthal.bench.scale import BLOCK_SIZE, Bounds, Sized
+from porthal.bench.step import Whole
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, spelled
 from porthal.conformance.cases.profiles import MODEL, profile_of
@@ -25,6 +27,13 @@ CHUNKS = (512, 4096)
 DRAFTS = 3
 USUAL = 2**13  # keys that a request sees where a step is no table of contexts
 STEPS = ("decode", "prefill", "verify")
+# What is smaller than in GLM-5 in the model "half": half a billion parameters, without its MTP layer.
+HALF: dict[str, Any] = {
+    "vocab_size": 2**15, "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_hidden_layers": 8,
+    "num_attention_heads": 16, "q_lora_rank": 512, "qk_nope_head_dim": 128, "v_head_dim": 128, "index_n_heads": 8,
+    "index_topk": 256, "n_routed_experts": 32, "max_position_embeddings": 2**13, "indexer_types": ("full",) * 8,
+    "dense": (True,) + (False,) * 7,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,14 @@ class Workload:
     """The calls of steps, or a part of them.
 
     facts  what a report says of it: the config and the requests it was derived from
-    whole  the requests of a step that can be made as a whole, since its checkpoint is here
+    whole  a step that can be made as a whole, since its checkpoint is here, or small enough to be made
     """
 
     name: str
     dtype: str
     rows: tuple[Row, ...]
     facts: Mapping[str, object] = field(default_factory=dict)
-    whole: tuple[Request, ...] = ()
+    whole: Whole | None = None
     part: bool = False
 
     def only(self, ops: Sequence[str], bounds: Bounds) -> Workload:
@@ -77,20 +86,25 @@ class Workload:
                 raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
         called = {row.case.op for row in self.rows}
         lone = [row for op in ops if op not in called for row in _alone(op, self.dtype, bounds)]
-        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=(), part=True)
+        return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=None, part=True)
 
 
 def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
-    """The workload of this name: a published model's decode steps, the demo checkpoint's, or what a file of `porthal trace
-    --json` lists. `kinds` chooses steps, `dtype` "" is the model's own."""
+    """The workload of this name: a published model's decode steps, those of one of half a billion parameters, the demo
+    checkpoint's, or what a file of `porthal trace --json` lists. `kinds` chooses steps, `dtype` "" is the model's own."""
     from porthal.bench.traced import read
 
     if name == "glm5":
         return of_model(name, Config.read(profile_home()), kinds, dtype or "bfloat16", bounds)
     if name == "demo":
         config = Config.read(DEMO)
-        whole = (Request(1, config.max_position_embeddings // 2),)
+        whole = Whole("decode, 1 request at half of the context", (Request(1, config.max_position_embeddings // 2),))
         return replace(of_model(name, config, kinds, dtype or "float32", bounds), whole=whole)
+    if name == "half":
+        config = replace(Config.read(profile_home()), **HALF)
+        made = [step for kind in kinds for step in half_steps(kind)]
+        whole = Whole(made[-1].group, made[-1].requests, made[-1].drafts, config)
+        return replace(of_steps(name, config, made, dtype or "bfloat16", bounds), whole=whole)
     found = read(name)
     rows = tuple(_rows("traced", found.name, found.calls, found.requests, bounds))
     return Workload(found.name, found.dtype, rows, {"file": name})
@@ -105,8 +119,13 @@ def profile_home() -> str:
 
 def of_model(name: str, config: Config, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
     """The steps of a model, each call once per group, with the count of all layers."""
-    rows: list[Row] = []
     made = [step for kind in kinds for step in steps(kind, config.max_position_embeddings, config.has_mtp)]
+    return of_steps(name, config, made, dtype, bounds)
+
+
+def of_steps(name: str, config: Config, made: Sequence[Step], dtype: str, bounds: Bounds) -> Workload:
+    """These steps of a model."""
+    rows: list[Row] = []
     for step in made:
         calls = stepped(config, [(r.q, r.kv) for r in step.requests], dtype, step.drafts)
         rows += _rows(step.kind, step.group, calls, step.requests, bounds)
@@ -133,6 +152,16 @@ def steps(kind: str, longest: int, drafts: bool = True) -> Iterator[Step]:
         for n in REQUESTS:
             for context in dict.fromkeys(min(c, longest) for c in CONTEXTS):
                 yield Step(kind, (Request(1, context),) * n, context=context)
+
+
+def half_steps(kind: str) -> Iterator[Step]:
+    """The steps of a kind that are timed of the model "half": one request at 1k, and of prompts 4k as well."""
+    if kind not in STEPS:
+        raise UsageError(f"unknown step {kind!r}: expected {', '.join(STEPS)}")
+    rows = {"decode": (1,), "verify": (DRAFTS + 1,), "prefill": (2**10, 2**12)}[kind]
+    for n in rows:
+        context = max(n, 2**10)
+        yield Step(kind, (Request(n, context),), DRAFTS * (kind == "verify"), context)
 
 
 def _rows(

@@ -24,7 +24,7 @@ def bench(
     ] = None,
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
     workload: Annotated[
-        str, typer.Option("--workload", metavar="glm5|demo|FILE", help="FILE: the calls that trace --json printed")
+        str, typer.Option("--workload", metavar="glm5|half|demo|FILE", help="FILE: the calls that trace --json printed")
     ] = "glm5",
     step: Annotated[
         list[str] | None, typer.Option("--step", metavar="decode|prefill|verify", help="default: decode; may be repeated")

@@ -13,7 +13,8 @@ if not __name__.startswith("porthal."):
 
 if TYPE_CHECKING:
     from porthal.hal.backend import Backend, Kernel, Peak, Place, Traits
-    from porthal.hal.binding import Binding, Callers, Choice, bind, called, checked, use
+    from porthal.hal.binding import Binding, Callers, bind, called, checked, use
+    from porthal.hal.choice import Choice
     from porthal.hal.contract import CallSpec, Contract, contract, contracts
     from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
     from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
@@ -111,7 +112,9 @@ __all__ = [
 ]
 
 # Where the names are, the files first that need little.
-_FILES = ("errors", "discovery", "dtypes", "limits", "operands", "spans", "contract", "backend", "binding", "recorder")
+_FILES = (
+    "errors", "discovery", "dtypes", "limits", "operands", "spans", "contract", "backend", "choice", "binding", "recorder"
+)  # fmt: skip
 
 
 class _Hal(ModuleType):

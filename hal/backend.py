@@ -219,11 +219,12 @@ class Backend:
         return self.from_logical(spec, zeros)
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
-        """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it.
+        """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it. A slice may be a view of the
+        checkpoint's file: copy what is kept.
 
         `into` is a weight of this spec whose memory takes the new values; use what is returned from then on.
         """
-        array = self.from_numpy(np.ascontiguousarray(read(slice(None))))
+        array = self.from_numpy(np.array(read(slice(None)), order="C"))
         if into is None:
             return Weight(spec, array)
         native = self.write(into.native, array)

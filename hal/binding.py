@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial, wraps
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from porthal.hal import discovery
 from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.bridge import bridge, same_library
+from porthal.hal.choice import Choice, Choices, Status
 from porthal.hal.contract import CallSpec, Contract, contracts
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
@@ -26,46 +27,7 @@ Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
 Profile = Mapping[str, Sequence[CallSpec]]
 Callers = Mapping[str, Collection[str]]
-Status = Literal["own", "inherited", "composed", "fallback", "missing"]
 VIA = "via="  # before a provider's name, in an override and in a case's token
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which kernel a binding uses for an op. `own` proves something about the chip; the other words do not."""
-
-    op: str
-    status: Status
-    owner: str
-    provider: str
-    reason: str
-    tie: str = "lowest"
-    batch_invariant: bool = False
-
-    @classmethod
-    def of(cls, op: str, status: Status, kernel: Kernel, reason: str) -> Choice:
-        return cls(op, status, kernel.owner, kernel.provider, reason, kernel.tie, kernel.batch_invariant)
-
-
-class Choices(Mapping[str, Choice]):
-    """The choice of every op, made when it is first asked for: most bindings are asked for few of them."""
-
-    def __init__(self, ops: Collection[str], choose: Callable[[str], Choice]) -> None:
-        self._ops, self._choose = ops, choose
-        self._made: dict[str, Choice] = {}
-
-    def __getitem__(self, op: str) -> Choice:
-        if op not in self._made:
-            if op not in self._ops:
-                raise KeyError(op)
-            self._made[op] = self._choose(op)
-        return self._made[op]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ops)
-
-    def __len__(self) -> int:
-        return len(self._ops)
 
 
 class Binding(Services):
@@ -110,7 +72,12 @@ class Binding(Services):
     def capturable(self, op: str) -> bool:
         """Whether an op's kernel may stand in a captured graph."""
         kernel = self._kernel(op)
-        return kernel is None or kernel.capturable
+        return kernel is None or (kernel.backend is self.backend and kernel.capturable)
+
+    @property
+    def captures(self) -> bool:
+        """Whether all that it cannot do without may stand in a captured graph; not where something wraps the calls."""
+        return self.backend.captures and not vars(self)["_wraps"] and all(map(self.capturable, vars(self)["_required"]))
 
     def _kernel(self, op: str) -> Kernel | None:
         """The kernel that was chosen for an op, where there is one."""
@@ -203,12 +170,13 @@ def bind(
 
     choices = Choices(known, choose)
     binding = Binding(chosen, choices, kernels)
-    vars(binding).update(profile=profile, _advice=advice, _again=again)
     layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
+    vars(binding).update(profile=profile, _advice=advice, _again=again, _wraps=layers)
     wanted = known if profile is None or fallback != "error" else known.keys() & {*profile, *rules}
     for op in wanted:  # what cannot be chosen is told now; of others there is a choice, if only to refuse the call
         choices[op]
-    binding.require(*(profile or () if needed is None else called(choices, needed)))
+    vars(binding)["_required"] = profile or () if needed is None else called(choices, needed)
+    binding.require(*vars(binding)["_required"])
     return binding
 
 

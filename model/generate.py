@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from porthal.hal import Batch, NotFinite, UsageError
 from porthal.model.cache import Request
 from porthal.model.sampling import GREEDY, Sampling
-from porthal.model.tokens import check_count, check_ids, float_array, ids_array, uniforms
+from porthal.model.tokens import Array, check_count, check_ids, float_array, ids_array, uniforms
 from porthal.ops.check_finite import NOT_FINITE
 
 if TYPE_CHECKING:
@@ -110,6 +110,19 @@ def step(model: Glm5, requests: Sequence[tuple[int, int]], drafts: int = 0) -> C
     return again
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A decode step as a graph: what new values are written over, and what repeats it.
+
+    held  of each stream its index and how many pages it has: there is room in them for what `batch` may become
+    """
+
+    held: list[tuple[int, int]]
+    batch: Batch
+    given: list[Any]
+    replay: Callable[[], Any]
+
+
 @dataclass
 class Tail:
     """What the MTP layer knows at the end of each stream: its hidden state [R, H] and the selection to share."""
@@ -138,6 +151,7 @@ class _Run:
         if speculative and not model.mtp:
             raise UsageError(f"speculative is {speculative}, but this checkpoint has no MTP layer: use 0")
         first = "sample" if sampling.temperature else "argmax"
+        self.captures = self.ops.captures and self.ops.capturable(first)
         self.ops.require("check_finite", first, *(("argmax", "speculative_verify") if self.drafts else ()))
         if not prompts:
             raise UsageError("there is no prompt: give at least one")
@@ -152,6 +166,7 @@ class _Run:
         ]
         self.forwards = 0
         self.tail = Tail([], None, None)
+        self.captured: Captured | None = None
         self.not_finite = ""  # the first request whose logits are not, in words
 
     def run(self, prefill_chunk: int | None) -> Generated:
@@ -197,9 +212,32 @@ class _Run:
 
     def _decode(self, active: list[Stream]) -> None:
         """One token for every stream."""
-        ids = self._ints([s.out[-1] for s in active])
-        hidden, _ = self._hidden(ids, self.cache.step([s.pages for s in active], [1] * len(active)))
-        self._emit_next(active, hidden)
+        batch = self.cache.step([s.pages for s in active], [1] * len(active))
+        given = [ids_array([s.out[-1] for s in active]), *self._drawn(active)]
+        self.forwards += 1
+        if self.captures:
+            step = self._captured(active, given)
+            self.ops.plan(batch, into=step.batch)
+            for values, held in zip(given, step.given):
+                self.ops.from_numpy(values, into=held)
+            tokens = step.replay()
+        else:
+            tokens = self._next(self.ops.plan(batch), *map(self.ops.from_numpy, given))
+        self._emit_all(active, tokens)
+
+    def _captured(self, active: list[Stream], given: list[Array]) -> Captured:
+        """The step of these streams as a graph, captured again when they are others, or have another page."""
+        held = [(s.index, len(s.pages.pages)) for s in active]
+        if self.captured is None or self.captured.held != held:
+            room = [pages * self.cache.block_size for _, pages in held]
+            batch = self.ops.plan(self.cache.view([s.pages for s in active], [1] * len(active), room))
+            inputs = [self.ops.from_numpy(values.copy()) for values in given]
+            self.captured = Captured(held, batch, inputs, self.ops.capture(lambda: self._next(batch, *inputs)))
+        return self.captured
+
+    def _next(self, batch: Batch, ids: Any, *drawn: Any) -> Any:
+        """The token after each of these."""
+        return self._chosen(self.model.hidden(ids, batch, self.cache), *drawn)
 
     def _verify(self, active: list[Stream]) -> None:
         """Draft with the MTP layer, verify all drafts in one forward, keep the accepted prefix and one more token."""
@@ -214,11 +252,11 @@ class _Run:
         tokens = self.ops.speculative_verify(
             logits.reshape(R, n + 1, self.config.vocab_size),
             rows[:, 1:],
-            self._uniforms(active, n + 1),
-            *self._settings(R),
+            *map(self.ops.from_numpy, (self._uniforms(active, n + 1), *self._settings(R))),
         )
         counts = []
-        for s, length, row in zip(active, before, self._checked(logits, tokens.reshape(R * (n + 1)), R)):
+        tokens = self.ops.check_finite(logits, tokens.reshape(R * (n + 1)))
+        for s, length, row in zip(active, before, self._on_host(tokens, R)):
             counts.append(sum(token >= 0 for token in row))
             self.cache.truncate(s.pages, length + counts[-1])
             self._emit(s, row)
@@ -274,19 +312,28 @@ class _Run:
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     def _emit_next(self, streams: list[Stream], hidden: Any) -> None:
-        """Choose the next token of each stream from its last hidden state [R, H]: one copy to the host."""
-        logits, R = self.model.logits(hidden), len(streams)
+        """Choose the next token of each stream from its last hidden state [R, H]."""
+        self._emit_all(streams, self._chosen(hidden, *map(self.ops.from_numpy, self._drawn(streams))))
+
+    def _chosen(self, hidden: Any, *drawn: Any) -> Any:
+        """A token for each row of hidden states, NOT_FINITE where its logits are not; `drawn` is what `sample` takes."""
+        logits = self.model.logits(hidden)
+        return self.ops.check_finite(logits, self.ops.sample(logits, *drawn) if drawn else self.ops.argmax(logits))
+
+    def _drawn(self, streams: list[Stream]) -> list[Array]:
+        """What `sample` takes beside the logits; nothing where the text is greedy."""
         if self.sampling.temperature == 0:
-            ids = self.ops.argmax(logits)
-        else:
-            ids = self.ops.sample(logits, self._uniforms(streams, 1).reshape(R), *self._settings(R))
-        for s, row in zip(streams, self._checked(logits, ids, R)):
+            return []
+        return [self._uniforms(streams, 1).reshape(len(streams)), *self._settings(len(streams))]
+
+    def _emit_all(self, streams: list[Stream], tokens: Any) -> None:
+        for s, row in zip(streams, self._on_host(tokens, len(streams))):
             self._emit(s, row)
 
-    def _checked(self, logits: Any, ids: Any, R: int) -> list[list[int]]:
-        """The ids on the host, a row per stream, with NOT_FINITE where the logits behind one are not."""
-        tokens: list[list[int]] = self.ops.to_numpy(self.ops.check_finite(logits, ids)).reshape(R, -1).astype(int).tolist()
-        return tokens
+    def _on_host(self, tokens: Any, R: int) -> list[list[int]]:
+        """A row per stream: the one copy to the host."""
+        rows: list[list[int]] = self.ops.to_numpy(tokens).reshape(R, -1).astype(int).tolist()
+        return rows
 
     def _emit(self, stream: Stream, row: list[int]) -> None:
         """Take the tokens of a row, up to its first negative one."""
@@ -319,17 +366,13 @@ class _Run:
     def _ints(self, values: list[int]) -> Any:
         return self.ops.from_numpy(ids_array(values))
 
-    def _floats(self, values: list[float]) -> Any:
-        return self.ops.from_numpy(float_array(values))
-
-    def _settings(self, R: int) -> tuple[Any, Any, Any]:
+    def _settings(self, R: int) -> tuple[Array, Array, Array]:
         """temperature, top_k and top_p of R rows."""
         heat, p, k = self.sampling.temperature, self.sampling.top_p, min(self.sampling.top_k, self.config.vocab_size)
-        return self._floats([heat] * R), self._ints([k] * R), self._floats([p] * R)
+        return float_array([heat] * R), ids_array([k] * R), float_array([p] * R)
 
-    def _uniforms(self, streams: list[Stream], count: int) -> Any:
-        positions = [s.position for s in streams]
-        return self.ops.from_numpy(uniforms(self.seed, [s.index for s in streams], positions, count))
+    def _uniforms(self, streams: list[Stream], count: int) -> Array:
+        return uniforms(self.seed, [s.index for s in streams], [s.position for s in streams], count)
 
     def _stack(self, rows: list[Any]) -> Any:
         """[R, H] of R rows [1, H]."""

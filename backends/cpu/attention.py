@@ -66,4 +66,6 @@ class Attention(Reference):
 
     def _selection(self, indices: Array, batch: Batch) -> Selection:
         T, k = indices.shape
-        return Selection(SelectionSpec(T, k), Rows(indices, np.minimum(batch.visible, k)))
+        length = self.empty((T,), "int32")
+        self.native.selected(batch.visible, k, length)
+        return Selection(SelectionSpec(T, k), Rows(indices, length))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from porthal.backends.cpu import _native, policy
 from porthal.backends.cpu.attention import Attention
@@ -26,6 +27,19 @@ class Cpu(Attention, Copies, Elementwise, Composites, Routing, Tokens):
 
     def describe(self) -> str:
         return f"{super().describe()} ({policy.text(_native)})"
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """A list of native calls. What a kernel does in Python is not in it: one of a class derived from this that computes
+        there says `capturable = False`.
+        """
+        recording = self.native.Recording()
+        results = recording.record(run)
+
+        def replay() -> Any:
+            recording.replay()
+            return results
+
+        return replay
 
     def peaks(self) -> Mapping[str, Peak]:
         return peaks()

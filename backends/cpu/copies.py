@@ -12,6 +12,7 @@ from porthal.hal import Batch, Pages, Rows, Selection, SelectionSpec, Weight, dt
 Array = np.ndarray[Any, Any]
 ROWS = limits(provider="C++", batch_invariant=True)
 WHOLE = limits(provider="C++")
+DERIVED = ("q_len", "row_request", "last_rows", "n_decode")  # from a batch, when they are asked for
 
 
 class Copies(Reference):
@@ -22,11 +23,19 @@ class Copies(Reference):
 
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         """The batch, which then need not find out with NumPy what its kernels ask: that takes longer than they do."""
-        positions, visible = np.empty(batch.T, np.int32), np.empty(batch.T, np.int32)
-        slots = np.empty(batch.T, np.int64)
-        self.native.plan(batch.cu_q, batch.kv_len, batch.block_table, batch.block_size, positions, visible, slots)
-        vars(batch).update(positions=positions, visible=visible, slots=slots)  # where cached properties are kept
-        return batch
+        planned = into or batch.owned()
+        held = vars(planned)  # where cached properties are kept
+        if into:
+            for array, new in zip(into.leaves(), batch.leaves()):
+                array[...] = new
+            for name in DERIVED:
+                held.pop(name, None)
+        else:
+            rows = {name: np.empty(batch.T, np.int32) for name in ("positions", "visible")}
+            held.update(rows, slots=np.empty(batch.T, np.int64), max_kv=batch.max_kv)  # of which kernels have at most so many
+        p = planned
+        self.native.plan(p.cu_q, p.kv_len, p.block_table, p.block_size, p.positions, p.visible, p.slots)
+        return planned
 
     @ROWS
     def concat(self, a: Array, b: Array) -> Array:

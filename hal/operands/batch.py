@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,18 +63,22 @@ class Batch(Operand):
                 raise UsageError(f"Batch.{name} is {kind}: expected a NumPy int32 array")
         if self.block_size < 1:
             raise UsageError(f"Batch.block_size is {self.block_size}: expected at least 1 slot per page")
-        if len(self.cu_q) != self.R + 1 or self.cu_q[0] != 0 or (self.q_len < 0).any():
-            raise UsageError(f"Batch.cu_q is {self.cu_q.tolist()}: expected {self.R + 1} rising counts from 0")
+        ends, lengths = self.cu_q.tolist(), self.kv_len.tolist()  # faster than NumPy for few requests
+        q_lens = [end - start for start, end in pairwise(ends)]
+        if len(ends) != self.R + 1 or ends[0] != 0 or min(q_lens, default=0) < 0:
+            raise UsageError(f"Batch.cu_q is {ends}: expected {self.R + 1} rising counts from 0")
         if self.block_table.ndim != 2 or len(self.block_table) != self.R:
             shape = list(self.block_table.shape)
             raise UsageError(f"Batch.block_table has shape {shape}: expected {self.R} rows of page ids, one per request")
-        short = self.kv_len < self.q_len
-        if short.any() and (short & (self.kv_len != 0)).any():
-            r = int(np.argmax(short & (self.kv_len != 0)))
-            raise UsageError(
-                f"request {r} has {self.q_len[r]} query rows but kv_len {self.kv_len[r]}: "
-                "kv_len counts the step's own rows too (0 only for a padded request)"
-            )
+        for r, (q_len, kv_len) in enumerate(zip(q_lens, lengths)):
+            if kv_len < q_len and kv_len != 0:
+                raise UsageError(
+                    f"request {r} has {q_len} query rows but kv_len {kv_len}: "
+                    "kv_len counts the step's own rows too (0 only for a padded request)"
+                )
+        columns = self.block_table.shape[1]
+        if self.block_table.min(initial=0) >= 0 and max(lengths, default=0) <= columns * self.block_size:
+            return
         need = -(-self.kv_len // self.block_size)
         held = np.logical_and.accumulate(self.block_table >= 0, axis=1).sum(1)  # pages before the first -1
         if (need > held).any():
@@ -155,6 +159,8 @@ class Batch(Operand):
         for what, here, there in zip(("query rows", "requests", "table columns", "keys of a request"), mine, most):
             if here > there:
                 raise UsageError(f"the batch has {here} {what}, expected at most {there}: plan one with room for more")
+        if mine[:3] == most[:3]:
+            return self
         rows, requests, columns = (there - here for here, there in zip(mine[:3], most[:3]))
         if rows and not requests:
             raise UsageError(f"the batch has {self.T} query rows and no room for a request that pads them to {capacity.T}")
@@ -165,6 +171,12 @@ class Batch(Operand):
 
     def with_native(self, native: Any) -> Batch:
         return replace(self, native=native)
+
+    def owned(self) -> Batch:
+        """A copy with arrays of its own, over which a backend may write another batch of these sizes."""
+        made = Batch.__new__(Batch)
+        vars(made).update(vars(self), cu_q=self.cu_q.copy(), kv_len=self.kv_len.copy(), block_table=self.block_table.copy())
+        return made
 
     def leaves(self) -> tuple[Any, ...]:
         return (self.cu_q, self.kv_len, self.block_table)

@@ -121,5 +121,5 @@ def test_the_page_stands_alone_and_says_all(command_line, tmp_path: Path):
         assert f"<h2>{section}</h2>" in text
     assert "different threads: 1 (cpu A), 2 (cpu B)." in text and "without calls of rms_norm, not measured" in text
     assert "<b>rms_norm</b> on cpu, 1 calls: FAIL_VALUE: &lt;y&gt; &amp; more" in text and "<y>" not in text
-    assert "The demo model's step as a whole" in text and text.count("1 thread, 337 µs between 35 ops") == 2
+    assert "A step of one request as a whole" in text and text.count("1 thread, 337 µs between 35 ops") == 2
     assert text.count(f"receipt {other['porthal']['receipt']}") == 1 and text.count(">self-reported<") == 2

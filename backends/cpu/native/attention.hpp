@@ -25,13 +25,15 @@ constexpr std::int64_t kLine = 16;                      // words of a cache line
 struct Singles {
   static constexpr int kPer = 1;  // values in a word
   static F add(F sum, Word x, U y) { return sum + (F)(U{} + x) * (F)y; }
+  static F add(F sum, U x, U y) { return sum + (F)x * (F)y; }
 };
 #if defined(__AVX512BF16__)
 struct Pairs {
   static constexpr int kPer = 2;
   static F add(F sum, Word x, U y) {
-    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)y);
+    return add(sum, U{} + x, y);
   }
+  static F add(F sum, U x, U y) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
 };
 using BestPairs = Pairs;
 #else
@@ -151,6 +153,71 @@ inline void dots(const char* const* keys, const Word* queries, std::int64_t word
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) sums[m][j] = M::add(sums[m][j], x, q[j]);
       }
+    }
+  }
+}
+
+// to[i] = the sum of vector i, for kLanes of them.
+inline void totals(const F* v, float* to) {
+#if defined(__AVX512F__)
+  const auto half = [](__m512 a, __m512 b) { return (__m512)((F)a + (F)b); };
+  // Where vector i begins, so that it ends at lane i: the two lower bits of i swapped, and the two upper.
+  const auto at = [&](int i) { return (__m512)v[(i & 1) << 1 | (i & 2) >> 1 | (i & 4) << 1 | (i & 8) >> 1]; };
+  __m512 t[8], u[4], x[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    t[i] = half(_mm512_maskz_shuffle_f32x4(0xffff, at(i), at(i + 8), 0x44), _mm512_maskz_shuffle_f32x4(0xffff, at(i), at(i + 8), 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    u[i] = half(_mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 4], 0x88), _mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    x[i] = half(_mm512_maskz_shuffle_ps(0xffff, u[i], u[i + 2], 0x44), _mm512_maskz_shuffle_ps(0xffff, u[i], u[i + 2], 0xee));
+  store(to, (F)half(_mm512_maskz_shuffle_ps(0xffff, x[0], x[1], 0x88), _mm512_maskz_shuffle_ps(0xffff, x[0], x[1], 0xdd)));
+#elif defined(__AVX2__)
+  const auto four = [&](int i) {
+    return _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]), _mm256_hadd_ps((__m256)v[i + 2], (__m256)v[i + 3]));
+  };
+  const __m256 a = four(0), b = four(4);
+  store(to, (F)_mm256_permute2f128_ps(a, b, 0x20) + (F)_mm256_permute2f128_ps(a, b, 0x31));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = total(v[i]);
+#endif
+}
+
+// For few heads, lanes are words, of some keys at a time: as lanes for heads, most would be padding.
+constexpr int kFew = 4, kFewKeys = kLanes / kFew;
+
+// Words `from` and up of the rows queries[head], which are `all` words, from rows of `words` words that are `stride` bytes
+// apart. What pads them is zeros: of a whole vector the last words, and heads.
+inline void pack_few(const char* rows, std::ptrdiff_t stride, std::int64_t count, std::int64_t words, std::int64_t from,
+                     std::int64_t all, Word* queries) {
+  for (std::int64_t h = 0; h < kFew; ++h) {
+    Word* const to = queries + h * all + from;
+    for (std::int64_t w = h < count ? words : 0; w < up(words, kLanes); ++w) to[w] = 0;
+    if (h < count) std::memcpy(to, rows + h * stride, words * sizeof(Word));
+  }
+}
+
+// sums[m * kFew + h] += key row m . query row h, lane by lane; beside(w) is done before each line of words w and up.
+template <class M, class Beside>
+inline void dots_of_few(const char* const* keys, const Word* queries, std::int64_t all, std::int64_t words, F (&sums)[kLanes],
+                        const Beside& beside) {
+  for (std::int64_t w = 0; w < words; w += kLanes) {
+    if (w % kLine == 0) beside(w);
+    U q[kFew];
+#pragma GCC unroll 4
+    for (int h = 0; h < kFew; ++h) q[h] = load_raw<U>(queries + h * all + w);
+#pragma GCC unroll 4
+    for (int m = 0; m < kFewKeys; ++m) {
+      const char* const at = keys[m] + w * sizeof(Word);
+      U x{};
+      if (words - w >= kLanes)
+        x = load_raw<U>(at);
+      else
+        std::memcpy(&x, at, (words - w) * sizeof(Word));
+#pragma GCC unroll 4
+      for (int h = 0; h < kFew; ++h) sums[m * kFew + h] = M::add(sums[m * kFew + h], x, q[h]);
     }
   }
 }

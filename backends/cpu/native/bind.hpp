@@ -9,6 +9,7 @@
 
 #include <Python.h>
 
+#include <functional>
 #include <tuple>
 #include <utility>
 
@@ -32,6 +33,22 @@ bool read(PyObject* object, const char* name, double& to);
 bool read(PyObject* object, const char* name, bool& to);
 PyObject* wrong_count(const char* op, Py_ssize_t given, std::size_t expected);
 PyObject* failed();  // sets the Python error of the exception being handled
+
+// Calls that were made, but not computed, while this was recording in their thread; with what they read and write.
+class Recording {
+ public:
+  static thread_local Recording* current;
+
+  ~Recording();
+  void add(std::function<void()> call, PyObject* const* arguments, std::size_t count);
+  void replay() const {
+    for (const auto& call : calls_) call();
+  }
+
+ private:
+  std::vector<std::function<void()>> calls_;
+  std::vector<PyObject*> held_;
+};
 
 // What a parameter is kept in while the call runs, and how it is passed.
 template <class T>
@@ -88,6 +105,10 @@ struct Entry<F> {
   static PyObject* call(PyObject* const* arguments, std::index_sequence<I...>) {
     std::tuple<Slot<A>...> slots;
     if (!(std::get<I>(slots).read(arguments[I], op->parameters[I].c_str()) && ...)) return nullptr;
+    if (Recording* const recording = Recording::current) {
+      recording->add([slots] { F(std::get<I>(slots).get()...); }, arguments, sizeof...(A));
+      Py_RETURN_NONE;
+    }
     PyThreadState* const state = PyEval_SaveThread();
     try {
       F(std::get<I>(slots).get()...);

@@ -142,6 +142,16 @@ void plan(const Array& cu_q, const Array& kv_len, const Array& table, std::int64
   }
 }
 
+// What a selection of k positions has of each row.
+void selected(const Array& visible, std::int64_t k, const Array& length) {
+  visible.has(Kind::i32);
+  length.has(Kind::i32);
+  const Matrix seen = visible.vector();
+  auto* const to = static_cast<std::int32_t*>(length.output({seen.columns}));
+  for (std::int64_t t = 0; t < seen.columns; ++t)
+    to[t] = static_cast<std::int32_t>(std::min<std::int64_t>(seen.at<std::int32_t>(0, t), k));
+}
+
 // One step's copies of whole pages. Those whose source is also a target are read before any is written.
 void page_copy(const Array& field, const Array& source, const Array& target, std::int64_t block_size) {
   const std::int64_t item = item_size(field);
@@ -192,6 +202,7 @@ PORTHAL_OP(kv_write, "field slots rows",
            "strides, slots int64 [T] from -1 on.")
 PORTHAL_OP(plan, "cu_q kv_len block_table block_size positions visible slots",
            "positions, visible int32 and slots int64 [T] of a batch, from its lengths.")
+PORTHAL_OP(selected, "visible k length", "length[T] = min(visible[T], k), both int32.")
 PORTHAL_OP(page_copy, "field source target block_size",
            "Page target[m] of field [slots, width] becomes what page source[m] was before the call; source and target int32.")
 

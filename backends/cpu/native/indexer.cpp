@@ -18,7 +18,7 @@ struct Row {
     queries = reinterpret_cast<Word*>(weights + heads);
   }
   static std::int64_t floats(const IndexerDims& d) {
-    return Heads(d.heads).padded() * (1 + (d.width + M::kPer - 1) / M::kPer);
+    return Heads(d.heads).padded() * (1 + up((d.width + M::kPer - 1) / M::kPer, 4));
   }
 };
 
@@ -34,7 +34,11 @@ void pack(const IndexerDims& d, const T* iq, std::ptrdiff_t stride, const T* wei
     heads = reinterpret_cast<const char*>(wide);
     stride = width * sizeof(float);
   }
-  pack_queries(heads, stride, d.heads, d.width / M::kPer, 0, d.width / M::kPer, row.queries);
+  const std::int64_t words = d.width / M::kPer;
+  if (d.heads <= kFew)
+    pack_few(heads, stride, d.heads, words, 0, up(words, kLanes), row.queries);
+  else
+    pack_queries(heads, stride, d.heads, words, 0, words, row.queries);
   if (weights)
     widen_row(weights, d.heads, row.weights);
   else
@@ -66,32 +70,24 @@ void products(const char* const* keys, const char* const* next, std::int64_t byt
   }
 }
 
-// to[i] = the sum of vector i, for kLanes of them.
-inline void totals(const F* v, float* to) {
-#if defined(__AVX512F__)
-  const auto half = [](__m512 a, __m512 b) { return (__m512)((F)a + (F)b); };
-  // Where vector i begins, so that it ends at lane i: the two lower bits of i swapped, and the two upper.
-  const auto at = [&](int i) { return (__m512)v[(i & 1) << 1 | (i & 2) >> 1 | (i & 4) << 1 | (i & 8) >> 1]; };
-  __m512 t[8], u[4], x[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    t[i] = half(_mm512_maskz_shuffle_f32x4(0xffff, at(i), at(i + 8), 0x44), _mm512_maskz_shuffle_f32x4(0xffff, at(i), at(i + 8), 0xee));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    u[i] = half(_mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 4], 0x88), _mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 4], 0xdd));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    x[i] = half(_mm512_maskz_shuffle_ps(0xffff, u[i], u[i + 2], 0x44), _mm512_maskz_shuffle_ps(0xffff, u[i], u[i + 2], 0xee));
-  store(to, (F)half(_mm512_maskz_shuffle_ps(0xffff, x[0], x[1], 0x88), _mm512_maskz_shuffle_ps(0xffff, x[0], x[1], 0xdd)));
-#elif defined(__AVX2__)
-  const auto four = [&](int i) {
-    return _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]), _mm256_hadd_ps((__m256)v[i + 2], (__m256)v[i + 3]));
-  };
-  const __m256 a = four(0), b = four(4);
-  store(to, (F)_mm256_permute2f128_ps(a, b, 0x20) + (F)_mm256_permute2f128_ps(a, b, 0x31));
-#else
-  for (int i = 0; i < kLanes; ++i) to[i] = total(v[i]);
-#endif
+// sums[k] = the sum over few heads of weights * max(0, key . queries)
+template <class M>
+void scores_of_few(const char* const* keys, const char* const* next, std::int64_t bytes, std::int64_t words, const Word* queries,
+                   const float* weights, std::int64_t heads, std::int64_t count, float* sums) {
+  for (std::int64_t k = 0; k < count; k += kFewKeys) {
+    F each[kLanes];
+#pragma GCC unroll 16
+    for (F& sum : each) sum = F{};
+    dots_of_few<M>(keys + k, queries, up(words, kLanes), words, each, Fetch<kFewKeys>{next + k, bytes});
+    alignas(64) float products[kLanes];
+    totals(each, products);
+    store(products, at_least(F{}, load(products)));
+    for (int m = 0; m < kFewKeys; ++m) {
+      float sum = 0.0f;
+      for (std::int64_t h = 0; h < heads; ++h) sum += products[m * kFew + h] * weights[h];
+      sums[k + m] = sum;
+    }
+  }
 }
 
 template <class M, class T>
@@ -123,14 +119,20 @@ void scores(const IndexerDims& d, const char* const* keys, const char* const* fo
     if (visible[t] <= 0) continue;
     const std::int64_t count = visible[t] < kIndexerKeys ? up(visible[t], kTiled) : kIndexerKeys;
     const Row<M> row(d, const_cast<float*>(packed), t);
+    const char* const* const next = t ? key : following;
+    const std::int64_t bytes = t ? sizeof(Word) : sizeof(T) * M::kPer;
     F of_key[kIndexerKeys];
-    for (std::int64_t p = 0; p < heads.panels; ++p) {
-      const std::int64_t begin = heads.first(p), width = heads.first(p + 1) - begin;
-      kProducts[width - 1](key, t ? key : following, t ? sizeof(Word) : sizeof(T) * M::kPer, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
-                           p + 1 < heads.panels ? all : last, p == 0, count, of_key);
-    }
     alignas(64) float sums[kIndexerKeys];
-    for (std::int64_t k = 0; k < count; k += kLanes) totals(of_key + k, sums + k);
+    if (d.heads <= kFew) {
+      scores_of_few<M>(key, next, bytes, words, row.queries, row.weights, d.heads, count, sums);
+    } else {
+      for (std::int64_t p = 0; p < heads.panels; ++p) {
+        const std::int64_t begin = heads.first(p), width = heads.first(p + 1) - begin;
+        kProducts[width - 1](key, next, bytes, words, row.queries + begin * kLanes * words, row.weights + begin * kLanes,
+                             p + 1 < heads.panels ? all : last, p == 0, count, of_key);
+      }
+      for (std::int64_t k = 0; k < count; k += kLanes) totals(of_key + k, sums + k);
+    }
     for (std::int64_t k = 0; k < count; k += kLanes) store(sums + k, load(sums + k) * d.scale);
     std::memcpy(out + t * stride, sums, (visible[t] < kIndexerKeys ? visible[t] : kIndexerKeys) * sizeof(float));
   }

@@ -1,4 +1,6 @@
 // topk(indexer_scores(...)) without the scores in memory: those of a chunk of positions go to each row's candidates.
+#include <numeric>
+
 #include "bind.hpp"
 #include "indexer.hpp"
 #include "selection.hpp"
@@ -49,6 +51,14 @@ struct Run {
   void whole(std::int64_t from, std::int64_t to) const {
     for (std::int64_t g = from; g < to; ++g) {
       const RowGroup& group = scorer.groups[g];
+      if (most(group) <= k) {  // all are chosen
+        for (std::int64_t t = group.first; t < group.first + group.rows; ++t) {
+          std::int32_t *const to = indices + t * k, *const end = to + std::max<std::int64_t>(scorer.visible(t), 0);
+          std::iota(to, end, 0);
+          std::fill(end, to + k, -1);
+        }
+        continue;
+      }
       std::vector<Candidates<float>>& candidates = best(group, 0, most(group));
       for (std::int64_t i = 0; i < group.rows; ++i) finish(group.first + i, candidates[i]);
     }

@@ -94,6 +94,20 @@ void get_expert(const Packed& packed, std::int64_t expert, const py::array& logi
   packed.get(expert, out);
 }
 
+py::object record(Recording& recording, const py::function& run) {
+  struct Turn {
+    Recording* const before = Recording::current;
+    ~Turn() { Recording::current = before; }
+  } turn;
+  Recording::current = &recording;
+  return run();
+}
+
+void replay(const Recording& recording) {
+  py::gil_scoped_release release;
+  recording.replay();
+}
+
 void set_isa(const std::string& name) {
   std::string known;
   for (const Isa i : available()) {
@@ -185,6 +199,17 @@ PyObject* failed() {
   return nullptr;
 }
 
+thread_local Recording* Recording::current = nullptr;
+
+Recording::~Recording() {
+  for (PyObject* object : held_) Py_DECREF(object);
+}
+
+void Recording::add(std::function<void()> call, PyObject* const* arguments, std::size_t count) {
+  calls_.push_back(std::move(call));
+  for (std::size_t i = 0; i < count; ++i) held_.push_back(Py_NewRef(arguments[i]));
+}
+
 Op*& first_op() {
   static Op* first = nullptr;
   return first;
@@ -226,6 +251,11 @@ PYBIND11_MODULE(_native, m) {
 
   for (Op* op = first_op(); op; op = op->next)
     m.attr(op->name) = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&op->method, nullptr, nullptr));
+
+  py::class_<Recording>(m, "Recording", py::module_local(), "Calls of these kernels, to be made again on the same memory.")
+      .def(py::init<>())
+      .def("record", &record, "run", "Calls run() and returns its result; calls of kernels in it are kept, not computed.")
+      .def("replay", &replay, "Makes the calls.");
 
   // Local to the module: a second build of it, as the suite's self-test makes, has a type of its own.
   py::class_<Packed>(m, "Packed", py::module_local(),

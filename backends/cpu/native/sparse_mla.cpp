@@ -42,7 +42,7 @@ struct Space {
     scores = sum + heads;
     weights = reinterpret_cast<Word*>(scores + kBlock<M> * heads);
     queries = weights + kBlock<M> * heads;
-    wide = reinterpret_cast<float*>(queries + heads * up(d.c + d.r, kLanes));
+    wide = reinterpret_cast<float*>(queries + heads * (up(d.c, kLanes) + up(d.r, kLanes)));
     pairs = reinterpret_cast<Word*>(wide);  // no kernel needs both
     wide_row = row(d);
   }
@@ -51,7 +51,7 @@ struct Space {
   static std::int64_t floats(const MlaDims& d) {
     const std::int64_t heads = Heads(d.heads).padded(), rows = heads > kBlock<M> ? heads : kBlock<M>;
     const std::int64_t panels = (d.c + kAcross * kLanes - 1) / (kAcross * kLanes);
-    return heads * (4 + 2 * kBlock<M> + up(d.c + d.r, kLanes)) +
+    return heads * (4 + 2 * kBlock<M> + (up(d.c, kLanes) + up(d.r, kLanes))) +
            (M::kPer == 1 ? rows * row(d) : panels * kPairs<M>);
   }
 };
@@ -72,6 +72,11 @@ void queries(const MlaDims& d, const T* latent, std::ptrdiff_t latent_stride, co
     latent_stride = rope_stride = space.wide_row * sizeof(float);
   }
   const std::int64_t c = d.c / M::kPer, all = (d.c + d.r) / M::kPer;
+  if (d.heads <= kFew) {
+    const std::int64_t first = up(c, kLanes), both = first + up(all - c, kLanes);
+    pack_few(a, latent_stride, d.heads, c, 0, both, space.queries);
+    return pack_few(b, rope_stride, d.heads, all - c, first, both, space.queries);
+  }
   pack_queries(a, latent_stride, d.heads, c, 0, all, space.queries);
   pack_queries(b, rope_stride, d.heads, all - c, c, all, space.queries);
 }
@@ -135,6 +140,25 @@ void score(const MlaDims& d, const char* const* c, const char* const* kp, const 
     for (int m = 0; m < Keys; ++m)
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) store(scores + (k + m) * heads + j * kLanes, sums[m][j] * d.scale);
+  }
+}
+
+// The same for few heads; those that pad a vector score 0.
+template <class M>
+void score_few(const MlaDims& d, const char* const* c, const char* const* kp, const char* const* next_c,
+               const char* const* next_kp, std::int64_t bytes, std::int64_t count, const Word* queries, float* scores,
+               Word* pairs, std::int64_t pairs_panel) {
+  const std::int64_t words = d.c / M::kPer, rest = d.r / M::kPer, first = up(words, kLanes), all = first + up(rest, kLanes);
+  for (std::int64_t k = 0; k < count; k += kFewKeys) {
+    F sums[kLanes];
+#pragma GCC unroll 16
+    for (F& sum : sums) sum = F{};
+    const Beside<M, kFewKeys> beside(c + k, {next_c + k, bytes}, d.c, pairs_panel, pairs ? pairs + k / 2 * kAcross * kLanes : nullptr);
+    dots_of_few<M>(c + k, queries, all, words, sums, beside);
+    dots_of_few<M>(kp + k, queries + first, all, rest, sums, Fetch<kFewKeys>{next_kp + k, bytes});
+    alignas(64) float products[kLanes];
+    totals(sums, products);
+    for (int m = 0; m < kFewKeys; ++m) store(scores + (k + m) * kLanes, load_some(products + m * kFew, kFew) * d.scale);
   }
 }
 
@@ -278,10 +302,15 @@ void add_block(const MlaDims& d, const MlaKeys<T>& keys, const MlaKeys<T>& follo
     score<M, 3>, score<M, 4>,
 #endif
   };
-  for (std::int64_t p = 0; p < panels.panels; ++p) {
-    const std::int64_t begin = panels.first(p), width = panels.first(p + 1) - begin;
-    kScores[width - 1](d, c, kp, next_c, next_kp, sizeof(T) * M::kPer, count, space.queries + begin * kLanes * ((d.c + d.r) / M::kPer), heads,
-                       space.scores + begin * kLanes, p ? nullptr : space.pairs, kPairs<M>);
+  if (d.heads <= kFew) {
+    score_few<M>(d, c, kp, next_c, next_kp, sizeof(T) * M::kPer, count, space.queries, space.scores, space.pairs, kPairs<M>);
+  } else {
+    for (std::int64_t p = 0; p < panels.panels; ++p) {
+      const std::int64_t begin = panels.first(p), width = panels.first(p + 1) - begin;
+      kScores[width - 1](d, c, kp, next_c, next_kp, sizeof(T) * M::kPer, count,
+                         space.queries + begin * kLanes * ((d.c + d.r) / M::kPer), heads, space.scores + begin * kLanes,
+                         p ? nullptr : space.pairs, kPairs<M>);
+    }
   }
 
   soften<M>(space.scores, count, heads, space.weights, space.top, space.sum);
