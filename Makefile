@@ -51,15 +51,15 @@ sdist-check: .venv/ready  ## sdist, the wheel built from it, and what that wheel
 	.venv/bin/python -m build --outdir build/dist
 	.venv/bin/python .ci/check_wheel.py build/dist/*.whl
 
-isas: .venv/ready  ## the kernels of the cpu backend at the strict level, in every instruction set that this processor runs
+isas: .venv/ready  ## the kernels of the cpu backend at the strict level, in every instruction set that this processor runs (8 GiB)
 	for isa in $$(.venv/bin/python -c "from porthal.backends.cpu import _native; print(*_native.isas())"); do \
-		PORTHAL_ISA=$$isa .venv/bin/porthal conform --backend cpu --level strict || exit 1; done
+		PORTHAL_ISA=$$isa .venv/bin/porthal conform --backend cpu --level strict --memory 8 || exit 1; done
 
 sanitize: .venv/ready  ## the kernels of the cpu backend under the sanitizers for addresses, undefined behaviour and threads
 	.venv/bin/python .ci/sanitize.py address
 	.venv/bin/python .ci/sanitize.py thread
 
-aarch64: .venv/ready  ## the kernels of the cpu backend compiled for aarch64 and tested under qemu-user (Debian; 25 CPU minutes)
+aarch64: .venv/ready  ## the kernels of the cpu backend on aarch64, emulated by qemu-user, at bring-up (needs Debian)
 	.venv/bin/python .ci/aarch64.py
 
 demo: .venv-demo/ready  ## the demo model on this CPU, without PyTorch: text, then proof, in report.html

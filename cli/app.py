@@ -124,6 +124,7 @@ def explain(
     else:
         head = ["op", "kernel", "owner", "provider", "reason"]
         text.table(head, [[c.op, c.status, c.owner, c.provider, c.reason] for c in choices.values()])
+        print(bare.backend.describe())
         judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if needed else "without a model's profile"
         print(f"{bare.backend} ({bare.backend.place}), {judged}: {counts.summary()}")
     return 1 if missing else 0

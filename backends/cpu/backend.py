@@ -13,7 +13,7 @@ from porthal.backends.cpu.elementwise import Elementwise
 from porthal.backends.cpu.peaks import peaks
 from porthal.backends.cpu.routing import Routing
 from porthal.backends.cpu.tokens import Tokens
-from porthal.hal import Peak, UsageError
+from porthal.hal import Peak, Traits, UsageError
 
 
 class Cpu(Attention, Copies, Elementwise, Composites, Routing, Tokens):
@@ -25,8 +25,13 @@ class Cpu(Attention, Copies, Elementwise, Composites, Routing, Tokens):
         super().__init__()
         policy.apply(_native)
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(flushes_denormals=policy.flushes(_native))
+
     def describe(self) -> str:
-        return f"{super().describe()} ({policy.text(_native)})"
+        flushes = ", products of bfloat16 read subnormals as zero" if policy.flushes(_native) else ""
+        return f"{super().describe()} ({policy.text(_native)}{flushes})"
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """A list of native calls. What a kernel does in Python is not in it: one of a class derived from this that computes

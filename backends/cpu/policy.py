@@ -8,6 +8,9 @@ from typing import Any
 from porthal.hal import UsageError
 
 MOST = 1024  # threads
+# Instruction sets whose products of bfloat16 (matrices, scores and values of attention) read subnormals as zero, and give zero
+# for them: vdpbf16ps does, whatever the processor's mode is. All else keeps them, in any dtype.
+FLUSHING = {"avx512bf16"}
 
 
 def settings(native: Any) -> tuple[str, int]:
@@ -33,6 +36,11 @@ def apply(native: Any) -> None:
     isa, threads = settings(native)
     native.set_isa(isa)
     native.set_num_threads(threads)
+
+
+def flushes(native: Any) -> bool:
+    """Whether products of bfloat16 read subnormals as zero now."""
+    return settings(native)[0] in FLUSHING
 
 
 def text(native: Any) -> str:

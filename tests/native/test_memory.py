@@ -1,5 +1,5 @@
-"""No kernel of the cpu backend reads or writes outside its operands, in any instruction set; an allocation that fails is a
-MemoryError, after which the kernel computes as before.
+"""Every instruction set passes bring-up, and no kernel of the cpu backend reads or writes outside its operands there; an
+allocation that fails is a MemoryError, after which the kernel computes as before.
 
 Operands and results end at a page that nobody may touch, or begin behind one. In a process of its own, as it may die.
 """
@@ -28,8 +28,10 @@ from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.execution.bindings import Bindings
-from porthal.conformance.execution.outcome import named
+from porthal.conformance.execution.call import logical
+from porthal.conformance.execution.outcome import Outcome, difference, named
 from porthal.conformance.execution.placing import place
+from porthal.conformance.judgement.call import judge
 from porthal.hal import Operand, Pages, bind, contracts, create, numpy_dtype, running
 
 MOST = 2**14  # elements of a case
@@ -92,14 +94,20 @@ def walk(ops):
             for case in filter(small, cases(contracts()[op])):
                 inputs = build(case)
                 binding = bindings.bound(inputs).binding
+                passed = []
                 for isa in native.isas():
                     native.set_isa(isa)
                     for memory.end, memory.apart in PLACES:
                         print(f"{isa}, end={memory.end}, apart={memory.apart}: {case.token}", flush=True)
                         operands = [place(binding, name, value, case.view)[0] for name, value in inputs.operands.items()]
-                        getattr(binding, op)(*operands, **inputs.attrs)
+                        held = named(binding, inputs.contract, getattr(binding, op)(*operands, **inputs.attrs))
                         memory.check()
                         calls += 1
+                        results = logical(binding, inputs, held)
+                        if all(difference(results, other) for other in passed):
+                            judgement = judge(inputs, Outcome(results, results))
+                            assert judgement.verdict == "PASS", judgement
+                            passed.append(results)
     print(calls)
 
 
@@ -176,7 +184,7 @@ def test_the_page_behind_an_array_cannot_be_read():
     assert run("beyond")[0] == -signal.SIGSEGV
 
 
-def test_no_kernel_reads_or_writes_outside_its_operands():
+def test_every_instruction_set_conforms_and_stays_within_its_operands():
     code, last, said = run("walk", *own())
     assert code == 0, f"{last}: {said}"
     assert int(last[0]) >= 4 * len(own()) * len(native.isas())

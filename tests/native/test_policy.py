@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 try:
@@ -13,7 +14,7 @@ except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
 from porthal.backends.cpu import policy
-from porthal.hal import UsageError, create, probe
+from porthal.hal import UsageError, create, numpy_dtype, probe
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +45,31 @@ def test_threads(monkeypatch, variables, threads):
 def test_the_instruction_set_is_forced_and_told(monkeypatch, isa):
     monkeypatch.setenv("PORTHAL_ISA", isa)
     monkeypatch.setenv("PORTHAL_THREADS", "1")
-    assert create("cpu").describe().endswith(f" ({isa}, 1 thread)")
+    assert f" ({isa}, 1 thread" in create("cpu").describe()
     assert native.isa() == isa
     assert probe("cpu").why == f"{isa}, 1 thread"
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_products_read_subnormals_as_zero_where_it_is_stated_and_nowhere_else(monkeypatch, isa, dtype):
+    monkeypatch.setenv("PORTHAL_ISA", isa)
+    cpu, kind = create("cpu"), numpy_dtype(dtype)
+    assert ("products of bfloat16 read subnormals as zero" in cpu.describe()) == cpu.traits.flushes_denormals
+    size = 2.0**-20 if dtype == "float16" else 2.0**-128
+    tiny, large = np.full((1, 2, 32), size, kind), np.full((16, 32), 2.0**10, kind)
+    i32, rows = np.dtype(np.int32), np.zeros((1, 2, 32), kind)
+    y, scores, o = np.ones((2, 16), kind), np.ones((1, 4), np.float32), np.ones((1, 2, 32), kind)
+    packed = native.Packed(1, 16, 32, kind)
+    packed.set(0, large)
+    requests = np.array([0, 1], i32), np.zeros((1, 1), i32), 4
+    native.linear(tiny[0], packed, y)
+    native.indexer_scores(tiny, np.ones((1, 2), np.float32), large, np.array([4], i32), *requests, 1.0, scores)
+    chosen = np.arange(4, dtype=i32)[None], np.array([4], i32)
+    native.sparse_mla(rows, rows[..., :2], np.repeat(tiny[0], 2, 0), large[:4, :2], *chosen, *requests, 1.0, o)
+    kept = not (cpu.traits.flushes_denormals and dtype == "bfloat16")
+    for result, factor in ((y, 32 * 2.0**10), (scores, 64 * 2.0**10), (o, 1)):
+        assert (result.astype(np.float64) == kept * factor * size).all()
 
 
 @pytest.mark.parametrize(
