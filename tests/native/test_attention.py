@@ -154,7 +154,7 @@ class Indexer:
 @given(data=st.data())
 def test_indexer_of_any_shape(data):
     dtype = data.draw(st.sampled_from(DTYPES))
-    heads, width = data.draw(st.sampled_from([1, 5, 32, 40, 70])), data.draw(st.integers(1, 70))
+    heads, width = data.draw(st.sampled_from([1, 4, 5, 32, 40, 70])), data.draw(st.integers(1, 70))
     kv_lens = data.draw(st.lists(st.integers(0, 200), min_size=1, max_size=3))
     q_lens = [min(n, data.draw(st.integers(1, 20))) for n in kv_lens]
     w = data.draw(st.sampled_from(["float32", dtype]))
@@ -180,8 +180,9 @@ def test_indexer_bits_and_choice_do_not_depend_on_threads(dtype, threads):
         assert all(np.array_equal(a, b) for a, b in zip(call.chosen(300), chosen))
 
 
-def test_a_key_that_is_nan_makes_scores_of_its_own_nan_only():
-    call = Indexer(5, 5, 16, [2], [60], 8, "float32")
+@pytest.mark.parametrize("heads", [3, 5])
+def test_a_key_that_is_nan_makes_scores_of_its_own_nan_only(heads):
+    call = Indexer(5, heads, 16, [2], [60], 8, "float32")
     call.keys["k"][call.batch.slots_of(0)[7]] = np.nan
     scores = call.scores()
     assert np.isnan(scores[:, 7]).all()

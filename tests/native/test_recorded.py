@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 
-from porthal.hal import Batch, UsageError, bind, create
+from porthal.conformance.cases.plan import captured
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.runner.check import check
+from porthal.hal import Batch, UsageError, bind, contracts, create
 from porthal.model.generate import generate
 from porthal.model.load import load
 from porthal.model.tokens import ids_array
 
 pytest.importorskip("porthal.backends.cpu._native", reason="the native module is not built; run `pip install .`")
 
+CAPTURED = [case for contract in contracts().values() for case in captured(contract)]
 PROMPTS = [list(b"    def get(self, name):\n        if "), list(b"import os\n"), list(b"class Parser:\n    " * 4)]
 
 
@@ -49,6 +53,16 @@ def test_replays_have_the_bits_of_calls(models):
                 logits.append(ops.to_numpy(model.logits(hidden)))
     called, replays = logits[:3], logits[3:]
     assert all(np.array_equal(a, b) for a, b in zip(called, replays)) and not np.array_equal(called[0], called[1])
+
+
+@pytest.fixture(scope="module")
+def bindings():
+    return Bindings(create("cpu"))
+
+
+@pytest.mark.parametrize("case", CAPTURED, ids=[case.op for case in CAPTURED])
+def test_every_op_can_be_recorded(case, bindings):
+    assert check(case, bindings).verdict == "PASS"
 
 
 def test_another_batch_is_written_over_a_planned_one_and_over_nothing_else():
