@@ -113,7 +113,19 @@ def array_of(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: 
     values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
     if not is_float(dtype):
         return values.astype(numpy_dtype(dtype))
-    return narrow(np.asarray(values, np.float64), dtype)
+    x = narrow(np.asarray(values, np.float64), dtype)
+    return _all_nan(x) if case.contract.exact and not case.contract.choice else x
+
+
+def _all_nan(x: Array) -> Array:
+    """What is copied, whose NaNs are in turn as NumPy makes them, negative, and with the lowest bit alone set, of which a
+    rounding that takes them for numbers makes an infinity."""
+    if (nan := np.isnan(x)).any():
+        word = x.view(f"u{x.itemsize}")
+        usual, infinity = (np.array(v, x.dtype).view(word.dtype) for v in (np.nan, np.inf))
+        sign = word.dtype.type(1 << (8 * x.itemsize - 1))
+        word[nan] = np.array([usual, usual | sign, infinity | 1])[np.arange(np.count_nonzero(nan)) % 3]
+    return x
 
 
 def _weight(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Weight:

@@ -20,6 +20,7 @@ from typing import Any
 from porthal.conformance.cases.boundaries import boundary_cases, ends, telling
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import CROWD, Request, parted, spelled
+from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
@@ -43,6 +44,9 @@ from porthal.hal.signature import ARRAY, evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
+SOME_ROWS = 259  # of calls with values of their own, in the dtypes that are served least, or in turn
+SERVED = "bfloat16"
+ALIKE = 24  # all sizes of a call, in the third dtype
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
 FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
@@ -50,7 +54,7 @@ EXPERTS = 256  # of GLM-5
 NARROW = 32  # widths of so many experts
 FAINT = "faint"
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
-LONG_TIES = ("shelves", "equal", "special")  # runs of equals longer than what is chosen, and numbers that are none
+LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PAGE = 64  # slots, where a case is about something else
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
@@ -114,8 +118,10 @@ class _Plan:
     def cases(self) -> Iterator[Case]:
         """What stands for itself; what meets in pairs is added to it."""
         yield from self._production()
-        for combo in [c for c in self.combos if len(c) <= 1]:
-            yield from self._made(dtypes=combo)
+        alike = dict.fromkeys([s for s in self.free if s != self.rows], ALIKE)
+        for n, combo in enumerate([c for c in self.combos if len(c) <= 1]):
+            same = self._made(alike, rows=ALIKE, dtypes=combo) if n > 1 else ()
+            yield from list(same) or self._made(dtypes=combo)
         yield from self._made(rows=0, dtypes=self._next())
         if self.level.thorough:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
@@ -200,10 +206,15 @@ class _Plan:
 
     def _forms(self) -> Iterator[Case]:
         """Values one at a time, and all rows alike; operands far apart in memory, and caches that end far from their start."""
-        for recipes in self.recipes():
+        copied = {"distinct": 16} if self.contract.independent and not self.has_batch else {}
+        for n, recipes in enumerate(self.recipes()):
             few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else 33 if self.contract.choice else DEFAULT_ROWS
             for combo in self._each():
-                yield from self._made(recipes=recipes, dtypes=combo, rows=few)
+                rare = combo != self.combos[0] and dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
+                many = list(self._made(rows=SOME_ROWS, recipes=recipes, dtypes=combo, **copied)) if rare else []
+                yield from [c for c in many if seconds(c) <= 2 * self.level.pair] or self._made(
+                    recipes=recipes, dtypes=combo, rows=few
+                )
         if self.contract.exact and self.has_batch and self.contract.choice:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
