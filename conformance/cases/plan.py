@@ -44,7 +44,8 @@ from porthal.hal.signature import ARRAY, evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
-SOME_ROWS = 259  # of calls with values of their own, in the dtypes that are served least, or in turn
+PICKED_ROWS = 33  # of which some are chosen
+SOME_ROWS = 259  # of calls with values of their own: in the dtypes that are served less, or in turn
 SERVED = "bfloat16"
 ALIKE = 24  # all sizes of a call, in the third dtype
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
@@ -206,15 +207,16 @@ class _Plan:
 
     def _forms(self) -> Iterator[Case]:
         """Values one at a time, and all rows alike; operands far apart in memory, and caches that end far from their start."""
-        copied = {"distinct": 16} if self.contract.independent and not self.has_batch else {}
+        copied: dict[str, Any] = {"distinct": 16} if self.contract.independent and not self.has_batch else {}
         for n, recipes in enumerate(self.recipes()):
-            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else 33 if self.contract.choice else DEFAULT_ROWS
+            few = PICKED_ROWS if self.contract.choice or self.contract.ranges else DEFAULT_ROWS
+            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else few
             for combo in self._each():
-                rare = combo != self.combos[0] and dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
-                many = list(self._made(rows=SOME_ROWS, recipes=recipes, dtypes=combo, **copied)) if rare else []
-                yield from [c for c in many if seconds(c) <= 2 * self.level.pair] or self._made(
-                    recipes=recipes, dtypes=combo, rows=few
-                )
+                wanted = dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
+                found = list(self._made(rows=SOME_ROWS, recipes=recipes, dtypes=combo, **copied)) if wanted else []
+                yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])
+                if not many or (self.level.thorough and combo == self.combos[0]):
+                    yield from self._made(recipes=recipes, dtypes=combo, rows=few)
         if self.contract.exact and self.has_batch and self.contract.choice:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):

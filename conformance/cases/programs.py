@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from porthal.hal.contract import Contract
 
 PROGRAMS: Mapping[str, str] = {
-    "update": "a call; new values written into the memory of every operand, and a new plan; the first values again; where there "
-    "is no plan, without what is optional and with every other attribute",
+    "update": "a call; new values written into the memory of every operand, and a new plan; the first values again; where "
+    "there is no plan, without what is optional and with every other attribute",
     "plans": "plans of one shape in turn, with other lengths, other pages, other rows; one plan for two calls, without what is "
     "optional, and with every other attribute",
     "rewrite": "pages are rewritten, lengths and tables unchanged",
