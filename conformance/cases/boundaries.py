@@ -274,7 +274,7 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
             yield from _afforded(contract, level, [s for s in named if (s, n) not in there and v <= most[s]], v)
     for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-2:-1]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
-            yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level))
+            yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level, LENIENT))
     for what in addressed(contract):
         if (what, COUNTED) not in met.above and (_value(what, most) or 0) > COUNTED:
             yield from (c for c in islice(_joint(contract, _crossing(what, COUNTED, most)), 1) if _cheap(c, level, LENIENT))

@@ -50,7 +50,7 @@ def points(label: int) -> tuple[int, ...]:
     low, high = ENDS[at - 1] + (at == FEW), ENDS[at]
     numbers = [n for n in (*TILES, *GRIDS) if low <= n <= high]
     if ragged:
-        found = [*(n + more for n in numbers for more in (1, 3)), *(n - 1 for n in numbers)]
+        found = [*(n + more for n in numbers for more in (3, 1)), *(n - 1 for n in numbers)]
         found += [n + n // 2 + more for n in numbers for more in (4, 2)]
     else:
         found = [*numbers[::-1], *(n // 4 * 3 for n in numbers), *(n + LOADED for n in numbers), UNEVEN, 2 * UNEVEN]

@@ -161,9 +161,9 @@ class _Plan:
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
         for batch, combo in product(self.level.production_batches if self.has_batch else (), once):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
-        for recipes, combo in product(self.recipes() if self.contract.choice and self.level.thorough else (), production):
-            if all(recipe in TIED for _, recipe in recipes):
-                yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
+        tied = [r for r in self.recipes() if self.contract.choice and all(recipe in TIED for _, recipe in r)]
+        for recipes, combo in product(tied if self.level.thorough else tied[:1], production):
+            yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
 
     def _legal_ends(self) -> Iterator[Case]:
         """Attributes at the low and high ends of their ranges, in turn and together, and in the middle."""
