@@ -107,7 +107,8 @@ DEFECTS = [
             "space = self._mine().setdefault((x.shape, x.dtype), torch.empty_like(x))", "space.copy_(x)", "return super().layer_norm(space, weight, bias, eps=eps)"),
     laid("rope", "heads-after-one-another", "def rope(self, x, batch, **attrs):", "return super().rope(x if x.stride(0) >= x.stride(1) else x.as_strided(x.shape, (x.stride(1) // x.shape[0] * x.shape[1], x.shape[2], 1)), batch, **attrs)"),
     laid("sparse_mla", "joint-rows-by-the-latents-width", f"{ATTEND}:", "joint = q_rope.data_ptr() == q_latent.data_ptr() + q_latent.shape[2] * q_latent.element_size() and q_latent.shape[1] > 1",
-         "q_rope = q_rope.roll(1, 1) if joint else q_rope", "return super().sparse_mla(q_latent, q_rope, kv, sel, batch, scale=scale)"),
+         "q_rope = q_rope.roll(1, 1) if joint else q_rope", "return super().sparse_mla(q_latent, q_rope, kv, sel, batch, scale=scale)",
+         dtypes=("float32",), why="joint rows of several heads are planned in float32: dtypes take turns"),
     laid("kv_write", "joint-rows-in-the-wrong-order", "def kv_write(self, pages, batch, first, second=None):", "if second is not None and second.data_ptr() == first.data_ptr() + first.shape[1] * first.element_size():",
          "    second = second.roll(1, 1)", "return super().kv_write(pages, batch, first, second)"),
 ]
