@@ -66,7 +66,8 @@ def widen(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             part = slice(at, at + BLOCK)
             out[part] = (flat[part].astype(np.uint32) << np.uint32(16)).view(np.float32)
         return out.reshape(x.shape)
-    return x.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN may be a signalling one
+        return x.astype(np.float64)
 
 
 def narrow(x: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:

@@ -19,8 +19,8 @@ from porthal.hal.spans import ROUTED
     },
     choice="ids",
     values={
-        "logits": ("normal", "large", "ties", "negative", "sunk", "special", "shelves", "rising", "summit"),
-        "bias": ("normal", "ties", "tiers"),
+        "logits": ("normal", "large", "ties", "sunk", "special", "shelves", "rising", "summit"),
+        "bias": ("normal", "ties", "tiers", "below"),
     },
     profiles=("inference", "moe"),
 )

@@ -23,7 +23,7 @@ from porthal.conformance.cases.copies import ALTERNATIVES, SHARED
 from porthal.conformance.cases.cost import operations, seconds
 from porthal.conformance.cases.domain import combos, first_float, free_symbols, options, per_expert
 from porthal.conformance.cases.legal import PAGES, PAST_2G, elements, held_pages, refusal
-from porthal.conformance.cases.profiles import Profile
+from porthal.conformance.cases.profiles import FIXED, Profile
 from porthal.conformance.level import Level
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import itemsize
@@ -33,6 +33,7 @@ from porthal.hal.spans import Reals, Span
 TILES = (16, 32, 64, 128, 256)
 GRIDS = (2**10, 2**11, 2**12, 2**15, 2**16, 2**17)
 FIRST = (2**8, 2**10, 2**12, 2**16, 2**17)  # at bring-up: where most kernels break, crossed by one
+WIDEST = 2**14  # of what is no vocabulary
 UNEVEN = 48  # full tiles, but no power of two
 
 
@@ -72,6 +73,7 @@ ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"
 REASONS = (ILLEGAL, BEYOND, MEMORY, TIME)
 WHOLE = 2**11  # rows, from which on one request does not have all of them
+ALONE, LENIENT = 2.0, 3.0  # times what a level allows: for a size that nothing else has, for as many elements as are counted
 STEP = "requests"  # of a batch
 TABLE = "columns"  # of its block table
 
@@ -86,6 +88,7 @@ def counts(contract: Contract) -> tuple[str, ...]:
     kinds = {o.kind for o in contract.signature.operands}
     found += [contract.rows, STEP, "S", TABLE] * ("Batch" in kinds) + ["P", "P*block_size"] * ("Pages" in kinds)
     found += ["block_size"] * ("block_size" in contract.legal)
+    found += [_product(o.dims) for o in contract.signature.operands if contract.dtypes.get(o.name) == ("int32",)]
     return tuple(e for e in dict.fromkeys(found) if e)
 
 
@@ -197,6 +200,9 @@ def most_of(contract: Contract, profile: Profile) -> dict[str, int]:
         most["block_size"] = max(most.get("block_size", 0), contract.legal["block_size"][-1])  # type: ignore[index]
     if "k" in most:
         most["k"] *= 4  # a new model may choose more
+    varied = [s for s in free_symbols(contract) if s != "k" and (len(contract.cases[s]) > 1 or most.get(s, 0) > FIXED)]
+    for s in [s for s in varied if s not in (rows, *contract.independent[:1]) and most.get(s, 0) <= WIDEST]:
+        most[s] *= 2  # and be wider
     return {s: max(n, *contract.cases.get(s, (0,))) if s not in contract.attributes else n for s, n in most.items()}
 
 
@@ -263,15 +269,15 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
     if level.thorough:
         yield from islice(_joint(contract, dict.fromkeys(named, 2)), 1)
     for n in (*TILES, *GRIDS) if level.thorough else FIRST:
-        more = 1 if level.thorough or n in FIRST[::2] else 4  # a tail of one, or of half of what is loaded at once
+        more = 1 if level.thorough or n in FIRST[::2] else 3  # a tail of one, or of nearly half of what is loaded at once
         for v, there in ((n, met.below), (n + more, met.above))[not level.thorough :]:
             yield from _afforded(contract, level, [s for s in named if (s, n) not in there and v <= most[s]], v)
     for what, n in product(counts(contract), (*TILES, *GRIDS) if level.thorough else FIRST[-2:-1]):
         if not what.isidentifier() and (what, n) not in met.above and (_value(what, most) or 0) > n:
-            yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level))
-    for what in addressed(contract) if level.thorough else ():
+            yield from (c for c in islice(_joint(contract, _crossing(what, n, most)), 1) if _cheap(c, level, LENIENT))
+    for what in addressed(contract):
         if (what, COUNTED) not in met.above and (_value(what, most) or 0) > COUNTED:
-            yield from (c for c in islice(_joint(contract, _crossing(what, COUNTED, most)), 1) if _cheap(c, level))
+            yield from (c for c in islice(_joint(contract, _crossing(what, COUNTED, most)), 1) if _cheap(c, level, LENIENT))
     for what in counts(contract) if level.thorough else ():
         if (what, TILES[0]) in met.above and (what, TILES[0]) not in met.below and not what.isidentifier():
             yield from islice(_joint(contract, dict.fromkeys((contract.rows, *symbols(what)), 1)), 1)
@@ -285,15 +291,15 @@ def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:
     return {**sizes, used[-1]: max(1, -(-(n + 1 - none) // (one - none)))}
 
 
-def _cheap(case: Case, level: Level) -> bool:
-    return seconds(case) <= level.seconds and elements(case) <= level.copied
+def _cheap(case: Case, level: Level, times: float = 1.0) -> bool:
+    return seconds(case) <= times * level.seconds and elements(case) <= level.copied
 
 
 def _afforded(contract: Contract, level: Level, wanted: list[str], v: int) -> Iterator[Case]:
     if not wanted:
         return
     for case in _joint(contract, dict.fromkeys(wanted, v)):
-        if _cheap(case, level):
+        if _cheap(case, level, 1.0 if wanted[1:] else ALONE):
             yield case
             return
     if len(wanted) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from functools import lru_cache
+from itertools import cycle
 
 from porthal.conformance.cases.boundaries import GRIDS, TILES, UNEVEN
 from porthal.conformance.cases.case import Case
@@ -27,6 +28,7 @@ ENDS = (0, 1, LOADED - 1, 64, 256, 1024, 4096, 2**15, 2**16, 2**20)  # of the ma
 FEW = 3  # magnitudes, up to which rows are few
 CROWDED = 2**10  # rows, of which not each can be a request
 SHORT = 16  # rows of a composition that is a name
+VERIFIED = (5, 2, 8, 3, 7, 4, 6)  # rows of requests whose drafts are verified, in turn
 KEYS = "S"
 FORMS = ("decode", "prefill", "mixed", "padded", "idle", "shared", DRAFTS)  # of a batch
 NAMES = dict(zip(COMPOSITIONS, ("decode", "prefill", "prefill", "mixed", "padded", "idle", "mixed", "decode", DRAFTS)))
@@ -48,7 +50,7 @@ def points(label: int) -> tuple[int, ...]:
     low, high = ENDS[at - 1] + (at == FEW), ENDS[at]
     numbers = [n for n in (*TILES, *GRIDS) if low <= n <= high]
     if ragged:
-        found = [*(n + more for n in numbers for more in (1, 3)), *(n - 1 for n in numbers)]
+        found = [*(n + more for n in numbers for more in (3, 1)), *(n - 1 for n in numbers)]
         found += [n + n // 2 + more for n in numbers for more in (4, 2)]
     else:
         found = [*numbers[::-1], *(n // 4 * 3 for n in numbers), *(n + LOADED for n in numbers), UNEVEN, 2 * UNEVEN]
@@ -66,6 +68,8 @@ def form_of(case: Case) -> str:
         return "idle"
     if any(not r.kv for r in found):
         return "padded"
+    if sum(r.q > 1 for r in found) > 1 and max(r.q for r in found) <= DECODING:
+        return DRAFTS
     return "decode" if all(r.q == 1 for r in found) else "prefill" if len(found) == 1 else "mixed"
 
 
@@ -75,8 +79,10 @@ def batch_of(form: str, rows: int, keys: int, size: int, written: bool) -> str:
         return DRAFTS
     if form == "prefill" or (rows == 1 and form in ("mixed", DRAFTS)):
         return spelled([Request(rows, max(keys, rows))])
+    if form == DRAFTS and rows <= CROWDED:
+        return spelled(_verified(rows, keys, size))
     if form in ("mixed", DRAFTS) or rows > CROWDED:
-        first = min(rows // 2, DECODING)
+        first = min((rows - 1) // 2 or 1, DECODING)  # of an even number rows are as many to a request as if all were alike
         few = [Request(1, min(keys, 9)), *[Request(1, min(keys, size))] * (first - 1)][:first]
         left = rows - first
         more = [Request(left // 3, left // 3 + min(keys, size))] * (2 * (left > 3 * EACH))
@@ -92,3 +98,15 @@ def batch_of(form: str, rows: int, keys: int, size: int, written: bool) -> str:
     if form == "shared" and rows > 1:
         found = [*found[:-2], last, last._replace(shared=shareable(last, last, size, written))][-rows:]
     return spelled(found)
+
+
+def _verified(rows: int, keys: int, size: int) -> list[Request]:
+    """Requests that decode with drafts, of as many rows as that may be; the last sees the keys, the others few or a page."""
+    found: list[int] = []
+    for q in cycle(VERIFIED):
+        if sum(found) + q >= rows:
+            break
+        found.append(q)
+    seen = (max(q, min(keys, 9 if n % 2 else size)) for n, q in enumerate(found))
+    last = rows - sum(found)
+    return [*map(Request, found, seen), Request(last, max(keys, last))]

@@ -36,15 +36,18 @@ Array = np.ndarray[Any, Any]
 Met = tuple[Array, int, bool]  # the places of a case's classes, its rows, and whether its values tell places apart
 Recipes = tuple[tuple[str, str], ...]
 PAGE = "block_size"
+SEEN = "seen"  # how many keys a choice has: as many as it takes, one more, or any number
 PLAIN = (*TELLING, "normal", "seesaw")  # values by which places are told apart
 SAME = "broadcast"  # a layout in which they are not
 COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs so much less:
 LESS = 0.7
 WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5}  # of a factor's classes, whose product a pair counts; of others 1
+FEW_VIEWED = 3.0  # and a layout with few rows
 FIRST = 300.0  # and a class that no case has had
 HUGE = size_class(4096) + 2
 DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
+USUALLY = {"absent": 2, "view": 4, SEEN: 4}  # every so many calls a pair takes what is not usual
 TRIES = 3  # at a pair, with other points of the same classes
 
 
@@ -78,6 +81,8 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     if "Batch" in kinds:
         found.append(Factor(KEYS, tuple(_classes(1, most[KEYS], level)), True))
         found.append(Factor("form", FORMS))
+        if "k" in contract.cases:
+            found.append(Factor(SEEN, ("", "all", "one more")))
     if PAGE in contract.legal:
         found.append(Factor(PAGE, tuple(_classes(1, 1024, level)), True))
     found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
@@ -120,6 +125,13 @@ class Design:
         for recipe in (self.factors[self.at["recipes"]].classes if "recipes" in self.at else ()):
             if not plain(recipe):  # such values are met by each class once
                 self.open[0][self.places["recipes"][recipe]] = self.open[0][:, self.places["recipes"][recipe]] = False
+        others = np.array([not (f.sized or f.name in ("form", "dtypes")) for f in self.factors])[self.owner]
+        for view, place in self.places["view"].items():
+            for regime, closed in enumerate((~rows, others)):  # a layout is met by each class of rows, and of sizes once
+                if view:
+                    self.open[regime][place, closed] = self.open[regime][closed, place] = False
+                    self.open[0][place, rows] *= FEW_VIEWED
+                    self.open[0][rows, place] *= FEW_VIEWED
         self.seen = np.zeros(len(self.owner), bool)
         self.failed = np.zeros(len(self.owner), int)  # how often no case of a class could be made
         self.used: Counter[tuple[str, int]] = Counter()
@@ -138,6 +150,7 @@ class Design:
         env = sizes_of(case)
         known: dict[str, Any] = {**case.attributes, "dtypes": case.dtypes, "view": case.view, "absent": case.absent}
         known |= {"recipes": case.recipes, "form": form_of(case) if case.batch else ""}
+        known[SEEN] = {0: "all", 1: "one more"}.get(env.get(KEYS, 0) - env.get("k", 0), "")
         found = []
         for f in self.factors:
             key = size_class(env[f.name]) if f.sized and f.name in env else known.get(f.name)
@@ -227,7 +240,7 @@ class Design:
                 score -= np.abs(np.array(self.factors[n].classes) - USUAL)  # of what meets as much neither tiny nor huge
             if n == self.at.get(self.contract.rows, -1):
                 score[[(place not in self.few) != regime for place in range(part.start, part.stop)]] = -np.inf
-            if self.factors[n].name in ("view", "absent") and self.turn % 2:  # every second call as most are
+            if self.turn % USUALLY.get(self.factors[n].name, 1):  # most calls as most are
                 score[1:] = -np.inf
             taken[n] = part.start + int(score.argmax())
         return {f.name: f.classes[taken[n] - self.slices[n].start] for n, f in enumerate(self.factors)}
@@ -258,7 +271,7 @@ class Design:
         def point(name: str) -> int:
             listed = contract.cases.get(name, ()) if name != PAGE else values(PAGE_SIZES)
             most = max(self.most.get(name, 0), *listed) if listed else self.most.get(name, 2**20)
-            own = sorted({v for v in (*listed, most) if size_class(v) == chosen[name]}, reverse=True)
+            own = sorted({v for v in (*listed, most, most - 1) if size_class(v) == chosen[name]}, reverse=True)
             within = [p for p in dict.fromkeys((*own, *points(chosen[name]))) if p <= most] or [1]
             v = within[(self.used[name, chosen[name]] + attempt) % len(within)]
             same = given.setdefault(chosen[name], v)
@@ -283,7 +296,8 @@ class Design:
                 facts[name] = wanted if wanted in span else span[max(bisect_right(span, wanted) - 1, 0)]
         batch = ""
         if "form" in chosen:
-            keys = max(point(KEYS), facts.get("k", 0) + 9 if beyond else 0)
+            exact = {"all": 0, "one more": 1}.get(chosen.get(SEEN, ""))
+            keys = max(point(KEYS), facts.get("k", 0) + 9 if beyond else 0) if exact is None else facts["k"] + exact
             batch = batch_of(chosen["form"], dims[contract.rows], keys, size, bool(contract.signature.mutated))
         case = Case(
             contract.name,

@@ -20,6 +20,7 @@ from typing import Any
 from porthal.conformance.cases.boundaries import boundary_cases, ends, telling
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import CROWD, Request, parted, spelled
+from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
@@ -43,6 +44,10 @@ from porthal.hal.signature import ARRAY, evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
 DEFAULT_ROWS = 7
+PICKED_ROWS = 33  # of which some are chosen
+SOME_ROWS = 259  # of calls with values of their own: in the dtypes that are served less, or in turn
+SERVED = "bfloat16"
+ALIKE = 24  # all sizes of a call, in the third dtype
 CORNERS = ((0, 1, 1, 0), (1, 0, 0, 1), (2,), (0,), (1,))  # for attribute after attribute in turn, which of its ends a call has
 LOADED_ROWS = 100  # where experts have different loads
 FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
@@ -50,7 +55,7 @@ EXPERTS = 256  # of GLM-5
 NARROW = 32  # widths of so many experts
 FAINT = "faint"
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
-LONG_TIES = ("shelves", "equal", "special")  # runs of equals longer than what is chosen, and numbers that are none
+LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PAGE = 64  # slots, where a case is about something else
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
@@ -114,8 +119,10 @@ class _Plan:
     def cases(self) -> Iterator[Case]:
         """What stands for itself; what meets in pairs is added to it."""
         yield from self._production()
-        for combo in [c for c in self.combos if len(c) <= 1]:
-            yield from self._made(dtypes=combo)
+        alike = dict.fromkeys([s for s in self.free if s != self.rows], ALIKE)
+        for n, combo in enumerate([c for c in self.combos if len(c) <= 1]):
+            same = self._made(alike, rows=ALIKE, dtypes=combo) if n > 1 else ()
+            yield from list(same) or self._made(dtypes=combo)
         yield from self._made(rows=0, dtypes=self._next())
         if self.level.thorough:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
@@ -154,9 +161,9 @@ class _Plan:
             yield from self._made(dims | attrs, rows=rows, dtypes=combo, batch=deep)
         for batch, combo in product(self.level.production_batches if self.has_batch else (), once):
             yield from self._made(dims | attrs, dtypes=combo, batch=batch)
-        for recipes, combo in product(self.recipes() if self.contract.choice and self.level.thorough else (), production):
-            if all(recipe in TIED for _, recipe in recipes):
-                yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
+        tied = [r for r in self.recipes() if self.contract.choice and all(recipe in TIED for _, recipe in r)]
+        for recipes, combo in product(tied if self.level.thorough else tied[:1], production):
+            yield from self._made(dims | attrs, rows=5, recipes=recipes, dtypes=combo, batch=deep)
 
     def _legal_ends(self) -> Iterator[Case]:
         """Attributes at the low and high ends of their ranges, in turn and together, and in the middle."""
@@ -200,10 +207,16 @@ class _Plan:
 
     def _forms(self) -> Iterator[Case]:
         """Values one at a time, and all rows alike; operands far apart in memory, and caches that end far from their start."""
-        for recipes in self.recipes():
-            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else 33 if self.contract.choice else DEFAULT_ROWS
+        copied: dict[str, Any] = {"distinct": 16} if self.contract.independent and not self.has_batch else {}
+        for n, recipes in enumerate(self.recipes()):
+            few = PICKED_ROWS if self.contract.choice or self.contract.ranges else DEFAULT_ROWS
+            few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else few
             for combo in self._each():
-                yield from self._made(recipes=recipes, dtypes=combo, rows=few)
+                wanted = dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
+                found = list(self._made(rows=SOME_ROWS, recipes=recipes, dtypes=combo, **copied)) if wanted else []
+                yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])
+                if not many or (self.level.thorough and combo == self.combos[0]):
+                    yield from self._made(recipes=recipes, dtypes=combo, rows=few)
         if self.contract.exact and self.has_batch and self.contract.choice:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from porthal.hal.contract import Contract
 
 PROGRAMS: Mapping[str, str] = {
-    "update": "a call; new values written into the memory of every operand, and a new plan; the first values again",
-    "plans": "two plans of one shape in turn; one plan for two calls, and with every other attribute",
+    "update": "a call; new values written into the memory of every operand, and a new plan; the first values again; where "
+    "there is no plan, without what is optional and with every other attribute",
+    "plans": "plans of one shape in turn, with other lengths, other pages, other rows; one plan for two calls, without what is "
+    "optional, and with every other attribute",
     "rewrite": "pages are rewritten, lengths and tables unchanged",
     "drafts": "drafts are dropped, so that requests are shorter than their tables; then they grow again",
     "held": "a result is held while the kernel is called again, with other values and in another shape",

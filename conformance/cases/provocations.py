@@ -63,6 +63,16 @@ def highest_at_an_end(draw: Draw) -> Array:
     return x
 
 
+@spelled("crest")
+def plateau_with_high_ends(draw: Draw) -> Array:
+    """All equal, but a few high numbers last in every even row, and first in the odd ones: a choice is cut among equals that
+    stand before what is above them."""
+    x = np.zeros(draw.shape)
+    rows = _rows(x)
+    rows[::2, -3:] = rows[1::2, :3] = 1
+    return x
+
+
 # -- sums ------------------------------------------------------------------------------------------------------------
 
 

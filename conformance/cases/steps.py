@@ -11,7 +11,7 @@ import numpy as np
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import DECODING
 from porthal.conformance.cases.copies import build
-from porthal.conformance.cases.domain import first_float, free_symbols
+from porthal.conformance.cases.domain import absences, first_float, free_symbols
 from porthal.conformance.cases.inputs import Inputs, drawn
 from porthal.conformance.cases.legal import refusal
 from porthal.conformance.cases.programs import role_of
@@ -36,15 +36,19 @@ def pages_of(contract: Contract) -> str:
     return contract.signature.of_kind("Pages")[0].name
 
 
-def otherwise(case: Case, batch: Batch) -> Iterator[tuple[str, Inputs]]:
-    """The same call with another value of each attribute in turn, where that is legal and leaves the dims as they are."""
+def otherwise(case: Case, batch: Batch | None) -> Iterator[tuple[str, Inputs]]:
+    """The same call without what is optional, and with another value of each attribute in turn, where that is legal and leaves
+    the dims as they are."""
+    for group in absences(case.contract):
+        if not refusal(without := replace(case, seq="", absent=group)):
+            yield f"without {' and '.join(group)}", other(without, 0, batch)
     for name, attribute in case.contract.attributes.items():
         given = dict(case.attrs)
         now = given.get(name, attribute.default)
         for value in case.contract.cases.get(name, ()):
             changed = replace(case, seq="", attrs=tuple({**given, name: attribute.type(value)}.items()))
             if value != now and not refusal(changed):
-                yield f"{name}={value}", other(changed, 0, batch)
+                yield f"with {name}={value}", other(changed, 0, batch)
                 break
 
 
@@ -56,6 +60,25 @@ def rearranged(batch: Batch) -> Batch:
     pages = dict(zip(held.tolist(), held[::-1].tolist()))
     tables = [[pages[p] for p in batch.block_table[r].tolist() if p >= 0] for r in order]
     return Batch.build(batch.q_len[order].tolist(), batch.kv_len[order].tolist(), tables, batch.block_size)
+
+
+def repaged(batch: Batch) -> Batch:
+    """The same requests with other pages in every table."""
+    table, held = batch.block_table, np.unique(batch.block_table[batch.block_table >= 0])
+    at = np.searchsorted(held, np.maximum(table, 0)) if len(held) else 0
+    moved = np.where(table >= 0, np.roll(held, 1)[at], table) if len(held) else table
+    return Batch(batch.cu_q, batch.kv_len, moved.astype(np.int32), batch.block_size)
+
+
+def reparted(batch: Batch) -> Batch:
+    """The same keys and tables, and as many rows, of which one is another request's; the same batch where none has room."""
+    room = np.flatnonzero((batch.kv_len > batch.q_len) & (batch.q_len < DECODING) & (batch.q_len > 0))
+    if len(room) < 2 or batch.q_len[-1] < 2:
+        return batch
+    q_len = batch.q_len.copy()
+    q_len[-1] -= 1
+    q_len[room[0]] += 1
+    return Batch(np.concatenate([[0], np.cumsum(q_len)]).astype(np.int32), batch.kv_len, batch.block_table, batch.block_size)
 
 
 def shorter(batch: Batch) -> Batch:

@@ -50,6 +50,8 @@ class Fingerprint:
                 self.lengths[path] = len(value)
             for name, part in inside:
                 self._walk(path + name, part)
+        elif (memory := _memory(value)) is not None:
+            self._array(path, memory)
         else:
             self.unread.append(type(value).__name__)
 
@@ -88,6 +90,13 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif is_dataclass(value) and not isinstance(value, type):
         names = {**value.__dataclass_fields__, **getattr(value, "__dict__", {})}  # with what a cached property has put there
         yield from ((f".{name}", getattr(value, name)) for name in names if hasattr(value, name))
+
+
+def _memory(value: Any) -> Array | None:
+    """The bytes of what shows its memory to Python."""
+    with suppress(TypeError):
+        return np.asarray(memoryview(value))
+    return None
 
 
 def _difference(path: str, old: Any, new: Any) -> str:

@@ -20,6 +20,7 @@ from porthal.hal.operands import KINDS
 from porthal.hal.signature import ARRAY
 
 Array = np.ndarray[Any, Any]
+BY_SUITE = "raised in the suite"
 WORDS = 2**12  # bytes of an array above which more of them are compared at a time
 
 
@@ -64,7 +65,7 @@ def raised(error: BaseException) -> str:
     theirs = [(code, line) for module, code, line in frames if not _of_the_suite(module)]
     if not theirs:
         _, code, line = frames[-1]
-        return f"{message_of(error)}; raised in the suite at {code.co_filename}:{line}"
+        return f"{message_of(error)}; {BY_SUITE} at {code.co_filename}:{line}"
     kernel, _ = theirs[0]
     folder = os.path.dirname(kernel.co_filename)
     code, line = next((c, n) for c, n in reversed(theirs) if os.path.dirname(c.co_filename) == folder)

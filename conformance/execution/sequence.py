@@ -20,6 +20,8 @@ from porthal.conformance.cases.steps import (
     pages_of,
     rearranged,
     regrown,
+    repaged,
+    reparted,
     scenario,
     shorter,
 )
@@ -176,6 +178,9 @@ def _update(program: Program) -> Iterator[Step]:
     yield program.call(stage, "new values in the same memory")
     stage.write(one)
     yield program.call(stage, "the first values again")
+    for what, inputs in () if one.batch else otherwise(program.case, None):
+        stage.write(inputs)
+        yield program.call(stage, f"the same memory {what}")
 
 
 def _plans(program: Program) -> Iterator[Step]:
@@ -183,12 +188,14 @@ def _plans(program: Program) -> Iterator[Step]:
     a, b = program.stage(one), program.stage(_second(program.case, one))
     yield program.call(a, "the first plan")
     yield program.call(b, "a second plan")
-    yield program.call(a, "the first plan again")
     assert one.batch
+    for n, (label, batch) in enumerate((("other pages", repaged(one.batch)), ("other rows", reparted(one.batch))), 2):
+        yield program.call(program.stage(other(program.case, n, batch)), f"a plan of {label}")
+    yield program.call(a, "the first plan again")
     for what, inputs in otherwise(program.case, one.batch):
         carried = {n: v for n, v in a.inputs.operands.items() if isinstance(v, Batch)}
         a.write(replace(inputs, operands={**inputs.operands, **carried}))
-        yield program.call(a, f"the first plan with {what}")
+        yield program.call(a, f"the first plan {what}")
 
 
 def _rewrite(program: Program) -> Iterator[Step]:

@@ -16,6 +16,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.legal import elements
 from porthal.conformance.cases.plan import captured, cases
 from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.execution.outcome import BY_SUITE
 from porthal.conformance.level import STANDARD
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import check
@@ -76,12 +77,13 @@ def plan(op: str, dtype: str = "", source: str = "", level: str = LEVEL) -> list
 def first_failing(
     chosen: Sequence[Case], bindings: Bindings, level: str = LEVEL, unjudged: bool = False
 ) -> tuple[Result | None, int]:
-    """The first case that fails, and how many ran a kernel up to it; NOT_JUDGED is a failure where `unjudged` says so."""
+    """The first case that fails, and how many ran a kernel up to it; NOT_JUDGED is a failure where `unjudged` says so, and so
+    is what was raised in the suite itself, at which no kernel was."""
     tried = 0
     for case in chosen:
         result = check(case, bindings, level)
         tried += result.verdict != "UNCLAIMED"
-        if result.failed and (unjudged or result.verdict != "NOT_JUDGED"):
+        if result.failed and (unjudged or not (result.verdict == "NOT_JUDGED" or BY_SUITE in result.message)):
             return result, tried
     return None, tried
 

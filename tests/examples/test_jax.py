@@ -121,10 +121,10 @@ def test_numpy_between_arguments_and_results_would_be_seen(xla: Backend) -> None
 # -- its arrays ----------------------------------------------------------------------------------------------------------
 
 
-def test_its_traits_leave_out_a_quarter_of_the_cases(xla: Backend) -> None:
+def test_its_traits_leave_out_a_few_of_the_cases(xla: Backend) -> None:
     """Those with views, for which it has no arrays."""
     planned = [case for op in OWN for case in cases(contracts()[op], "standard")]
-    assert sum(bool(left_out(case, xla)) for case in planned) <= 0.27 * len(planned)
+    assert sum(bool(left_out(case, xla)) for case in planned) <= 0.12 * len(planned)
 
 
 def test_xla_reads_denormals_as_zero(xla: Backend) -> None:

@@ -258,15 +258,16 @@ PYBIND11_MODULE(_native, m) {
       .def("replay", &replay, "Makes the calls.");
 
   // Local to the module: a second build of it, as the suite's self-test makes, has a type of its own.
-  py::class_<Packed>(m, "Packed", py::module_local(),
+  py::class_<Packed>(m, "Packed", py::module_local(), py::buffer_protocol(),
                      "Matrices [experts, rows, columns] in the order in which kernels read them;\n"
-                     "gated=True for w13 (gate rows, then up rows). Zero until set.")
+                     "gated=True for w13 (gate rows, then up rows). Zero until set. memoryview(packed) shows the bytes.")
       .def(py::init(&make_packed), "experts"_a, "rows"_a, "columns"_a, "dtype"_a, "gated"_a = false)
       .def("set", &set_expert, "expert"_a, "logical"_a, "Packs logical[rows, columns], of any strides.")
       .def("get", &get_expert, "expert"_a, "logical"_a, "Unpacks into logical[rows, columns], bit for bit.")
       .def_property_readonly("shape", [](const Packed& p) { return py::make_tuple(p.experts, p.rows, p.columns); })
       .def_readonly("gated", &Packed::gated)
-      .def_property_readonly("nbytes", &Packed::bytes, "Bytes in memory, padding included.");
+      .def_property_readonly("nbytes", &Packed::bytes, "Bytes in memory, padding included.")
+      .def_buffer([](const Packed& p) { return py::buffer_info(p.at<std::uint8_t>(0, 0), p.bytes()); });
 }
 
 }  // namespace porthal
