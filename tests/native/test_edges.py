@@ -39,10 +39,11 @@ def test_a_page_behind_the_last_is_refused():
     held = np.ones((3 * size, width), np.float32)
     keys, table, cu_q, ones = held[: 2 * size], np.int32([[0, 1]]), np.int32([0, rows]), np.ones((rows, 1, width), np.float32)
     visible, weights, y = np.int32([7, 8]), np.ones((rows, 1), np.float32), np.zeros((rows, 2 * size), np.float32)
+    best = np.zeros((rows, 3), np.int32)  # fewer than there are, which would be chosen without a look at them
     picks = np.tile(np.arange(8, dtype=np.int32), (rows, 1))
     calls = {
         "indexer_scores": lambda: native.indexer_scores(ones, weights, keys, visible, cu_q, table, size, 1.0, y),
-        "indexer_topk": lambda: native.indexer_topk(ones, weights, keys, visible, cu_q, table, size, 1.0, 8, picks.copy()),
+        "indexer_topk": lambda: native.indexer_topk(ones, weights, keys, visible, cu_q, table, size, 1.0, 3, best),
         "sparse_mla": lambda: native.sparse_mla(ones, ones, keys, keys, picks, visible, cu_q, table, size, 1.0, ones.copy()),
     }
     for call in calls.values():

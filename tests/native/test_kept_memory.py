@@ -1,4 +1,4 @@
-"""What the cpu backend's kernels keep from one call to the next, and what they give back: no call sees what another one left."""
+"""What kernels of the cpu backend keep from one call to the next, and give back: no call sees what another one left."""
 
 from __future__ import annotations
 
