@@ -1,10 +1,13 @@
-"""Each instruction set that this CPU runs, and numbers of threads, of the native module."""
+"""Each instruction set that this CPU runs, and numbers of threads, of the native module; benchmarks that are soon done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import inf
 
 import pytest
+
+from porthal.bench import measured, run, statistics
 
 try:
     from porthal.backends.cpu import _native as native
@@ -25,3 +28,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = native.num_threads()
     yield native.set_num_threads
     native.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def few_rounds() -> Iterator[None]:
+    """A benchmark takes the fewest samples that it may, however long they take and however far apart they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "LONGEST", 0.0)
+        for module in (statistics, measured):
+            patch.setattr(module, "NOISY", inf)
+        yield

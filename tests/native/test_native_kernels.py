@@ -124,16 +124,23 @@ def test_topk(dtype, size, k):
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["equal", "few values", "rising", "falling", "spikes", "runs", "special", "huge"])
+@pytest.mark.parametrize(
+    "name",
+    ["equal", "few values", "rising", "falling", "spikes", "runs", "NaN for too few", "NaN beside -inf", "special", "huge"],
+)
 def test_topk_of_hard_rows(dtype, name):
     n, rng = 20000, np.random.default_rng(4)
+    at = np.arange(n)
+    sampled = at % ((n - 16) // 63) < 16  # the runs from which a threshold is guessed
     scores = {
         "equal": np.zeros((1, n)),
         "few values": rng.integers(-2, 3, (1, n)),
-        "rising": np.arange(n)[None],
-        "falling": -np.arange(n)[None],
-        "spikes": np.where(np.arange(n) % 10 == 0, 1e30, np.arange(n) / n)[None],  # what a strided sample mistakes
-        "runs": ((np.arange(n) % ((n - 16) // 63) < 16) * 1e30 + np.arange(n) / n)[None],  # what a sample of runs mistakes
+        "rising": at[None],
+        "falling": -at[None],
+        "spikes": np.where(at % 10 == 0, 1e30, at / n)[None],  # what a strided sample mistakes
+        "runs": (sampled * 1e30 + at / n)[None],  # what a sample of runs mistakes
+        "NaN for too few": np.where(sampled & (at < 400), 9.0, np.where(at % 2, np.nan, -at / n))[None],
+        "NaN beside -inf": np.where(at < n // 2, np.nan, -np.inf)[None],
         "special": rng.choice([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0], (1, n)),
         "huge": rng.choice([-1, 1], (1, n)) * 10.0 ** rng.uniform(-38, 38, (1, n)),
     }[name].astype(dtype)

@@ -15,12 +15,16 @@ from porthal.bench.speeds import Speeds, read_report
 from porthal.bench.workloads import workload
 from tests.benchfiles import sealed
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+SECONDS = 600.0  # that nobody waits for: calls are done after a few rounds
+FAR = 30.0  # times as long as a time is here, which no busy machine makes of it
+
 
 @pytest.fixture(scope="module")
-def written():
+def written(few_rounds):
     """Some rows of the demo checkpoint, timed on the reference."""
     made = workload("demo", ["decode"], "", Bounds()).only(["rms_norm", "linear"], Bounds())
-    return json.loads(Report(bench(replace(made, rows=made.rows[:3]), ["reference"], 1, 3.0)).json())
+    return json.loads(Report(bench(replace(made, rows=made.rows[:3]), ["reference"], 1, SECONDS)).json())
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def times(data, factor):
 
 
 def test_a_file_that_holds_is_marked_as_reproduced(verify, written):
-    slow = times(written, 3.0)  # what is faster here than it says holds too
+    slow = times(written, FAR)  # what is faster here than it says holds too
     (code, out, _), file = verify(slow, "--share", "100%")
     assert code == 0 and "rows, drawn at random" in out and "\nreproduced: " in out, out
     marked = read_report(file)
@@ -55,18 +59,18 @@ def test_a_file_that_holds_is_marked_as_reproduced(verify, written):
 
 
 def test_times_that_are_not_reached_here_are_named(verify, written):
-    (code, out, _), file = verify(times(written, 0.05), "--share", "100%")
+    (code, out, _), file = verify(times(written, 1 / FAR), "--share", "100%")
     assert code == 1 and "does not hold: linear [linear,T=1" in out and "porthal bench --backend reference --op linear" in out
     assert read_report(file).origin.startswith("not reproduced: ")
 
 
 def test_the_same_time_on_a_slower_machine_holds(verify, written):
     """What counts is the share of the limit that was measured in the same run."""
-    fast = times(written, 0.05)
+    fast = times(written, 1 / FAR)
     for entry in fast["benchmarks"]:
-        entry["extra_info"]["limit_s"] *= 0.05 / 3
+        entry["extra_info"]["limit_s"] *= FAR**-2
     for limits in fast["porthal"]["limits"].values():
-        limits |= {name: rate * 3 / 0.05 for name, rate in limits.items()}
+        limits |= {name: rate * FAR**2 for name, rate in limits.items()}
     (code, out, _), _ = verify(fast, "--share", "100%")
     assert code == 1 and "does not hold" in out  # there is no machine that differs so and has this name
     for facts in fast["porthal"]["backends"].values():
