@@ -1,6 +1,7 @@
 """Workloads: every call of a step is there as often as the step makes it, as large as the bounds allow."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -14,7 +15,9 @@ from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.cost import seconds
 from porthal.hal import UsageError, contracts, recorded
 from porthal.hal.calls import distinct
+from porthal.model.checkpoint import Blank
 from porthal.model.config import Config
+from porthal.model.glm5 import Glm5
 from porthal.model.load import DEMO, stepped, trace
 
 GLM5 = Config.read(profile_home())
@@ -43,6 +46,27 @@ def test_steps_go_as_far_as_the_context():
     assert list(steps("verify", 4096, drafts=False)) == []
     with pytest.raises(UsageError, match="unknown step 'train'"):
         list(steps("train", 1))
+
+
+def test_half_a_billion_parameters_in_steps_of_one_request():
+    made = workload("half", ["prefill", "verify"], "", Bounds())
+    assert list(dict.fromkeys(row.group for row in made.rows)) == [
+        "prefill, 1024 rows, context 1k", "prefill, 4096 rows, context 4k", "verify, 1 request, 3 drafts, context 1k"
+    ]  # fmt: skip
+    assert made.dtype == "bfloat16" and made.whole is not None and made.whole.config is not None
+    assert (made.whole.requests, made.whole.drafts) == ((Request(4, 1024),), 3)
+    sizes: dict[str, int] = {}
+
+    class Sizes(Blank):
+        def read(self, name, shape, rows):
+            sizes[name] = math.prod(shape)
+            return super().read(name, shape, rows)
+
+    recorded(lambda ops: Glm5(made.whole.config, Sizes(), ops))
+    main = sum(n for name, n in sizes.items() if not name.startswith("model.layers.8."))
+    assert main == 497_347_584 + 7 * 32  # what transformers counts, and the routers' biases
+    with pytest.raises(UsageError, match="unknown step 'train'"):
+        workload("half", ["train"], "", Bounds())
 
 
 @pytest.fixture(scope="module")
