@@ -34,7 +34,7 @@ from porthal.conformance.execution.placing import place
 from porthal.conformance.judgement.call import judge
 from porthal.hal import Pages, bind, contracts, create, numpy_dtype, running
 
-FEW = 24  # cases of an op, the smallest
+FEW, FEWER = 12, 4  # cases of an op, the smallest; FEWER where each is called many times
 FILL = 0xA5
 PLACES = [(end, apart) for end in (True, False) for apart in (False, True)]
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -143,7 +143,7 @@ def fail(library, ops):
 
     with running(backend):
         for op in ops:
-            for case in small(op):
+            for case in small(op)[:FEWER]:
                 inputs = build(case)
                 binding = bindings.bound(inputs).binding
                 expected = None
@@ -184,7 +184,7 @@ def test_the_page_behind_an_array_cannot_be_read():
 def test_every_instruction_set_conforms_and_stays_within_its_operands():
     code, last, said = run("walk", *own())
     assert code == 0, f"{last}: {said}"
-    assert int(last[0]) >= 20 * len(own()) * len(native.isas())
+    assert int(last[0]) == FEW * len(own()) * len(native.isas())
 
 
 def test_an_allocation_that_fails_is_a_memory_error(tmp_path):
