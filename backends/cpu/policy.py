@@ -9,8 +9,8 @@ from porthal.hal import UsageError
 
 MOST = 1024  # threads
 # Instruction sets whose products of bfloat16 (matrices, scores and values of attention) read subnormals as zero, and give zero
-# for them: vdpbf16ps does, whatever the processor's mode is. All else keeps them, in any dtype.
-FLUSHING = {"avx512bf16"}
+# for them: vdpbf16ps and tiles do, whatever the processor's mode is. All else keeps them, in any dtype.
+FLUSHING = {"avx512bf16", "amx"}
 
 
 def settings(native: Any) -> tuple[str, int]:

@@ -79,8 +79,8 @@ def assert_close(found, wanted, dtype):
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_sparse_mla_of_any_shape(data):
-    dtype = data.draw(st.sampled_from(DTYPES))
-    heads, c, r = data.draw(st.sampled_from([1, 3, 8, 20, 65])), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 20))
+    dtype, widths = data.draw(st.sampled_from(DTYPES)), st.integers(1, 70) | st.sampled_from([32, 64])
+    heads, c, r = data.draw(st.sampled_from([1, 3, 8, 20, 65])), data.draw(widths), data.draw(widths)
     kv_lens = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=3))
     q_lens = [min(n, data.draw(st.integers(1, 3))) for n in kv_lens]
     call = Attention(data.draw(st.integers(0, 99)), heads, c, r, data.draw(st.integers(1, 310)), q_lens, kv_lens, 7, dtype)
@@ -154,7 +154,7 @@ class Indexer:
 @given(data=st.data())
 def test_indexer_of_any_shape(data):
     dtype = data.draw(st.sampled_from(DTYPES))
-    heads, width = data.draw(st.sampled_from([1, 4, 5, 32, 40, 70])), data.draw(st.integers(1, 70))
+    heads, width = data.draw(st.sampled_from([1, 4, 5, 32, 40, 70])), data.draw(st.integers(1, 70) | st.sampled_from([32, 64]))
     kv_lens = data.draw(st.lists(st.integers(0, 200), min_size=1, max_size=3))
     q_lens = [min(n, data.draw(st.integers(1, 20))) for n in kv_lens]
     w = data.draw(st.sampled_from(["float32", dtype]))
@@ -168,9 +168,9 @@ def test_indexer_of_any_shape(data):
     assert all(np.array_equal(a, b) for a, b in zip(call.chosen(k), call.chosen_of_scores(k)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_indexer_bits_and_choice_do_not_depend_on_threads(dtype, threads):
-    call = Indexer(4, 3, 16, [1, 20], [30_000, 2000], 64, dtype)
+@pytest.mark.parametrize(("dtype", "heads", "width"), [("float32", 3, 16), ("bfloat16", 3, 16), ("bfloat16", 40, 64)])
+def test_indexer_bits_and_choice_do_not_depend_on_threads(dtype, heads, width, threads):
+    call = Indexer(4, heads, width, [1, 20], [30_000, 2000], 64, dtype)
     threads(1)
     scores, chosen = call.scores(), call.chosen(300)
     assert all(np.array_equal(a, b) for a, b in zip(chosen, call.chosen_of_scores(300)))

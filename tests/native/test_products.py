@@ -54,7 +54,7 @@ def assert_close(y, x, w, out):
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"),
     [(1, 1, 1), (0, 8, 8), (3, 7, 33), (6, 257, 64), (7, 96, 130), (12, 64, 31), (13, 300, 65), (20, 131, 96), (21, 600, 70),
-     (40, 515, 129), (193, 66, 34), (400, 33, 65)],
+     (40, 515, 129), (48, 544, 96), (130, 1090, 33), (193, 66, 34), (400, 33, 65), (520, 64, 33)],
 )  # fmt: skip
 def test_linear(rows, depth, columns, dtype):
     rng = np.random.default_rng(rows + depth)

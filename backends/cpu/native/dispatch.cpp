@@ -2,12 +2,36 @@
 
 #include <atomic>
 
+#if defined(PORTHAL_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace porthal {
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
   return names[static_cast<int>(isa)];
 }
+
+namespace {
+
+#if defined(PORTHAL_AMX)
+// Whether there are tiles of bf16, and Linux lets this process use them: their registers are saved only for those who ask.
+bool tiles() {
+  static const bool granted = [] {
+    unsigned a, b, c, d = 0;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    constexpr long kAskPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+  }();
+  return granted;
+}
+#endif
+
+}  // namespace
 
 std::vector<Isa> available() {
   std::vector<Isa> found{Isa::baseline};
@@ -18,7 +42,12 @@ std::vector<Isa> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(Isa::avx512);
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
+      if (__builtin_cpu_supports("avx512bf16")) {
+        found.push_back(Isa::avx512bf16);
+#if defined(PORTHAL_AMX)
+        if (tiles()) found.push_back(Isa::amx);
+#endif
+      }
     }
   }
 #endif

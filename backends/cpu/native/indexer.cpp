@@ -3,6 +3,7 @@
 
 #if defined(PORTHAL_ISA)
 #include "attention.hpp"
+#include "tiles.hpp"
 
 namespace porthal {
 namespace {
@@ -143,6 +144,73 @@ std::int64_t wide_floats(const IndexerDims& d) {
   return up(d.width, kLanes) * (d.heads > kIndexerKeys ? d.heads : kIndexerKeys);
 }
 
+#if defined(__AMX_BF16__)
+void pack_lines(const IndexerDims& d, const bf16* iq, std::ptrdiff_t stride, const bf16* weights, const float* weights32,
+                std::int64_t i, float*, float* packed) {
+  const Row<Pairs> row(d, packed, i);
+  pack_queries(reinterpret_cast<const char*>(iq), stride, d.heads, d.width / 2, 0, d.width / 2, row.queries);
+  if (weights)
+    widen_row(weights, d.heads, row.weights);
+  else
+    widen_row(weights32, d.heads, row.weights);
+}
+
+// The same in tiles of 16 keys and 16 heads. Keys are copied beside each other, their products with a row's heads behind them.
+void scores_of_lines(const IndexerDims& d, const char* const* keys, const char* const* following, float* wide,
+                     const float* packed, std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride) {
+  const Heads heads(d.heads);
+  const std::int64_t bytes = d.width * sizeof(bf16), words = d.width / 2, all = heads.padded();
+  char* const copies = reinterpret_cast<char*>(wide);
+  float* const products = wide + kIndexerKeys * words;
+  for (std::int64_t k = 0; k < kIndexerKeys; ++k)
+    for (std::int64_t i = 0; i < bytes; i += 64) {
+      store(reinterpret_cast<float*>(copies + k * bytes + i), load_raw<F>(keys[k] + i));
+      __builtin_prefetch(following[k] + i, 0, 2);
+    }
+  const std::int64_t there = d.heads - (all - kLanes);  // of the last vector
+  const U last = (U)_mm512_maskz_set1_epi32(static_cast<__mmask16>((1u << there) - 1), -1);
+  Tiles tiles;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    if (visible[t] <= 0) continue;
+    const std::int64_t seen = visible[t] < kIndexerKeys ? visible[t] : kIndexerKeys;
+    const Row<Pairs> row(d, const_cast<float*>(packed), t);
+    for (std::int64_t p = 0; p < heads.panels; ++p)
+      for (std::int64_t v = heads.first(p), end = heads.first(p + 1), in_word = end - v; v < end; v += 2) {
+        const Word* const queries = row.queries + heads.first(p) * kLanes * words + (v - heads.first(p)) * kLanes;
+        for (std::int64_t k = 0; k < seen; k += kTile) {
+          tiles.shape(kTile, v + 1 < end ? 2 * kTile : kTile, kTile);
+          tiles.zero();
+          tiles.add(copies + k * bytes, bytes, queries, in_word * kLanes * sizeof(Word), words / kTile, [] {});
+          tiles.store(products + k * all + v * kLanes, all * sizeof(float));
+        }
+      }
+    for (std::int64_t k = 0; k < seen; k += kLanes) {
+      F of_key[kLanes];
+#pragma GCC unroll 4
+      for (std::int64_t i = 0; i < kLanes; ++i) {
+        const float* const product = products + (k + i) * all;
+        F sum = {};
+        for (std::int64_t h = 0; h + kLanes < all; h += kLanes) sum += at_least(F{}, load(product + h)) * load(row.weights + h);
+        const F end = at_least(F{}, load(product + all - kLanes)) * load(row.weights + all - kLanes);
+        of_key[i] = sum + (F)((U)end & last);  // heads that are not there may be NaN
+      }
+      alignas(64) float sums[kLanes];
+      totals(of_key, sums);
+      const F scaled = load(sums) * d.scale;
+      float* const to = out + t * stride + k;
+      if (seen - k >= kLanes)
+        store(to, scaled);
+      else
+        store_some(to, scaled, seen - k);
+    }
+  }
+}
+
+std::int64_t floats_of_lines(const IndexerDims& d) {
+  return kIndexerKeys * (d.width / 2 + Heads(d.heads).padded());
+}
+#endif
+
 template <class M, class T>
 constexpr IndexerLoops<T> loops() {
   return {wide_floats<M>, Row<M>::floats, pack<M, T>, scores<M, T>};
@@ -150,8 +218,13 @@ constexpr IndexerLoops<T> loops() {
 
 }  // namespace
 
+#if defined(__AMX_BF16__)
+constexpr IndexerLoops<bf16> kLines{floats_of_lines, Row<Pairs>::floats, pack_lines, scores_of_lines};
+#else
+constexpr IndexerLoops<bf16> kLines = loops<BestPairs, bf16>();
+#endif
 PORTHAL_LOOPS(FloatsAndPairs<IndexerLoops>, indexer_loops) = {
-  {loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()}, loops<BestPairs, bf16>()};
+  {loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()}, loops<BestPairs, bf16>(), kLines};
 
 }  // namespace porthal
 #else

@@ -39,7 +39,7 @@ struct IndexerLoops {
 
 namespace porthal {
 
-PORTHAL_TABLES(FloatsAndPairs<IndexerLoops>, indexer_loops)
+PORTHAL_TABLES_WITH_TILES(FloatsAndPairs<IndexerLoops>, indexer_loops)
 
 // Rows of one request that share its keys.
 struct RowGroup {
@@ -54,7 +54,7 @@ class Scorer {
 
   Scorer(const Array& iq, const Array& w, const Matrix& keys, const Requests& requests, const Matrix& visible, float scale)
       : iq_(iq), w_(w), weights_(w.matrix(iq.shape[0], iq.shape[1])), keys_(keys), requests_(requests), visible_(visible), dims_{iq.shape[1], iq.shape[2], scale},
-        loops_(indexer_loops(isa()).of(static_cast<const T*>(nullptr), dims_.width % 2 == 0)) {
+        loops_(indexer_loops(isa()).of(static_cast<const T*>(nullptr), dims_.width)) {
     for (std::int64_t r = 0; r < requests.count(); ++r)
       for (std::int64_t t = requests.first_row(r); t < requests.first_row(r + 1); t += kMostRows)
         groups.push_back({r, t, std::min(kMostRows, requests.first_row(r + 1) - t)});

@@ -23,7 +23,8 @@ struct fp16 {
   std::uint16_t bits;
 };
 
-enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
+// amx is avx512bf16, and products of bf16 in tiles.
+enum class Isa : int { baseline, avx2, avx512, avx512bf16, amx };
 
 // The one in use: the best that this CPU runs unless it was chosen.
 Isa isa();
@@ -40,15 +41,18 @@ struct PerFloat {
   const Loops<fp16>& of(const fp16*) const { return f16; }
 };
 
-// And a second one of bfloat16, for rows of whole pairs.
+// And more of bfloat16: for rows of whole pairs, and of whole cache lines.
 template <template <class> class Loops>
 struct FloatsAndPairs {
   PerFloat<Loops> each;
-  Loops<bf16> pairs;
+  Loops<bf16> pairs, lines;
 
+  // `width` is that of a row, or of several, joined by |.
   template <class T>
-  const Loops<T>& of(const T* type, bool) const { return each.of(type); }
-  const Loops<bf16>& of(const bf16*, bool whole) const { return whole ? pairs : each.b16; }
+  const Loops<T>& of(const T* type, std::int64_t) const { return each.of(type); }
+  const Loops<bf16>& of(const bf16*, std::int64_t width) const {
+    return width % 2 ? each.b16 : width % 32 ? pairs : lines;
+  }
 };
 
 #define PORTHAL_JOIN_(a, b) a##b
@@ -59,16 +63,23 @@ struct FloatsAndPairs {
   const Type PORTHAL_JOIN(name##_, PORTHAL_ISA)
 
 #if defined(PORTHAL_X86)
-#define PORTHAL_TABLES(Type, name)                                                                  \
-  extern const Type name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16;                 \
-  inline const Type& name(Isa isa) {                                                                \
-    static const Type* const all[] = {&name##_baseline, &name##_avx2, &name##_avx512, &name##_avx512bf16}; \
-    return *all[static_cast<int>(isa)];                                                             \
+#define PORTHAL_TABLES_OF(Type, name, best)                                                                       \
+  extern const Type name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16, best;                         \
+  inline const Type& name(Isa isa) {                                                                              \
+    static const Type* const all[] = {&name##_baseline, &name##_avx2, &name##_avx512, &name##_avx512bf16, &best}; \
+    return *all[static_cast<int>(isa)];                                                                           \
   }
 #else
-#define PORTHAL_TABLES(Type, name)      \
-  extern const Type name##_baseline;    \
+#define PORTHAL_TABLES_OF(Type, name, best) \
+  extern const Type name##_baseline;        \
   inline const Type& name(Isa) { return name##_baseline; }
+#endif
+#define PORTHAL_TABLES(Type, name) PORTHAL_TABLES_OF(Type, name, name##_avx512bf16)
+// Of files that have loops with tiles, where the compiler can make them.
+#if defined(PORTHAL_AMX)
+#define PORTHAL_TABLES_WITH_TILES(Type, name) PORTHAL_TABLES_OF(Type, name, name##_amx)
+#else
+#define PORTHAL_TABLES_WITH_TILES(Type, name) PORTHAL_TABLES(Type, name)
 #endif
 
 }  // namespace porthal

@@ -8,15 +8,15 @@
 namespace porthal {
 namespace {
 
-// Rows of the input that one matrix is multiplied with, at most kRowBlock, and where in y the first result begins.
+// Rows of the input that one matrix is multiplied with, a row block at most, and where in y the first result begins.
 struct Work {
   std::int64_t expert, first, rows, out;
 };
 
 // Appends the blocks of `rows` rows from `first` on; results are `stride` elements apart in y.
-void append(std::vector<Work>& works, std::int64_t expert, std::int64_t first, std::int64_t rows, std::int64_t out,
-            std::int64_t stride) {
-  const std::int64_t parts = ceil_div(rows, kRowBlock);
+void append(std::vector<Work>& works, const Packed& w, std::int64_t expert, std::int64_t first, std::int64_t rows,
+            std::int64_t out, std::int64_t stride) {
+  const std::int64_t parts = ceil_div(rows, w.row_block);
   for (std::int64_t part = 0; part < parts; ++part) {
     const std::int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     works.push_back({expert, first + begin, end - begin, out + begin * stride});
@@ -27,17 +27,23 @@ template <class T, class Y>
 void multiply(const Packed& w, const ReadyRows& rows, const std::vector<Work>& works, Y* y, std::int64_t stride) {
   const PanelLoops<T>& loops = panel_loops(w.isa).of(static_cast<const T*>(nullptr));
   const auto store = panel_loops(w.isa).of(y).store;
-  const std::int64_t items = works.size() * w.panels, most = works.empty() ? 0 : works[0].rows;
+  const std::int64_t items = works.size() * w.panels;
+  std::int64_t most = 0;
+  for (const Work& work : works) most = std::max(most, work.rows);
   parallel_for(items, panels_at_a_time(items, w.panel_bytes, most), [&](std::int64_t from, std::int64_t to) {
-    alignas(64) float sums[kRowBlock * kMostColumns];
-    const void* a[kRowBlock];
-    for (std::int64_t i = from; i < to; ++i) {
+    thread_local Scratch<float> sums_of_thread;
+    float* const sums = sums_of_thread.at_least(most * w.panel * loops.together);
+    const void* a[kMostRows];
+    for (std::int64_t i = from, then; i < to; i = then) {
       const Work& work = works[i / w.panels];
-      const std::int64_t p = i % w.panels, then = i + 1, used = std::min(w.panel, w.rows - p * w.panel);
+      const std::int64_t p = i % w.panels, count = std::min({to - i, w.panels - p, loops.together});
+      then = i + count;
       for (std::int64_t m = 0; m < work.rows; ++m) a[m] = rows[work.first + m];
+      const auto used = [&](std::int64_t at) { return std::min(w.panel, w.rows - at * w.panel); };
       const T* const following = then < to ? w.at<T>(works[then / w.panels].expert, then % w.panels) : nullptr;
-      loops.multiply(a, work.rows, w.at<T>(work.expert, p), w.depth, used, following, sums);
-      store(sums, work.rows, used, y + work.out + p * w.panel, stride);
+      loops.multiply(a, work.rows, w.at<T>(work.expert, p), count, w.depth, used(p + count - 1), following, sums);
+      for (std::int64_t j = 0; j < count; ++j)
+        store(sums + j * work.rows * w.panel, work.rows, used(p + j), y + work.out + (p + j) * w.panel, stride);
     }
   });
 }
@@ -72,7 +78,7 @@ void linear(const Array& x, const Packed& w, const Array& y) {
   const Matrix rows = x.matrix(kAny, w.columns);
   void* const out = y.output({rows.rows, w.rows});
   std::vector<Work>& works = no_works();
-  append(works, 0, 0, rows.rows, 0, w.rows);
+  append(works, w, 0, 0, rows.rows, 0, w.rows);
   run(w, rows.rows, rows.column_stride, [&](std::int64_t i) { return rows.data + i * rows.row_stride; }, works, y.kind, out,
       w.rows);
 }
@@ -89,7 +95,7 @@ void head_linear(const Array& x, const Packed& w, const Array& y) {
   const std::int64_t tokens = x.shape[0], heads = w.experts;
   void* const out = y.output({tokens, heads, w.rows});
   std::vector<Work>& works = no_works();
-  for (std::int64_t n = 0; n < heads; ++n) append(works, n, n * tokens, tokens, n * w.rows, heads * w.rows);
+  for (std::int64_t n = 0; n < heads; ++n) append(works, w, n, n * tokens, tokens, n * w.rows, heads * w.rows);
   const auto from = [&](std::int64_t i) { return x.data + i % tokens * x.strides[0] + i / tokens * x.strides[1]; };
   run(w, tokens * heads, x.strides[2], from, works, y.kind, out, heads * w.rows);
 }
@@ -111,7 +117,7 @@ void grouped_gemm(const Array& x, const Packed& w, const Array& counts, const Ar
     if (count < 0 || count > rows.rows - first)
       refuse("counts", "has " + std::to_string(count) + " at " + std::to_string(e),
              "0 to " + std::to_string(rows.rows - first) + ", the rows that are left");
-    append(works, e, first, count, first * w.rows, w.rows);
+    append(works, w, e, first, count, first * w.rows, w.rows);
     first += count;
   }
   run(w, first, rows.column_stride, [&](std::int64_t i) { return rows.data + i * rows.row_stride; }, works, y.kind, out,
@@ -121,8 +127,9 @@ void grouped_gemm(const Array& x, const Packed& w, const Array& counts, const Ar
 }  // namespace
 
 PORTHAL_OP(linear, "x w y",
-           "y[T, N] = x[T, K] w^T, w packed [1, N, K]; y contiguous, of any float dtype. Summed in float32 over ascending k,\n"
-           "rounded once: a row of y depends on its own x only, bit by bit. In bfloat16 subnormal products may count as 0.")
+           "y[T, N] = x[T, K] w^T, w packed [1, N, K]; y contiguous, of any float dtype. Summed in float32, in an order that\n"
+           "only K decides, and rounded once: a row of y depends on its own x only, bit by bit. In bfloat16 subnormal\n"
+           "products may count as 0.")
 PORTHAL_OP(head_linear, "x w y", "y[T, N, M] = w[n] x[t, n], w packed [N, M, K]; summed and rounded as in linear.")
 PORTHAL_OP(grouped_gemm, "x w counts y",
            "y[M, N]: the next counts[e] rows of x[M, K] times w[e], w packed [E, N, K]; summed and rounded as in linear. Rows\n"

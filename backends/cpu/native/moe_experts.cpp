@@ -88,12 +88,12 @@ struct Routing {
   struct Work {
     std::int64_t expert, first, rows;
   };
-  std::vector<Work> work;  // at most kRowBlock rows of one expert each
+  std::vector<Work> work;  // at most a row block of one expert each
   std::vector<std::int64_t> next;
 
   // Without ids each token goes to the first expert, with weight 1.
   void build(const Matrix* ids, const Matrix* mix, std::int64_t begin, std::int64_t end, std::int64_t first_expert,
-             std::int64_t experts) {
+             std::int64_t experts, std::int64_t row_block) {
     const std::int64_t choices = ids ? ids->columns : 1;
     const auto local = [&](std::int64_t t, std::int64_t j) {
       if (!ids) return std::int64_t{0};
@@ -107,7 +107,7 @@ struct Routing {
     work.clear();
     std::int64_t row = 0;
     for (std::int64_t e = 0; e < experts; ++e) {
-      const std::int64_t count = next[e], parts = ceil_div(count, kRowBlock);
+      const std::int64_t count = next[e], parts = ceil_div(count, row_block);
       for (std::int64_t part = 0; part < parts; ++part) {
         const std::int64_t first = count * part / parts;
         work.push_back({e, row + first, count * (part + 1) / parts - first});
@@ -132,9 +132,9 @@ template <class T>
 void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed& w13, const Packed& w2,
          std::int64_t first_expert, bool add, T* y) {
   thread_local Routing routing_of_caller;
-  thread_local ReadyRows inputs_of_caller, hidden_of_caller;
+  thread_local ReadyRows hidden_of_caller;
   Routing& routing = routing_of_caller;
-  ReadyRows &inputs = inputs_of_caller, &hidden = hidden_of_caller;
+  ReadyRows& hidden = hidden_of_caller;
   const PanelLoops<T>& panels = panel_loops(w13.isa).of(y);
   const ExpertLoops<T>& loops = experts_loops(w13.isa).of(y);
   const std::int64_t width = w13.panel, half = width / 2;
@@ -142,29 +142,39 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
 
   for (std::int64_t begin = 0; begin < x.rows; begin += kTokenBlock) {
     const std::int64_t end = std::min(x.rows, begin + kTokenBlock);
-    routing.build(ids, weights, begin, end, first_expert, w13.experts);
+    routing.build(ids, weights, begin, end, first_expert, w13.experts, w13.row_block);
     const std::int64_t routed = static_cast<std::int64_t>(routing.tokens.size());
     const std::int64_t works = static_cast<std::int64_t>(routing.work.size());
     const std::int64_t most = ceil_div(routed, std::max<std::int64_t>(1, works));
 
-    inputs.make(panels, w13, end - begin, x.column_stride, [&](std::int64_t t) { return x.row<char>(begin + t); });
     hidden.make_room(routed, w2.depth * panels.item);
     for (std::int64_t r = 0; r < routed && w2.depth != inner; ++r)
       std::memset(hidden[r] + inner * panels.item, 0, (w2.depth - inner) * panels.item);
 
     const std::int64_t ups = works * w13.panels;
     parallel_for(ups, panels_at_a_time(ups, w13.panel_bytes, most), [&](std::int64_t from, std::int64_t to) {
-      alignas(64) float sums[kRowBlock * kMostColumns];
-      const void* a[kRowBlock];
-      for (std::int64_t i = from; i < to; ++i) {
+      thread_local ReadyRows rows_of_thread;
+      thread_local Scratch<float> sums_of_thread;
+      ReadyRows& rows = rows_of_thread;
+      float* const sums = sums_of_thread.at_least(w13.row_block * width * panels.together);
+      const void* a[kMostRows];
+      for (std::int64_t i = from, then; i < to; i = then) {
         const Routing::Work& work = routing.work[i / w13.panels];
-        const std::int64_t p = i % w13.panels, then = i + 1;
-        for (std::int64_t m = 0; m < work.rows; ++m) a[m] = inputs[routing.tokens[work.first + m] - begin];
+        const std::int64_t p = i % w13.panels, count = std::min({to - i, w13.panels - p, panels.together});
+        then = i + count;
+        if (i == from || p == 0) {  // the rows of an expert's tokens, side by side
+          rows.make_room(work.rows, w13.depth * panels.item);
+          for (std::int64_t m = 0; m < work.rows; ++m) {
+            panels.ready(x.row<char>(routing.tokens[work.first + m]), x.column_stride, model, w13.depth, rows[m]);
+            a[m] = rows[m];
+          }
+        }
         const T* const following =
             then < to ? w13.at<T>(routing.work[then / w13.panels].expert, then % w13.panels) : nullptr;
-        panels.multiply(a, work.rows, w13.at<T>(work.expert, p), w13.depth, width, following, sums);
-        loops.gate(sums, work.rows, hidden[work.first] + p * half * panels.item, hidden.stride(),
-                   std::min(half, inner - p * half));
+        panels.multiply(a, work.rows, w13.at<T>(work.expert, p), count, w13.depth, width, following, sums);
+        for (std::int64_t j = 0; j < count; ++j)
+          loops.gate(sums + j * work.rows * width, work.rows, hidden[work.first] + (p + j) * half * panels.item,
+                     hidden.stride(), std::min(half, inner - (p + j) * half));
       }
     });
 
@@ -172,14 +182,14 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
     parallel_for(w2.panels, chunk, [&](std::int64_t from, std::int64_t to) {
       thread_local Scratch<float> sums_of_thread;
       float* const sums = sums_of_thread.at_least(routed * width);
-      const void* a[kRowBlock];
+      const void* a[kMostRows];
       for (std::int64_t p = from; p < to; ++p) {
         const std::int64_t used = std::min(width, model - p * width);
         for (std::int64_t i = 0; i < works; ++i) {
           const Routing::Work& work = routing.work[i];
           for (std::int64_t m = 0; m < work.rows; ++m) a[m] = hidden[work.first + m];
           const T* const following = i + 1 < works ? w2.at<T>(routing.work[i + 1].expert, p) : nullptr;
-          panels.multiply(a, work.rows, w2.at<T>(work.expert, p), w2.depth, used, following, sums + work.first * width);
+          panels.multiply(a, work.rows, w2.at<T>(work.expert, p), 1, w2.depth, used, following, sums + work.first * width);
         }
         for (std::int64_t t = begin; t < end; ++t) {
           const std::int64_t slot = (t - begin) * choices;

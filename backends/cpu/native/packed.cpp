@@ -33,6 +33,16 @@ std::size_t mapped_size(std::int64_t bytes) {
 
 }  // namespace
 
+void* scratch_memory(std::size_t bytes) {
+  const std::size_t unit = bytes < kHugePage / 2 ? 64 : kHugePage, whole = (bytes + unit - 1) / unit * unit;
+  void* const memory = std::aligned_alloc(unit, whole);
+  if (!memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (unit == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 void Packed::Unmap::operator()(char* memory) const { munmap(memory, bytes); }
 
 Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated)
@@ -43,6 +53,7 @@ Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Ki
       gated(gated),
       isa(porthal::isa()),
       panel(panel_loops(isa).f32.columns),
+      row_block(kind == Kind::b16 ? panel_loops(isa).b16.row_block : panel_loops(isa).f32.row_block),
       item(kind == Kind::f32 ? 4 : 2),
       depth(kind == Kind::b16 ? ceil_div(columns, kGroup<bf16>) * kGroup<bf16> : columns),
       panels(gated ? ceil_div(rows / 2, panel / 2) : ceil_div(rows, panel)),

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "array.hpp"
 #include "panel.hpp"
@@ -32,7 +32,7 @@ class Packed {
   const Kind kind;
   const bool gated;
   const Isa isa;
-  const std::int64_t panel, item, depth, panels, panel_bytes;
+  const std::int64_t panel, row_block, item, depth, panels, panel_bytes;
 
  private:
   template <class Visit>
@@ -47,22 +47,25 @@ class Packed {
   std::unique_ptr<char, Unmap> memory_;
 };
 
-// Memory that grows and stays, in whole cache lines, without the zeroing of std::vector.
+// Memory for std::free, in whole cache lines, and in huge pages where it fills half of one: rows are read side by side, which
+// would need an address of a page for each of them. Throws std::bad_alloc.
+void* scratch_memory(std::size_t bytes);
+
+// Memory that grows and stays, without the zeroing of std::vector.
 template <class T>
 class Scratch {
  public:
   T* at_least(std::int64_t count) {
     if (count > size_) {
-      memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
+      memory_.reset(static_cast<T*>(scratch_memory(count * sizeof(T))));
       size_ = count;
     }
     return memory_.get();
   }
 
  private:
-  static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(T* memory) const { ::operator delete(memory, kLine); }
+    void operator()(T* memory) const { std::free(memory); }
   };
   std::unique_ptr<T, Free> memory_;
   std::int64_t size_ = 0;
@@ -95,8 +98,7 @@ class ReadyRows {
   std::int64_t stride_ = 0;
 };
 
-constexpr std::int64_t kRowBlock = 192;     // rows that pass over one panel together
-constexpr std::int64_t kMostColumns = 64;   // of a panel, in any instruction set
+constexpr std::int64_t kMostColumns = 64;  // of a panel, in any instruction set
 
 // Panels that a thread takes at a time, of `count` of which each is read for `rows` rows: all, where that is done before
 // another thread has woken up.

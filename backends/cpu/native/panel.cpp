@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace porthal {
 namespace {
@@ -116,9 +117,8 @@ void pass(const Row<T>* const* a, std::int64_t rows, std::int64_t most, const T*
 }
 
 template <class T>
-void multiply(const void* const* rows, std::int64_t count, const T* panel, std::int64_t depth, std::int64_t used,
-              const T* following, float* sums) {
-  const auto a = reinterpret_cast<const Row<T>* const*>(rows);
+void multiply_one(const Row<T>* const* a, std::int64_t count, const T* panel, std::int64_t depth, std::int64_t used,
+                  const T* following, float* sums) {
   const std::int64_t apart = depth * kHalf, halves = used > kHalf ? 2 : 1;
   const auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
 #if !defined(__AVX512F__) && !defined(__aarch64__)
@@ -151,6 +151,64 @@ void multiply(const void* const* rows, std::int64_t count, const T* panel, std::
     }
   }
 }
+
+template <class T>
+void multiply(const void* const* rows, std::int64_t count, const T* panel, std::int64_t panels, std::int64_t depth,
+              std::int64_t used, const T* following, float* sums) {
+  for (; panels; --panels, panel += depth * kPanel, sums += count * kPanel)
+    multiply_one(reinterpret_cast<const Row<T>* const*>(rows), count, panel, depth, panels > 1 ? kPanel : used,
+                 panels > 1 ? panel + depth * kPanel : following, sums);
+}
+
+#if defined(__AMX_BF16__)
+// Few rows read each half of a panel as one stream, fetched from a little ahead. More pass over blocks in depth, of one half
+// after the other: their sums and their part of the block stay in L2, and the half's block in L1.
+constexpr std::int64_t kFewRows = 2 * kTile, kManyRows = 128, kAhead = 8192;
+
+void multiply(const void* const* rows, std::int64_t count, const bf16* panel, std::int64_t panels, std::int64_t depth,
+              std::int64_t used, const bf16* following, float* sums) {
+  constexpr std::int64_t kPair = kHalf * 4, kStep = kTile * kPair;  // bytes of a half's pair of rows, and of a step in depth
+  constexpr std::int64_t kRow = kPanel * sizeof(float);             // bytes of a row of sums
+  const char* const a = static_cast<const char*>(rows[0]);
+  const std::int64_t stride = count > 1 ? static_cast<const char*>(rows[1]) - a : 64;
+  const std::int64_t words = depth / 2, whole = words / kTile * kTile, halves = 2 * panels - (used > kHalf ? 0 : 1);
+  const std::int64_t tiles = (count + kFewRows - 1) / kFewRows, half_bytes = words * kPair;
+  const std::int64_t block = tiles == 1 ? whole : count < kManyRows ? 16 * kTile : 8 * kTile;
+  const char* const weights = reinterpret_cast<const char*>(panel);
+  const char* const then = reinterpret_cast<const char*>(following ? following : panel);
+  Tiles sum;
+  for (std::int64_t k = 0, end; k < words; k = end) {
+    const std::int64_t step = k < whole ? kTile : words - whole;  // what is left of the depth is a step of its own
+    end = k == whole ? words : k + block < whole ? k + block : whole;
+    for (std::int64_t h = 0; h < halves; ++h) {
+      const char* const half = weights + h * half_bytes + k * kPair;
+      const char *next = half + kAhead, *jump = weights + halves * half_bytes;  // where fetching goes on with what follows
+      if (tiles > 1) {
+        next = h + 1 < halves ? half + half_bytes : end < words ? weights + end * kPair : then;
+        jump = nullptr;
+      }
+      const std::int64_t lines = (kStep / 64 + tiles - 1) / tiles;
+      const auto fetch = [&] {
+        for (std::int64_t i = 0; i < lines; ++i, next += 64) {
+          if (next == jump) next = then;
+          __builtin_prefetch(next, 0, 2);
+        }
+      };
+      for (std::int64_t i = 0; i < tiles; ++i) {  // to and fro, so that the shape changes once in a half
+        const std::int64_t m = (h % 2 ? tiles - 1 - i : i) * kFewRows;
+        float* const to = sums + (h / 2 * count + m) * kPanel + h % 2 * kHalf;
+        sum.shape(count - m < kFewRows ? count - m : kFewRows, kHalf, step);
+        if (k)
+          sum.load(to, kRow);
+        else
+          sum.zero();
+        sum.add(a + m * stride + k * 4, stride, half, kPair, (end - k) / step, fetch);
+        sum.store(to, kRow);
+      }
+    }
+  }
+}
+#endif
 
 template <class T>
 void ready(const char* x, std::ptrdiff_t step, std::int64_t n, std::int64_t depth, void* row) {
@@ -254,8 +312,15 @@ void pack(const T* const* rows, std::int64_t n, T* half) {
 
 template <class T>
 constexpr PanelLoops<T> loops() {
-  return {kPanel, sizeof(Row<T>), ready<T>, multiply<T>, store<T>, pack<T>};
+  return {kPanel, sizeof(Row<T>), 192, 1, ready<T>, multiply<T>, store<T>, pack<T>};
 }
+
+#if defined(__AMX_BF16__)
+template <>
+constexpr PanelLoops<bf16> loops<bf16>() {
+  return {kPanel, sizeof(bf16), kMostRows, 8, ready<bf16>, multiply, store<bf16>, pack<bf16>};
+}
+#endif
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 
 #if defined(PORTHAL_ISA)
 #include "attention.hpp"
+#include "tiles.hpp"
 
 namespace porthal {
 namespace {
@@ -359,13 +360,24 @@ void finish(const MlaDims& d, const float* sums, T* o) {
 
 template <class M, class T>
 constexpr MlaLoops<T> loops() {
-  return {kBlock<M>, Space<M>::floats, State::floats, queries<M, T>, add_block<M, T>, merge, finish<T>};
+  return {kBlock<M>, kTiled, Space<M>::floats, State::floats, queries<M, T>, add_block<M, T>, merge, finish<T>};
 }
 
 }  // namespace
+}  // namespace porthal
 
+#include "sparse_mla_tiles.hpp"
+
+namespace porthal {
+
+#if defined(__AMX_BF16__)
+constexpr MlaLoops<bf16> kLines{kTileKeys, 2 * kTile, TileSpace::floats, State::floats, queries_of_lines, add_lines, merge,
+                                finish<bf16>};
+#else
+constexpr MlaLoops<bf16> kLines = loops<BestPairs, bf16>();
+#endif
 PORTHAL_LOOPS(FloatsAndPairs<MlaLoops>, sparse_mla_loops) = {
-  {loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()}, loops<BestPairs, bf16>()};
+  {loops<Singles, float>(), loops<Singles, bf16>(), loops<Singles, fp16>()}, loops<BestPairs, bf16>(), kLines};
 
 }  // namespace porthal
 #else

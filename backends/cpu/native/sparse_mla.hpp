@@ -19,7 +19,7 @@ struct MlaKeys {
 
 template <class T>
 struct MlaLoops {
-  std::int64_t block;                     // keys of a block, at most
+  std::int64_t block, unit;               // keys of a block, at most, and what it is a multiple of
   std::int64_t (*space)(const MlaDims&);  // floats that a thread needs
   std::int64_t (*state)(const MlaDims&);  // floats that a row's sums take
   // Packs a row's queries into space: heads are `stride` bytes apart.
@@ -44,7 +44,7 @@ struct MlaLoops {
 
 namespace porthal {
 
-PORTHAL_TABLES(FloatsAndPairs<MlaLoops>, sparse_mla_loops)
+PORTHAL_TABLES_WITH_TILES(FloatsAndPairs<MlaLoops>, sparse_mla_loops)
 
 constexpr std::int64_t kSplitRows = 4;           // rows of a thread, up to which blocks are handed out instead of rows
 constexpr std::int64_t kAlone = 1 << 20;         // products that are not worth waking anybody for
@@ -57,7 +57,7 @@ struct Mla {
   const Requests& requests;
   const MlaDims dims;
   T* const o;
-  const MlaLoops<T>& loops = sparse_mla_loops(isa()).of(static_cast<const T*>(nullptr), dims.c % 2 == 0 && dims.r % 2 == 0);
+  const MlaLoops<T>& loops = sparse_mla_loops(isa()).of(static_cast<const T*>(nullptr), dims.c | dims.r);
 
   std::int64_t keys(std::int64_t t) const { return length.at<std::int32_t>(0, t); }
   std::int64_t blocks(std::int64_t t) const { return ceil_div(keys(t), loops.block); }
@@ -66,7 +66,7 @@ struct Mla {
   void block(std::int64_t t, std::int64_t i, MlaKeys<T>& to) const {
     to.count = 0;
     if (i >= blocks(t)) return;
-    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), 24) * 24, begin = i * size;
+    const std::int64_t size = ceil_div(ceil_div(keys(t), blocks(t)), loops.unit) * loops.unit, begin = i * size;
     const std::int64_t request = requests.of_row(t);
     to.count = std::min(keys(t) - begin, size);
     for (std::int64_t k = 0; k < to.count; ++k) {
