@@ -161,7 +161,7 @@ def speeds() -> str:
     untimed: dict[tuple[str, str], list[str]] = {}
     for file in files:
         sides = {side.backend: side.calls for side in comparison(file).sides}
-        for call, mine in sides["cpu"].items():
+        for call, mine in sides.get("cpu", {}).items():
             cells = []
             for name in names:
                 other = sides.get(name, {}).get(call)
