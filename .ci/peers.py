@@ -46,8 +46,8 @@ standard level, in float64. `make peers` builds an environment for each library,
 
 Tested on {device}, {date}.
 In a cell stands how many of the cases passed that ran on the library's own kernel; what its signature or documentation rules
-out was not asked. The thin packages in `bench/peers` that make the calls add no copies and no checks beyond those, so what a
-library does with a strided array, or writes into a weight, is seen.
+out was not asked ("no case": that is all of them). The thin packages in `bench/peers` that make the calls add no copies and no
+checks beyond those, so what a library does with a strided array, or writes into a weight, is seen.
 
 To see a row fail: `porthal replay TOKEN --backend NAME --level standard --peers bench/peers/peers.json`.
 """
@@ -146,7 +146,7 @@ def _cell(op: dict[str, Any] | None) -> str:
     if op is None:
         return "—"
     failed = sum(hit["cases"] for hit in op["failed"].values()) + len(op["unexplained"])
-    return f"{op['passed']} of {op['passed'] + failed}"
+    return f"{op['passed']} of {op['passed'] + failed}" if op["passed"] + failed else "no case"
 
 
 # -- speeds ----------------------------------------------------------------------------------------------------------
