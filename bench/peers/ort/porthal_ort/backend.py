@@ -7,7 +7,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Need, Rows, Selection, SelectionSpec, at_most, limits, multiple_of, one_of, same_as
+from porthal.hal import Rows, Selection, SelectionSpec, at_most, limits, multiple_of, one_of, same_as
 
 onnxruntime.set_default_logger_severity(3)
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
@@ -79,32 +79,29 @@ class Onnxruntime(Reference):
         indices[:, : n[0]] = found
         return Selection(SelectionSpec(batch.T, k), Rows(np.where(np.arange(k) < length[:, None], indices, -1), length))
 
-    @limits(
-        provider="MoE",
-        dtypes={"x": one_of("float32")},
-        H=multiple_of(4),
-        I=multiple_of(4),
-        k=at_most(32),
-        needs={"weights": Need("no negative number", lambda weights: weights >= 0)},
-    )
+    @limits(provider="MoE", dtypes={"x": one_of("float32")}, H=multiple_of(4), I=multiple_of(4), k=at_most(32))
     def moe_experts(self, x, w13, w2, ids, weights, *, first_expert=0):
-        """The router's logits are the logarithms of the wanted weights; those that sum to something else are scaled back."""
+        """The router's logits are the logarithms of the wanted weights, so that those below zero need a call of their own; it
+        makes their sum 1, which is scaled back."""
         E, k = w13.spec.shape[0], ids.shape[1]
         mine = ids - first_expert
         here = (mine >= 0) & (mine < E)
         wanted = np.zeros((len(x), E), np.float32)
         t, j = np.nonzero(here)
         np.add.at(wanted, (t, mine[t, j]), weights[t, j])
+        gate_up = np.stack(np.split(w13.native, 2, axis=1), 2).reshape(E, -1, x.shape[1]).astype(np.float32)  # interleaved
+        down = w2.native.astype(np.float32)
         y = self.empty(x.shape, "float32")
         y[...] = 0
-        rows = np.flatnonzero(wanted.sum(1) > 0)
-        if not len(rows):
-            return y
-        scale = wanted[rows].sum(1, keepdims=True)
-        logits = np.log(np.maximum(wanted[rows] / scale, 1e-38)).astype(np.float32)
-        gate_up = np.stack(np.split(w13.native, 2, axis=1), 2).reshape(E, -1, x.shape[1]).astype(np.float32)  # interleaved
-        given = {"x": x[rows], "p": logits, "w1": gate_up, "b1": None, "w2": w2.native.astype(np.float32)}
-        found = run("MoE", MS, given, [("y", "float32")], k=k, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0,
-                    activation_beta=0.0, swiglu_limit=float("inf"), normalize_routing_weights=1)  # fmt: skip
-        y[rows] = found[0] * scale
+        for sign in (1, -1):
+            share = np.maximum(sign * wanted, 0)
+            rows = np.flatnonzero(share.sum(1) > 0)
+            if len(rows):
+                scale = share[rows].sum(1, keepdims=True)
+                logits = np.log(np.maximum(share[rows] / scale, 1e-38)).astype(np.float32)
+                given = {"x": x[rows], "p": logits, "w1": gate_up, "b1": None, "w2": down}
+                found = run("MoE", MS, given, [("y", "float32")], k=min(k, E), activation_type="swiglu", swiglu_fusion=1,
+                            activation_alpha=1.0, activation_beta=0.0, swiglu_limit=float("inf"),
+                            normalize_routing_weights=1)  # fmt: skip
+                y[rows] += sign * found[0] * scale
         return y
