@@ -1,7 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 demo clean
+.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 peers demo clean
 
 PYTHON ?= python3
+peers := eager vllm zentorch pace ort ggml
 built_from := pyproject.toml CMakeLists.txt $(shell find backends -path '*/native/*' -type f)
 
 help:           ## what can be made
@@ -61,6 +62,14 @@ sanitize: .venv/ready  ## the kernels of the cpu backend under the sanitizers fo
 
 aarch64: .venv/ready  ## the kernels of the cpu backend on aarch64, emulated by qemu-user, at bring-up (needs Debian)
 	.venv/bin/python .ci/aarch64.py
+
+build/peers/%/ready: bench/peers/environment.sh bench/peers/requirements.txt bench/peers/%/pyproject.toml
+	bash bench/peers/environment.sh $*
+
+# Each library in an environment of its own, about 1 GB; half an hour on two quiet cores.
+peers: .venv/ready $(peers:%=build/peers/%/ready)  ## other people's kernels on this CPU: conformance of each, and docs/peers.md
+	.venv/bin/python .ci/peers.py run
+	.venv/bin/python .ci/peers.py page
 
 demo: .venv-demo/ready  ## the demo model on this CPU, without PyTorch: text, then proof, in report.html
 	.venv-demo/bin/porthal backends

@@ -19,6 +19,7 @@ from porthal.bench.step import StepTime
 from porthal.bench.worker import Backstage, Side
 from porthal.bench.workloads import Workload
 from porthal.conformance.cases.case import Case
+from porthal.conformance.runner.peers import Peers
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import PorthalError, UsageError, note, probe
 
@@ -60,18 +61,20 @@ def bench(
     journal: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    peers: Peers | None = None,
 ) -> Run:
     """Every call of a workload on every backend, each in a process of its own with so many threads, within about so many
     seconds; what there was no time for is among what was found, without samples.
 
     `journal` keeps each measurement as it comes, and with `resume` those already there are not taken again.
+    Backends that are among `peers` run in their own interpreters.
     Raises UsageError where backends are named twice, and what a backend raises that does not start.
     """
     if twice := [name for name in backends if list(backends).count(name) > 1]:
         raise UsageError(f"backend {twice[0]} is given twice: give each once")
     run = Run(workload, threads)
     with ExitStack() as stack:
-        stage = _Stage(run, stack)
+        stage = _Stage(run, stack, peers.python if peers else lambda name: "")
         for name in backends:
             stage.start(name)
         stage.find_limits()
@@ -104,15 +107,15 @@ def bench(
                 spent = time.monotonic() - started
                 progress(n + 1, len(cases), case.op, min(max(left - spent, 0.0), spent * (len(cases) - n - 1) * 4))
         if workload.whole:
-            run.steps = {name: _steps(name, workload, threads) for name in backends}
+            run.steps = {name: _steps(name, workload, threads, stage.python(name)) for name in backends}
     return run
 
 
-def _steps(name: str, workload: Workload, most: int) -> dict[int, StepTime]:
+def _steps(name: str, workload: Workload, most: int, python: str) -> dict[int, StepTime]:
     """The whole step on a backend with 1, 2, 4, ... threads, each in a process of its own."""
     found = {}
     for threads in sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most}):
-        with closing(Backstage(name, threads)) as worker:
+        with closing(Backstage(name, threads, python)) as worker:
             took = worker.ask("step", workload.whole, workload.dtype)
         if isinstance(took, StepTime):
             found[threads] = took
@@ -124,14 +127,14 @@ def _steps(name: str, workload: Workload, most: int) -> dict[int, StepTime]:
 class _Stage:
     """The workers of a run."""
 
-    def __init__(self, run: Run, stack: ExitStack) -> None:
-        self.run, self.stack = run, stack
+    def __init__(self, run: Run, stack: ExitStack, python: Callable[[str], str]) -> None:
+        self.run, self.stack, self.python = run, stack, python
         self.workers: dict[str, Backstage] = {}
         self.limits: dict[str, str] = {}  # backend -> the worker that knows the limits of its device
         self.gone: dict[str, str] = {}  # backends that do not start any more, and why
 
     def start(self, name: str) -> Side:
-        worker = self.workers[name] = Backstage(name, self.run.threads)
+        worker = self.workers[name] = Backstage(name, self.run.threads, self.python(name))
         self.stack.callback(worker.close)
         self.run.sides[name] = worker.side
         return worker.side

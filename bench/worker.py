@@ -29,6 +29,7 @@ SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PORTH
 class Setup:
     backend: str
     threads: int
+    python: str = ""  # a peer's interpreter; "" is this one
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ def processors(threads: int) -> list[int]:
 class Backstage:
     """A worker's end in the parent, to be closed. Raises what the backend raises where it does not start."""
 
-    def __init__(self, backend: str, threads: int) -> None:
+    def __init__(self, backend: str, threads: int, python: str = "") -> None:
         self.name = backend
-        self.worker = Worker(Setup(backend, threads), __name__, dict.fromkeys(SETTINGS, str(threads)))
+        self.worker = Worker(Setup(backend, threads, python), __name__, dict.fromkeys(SETTINGS, str(threads)))
         try:
             side = self._answer(START)
             if isinstance(side, PorthalError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from porthal.bench.scale import BLOCK_SIZE, Bounds, Sized
@@ -17,7 +18,7 @@ from porthal.bench.step import Whole
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, spelled
 from porthal.conformance.cases.profiles import MODEL, profile_of
-from porthal.hal import FLOATS, CallSpec, UsageError, contracts
+from porthal.hal import FLOATS, CallSpec, UsageError, contracts, note
 from porthal.model.config import Config
 from porthal.model.load import DEMO, stepped
 
@@ -91,7 +92,9 @@ class Workload:
 
 def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
     """The workload of this name: a published model's decode steps, those of one of half a billion parameters, the demo
-    checkpoint's, or what a file of `porthal trace --json` lists. `kinds` chooses steps, `dtype` "" is the model's own."""
+    checkpoint's, or what a file of `porthal trace --json` lists, or a data set of FlashInfer-Bench. `kinds` chooses steps,
+    `dtype` "" is the model's own."""
+    from porthal.bench import flashinfer
     from porthal.bench.traced import read
 
     if name == "glm5":
@@ -105,6 +108,13 @@ def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Wor
         made = [step for kind in kinds for step in half_steps(kind)]
         whole = Whole(made[-1].group, made[-1].requests, made[-1].drafts, config)
         return replace(of_steps(name, config, made, dtype or "bfloat16", bounds), whole=whole)
+    if Path(name).is_dir() or name.endswith(".jsonl"):
+        listed, left = flashinfer.read(Path(name))
+        for sentence in left:
+            note(f"porthal: {sentence}")
+        parts = [_rows("alone", each.definition, [(each.op, each.spec)], each.requests, bounds) for each in listed]
+        dtypes = dict.fromkeys(next(iter(each.spec.dtypes.values())) for each in listed)
+        return Workload(Path(name).stem, ", ".join(dtypes), tuple(row for part in parts for row in part), {"file": name})
     found = read(name)
     rows = tuple(_rows("traced", found.name, found.calls, found.requests, bounds))
     return Workload(found.name, found.dtype, rows, {"file": name})

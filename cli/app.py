@@ -27,6 +27,7 @@ from porthal.cli.options import (
     LevelOption,
     MemoryOption,
     ModelOption,
+    PeersOption,
     PropertiesOption,
     SampleFlag,
     SeedOption,
@@ -39,7 +40,7 @@ from porthal.cli.options import (
     dtype_of,
 )
 from porthal.cli.quantize import quantize
-from porthal.cli.selecting import named, tested
+from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 from porthal.cli.verify import verify
@@ -202,6 +203,9 @@ def trace(
     dtype: DtypeOption = Dtype.float32,
     expand: Annotated[bool, typer.Option("--expand", help="composites as the ops they are made of")] = False,
     json: JsonFlag = False,
+    flashinfer: Annotated[
+        Path | None, typer.Option("--flashinfer", metavar="DIR", help="write what FlashInfer-Bench has definitions for there")
+    ] = None,
 ) -> None:
     """Every op of one step with its shapes: what a chip must be able to do for this model."""
     from porthal.hal.calls import distinct
@@ -213,7 +217,13 @@ def trace(
         raise UsageError(
             f"--rows is {rows} and --context {ends}: expected 1 <= rows <= context <= {config.max_position_embeddings}"
         )
-    calls = distinct(calls_of(config, dtype.value, rows, ends, expand))
+    made = calls_of(config, dtype.value, rows, ends, expand)
+    calls = distinct(made)
+    if flashinfer:
+        from porthal.bench.flashinfer import write
+
+        left = write(flashinfer, made, ends)
+        text.note(f"porthal: left out, since FlashInfer-Bench has no definition of the kind: {', '.join(left)}")
     if json:
         text.as_json([asdict(c) for c in calls])
         return
@@ -257,6 +267,7 @@ def conform(
     properties: PropertiesOption = 0,
     seed: SeedOption = 0,
     model: SizesOption = None,
+    peers: PeersOption = None,
     self_test: Annotated[bool, typer.Option("--self-test", hidden=True)] = False,
 ) -> int:
     """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none ran on an own kernel."""
@@ -272,7 +283,7 @@ def conform(
     text.check_writable(json=json, html=html, junit=junit, resume=journal)
     if profile and op:
         raise UsageError(f"--profile {profile} with --op {op[0]}: give only one of the two")
-    name = tested(backend, emulated)
+    name, known = tested(backend, emulated), among(peers)
 
     def advice() -> str:
         kept = journal and journal.exists()
@@ -291,6 +302,7 @@ def conform(
             resume=resume is not None,
             properties=properties,
             seed=seed,
+            peers=known,
             **({"model": str(model)} if model else {}),
         )
     if profile:
@@ -304,7 +316,7 @@ def conform(
         text.save(junit, report.junit())
     if journal and not resume:  # the report has all of it
         journal.unlink()
-    if report.exit_code == 2:
+    if report.exit_code == 2 and not (known and known.python(name)):
         print(next_step(create(name, emulated), [row.op for row in report.rows]))
     wrong = report.wrong_waivers() if verify_waivers else []
     for sentence in wrong[len(report.expired_waivers()) :]:  # which the table says
@@ -376,20 +388,22 @@ def replay(
     ] = None,
     timeout: TimeoutOption = 300,
     memory: MemoryOption = 3,
+    peers: PeersOption = None,
 ) -> int:
     """Run exactly one call again and say what came out. Exit code 1 when it failed, 2 when it was not tested."""
     from porthal.conformance import replay as replayed
     from porthal.conformance.judgement import saved
     from porthal.conformance.runner.workers import Bounds
 
-    name = tested(backend, emulated)
+    name, known = tested(backend, emulated), among(peers)
     if Path(call).is_dir():
         raise UsageError(f"{call} is a folder: give the file in it, {Path(call) / 'case.npz'}")
     inputs = saved.call(call) if save or call.endswith(".npz") else None
     came: list[Any] = []
     heard = {"returned": came.append} if save else {}
     with stoppable():
-        result = replayed(inputs or call, name, level.value, emulated=emulated, bounds=Bounds(1, timeout, memory), **heard)
+        bounds = Bounds(1, timeout, memory)
+        result = replayed(inputs or call, name, level.value, emulated=emulated, bounds=bounds, peers=known, **heard)
     print(result.explain())
     if save and result.verdict == "NOT_JUDGED":
         text.note("nothing is saved, because the call cannot be judged")

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from porthal.cli import text
-from porthal.cli.options import Dtype, dtype_of
+from porthal.cli.options import Dtype, PeersOption, dtype_of
+from porthal.cli.selecting import among
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 from porthal.hal import UsageError
@@ -24,7 +25,7 @@ def bench(
     ] = None,
     op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
     workload: Annotated[
-        str, typer.Option("--workload", metavar="glm5|half|demo|FILE", help="FILE: the calls that trace --json printed")
+        str, typer.Option("--workload", metavar="glm5|half|demo|FILE", help="of trace --json, or of FlashInfer-Bench")
     ] = "glm5",
     step: Annotated[
         list[str] | None, typer.Option("--step", metavar="decode|prefill|verify", help="default: decode; may be repeated")
@@ -43,6 +44,7 @@ def bench(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="FILE", help="keep each time there, and continue from those kept")
     ] = None,
+    peers: PeersOption = None,
 ) -> int:
     """Time ops, each judged right on the very call first, against the limits of the machine.
 
@@ -57,7 +59,7 @@ def bench(
     from porthal.bench.workloads import workload as named
     from porthal.hal import selected
 
-    here = len(os.sched_getaffinity(0))
+    here, known = len(os.sched_getaffinity(0)), among(peers)
     if threads and threads > here:
         raise UsageError(f"--threads is {threads}: expected at most {here}, the processors that this process may use")
     if not 0 < memory < math.inf:
@@ -82,7 +84,7 @@ def bench(
 
     with stoppable(advice), text.progress() as advance:
         names = (backend or selected()[0]).split(",")
-        found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance))
+        found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance, known))
     if curve:
         for line in (*curves.markdown(found.run), "", *found.said()):
             print(line)

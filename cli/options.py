@@ -70,6 +70,9 @@ DtypeOption = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
 
+PeersOption = Annotated[
+    Path | None, typer.Option("--peers", metavar="FILE", help="backends that have an interpreter of their own, by name")
+]
 EmulatedFlag = Annotated[bool, typer.Option("--emulated", help="emulate the device of the named backend on this CPU")]
 WORKERS = min(2, os.cpu_count() or 1)
 WorkersOption = Annotated[int, typer.Option(metavar="N", min=1, help="processes that share the work")]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from porthal.cli import text
 from porthal.hal import UsageError
+
+if TYPE_CHECKING:
+    from porthal.conformance.runner.peers import Peers
 
 
 def named(backend: str | None, emulated: bool) -> str:
@@ -23,3 +28,10 @@ def tested(backend: str | None, emulated: bool) -> str:
     if (given := os.environ.get("PORTHAL_FALLBACK", "error")) != "error":
         text.note(f"porthal: not used here: PORTHAL_FALLBACK={given}; conform, check and replay test the backend's own kernels")
     return named(backend, emulated)
+
+
+def among(peers: Path | None) -> Peers | None:
+    """The peers that a file lists, where one is given."""
+    from porthal.conformance.runner.peers import Peers
+
+    return Peers.read(peers) if peers else None

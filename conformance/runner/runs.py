@@ -20,6 +20,7 @@ from porthal.conformance.report.report import Report
 from porthal.conformance.report.results import Result
 from porthal.conformance.report.waivers import waive, waivers
 from porthal.conformance.runner.check import Returned, check
+from porthal.conformance.runner.peers import Peers
 from porthal.conformance.runner.remaining import Remaining
 from porthal.conformance.runner.workers import Bounds, Pool
 from porthal.hal import Backend, UsageError, contracts, create
@@ -43,6 +44,7 @@ def run(
     properties: int = 0,
     seed: int = 0,
     model: str = MODEL,
+    peers: Peers | None = None,
 ) -> Report:
     """Every case of the ops (None: all) at a level, on one backend; `progress(done, of, result, left)` after each, with
     the seconds left as far as is known: cases that show how long an op takes come first.
@@ -52,6 +54,7 @@ def run(
     `journal` keeps each verdict as it comes, and with `resume` those already there are not run again.
     `properties` draws that many further cases per op, the same for the same `seed`, and reports the smallest that fails.
     `model` says whose sizes the large calls have: a directory with a config.json, or the name of a published model.
+    A backend that is one of `peers` runs in its own interpreter.
     """
     known = contracts()
     for op in ops or ():
@@ -65,7 +68,8 @@ def run(
     judged: Callable[[Sequence[Case]], Iterable[Result]]
     with ExitStack() as stack:
         if isinstance(backend, str) and isolate:
-            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan), reuse=True))
+            python = peers.python(backend) if peers else ""
+            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan), True, python))
             facts, judged, one = pool.facts, pool.judged, pool.one
         else:
             bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
@@ -94,7 +98,8 @@ def run(
         plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
         drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
     ran = [*(results[case.token] for case in plan), *drawn]
-    return Report.of(facts, level, ran, bounds=bounds.options if bounds else "", model=model)
+    options = (bounds.options if bounds else "") + (peers.option(str(backend)) if peers else "")
+    return Report.of(facts, level, ran, bounds=options, model=model)
 
 
 def _check_model(model: str, level: str, ops: Iterable[str]) -> None:
@@ -154,6 +159,7 @@ def replay(
     emulated: bool = False,
     bounds: Bounds | None = None,
     returned: Returned = lambda results: None,
+    peers: Peers | None = None,
 ) -> Result:
     """One case again, bit for bit, by its token or with given inputs; `Result.explain()` says in words what came out.
 
@@ -162,7 +168,8 @@ def replay(
     """
     case, inputs = (call.case, call) if isinstance(call, Inputs) else (Case.from_token(call), None)
     if isinstance(backend, str) and isolate:
-        with Pool(backend, level, emulated, bounds or Bounds(), 1) as pool:
+        python = peers.python(backend) if peers else ""
+        with Pool(backend, level, emulated, bounds or Bounds(), 1, python=python) as pool:
             return waive(pool.one(case, inputs, returned), pool.facts.waivers)
     bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
     return waive(check(case, bindings, level, inputs, returned=returned), waivers(bindings.backend))

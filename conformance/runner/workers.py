@@ -74,7 +74,7 @@ class Bounds:
 class Setup:
     """What a worker is to run: a backend at a level, with `reuse` of what its bases have passed.
 
-    In a group of `ranks` workers it is the one of this rank.
+    In a group of `ranks` workers it is the one of this rank. `python` is a peer's interpreter; "" is this one.
     """
 
     backend: str
@@ -84,6 +84,7 @@ class Setup:
     reuse: bool = False
     rank: int = 0
     ranks: int = 1
+    python: str = ""
 
 
 # -- in the worker -------------------------------------------------------------------------------------------------------
@@ -145,19 +146,20 @@ def _limit_memory(gib: float) -> None:
 
 
 class Worker:
-    """A process that runs `serve` of a module, and answers one message at a time."""
+    """A process that runs `serve` of a module, and answers one message at a time; `setup.python` says in which interpreter."""
 
     def __init__(self, setup: Any, module: str = __name__, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.first = 0.0
         self.pipe, theirs = Pipe()
+        path = [] if setup.python else sys.path  # a peer's interpreter has packages of its own
         program = (
-            "import sys; sys.path[:] = sys.argv[3:]; "
+            "import sys; sys.path[:] = sys.argv[3:] or sys.path; "
             f"from {module} import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         )
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid()), *sys.path],
+                [setup.python or sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid()), *path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
@@ -292,9 +294,16 @@ class Pool:
     """The workers of one run, to be closed. Raises Unavailable where the backend does not start, and what it raises there."""
 
     def __init__(
-        self, backend: str, level: str, emulated: bool, bounds: Bounds, cases: int, reuse: bool = False
+        self,
+        backend: str,
+        level: str,
+        emulated: bool,
+        bounds: Bounds,
+        cases: int,
+        reuse: bool = False,
+        python: str = "",
     ) -> None:
-        self.setup = Setup(backend, level, emulated, bounds.memory, reuse)
+        self.setup = Setup(backend, level, emulated, bounds.memory, reuse, python=python)
         self.timeout = bounds.timeout
         self.alone: set[tuple[str, str]] = set()
         self.groups = [Group(self.setup) for _ in range(max(1, min(bounds.workers, cases)))]

@@ -1,0 +1,3 @@
+"""PyTorch's own fused operators on the CPU, as people call them in eager mode."""
+
+requires = ("torch",)

@@ -1,0 +1,3 @@
+"""The kernels of AMD's PACE."""
+
+requires = ("pace", "torch")

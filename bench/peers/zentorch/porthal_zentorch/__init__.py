@@ -1,0 +1,3 @@
+"""AMD's zentorch: ZenDNN's kernels as operators of PyTorch."""
+
+requires = ("zentorch", "torch")
