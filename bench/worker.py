@@ -29,7 +29,6 @@ SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PORTH
 class Setup:
     backend: str
     threads: int
-    python: str = ""  # a peer's interpreter; "" is this one
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class Backstage:
 
     def __init__(self, backend: str, threads: int, python: str = "") -> None:
         self.name = backend
-        self.worker = Worker(Setup(backend, threads, python), __name__, dict.fromkeys(SETTINGS, str(threads)))
+        self.worker = Worker(Setup(backend, threads), __name__, dict.fromkeys(SETTINGS, str(threads)), python)
         try:
             side = self._answer(START)
             if isinstance(side, PorthalError):

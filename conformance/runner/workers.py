@@ -146,20 +146,22 @@ def _limit_memory(gib: float) -> None:
 
 
 class Worker:
-    """A process that runs `serve` of a module, and answers one message at a time; `setup.python` says in which interpreter."""
+    """A process that runs `serve` of a module, and answers one message at a time. `python` is a peer's interpreter, else this."""
 
-    def __init__(self, setup: Any, module: str = __name__, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, setup: Any, module: str = __name__, environment: Mapping[str, str] = MappingProxyType({}), python: str = ""
+    ) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.first = 0.0
         self.pipe, theirs = Pipe()
-        path = [] if setup.python else sys.path  # a peer's interpreter has packages of its own
+        path = [] if python else sys.path  # a peer's interpreter has packages of its own
         program = (
             "import sys; sys.path[:] = sys.argv[3:] or sys.path; "
             f"from {module} import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
         )
         with theirs:
             self.process = subprocess.Popen(
-                [setup.python or sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid()), *path],
+                [python or sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid()), *path],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
@@ -221,7 +223,7 @@ class Group:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.workers = [Worker(replace(setup, rank=rank)) for rank in range(setup.ranks)]
+        self.workers = [Worker(replace(setup, rank=rank), python=setup.python) for rank in range(setup.ranks)]
         self.case: Case | None = None
         self.ran = 0  # cases
         self._await(START)

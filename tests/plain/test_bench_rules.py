@@ -110,7 +110,7 @@ def test_every_library_of_a_worker_gets_the_same_number_of_threads(monkeypatch):
     given = []
 
     class Started:
-        def __init__(self, setup, module, settings):
+        def __init__(self, setup, module, settings, python):
             given.append(settings)
 
         close = staticmethod(lambda: None)
