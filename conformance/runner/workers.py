@@ -146,7 +146,7 @@ def _limit_memory(gib: float) -> None:
 
 
 class Worker:
-    """A process that runs `serve` of a module, and answers one message at a time. `python` is a peer's interpreter, else this."""
+    """A process that runs `serve` of a module, and answers one message at a time; `python` is a peer's interpreter"""
 
     def __init__(
         self, setup: Any, module: str = __name__, environment: Mapping[str, str] = MappingProxyType({}), python: str = ""
