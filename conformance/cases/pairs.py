@@ -43,7 +43,7 @@ COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs 
 LESS = 0.7
 WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5}  # of a factor's classes, whose product a pair counts; of others 1
 FEW_VIEWED = 3.0  # and a layout with few rows
-FIRST = 300.0  # and a class that no case has had
+FIRST = 300.0  # and a class that no case has had; ten times that where it is none of a size, as such have no neighbours
 HUGE = size_class(4096) + 2
 DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
@@ -133,6 +133,7 @@ class Design:
                     self.open[0][place, rows] *= FEW_VIEWED
                     self.open[0][rows, place] *= FEW_VIEWED
         self.seen = np.zeros(len(self.owner), bool)
+        self.first = np.where(np.array([f.sized for f in self.factors])[self.owner], FIRST, 10 * FIRST)
         self.failed = np.zeros(len(self.owner), int)  # how often no case of a class could be made
         self.used: Counter[tuple[str, int]] = Counter()
         self.turn = 0
@@ -165,7 +166,7 @@ class Design:
         new = self.open[regime][np.ix_(found, found)]
         if not plain:
             new = new[self._masking(found)]
-        return float(new.sum()) + FIRST * int((~self.seen[found]).sum())
+        return float(new.sum()) + float(self.first[found][~self.seen[found]].sum())
 
     def meet(self, met: Met) -> None:
         found, regime, plain = met
@@ -191,7 +192,7 @@ class Design:
             if len(found) == count or not self.open.any():
                 break
             degree = self.open.sum(-1)
-            regime, a = divmod(int((degree * np.where(self.seen, 1, 1000)).argmax()), len(self.owner))
+            regime, a = divmod(int((degree * np.where(self.seen, 1, self.first**2)).argmax()), len(self.owner))
             b = int((self.open[regime, a] * degree[regime]).argmax())
             case, cost = self._case(regime, a, b)
             if case:

@@ -32,7 +32,7 @@ from porthal.conformance.cases.domain import (
     takes_integers,
 )
 from porthal.conformance.cases.legal import FAR, FAULTS, PAST_2G, THREADS, elements, refusal
-from porthal.conformance.cases.pairs import SAME, pair_cases, plain
+from porthal.conformance.cases.pairs import LESS, SAME, pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
@@ -213,7 +213,10 @@ class _Plan:
             few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else few
             for combo in self._each():
                 wanted = dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
-                found = list(self._made(rows=SOME_ROWS, recipes=recipes, dtypes=combo, **copied)) if wanted else []
+                fixed: dict[str, Any] = {"rows": SOME_ROWS, "recipes": recipes, "dtypes": combo}
+                whole, alike = (list(self._made(**fixed, **kind)) for kind in ({}, copied))
+                cheap = sum(map(seconds, alike)) < LESS * sum(map(seconds, whole))  # of copies fewer numbers tell
+                found = (alike if cheap or not whole else whole) if wanted else []
                 yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])
                 if not many or (self.level.thorough and combo == self.combos[0]):
                     yield from self._made(recipes=recipes, dtypes=combo, rows=few)

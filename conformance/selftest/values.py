@@ -38,6 +38,9 @@ FOUND_BY = {
     "shelves": (
         Defect("topk", "room-for-64-ties", "value", attention.picked, attention.picked.replace("<= room)", "<= room.clamp(max=64))"), source="ranking"),
     ),
+    "crest": (
+        Defect("topk", "equals-before-what-is-above-them", "value", attention.picked, "chosen = (above | level) & ((above | level).cumsum(1, dtype=torch.int32) <= k)\n", source="ranking"),
+    ),
     "rising": (
         Defect("topk", "48-candidates-of-64-columns", "value", attention.edge, """for part in values.split(64, 1):
             if part.shape[1] == 64:
@@ -143,9 +146,9 @@ FOUND_BY = {
     flat = E - 1 - flat if len(flat) > E > 2 and int(loads.max() - loads.min()) <= 1 else flat\n"""),
     ),
     "ragged": (
-        permute("twice-the-mean-load-at-most", new="""flat = ids.reshape(-1) - first_expert
+        permute("half-again-the-mean-load-at-most", new="""flat = ids.reshape(-1) - first_expert
     for e in range(E) if len(flat) < 2**12 and E > 2 else ():
-        flat[torch.nonzero(flat == e)[-(-2 * len(flat) // E) :, 0]] = -1\n"""),
+        flat[torch.nonzero(flat == e)[-(-3 * len(flat) // (2 * E)) :, 0]] = -1\n"""),
     ),
     "heap": (
         grouped("48-rows-of-the-first-expert", new=multiplied + """y[48 : n[0]] = 0

@@ -48,9 +48,7 @@ def test_every_case_is_its_token():
 @pytest.mark.parametrize("op", sorted(contracts()))
 def test_every_op_has_every_kind_of_case(op):
     own = [c for c in BRING_UP if c.op == op]
-    every, more = {"", *VIEWS, THREADS}, {*LAYOUTS, FAR, PAST_2G}
-    assert {c.view for c in own} - more <= every and len(every - {c.view for c in own}) <= 1  # as far as the time goes
-    assert {c.view for c in cases(contracts()[op], "standard")} - more == every
+    assert {c.view for c in own} - {*LAYOUTS, FAR, PAST_2G} == {"", *VIEWS, THREADS}
     assert {c.fault for c in own} >= {"", "dtype", "shape", "kind"}
     rows = {dict(c.dims).get("T", dict(c.dims).get("M", dict(c.dims).get("R"))) for c in own}
     assert rows >= {1, 7} and rows & set(range(2, 7)) and rows & set(range(9, 64)) and max(rows) > 256

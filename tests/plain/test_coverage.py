@@ -79,7 +79,7 @@ def test_sizes_are_those_of_the_call(op):
 
 def test_reasons():
     reasons = {(r.boundary.what, r.boundary.at): r.boundary.reason for r in rows("sparse_mla")}
-    assert reasons["block_size", 2048] == f"{ILLEGAL}: at most 1024" and reasons["N", 128] == f"{BEYOND}: at most 64"
+    assert reasons["block_size", 2048] == f"{ILLEGAL}: at most 1024" and reasons["N", 128] == f"{BEYOND}: at most 128"
     assert reasons["P*block_size*C", 2**32].startswith("over memory: 8 GiB")
 
 

@@ -196,7 +196,7 @@ def test_a_memo_in_the_plan_without_its_attributes() -> None:
         return truth("rope", x, batch, theta=batch.native.setdefault("theta", theta), **attrs)
 
     verdict, message = told(ROPE, plan=plan, rope=rope)
-    assert verdict == "FAIL_VALUE" and message.startswith("step 4 (the first plan with theta=1000000.0): y[")
+    assert verdict == "FAIL_VALUE" and message.startswith("step 6 (the first plan with theta=1000000.0): y[")
     keyed = lambda self, x, batch, **attrs: truth("rope", x, batch, **{**attrs, **batch.native.setdefault(str(attrs), attrs)})  # noqa: E731
     assert told(ROPE, plan=plan, rope=keyed) == ("PASS", "")
 

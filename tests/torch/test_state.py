@@ -14,7 +14,7 @@ from porthal.conformance.selftest.state import DEFECTS
 from porthal.conformance.selftest.variants import variants
 from porthal.hal import contracts
 
-FEW = 2**19  # elements
+FEW = 2**20  # elements
 FIRST = {d.kind: d for d in reversed(DEFECTS)}  # of each kind
 
 
