@@ -110,5 +110,6 @@ DEFECTS = [
          "q_rope = q_rope.roll(1, 1) if joint else q_rope", "return super().sparse_mla(q_latent, q_rope, kv, sel, batch, scale=scale)",
          dtypes=("float32",), why="joint rows of several heads are planned in float32: dtypes take turns"),
     laid("kv_write", "joint-rows-in-the-wrong-order", "def kv_write(self, pages, batch, first, second=None):", "if second is not None and second.data_ptr() == first.data_ptr() + first.shape[1] * first.element_size():",
-         "    second = second.roll(1, 1)", "return super().kv_write(pages, batch, first, second)"),
+         "    second = second.roll(1, 1)", "return super().kv_write(pages, batch, first, second)",
+         dtypes=("float32",), why="joint rows are planned in float32: dtypes take turns"),
 ]
