@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import cycle, product
 from math import prod
 from types import SimpleNamespace
@@ -213,8 +213,8 @@ class _Plan:
             few = LOADED_ROWS if per_expert(self.contract) in dict(recipes) else few
             for combo in self._each():
                 wanted = dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
-                fixed: dict[str, Any] = {"rows": SOME_ROWS, "recipes": recipes, "dtypes": combo}
-                whole, alike = (list(self._made(**fixed, **kind)) for kind in ({}, copied))
+                made = partial(self._made, rows=SOME_ROWS, recipes=recipes, dtypes=combo)
+                whole, alike = (list(made(**kind)) for kind in ({}, copied))
                 cheap = sum(map(seconds, alike)) < LESS * sum(map(seconds, whole))  # of copies fewer numbers tell
                 found = (alike if cheap or not whole else whole) if wanted else []
                 yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])

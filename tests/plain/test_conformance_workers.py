@@ -347,7 +347,7 @@ def test_ranks_are_numbered_and_the_kernel_named_is_that_of_rank_0(monkeypatch: 
     class Answering:
         """A worker without a process."""
 
-        def __init__(self, setup: Setup) -> None:
+        def __init__(self, setup: Setup, python: str) -> None:
             self.setup, self.pipe = setup, object()
 
         def received(self) -> Choice:
