@@ -45,7 +45,8 @@ class TensorFile:
             self._bytes: Array = np.asarray(np.memmap(path, np.uint8, "r"))
             start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
             self.header: dict[str, Any] = json.loads(self._bytes[8:start].tobytes(), object_pairs_hook=_once)
-            self.header.pop("__metadata__", None)
+            metadata = self.header.pop("__metadata__", None)
+            self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
             places = sorted((*map(int, entry["data_offsets"]), name) for name, entry in self.header.items())
             end, last = max(((end, name) for _, end, name in places), default=(0, ""))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

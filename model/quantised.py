@@ -4,8 +4,8 @@ A matrix is known by the tensors that it has, by their dtypes and shapes, and ne
 different things under one name. Codes times scale is exact here and is rounded once, to the dtype that is asked for; a
 product of two scales is rounded to float32 first, as the packers' own readers do.
 
-Sources: compressed-tensors 0.20.0, nvidia-modelopt 0.47.0 and torchao 0.18.0, by what they write; AscendV1 1.0.0 of
-msModelSlim, from its description and its saver.
+Sources: compressed-tensors 0.20.0 and nvidia-modelopt 0.47.0, by what they write; AscendV1 1.0.0 of msModelSlim, from its
+description and its saver.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def scheme(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int]) -> 
     main = "weight_packed" if "weight_packed" in tensors else "weight"
     codes, name = _codes(tensors, main, shape), _scales(tensors)
     high, wide = shape
-    scale, groups = tensors.dtype(name), {FP8: 16}.get(tensors.dtype(name), 32)
+    scale = tensors.dtype(name)
     if codes == FP4 and scale == FP8:
         if not ("weight_scale_2" in tensors or "weight_global_scale" in tensors):
             raise tensors.wrong(name, "has neither weight_scale_2 nor weight_global_scale beside it, expected one of them")
-        options = {(high, -(-wide // groups)): (1, groups)}
+        options = {(high, -(-wide // 16)): (1, 16)}
     elif codes in (FP4, FP8) and scale in E8M0:
-        scale, options = E8M0[1], {(high, -(-wide // groups)): (1, groups)}
+        scale, options = E8M0[1], {(high, -(-wide // 32)): (1, 32)}
     elif codes == FP4 or scale not in (*FLOAT_SCALES, "int64"):
         expected = (FP8, *E8M0) if codes == FP4 else FLOAT_SCALES
         raise tensors.wrong(name, f"is {scale}, expected one of {', '.join(expected)} beside codes of {codes}")
@@ -94,7 +94,7 @@ def values(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int], row
     start, stop, _ = rows.indices(shape[0])
     numbers = _unpacked(tensors, found, shape, start, stop)
     if "weight_zero_point" in tensors or "weight_offset" in tensors:
-        numbers = numbers - _spread(_zeros(tensors, found, shape), found.block, start, stop, shape[1])
+        numbers = numbers - _spread(_zeros(tensors, found), found.block, start, stop, shape[1])
     factors = _factors(tensors, found)
     result: Array = numbers * _spread(factors, found.block, start, stop, shape[1])
     if "pre_quant_scale" in tensors:
@@ -177,7 +177,7 @@ def _stream(words: Array, bits: int, count: int) -> Array:
     return found
 
 
-def _zeros(tensors: Tensors, scheme: Scheme, shape: tuple[int, int]) -> Array:
+def _zeros(tensors: Tensors, scheme: Scheme) -> Array:
     """The code that says 0, of each scale."""
     sizes = _two(tensors.shape(_scales(tensors)))
     assert sizes

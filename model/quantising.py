@@ -10,16 +10,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from porthal.hal import UsageError, dtype, narrow, recorded, widen
-from porthal.model.checkpoint import DTYPES, Checkpoint
+from porthal.model.checkpoint import DTYPES, Checkpoint, TensorFile
 from porthal.model.config import Config
 from porthal.model.glm5 import Glm5
 from porthal.model.load import opened
@@ -43,7 +45,7 @@ class Format:
 
     about     one line for people
     kind      of a matrix by its name, or "" for what stays as it is
-    pack      the tensors of a matrix of one kind: kind, matrix in float64, columns of a group
+    pack      the tensors of a matrix: its name, the matrix in float64, columns of a group
     config    quantization_config: names of the linear layers that stay as they are, columns of a group
     step      its matrices' columns must be a multiple of it
     ascend    AscendV1's file names, and a description beside them instead of a quantization_config
@@ -82,7 +84,7 @@ def _integers(w: Array, columns: int, bits: int) -> tuple[Array, Array]:
     return codes.reshape(w.shape).astype(np.int8), scale
 
 
-def _fp8(kind: str, w: Array, group: int) -> Parts:
+def _fp8(name: str, w: Array, group: int) -> Parts:
     high, wide = (-(-n // 128) for n in w.shape)
     padded = np.zeros((high * 128, wide * 128))
     padded[: w.shape[0], : w.shape[1]] = w
@@ -92,12 +94,12 @@ def _fp8(kind: str, w: Array, group: int) -> Parts:
     return {"weight": narrow(codes[: w.shape[0], : w.shape[1]], "float8_e4m3fn"), "weight_scale_inv": scale}
 
 
-def _int8(kind: str, w: Array, group: int) -> Parts:
+def _int8(name: str, w: Array, group: int) -> Parts:
     codes, scale = _integers(w, 0, 8)
     return {"weight": codes, "weight_scale": scale}
 
 
-def _int4(kind: str, w: Array, group: int) -> Parts:
+def _int4(name: str, w: Array, group: int) -> Parts:
     codes, scale = _integers(w, group, 4)
     biased = (codes + 8).astype(np.uint8)
     words = (biased[:, 0::2] | biased[:, 1::2] << 4).view(np.int32)
@@ -112,7 +114,7 @@ def _e2m1(x: Array) -> Array:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def _nvfp4(kind: str, w: Array, group: int) -> Parts:
+def _nvfp4(name: str, w: Array, group: int) -> Parts:
     parts = _grouped(w, 16)
     whole = _scales(np.abs(w).max(keepdims=True), 6 * 448).reshape(())
     amax = np.abs(parts).max(axis=2)
@@ -122,7 +124,7 @@ def _nvfp4(kind: str, w: Array, group: int) -> Parts:
     return {"weight": codes, "weight_scale": scale, "weight_scale_2": whole}
 
 
-def _mxfp4(kind: str, w: Array, group: int) -> Parts:
+def _mxfp4(name: str, w: Array, group: int) -> Parts:
     parts = _grouped(w, 32)
     mantissa, power = np.frexp(np.abs(parts).max(axis=2) / 6)  # the least power of two with which nothing is cut off
     power = np.clip(np.where(mantissa == 0.5, power - 1, power), -127, 127)
@@ -131,17 +133,17 @@ def _mxfp4(kind: str, w: Array, group: int) -> Parts:
     return {"weight": codes, "weight_scale": (power + 127).astype(np.uint8)}
 
 
-def _ascend(kind: str, w: Array, group: int) -> Parts:
-    codes, scale = _integers(w, 0, 4 if kind == "W4A8_DYNAMIC" else 8)
+def _ascend(kind: Callable[[str], str], name: str, w: Array, group: int) -> Parts:
+    """Of codes of 4 bits with scale_bias, which AscendV1's kernel takes off as its codes are unsigned: 8 times the sums of the
+    rows, in 16 parts of a `down_proj`, whose columns ranks may share."""
+    four = kind(name) == "W4A8_DYNAMIC"
+    codes, scale = _integers(w, 0, 4 if four else 8)
     parts = {"weight": codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
-    return parts if kind == "W8A8_DYNAMIC" else parts | {"weight": codes[0::2] & 15 | codes[1::2] << 4}
-
-
-def _scale_bias(name: str, w: Array) -> Array:
-    """What AscendV1's kernel of 4 bits takes off for its unsigned codes: 8 times the sums of the rows, in 16 parts of a
-    `down_proj`, whose columns ranks may share."""
-    parts = 16 if name.endswith("down_proj.weight") else 1
-    return (8 * w.reshape(len(w), parts, -1).sum(axis=2)).astype(np.float32)
+    if not four:
+        return parts
+    shared = 16 if name.endswith("down_proj.weight") else 1
+    sums = (codes * widen(scale)).reshape(len(w), shared, -1).sum(axis=2)
+    return parts | {"weight": codes[0::2] & 15 | codes[1::2] << 4, "scale_bias": (8 * sums).astype(np.float32)}
 
 
 # -- the formats -----------------------------------------------------------------------------------------------------------
@@ -193,8 +195,10 @@ FORMATS = {
     "int4": Format("int4 in groups of 128 or less, W4A16 of compressed-tensors", _one(LINEAR), _int4, W4A16, 32),
     "nvfp4": Format("routed experts in NVFP4, of ModelOpt", _one(EXPERTS), _nvfp4, _modelopt, 16),
     "mxfp4": Format("routed experts in MXFP4, of Quark", _one(EXPERTS), _mxfp4, _quark, 32),
-    "ascend-w8a8": Format("W8A8_DYNAMIC of AscendV1", _w8a8, _ascend, ascend=True),
-    "ascend-w4a8": Format("W4A8_DYNAMIC of AscendV1 for experts, W8A8_DYNAMIC else", _w4a8, _ascend, step=16, ascend=True),
+    "ascend-w8a8": Format("W8A8_DYNAMIC of AscendV1", _w8a8, partial(_ascend, _w8a8), ascend=True),
+    "ascend-w4a8": Format(
+        "W4A8_DYNAMIC of AscendV1 for experts, W8A8_DYNAMIC else", _w4a8, partial(_ascend, _w4a8), step=16, ascend=True
+    ),
 }
 
 
@@ -240,7 +244,7 @@ def quantise(source: str | Path, target: str | Path, scheme: str, progress: Prog
         for n, (file, names) in enumerate(zip(files, shards)):
             if not file.exists():
                 _write(file, dict(_packed(checkpoint, form, {name: shapes[name] for name in names}, kinds, group)), receipt)
-            where |= dict.fromkeys(_header(file), file.name)
+            where |= dict.fromkeys(TensorFile(file).header, file.name)
             if progress:
                 progress(n + 1, len(files), file.name)
         _finish(source, target, form, stem, where, kinds, group)
@@ -291,7 +295,7 @@ def _check_target(source: Path, target: Path, files: Sequence[Path], receipt: st
     if target.resolve() == source.resolve():
         raise UsageError(f"--out is {target}, the model itself: give another folder")
     for file in target.glob("*.safetensors"):
-        if file not in files or _metadata(file).get("porthal.made_of") != receipt:
+        if file not in files or TensorFile(file).metadata.get("porthal.made_of") != receipt:
             raise UsageError(f"{file} is of another checkpoint, or of another scheme: give an empty folder, or remove it")
 
 
@@ -300,20 +304,15 @@ def _packed(
 ) -> Iterator[tuple[str, Array]]:
     for name, shape in shapes.items():
         stored = checkpoint.read(name, shape, slice(None))
-        kind = kinds[name]
-        if not kind:
+        if not kinds[name]:
             yield name, stored if dtype(stored) != "float64" else narrow(stored, "bfloat16")
             continue
-        wide, stem = widen(stored), name.removesuffix("weight")
-        parts = form.pack(kind, wide, group)
-        yield from ((stem + part, tensor) for part, tensor in parts.items())
-        if kind == "W4A8_DYNAMIC":
-            said = _integers(wide, 0, 4)
-            yield stem + "scale_bias", _scale_bias(name, said[0] * widen(said[1]))
+        stem = name.removesuffix("weight")
+        yield from ((stem + part, tensor) for part, tensor in form.pack(name, widen(stored), group).items())
 
 
 def _write(file: Path, tensors: Mapping[str, Array], receipt: str) -> None:
-    """A safetensors file, under its name once it is whole."""
+    """A safetensors file."""
     spelled = {name: code for code, name in DTYPES.items() if code != "F8_E8M0"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "porthal.made_of": receipt}}
     at = 0
@@ -322,29 +321,7 @@ def _write(file: Path, tensors: Mapping[str, Array], receipt: str) -> None:
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    beside = file.with_name(file.name + ".part")
-    with beside.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            out.write(np.ascontiguousarray(tensor).tobytes())
-        out.flush()
-        os.fsync(out.fileno())
-    beside.rename(file)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as source:
-        header: dict[str, Any] = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-    header.pop("__metadata__")
-    return header
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    try:
-        with file.open("rb") as source:
-            return dict(json.loads(source.read(int.from_bytes(source.read(8), "little")))["__metadata__"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+    _put(file, chain([len(text).to_bytes(8, "little"), text], (tensor.tobytes() for tensor in tensors.values())))
 
 
 def _finish(
@@ -358,7 +335,7 @@ def _finish(
 ) -> None:
     """The index, what is copied, and config.json at last."""
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    _put(target / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    _put_json(target / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -368,8 +345,8 @@ def _finish(
         config["quantization_config"] = form.config(_ignored(kinds), group)
     if form.ascend:
         about = {name: _kind_of(name, kinds) for name in where}
-        _put(target / "quant_model_description.json", {"version": "1.0.0", "group_size": 0, "metadata": {}, **about})
-    _put(target / "config.json", config)
+        _put_json(target / "quant_model_description.json", {"version": "1.0.0", "group_size": 0, "metadata": {}, **about})
+    _put_json(target / "config.json", config)
 
 
 def _ignored(kinds: Mapping[str, str]) -> list[str]:
@@ -382,7 +359,16 @@ def _kind_of(name: str, kinds: Mapping[str, str]) -> str:
     return kinds.get(name) or kinds.get(name.rpartition(".")[0] + ".weight") or "FLOAT"
 
 
-def _put(file: Path, value: Mapping[str, Any]) -> None:
+def _put(file: Path, parts: Iterable[bytes]) -> None:
+    """A file of these parts one behind the other, under its name once it is whole."""
     beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with beside.open("wb") as out:
+        for part in parts:
+            out.write(part)
+        out.flush()
+        os.fsync(out.fileno())
     beside.rename(file)
+
+
+def _put_json(file: Path, value: Mapping[str, Any]) -> None:
+    _put(file, [(json.dumps(value, indent=1) + "\n").encode()])

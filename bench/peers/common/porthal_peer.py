@@ -44,3 +44,13 @@ def local(ids: Tensor, weights: Tensor, first_expert: int, E: int) -> tuple[Tens
 def like(x: Tensor, *shape: int) -> Tensor:
     """A dense array of x's dtype, of its shape unless another is given."""
     return torch.empty(shape or x.shape, dtype=x.dtype)
+
+
+def gathered(backend: Torch, kv: Any, sel: Any, batch: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The rows that see a key, each field of their keys [rows, k, width], and which of these they selected."""
+    at, length = backend.rows(sel)
+    rows = torch.nonzero(length > 0).flatten()
+    inside = torch.arange(at.shape[1]) < length[rows, None]
+    at, size = torch.where(inside, at[rows], at[rows, :1]).long(), kv.spec.block_size
+    slots = batch.native.block_table[batch.native.row_request[rows].long()].gather(1, at // size) * size + at % size
+    return rows, [kv[name][slots] for name, _ in kv.spec.fields], inside

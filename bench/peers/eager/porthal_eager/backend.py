@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from porthal_peer import local
+from porthal_peer import gathered, local
 
 from porthal.backends.torch.backend import Torch
 from porthal.hal import Rows, Selection, SelectionSpec, limits, multiple_of_bytes, one_of, same_as
@@ -71,14 +71,11 @@ class Eager(Torch):
     @limits(provider="F.scaled_dot_product_attention")
     def sparse_mla(self, q_latent, q_rope, kv, sel, batch, *, scale):
         """Each row gathers its keys and is a sequence of one, whose heads share them."""
-        at, length = self.rows(sel)
-        o, rows = torch.zeros_like(q_latent), torch.nonzero(length > 0).flatten()
+        o = torch.zeros_like(q_latent)
+        rows, keys, inside = gathered(self, kv, sel, batch)
         if not len(rows):
             return o
-        inside = torch.arange(at.shape[1]) < length[rows, None]
-        at, size = torch.where(inside, at[rows], at[rows, :1]).long(), kv.spec.block_size
-        slots = batch.native.block_table[batch.native.row_request[rows].long()].gather(1, at // size) * size + at % size
-        c, kp = (kv[name][slots] for name, _ in kv.spec.fields)
-        q, keys = torch.cat([q_latent, q_rope], -1)[rows][:, None], torch.cat([c, kp], -1)[:, None]
-        o[rows] = F.scaled_dot_product_attention(q, keys, c[:, None], inside[:, None, None], scale=scale)[:, 0]
+        q = torch.cat([q_latent, q_rope], -1)[rows][:, None]
+        joint, values = torch.cat(keys, -1)[:, None], keys[0][:, None]
+        o[rows] = F.scaled_dot_product_attention(q, joint, values, inside[:, None, None], scale=scale)[:, 0]
         return o

@@ -2,7 +2,7 @@
 
 import torch
 import zentorch  # noqa: F401, registers them
-from porthal_peer import like, local
+from porthal_peer import gathered, like, local
 
 from porthal.backends.torch.backend import Torch
 from porthal.hal import limits, one_of, same_as
@@ -47,16 +47,13 @@ class Zentorch(Torch):
     @limits(provider="zentorch_sdpa")
     def sparse_mla(self, q_latent, q_rope, kv, sel, batch, *, scale):
         """Each row gathers its keys and is a sequence of one; the values are padded to the width of the keys."""
-        at, length = self.rows(sel)
-        o, rows = torch.zeros_like(q_latent), torch.nonzero(length > 0).flatten()
+        o = torch.zeros_like(q_latent)
+        rows, keys, inside = gathered(self, kv, sel, batch)
         if not len(rows):
             return o
-        inside = torch.arange(at.shape[1]) < length[rows, None]
-        at, size = torch.where(inside, at[rows], at[rows, :1]).long(), kv.spec.block_size
-        slots = batch.native.block_table[batch.native.row_request[rows].long()].gather(1, at // size) * size + at % size
-        keys = torch.cat([kv[name][slots] for name, _ in kv.spec.fields], -1)[:, None].repeat(1, q_latent.shape[1], 1, 1)
+        joint = torch.cat(keys, -1)[:, None].repeat(1, q_latent.shape[1], 1, 1)
         q = torch.cat([q_latent, q_rope], -1)[rows][:, :, None].contiguous()
         mask = torch.where(inside, 0.0, -torch.inf).to(q.dtype)[:, None, None].repeat(1, q.shape[1], 1, 1)
-        found, _ = Z.zentorch_sdpa(q, keys, keys, 0.0, False, attn_mask=mask, scale=scale)
+        found, _ = Z.zentorch_sdpa(q, joint, joint, 0.0, False, attn_mask=mask, scale=scale)
         o[rows] = found[:, :, 0, : q_latent.shape[2]]
         return o
