@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from porthal.backends.ascend.emulated.products import HALVES
+from porthal.backends.ascend.emulated.products import EVERY_TOKEN, HALVES
 from porthal.backends.torch.emulation.stand_in import garbage, lengths, need, need_dense, need_given, need_shape
 
-_EVERY_TOKEN = 2**63 - 1
 _WORKSPACE = 1 << 24  # attention logits held at once
 
 
@@ -27,8 +26,8 @@ def _requests(op, query, key, table, query_lengths, key_lengths, layout_query, l
     need(layout_key == "PA_BSND", op, f"layout_{side}", repr(layout_key),
           "'PA_BSND' ('BSND' and 'TND' are documented too, but this stand-in has the paged layout only)")
     need(mode in (0, 3), op, "sparse_mode", mode, "0 or 3")
-    need(pre == _EVERY_TOKEN, op, "pre_tokens", pre, str(_EVERY_TOKEN))
-    need(next_ == _EVERY_TOKEN, op, "next_tokens", next_, str(_EVERY_TOKEN))
+    need(pre == EVERY_TOKEN, op, "pre_tokens", pre, str(EVERY_TOKEN))
+    need(next_ == EVERY_TOKEN, op, "next_tokens", next_, str(EVERY_TOKEN))
     need(query.dtype in HALVES, op, "query.dtype", query.dtype, "torch.bfloat16 or torch.float16")
     need(key.dtype == query.dtype, op, "key.dtype", key.dtype, f"query's {query.dtype}")
     need_dense(op, query=query, key=key)
@@ -74,11 +73,11 @@ def _requests(op, query, key, table, query_lengths, key_lengths, layout_query, l
 
 def npu_lightning_indexer(query, key, weights, *, actual_seq_lengths_query=None, actual_seq_lengths_key=None,
                           block_table=None, layout_query="BSND", layout_key="BSND", sparse_count=2048, sparse_mode=3,
-                          pre_tokens=_EVERY_TOKEN, next_tokens=_EVERY_TOKEN, return_value=False):
+                          pre_tokens=EVERY_TOKEN, next_tokens=EVERY_TOKEN, return_value=False):
     """Per query row, the `sparse_count` visible positions with the largest sum_h weights_h * relu(query_h . key).
 
-    int32 positions within the request, in no order, -1 after the last; the values are undefined in the paged layout.
-    Source: npu_lightning_indexer page.
+    int32 positions within the request, in no order, -1 after the last, and no values in the paged layout.
+    Source: npu_lightning_indexer page; the empty second result: torch-npu 2.13.0 on a stub runtime.
     """
     op = "npu_lightning_indexer"
     requests = _requests(op, query, key, block_table, actual_seq_lengths_query, actual_seq_lengths_key, layout_query,
@@ -107,18 +106,19 @@ def npu_lightning_indexer(query, key, weights, *, actual_seq_lengths_query=None,
             best = seen - 1 - score.flip(0).argsort(descending=True, stable=True)[:sparse_count]
             flat[at] = -1
             flat[at, : len(best)] = best[(best * 40503 % 65521).argsort(descending=True)].int()
-    return indices, garbage(list(indices.shape), query.dtype)
+    return indices, garbage([0], query.dtype)
 
 
 def npu_sparse_flash_attention(query, key, value, sparse_indices, scale_value, *, block_table=None,
                                actual_seq_lengths_query=None, actual_seq_lengths_kv=None, query_rope=None,
                                key_rope=None, sparse_block_size=1, layout_query="BSND", layout_kv="BSND",
-                               sparse_mode=3, pre_tokens=_EVERY_TOKEN, next_tokens=_EVERY_TOKEN, attention_mode=0,
+                               sparse_mode=3, pre_tokens=EVERY_TOKEN, next_tokens=EVERY_TOKEN, attention_mode=0,
                                return_softmax_lse=False, sinks=None):
     """softmax(scale_value * [query, query_rope] . [key, key_rope]^T over sparse_indices) @ key, absorbed MLA.
 
-    Rows without a selected position, and the two softmax statistics, are undefined here.
-    Source: npu_sparse_flash_attention page.
+    Rows without a selected position are undefined. So are the two softmax statistics: the page has them for other
+    layouts only, where they are asked for nevertheless torch-npu 2.13.0 returns them, in the TND layout of a shape that
+    the cache's block size enters. Source: npu_sparse_flash_attention page; the shapes: torch-npu on a stub runtime.
     """
     op = "npu_sparse_flash_attention"
     requests = _requests(op, query, key, block_table, actual_seq_lengths_query, actual_seq_lengths_kv, layout_query,
@@ -126,7 +126,6 @@ def npu_sparse_flash_attention(query, key, value, sparse_indices, scale_value, *
     need(attention_mode == 2, op, "attention_mode", attention_mode, "2 (absorbed MLA)")
     need(sparse_block_size == 1, op, "sparse_block_size", sparse_block_size,
           "1 (powers of two to 128 are documented too, but this stand-in selects single tokens only)")
-    need(not return_softmax_lse, op, "return_softmax_lse", return_softmax_lse, "False for layout PA_BSND")
     need(sinks is None, op, "sinks", "given", "None on this product")
     need_given(op, value=value, query_rope=query_rope, key_rope=key_rope)
     need_dense(op, value=value, query_rope=query_rope, key_rope=key_rope, sparse_indices=sparse_indices)
@@ -171,5 +170,10 @@ def npu_sparse_flash_attention(query, key, value, sparse_indices, scale_value, *
             logits = (q[at].float() @ keys.T * scale_value).masked_fill(times == 0, -math.inf)
             weight = times * (logits - logits.amax(-1, keepdim=True)).exp()
             flat[at] = (weight @ keys[:, :512] / weight.sum(-1, keepdim=True)).to(out.dtype)
-    statistic = [1, rows[0], heads] if layout_query == "TND" else [rows[0], 1, rows[1], heads]
+    if not return_softmax_lse:
+        statistic = [0]
+    elif layout_query == "BSND":
+        statistic = [rows[0], 1, rows[1], heads]
+    else:
+        statistic = [key.shape[1], rows[0], heads // key.shape[1]]
     return out, garbage(statistic, torch.float32), garbage(statistic, torch.float32)

@@ -3,3 +3,31 @@
 import torch
 
 HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
+ND, FRACTAL_NZ = 2, 29
+EVERY_TOKEN = 2**63 - 1
+
+
+def format_of(x: torch.Tensor) -> int:
+    """The storage format, which a tensor carries: npu_format_cast writes it, and no other operation keeps it."""
+    return getattr(x, "npu_format", ND)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 numbers as the chip leaves them between two steps."""
+    return x.to(dtype).float()
+
+
+def normed(x: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(mean(x^2) + epsilon) * gamma over gamma's dimensions, and the reciprocal root, both in float32."""
+    axes = list(range(-gamma.dim(), 0))
+    length = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    rstd = (length * length / gamma.numel() + epsilon) ** -0.5
+    return x * rstd * gamma.float(), rstd
+
+
+def rotated_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Pairs (0, 1), (2, 3) ... of the last dimension rotated; their first numbers come back before all second ones."""
+    x, cos, sin = x.float(), cos.float(), sin.float()
+    first, second = x[..., ::2], x[..., 1::2]
+    return torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
