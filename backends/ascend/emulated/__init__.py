@@ -12,7 +12,7 @@ a kernel of its name in one of the modules here.
 import types
 from pathlib import Path
 
-from porthal.backends.ascend.emulated import attention, cache, vectors
+from porthal.backends.ascend.emulated import attention, cache, distributed, matmul, moe, prolog, quantised, vectors
 from porthal.backends.torch.emulation import device
 from porthal.backends.torch.emulation.stand_in import calls, define, publish
 
@@ -20,7 +20,8 @@ __all__ = ["KERNELS", "SCHEMAS", "calls", "install"]
 
 SCHEMAS = tuple((Path(__file__).parent / "schemas.txt").read_text(encoding="utf-8").splitlines())
 VERSION = "2.13.0+emulated"
-KERNELS = {n: f for module in (attention, cache, vectors) for n, f in vars(module).items() if n.startswith("npu_")}
+_MODULES = (attention, cache, distributed, matmul, moe, prolog, quantised, vectors)
+KERNELS = {n: f for module in _MODULES for n, f in vars(module).items() if n.startswith(("npu_", "get_npu_"))}
 _installed: types.ModuleType | None = None
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from porthal.backends.torch.emulation.stand_in import garbage
+
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 ND, FRACTAL_NZ = 2, 29
@@ -31,3 +33,15 @@ def rotated_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
     x, cos, sin = x.float(), cos.float(), sin.float()
     first, second = x[..., ::2], x[..., 1::2]
     return torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
+
+
+def per_row_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 numbers and their float32 scale max |row| / 127; numbers of a row of zeros, whose scale is 0, are undefined."""
+    scale = x.abs().amax(-1) / 127
+    q = (x / scale[..., None]).round().clamp(-128, 127)
+    return torch.where(scale[..., None] == 0, garbage(x.shape, torch.int8), q.nan_to_num().to(torch.int8)), scale
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate * sigmoid(gate) * up of float32 numbers."""
+    return gate / (1 + (-gate).exp()) * up

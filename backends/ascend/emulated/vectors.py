@@ -2,7 +2,7 @@
 
 import torch
 
-from porthal.backends.ascend.emulated.products import FLOATS, HALVES, normed, rotated_halves
+from porthal.backends.ascend.emulated.products import FLOATS, HALVES, normed, rotated_halves, swiglu
 from porthal.backends.torch.emulation.stand_in import (
     need,
     need_absent,
@@ -134,5 +134,4 @@ def npu_swiglu(input, dim=-1):
     need(input.shape[dim] % 2 == 0, op, f"input.shape[{dim}]", input.shape[dim], "an even number")
     need_dense(op, input=input)
     _need_filled(op, input=input)
-    gate, up = input.float().chunk(2, dim)
-    return (gate / (1 + (-gate).exp()) * up).to(input.dtype)
+    return swiglu(*input.float().chunk(2, dim)).to(input.dtype)
