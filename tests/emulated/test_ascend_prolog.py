@@ -11,8 +11,8 @@ def small(*shape):
     return (torch.randn(shape) / shape[0] ** 0.5).to(BF16).npu()
 
 
-@pytest.fixture
-def prolog(torch_npu):
+@pytest.fixture(scope="module")
+def inputs(torch_npu):
     angle = torch.randn(ROWS, 64, dtype=torch.float64)
     call = dict(token_x=torch.randn(ROWS, HIDDEN).to(BF16).npu(), weight_dq=small(HIDDEN, RANK),
                 weight_uq_qr=small(RANK, HEADS * (NOPE + 64)), weight_uk=small(HEADS, NOPE, 512) / 8,
@@ -23,6 +23,11 @@ def prolog(torch_npu):
     for name in ("weight_dq", "weight_uq_qr", "weight_dkv_kr"):
         call[name] = torch_npu.npu_format_cast(call[name], 29)
     return call
+
+
+@pytest.fixture
+def prolog(inputs):
+    return inputs | {name: inputs[name].clone() for name in ("kv_cache", "kr_cache")}
 
 
 def wide(call):
