@@ -103,7 +103,7 @@ def test_grouped_matmul_limits_of_int8(torch_npu, change, message):
 def test_a_format_stays_with_its_tensor_alone(torch_npu):
     x = torch.randn(4, 32).npu()
     held = torch_npu.npu_format_cast(x.T, 29)
-    assert torch_npu.get_npu_format(held) == 29 and torch_npu.get_npu_format(x) == 2
+    assert torch_npu.get_npu_format(held) is torch_npu.Format.FRACTAL_NZ and torch_npu.get_npu_format(x) == 2
     assert held.is_contiguous() and torch.equal(held.cpu(), x.cpu().T)
     assert torch_npu.get_npu_format(held.clone()) == 2 and torch_npu.get_npu_format(torch_npu.npu_format_cast(held, 2)) == 2
     with pytest.raises(RuntimeError, match="acl_format is 3"):

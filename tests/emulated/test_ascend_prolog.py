@@ -72,7 +72,7 @@ def test_prolog_returns_no_norm_unless_asked_and_takes_batches(torch_npu, prolog
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda c: {"weight_dq": c["weight_dq"].clone()}, "weight_dq's format is 2; expected 29"),
+    (lambda c: {"weight_dq": c["weight_dq"].clone()}, "weight_dq's format is ND; expected FRACTAL_NZ"),
     (lambda c: {"token_x": c["token_x"].half()}, "token_x.dtype"), (lambda c: {"token_x": c["token_x"][:, :512]}, "is 512;"),
     (lambda c: {"weight_uk": c["weight_uk"][:, :64].contiguous()}, r"weight_uk.shape\[1\] is 64"),
     (lambda c: {"weight_uk": c["weight_uk"].repeat(2, 1, 1)[:3]}, r"weight_uk.shape\[0\] is 3"),

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 from porthal.backends.ascend.emulated import attention, cache, distributed, matmul, moe, prolog, quantised, vectors
+from porthal.backends.ascend.emulated.products import Format
 from porthal.backends.torch.emulation import device
 from porthal.backends.torch.emulation.graphs import add_graphs
 from porthal.backends.torch.emulation.runtime import visible
@@ -39,4 +40,6 @@ def install(count: int = 1) -> types.ModuleType:
         _installed.npu = device.install("npu", visible(count, "ASCEND_RT_VISIBLE_DEVICES"))
         add_graphs(_installed.npu, "npu")
         vars(_installed).update(define("npu", SCHEMAS, KERNELS))
+        number = _installed.get_npu_format
+        _installed.Format, _installed.get_npu_format = Format, lambda x: Format(number(x))  # as the package wraps it
     return _installed

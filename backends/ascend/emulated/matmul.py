@@ -2,7 +2,7 @@
 
 import torch
 
-from porthal.backends.ascend.emulated.products import FLOATS, FRACTAL_NZ, ND, format_of
+from porthal.backends.ascend.emulated.products import FLOATS, Format, format_of
 from porthal.backends.torch.emulation.stand_in import (
     garbage,
     lengths,
@@ -22,11 +22,11 @@ _DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15
 def npu_format_cast(input, acl_format, *, customize_dtype=None, input_dtype=None):
     """A copy in another storage format, ND (2) or FRACTAL_NZ (29), which get_npu_format tells. Source: its page."""
     op = "npu_format_cast"
-    need_one_of(op, "acl_format", acl_format, ND, FRACTAL_NZ)
+    need_one_of(op, "acl_format", acl_format, *map(int, Format))
     need_absent(op, "this stand-in has the element sizes of the dtypes only", customize_dtype=customize_dtype,
                 input_dtype=input_dtype)
     made = input.clone(memory_format=torch.contiguous_format)
-    made.npu_format = acl_format
+    made.npu_format = Format(acl_format)
     return made
 
 

@@ -1,18 +1,31 @@
 """What the products A2 and A3, which are imitated here, have for all calls."""
 
+import enum
+
 import torch
 
-from porthal.backends.torch.emulation.stand_in import garbage
+from porthal.backends.torch.emulation.stand_in import garbage, need
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
-ND, FRACTAL_NZ = 2, 29
 EVERY_TOKEN = 2**63 - 1
 
 
-def format_of(x: torch.Tensor) -> int:
+class Format(enum.IntEnum):
+    """Storage formats, of those that the package names. Source: npu_format_cast page."""
+
+    ND = 2
+    FRACTAL_NZ = 29
+
+
+def format_of(x: torch.Tensor) -> Format:
     """The storage format, which a tensor carries: npu_format_cast writes it, and no other operation keeps it."""
-    return getattr(x, "npu_format", ND)
+    return getattr(x, "npu_format", Format.ND)
+
+
+def need_nz(op: str, name: str, x: torch.Tensor) -> None:
+    found = format_of(x)
+    need(found == Format.FRACTAL_NZ, op, f"{name}'s format", found.name, "FRACTAL_NZ (npu_format_cast to 29)")
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from porthal.backends.ascend.emulated.products import FRACTAL_NZ, format_of, normed, rotated_halves, rounded
+from porthal.backends.ascend.emulated.products import need_nz, normed, rotated_halves, rounded
 from porthal.backends.torch.emulation.stand_in import (
     garbage,
     need,
@@ -74,7 +74,7 @@ def npu_mla_prolog_v3(token_x, weight_dq, weight_uq_qr, weight_uk, weight_dkv_kr
         need_shape(op, name, tensor, shape)
         need_dense(op, **{name: tensor})
     for name, weight in (("weight_dq", weight_dq), ("weight_uq_qr", weight_uq_qr), ("weight_dkv_kr", weight_dkv_kr)):
-        need(format_of(weight) == FRACTAL_NZ, op, f"{name}'s format", format_of(weight), "29 (npu_format_cast)")
+        need_nz(op, name, weight)
     blocks, size = kv_cache.shape[:2]
     need(size % 16 == 0 and 16 <= size <= 1024, op, "kv_cache.shape[1]", size, "a multiple of 16 up to 1024")
     need_dtype(op, "cache_index", cache_index, torch.int64)

@@ -3,7 +3,7 @@
 import torch
 
 from porthal.backends.ascend.emulated.matmul import INNER, asked, exact, groups_of
-from porthal.backends.ascend.emulated.products import FLOATS, FRACTAL_NZ, HALVES, format_of, per_row_int8, swiglu
+from porthal.backends.ascend.emulated.products import FLOATS, HALVES, need_nz, per_row_int8, swiglu
 from porthal.backends.torch.emulation.stand_in import (
     garbage,
     need,
@@ -55,7 +55,7 @@ def npu_grouped_matmul_swiglu_quant_v2(x, weight, weight_scale, x_scale, group_l
     need_dtype(op, "x", x, torch.int8)
     need_rank(op, "weight[0]", weights, 3)
     need_dtype(op, "weight[0]", weights, torch.int8)
-    need(format_of(weights) == FRACTAL_NZ, op, "weight[0]'s format", format_of(weights), "29 (npu_format_cast)")
+    need_nz(op, "weight[0]", weights)
     count, depth, width = weights.shape
     need(1 <= count <= 1024, op, "weight[0].shape[0]", count, "1 to 1024 groups")
     need(width % 2 == 0 and width <= 10240, op, "weight[0].shape[2]", width, "an even number up to 10240")

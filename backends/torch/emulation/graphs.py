@@ -65,7 +65,7 @@ class _Recorder(TorchDispatchMode):
 class Graph:
     """One captured graph."""
 
-    def __init__(self, keep_graph: bool = False) -> None:
+    def __init__(self) -> None:
         self._recorder: _Recorder | None = None
         self._clones = _NoClones()
 
@@ -106,11 +106,11 @@ class Graph:
 
 
 class graph:
-    """The vendors' context manager around a capture."""
+    """The context manager around a capture, with the names of torch_npu 2.13.0."""
 
-    def __init__(self, graph: Graph, pool: Any = None, stream: Any = None, auto_dispatch_capture: bool = False,
+    def __init__(self, npu_graph: Graph, pool: Any = None, stream: Any = None, auto_dispatch_capture: bool = False,
                  capture_error_mode: str = "global") -> None:
-        self.graph, self.pool, self.mode = graph, pool, capture_error_mode
+        self.graph, self.pool, self.mode = npu_graph, pool, capture_error_mode
         if auto_dispatch_capture:
             raise RuntimeError("auto_dispatch_capture is True: this emulation captures what is issued and updates nothing.")
 
