@@ -147,6 +147,15 @@ def test_streams_and_events_run_in_order():
         assert stream.record_event().query()
 
 
+@pytest.mark.parametrize("make", [torch.empty, lambda n, **kwargs: torch.empty_strided((n,), (2,), **kwargs)])
+def test_memory_that_nobody_wrote_is_poisoned(make):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn):
+        assert make(5, dtype=dtype, device="npu").float().isnan().all().item()
+    for dtype in (torch.int32, torch.int64):
+        assert (make(5, dtype=dtype, device="npu").abs() > 2**30).all().item()
+    assert torch.zeros(5, device="npu").eq(0).all().item()
+
+
 def test_memory_is_counted_while_tensors_live():
     before = torch.npu.memory_allocated()
     x = torch.zeros(1000, dtype=torch.float32, device="npu")

@@ -86,13 +86,19 @@ def check_same_device(op: str, tensors: list[torch.Tensor]) -> torch.device:
     return found
 
 
-def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    host = torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
+def _unwritten(host, device):
+    """Memory that nobody has written holds NaN, or integers that point nowhere."""
+    host.untyped_storage().fill_(255 if host.is_floating_point() else 90)
     return on_device(host, _ordinals.index(device))
 
 
+def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    host = torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
+    return _unwritten(host, device)
+
+
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return on_device(torch.empty_strided(size, stride, dtype=dtype, device="cpu"), _ordinals.index(device))
+    return _unwritten(torch.empty_strided(size, stride, dtype=dtype, device="cpu"), device)
 
 
 def _copy_from(source, target, non_blocking=False):
