@@ -91,6 +91,8 @@ class Onnxruntime(Reference):
 
     def _run(self, f: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> None:
         """One call in place: outputs are overwritten, of which some may be inputs."""
+        if not any(array.size for array in outputs.values()):  # of no rows the runtime's reductions keep the axis they reduce
+            return
         given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         made = {name: array if array.flags.c_contiguous else np.empty_like(array, order="C") for name, array in outputs.items()}
         session = self._session(f, given, made, attributes)
