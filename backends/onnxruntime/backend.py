@@ -12,7 +12,7 @@ import onnxruntime
 
 from porthal.backends.onnxruntime import functions
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Batch, Contract, Pages, Rows, Selection, SelectionSpec, Unavailable, Weight, dtype, limits
+from porthal.hal import Backend, Batch, Contract, Pages, Rows, Selection, SelectionSpec, Unavailable, Weight, dtype, limits
 
 Array = np.ndarray[Any, Any]
 SESSIONS = 256  # that are kept, each of some 100 KB without its weights, which calls hand over
@@ -24,6 +24,13 @@ class Onnxruntime(Reference):
     """Arrays are NumPy's and stay in their dtype; weights are handed over with each call, so that sessions hold none."""
 
     widens = False
+
+    def __new__(cls, device: str = "") -> Onnxruntime:
+        if device == "graph" and cls is Onnxruntime:
+            from porthal.backends.onnxruntime.graph import Graph
+
+            return Backend.__new__(Graph)
+        return super().__new__(cls, device)
 
     def __init__(self, device: str = "") -> None:
         super().__init__()
@@ -55,11 +62,13 @@ class Onnxruntime(Reference):
         facts = {**spec.dims, **attrs}
         words = {n: functions.CODES[results[0][2]] for n, value in facts.items() if isinstance(value, str)}
         attributes = {name: {**facts, **words}[name] for name in f.attribute}
-        outputs: dict[str, Array] = {name: held[name.removesuffix(AFTER)] for name in f.output if name.endswith(AFTER)}
+        outputs: dict[str, Any] = {}
         found = []
         for result, shape, of in results:
             if result.mutated:
-                found.append(operands[result.name])
+                written = self.overwritten(operands[result.name])
+                outputs |= {name + AFTER: array for name, array in self._leaves(contract, {result.name: written})}
+                found.append(written)
             elif result.kind == "Selection":
                 rows = Rows(self.empty(shape, "int32"), self.empty(shape[:1], "int32"))
                 outputs |= {f"{result.name}_{field}": array for field, array in rows._asdict().items()}
@@ -70,10 +79,20 @@ class Onnxruntime(Reference):
         self._run(f, {name: held[name] for name in f.input}, {name: outputs[name] for name in f.output}, attributes)
         return found[0] if len(found) == 1 else tuple(found)
 
+    def overwritten(self, pages: Pages) -> Pages:
+        """The pages that a kernel gives back: these, as it writes into them."""
+        return pages
+
+    def rows_of(self, batch: Batch) -> Mapping[str, Any]:
+        """What functions take of a batch: of its rows, and of its requests."""
+        table = batch.block_table if batch.block_table.shape[1] else np.full((batch.R, 1), -1, np.int32)
+        rows = {"positions": batch.positions, "row_request": batch.row_request, "slots": batch.slots, "visible": batch.visible}
+        return {**rows, "block_table": table, "kv_len": batch.kv_len}
+
     def _leaves(self, contract: Contract, operands: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
         """The arrays of operands by the names that functions have for them."""
         for declared in contract.signature.operands:
-            value = operands[declared.name]
+            value = operands.get(declared.name)
             if isinstance(value, Weight):
                 yield declared.name, value.native
             elif isinstance(value, Pages):
@@ -83,9 +102,7 @@ class Onnxruntime(Reference):
                 for field, array in self.rows(value)._asdict().items():
                     yield f"{declared.name}_{field}", array
             elif isinstance(value, Batch):
-                table = value.block_table if value.block_table.shape[1] else np.full((value.R, 1), -1, np.int32)
-                yield from {"block_table": table, "kv_len": value.kv_len, "positions": value.positions}.items()
-                yield from {"row_request": value.row_request, "slots": value.slots, "visible": value.visible}.items()
+                yield from self.rows_of(value).items()
             elif value is not None:
                 yield declared.name, value
 
