@@ -13,6 +13,7 @@ from porthal.cli import text
 from porthal.cli.bench import bench
 from porthal.cli.check import check
 from porthal.cli.compare import compare
+from porthal.cli.export import export
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
     HIGHER,
@@ -369,6 +370,7 @@ def self_test(
 
 
 app.command()(check)
+app.command()(export)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from porthal.hal import Pages, UsageError, bind, contracts, create
 from porthal.model.attention import LayerCache
 from porthal.model.checkpoint import Source
@@ -17,13 +16,15 @@ from porthal.model.glm5 import Glm5
 LENGTHS = (2, 1)  # of the requests in the step that is traced: rows and requests are free in the graph
 
 
-def export(config: Config, source: Source, out: Path, dtype: str = "float32", block_size: int = 64) -> list[Path]:
+def export(
+    config: Config, source: Source, out: Path, dtype: str = "float32", block_size: int = 64, inline: bool = False
+) -> list[Path]:
     """Write the step to `out`, its weights to OUT.data, and the draft of a model that has an MTP layer to OUT.draft.onnx.
 
     The step takes ids [rows], last_rows [requests], what a batch says of its rows and requests, and the cache's fields, each
     [slots, width]; it gives float32 logits [requests, vocabulary], hidden [rows, H], and the fields with the rows written, by
     their names with _after. The draft takes hidden as well: of the same rows, with the id of the token after each. Both
-    have the same cache. Files are written beside their names, and take them when all is there.
+    have the same cache, and with `inline` no functions. Files are written beside their names, and take them when all is there.
     """
     if not out.parent.is_dir() or out.is_dir():
         raise UsageError(f"{out} cannot be written: expected a file in a folder that exists")
@@ -50,7 +51,7 @@ def export(config: Config, source: Source, out: Path, dtype: str = "float32", bl
     hidden = model.hidden(ids, batch, cache)
     logits = model.logits(ops.take_rows(hidden, last))
     main = len(model.blocks)
-    graph.saved(out, "step", {"logits": logits, "hidden": hidden, **_after(layers[:main], cache.layers[:main])})
+    graph.saved(out, "step", {"logits": logits, "hidden": hidden, **_after(layers[:main], cache.layers[:main])}, inline)
     if not model.mtp:
         return [out, data]
     given = graph.input("hidden", hidden.shape, dtype, rows)
@@ -58,7 +59,7 @@ def export(config: Config, source: Source, out: Path, dtype: str = "float32", bl
     logits = model.logits(ops.take_rows(drafted, last))
     draft = out.with_name(out.stem + ".draft" + out.suffix)
     outputs = {"logits": logits, "hidden_after": drafted, **_after(layers[main:], cache.layers[main:])}
-    graph.saved(draft, "draft", outputs)
+    graph.saved(draft, "draft", outputs, inline)
     return [out, data, draft]
 
 

@@ -12,7 +12,19 @@ import onnxruntime
 
 from porthal.backends.onnxruntime import functions
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Backend, Batch, Contract, Pages, Rows, Selection, SelectionSpec, Unavailable, Weight, dtype, limits
+from porthal.hal import (
+    Backend,
+    Batch,
+    Contract,
+    Pages,
+    Rows,
+    Selection,
+    SelectionSpec,
+    Unavailable,
+    Weight,
+    dtype,
+    limits,
+)
 
 Array = np.ndarray[Any, Any]
 SESSIONS = 256  # that are kept, each of some 100 KB without its weights, which calls hand over

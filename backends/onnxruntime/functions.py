@@ -1,8 +1,8 @@
 """Operators as functions of ONNX in the domain `porthal`, made of standard operators alone: a text each, in `functions`.
 
 A function has the name and the attributes of its contract, and takes the arrays that its operands hold: `kv_c` is the field c
-of the pages kv, `sel_length` the lengths of the selection sel, `visible` what a batch says of its rows. A compiler that knows an
-operator by this name may put its own kernel in the place of the function's body.
+of the pages kv, `sel_length` the lengths of the selection sel, `visible` what a batch says of its rows. A compiler that knows
+an operator by this name may put its own kernel in the place of the function's body.
 
 Where a word or an optional operand changes the body, a text is a variant, NAME.VARIANT, which is its overload in ONNX.
 """

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import TensorProto, helper
 
 from porthal.backends.onnxruntime.backend import Onnxruntime
@@ -49,7 +50,7 @@ class Traced(AbstractArray):
         shape = super().__getitem__(key).shape
         cut = [(axis, *k.indices(self.shape[axis])) for axis, k in enumerate(keys) if k != slice(None)]
         if any(axis == 0 for axis, *_ in cut) or len(shape) != len(self.shape):
-            raise UsageError(f"an array of {list(self.shape)} is indexed by {key!r}: in a graph only columns are cut, by slices")
+            raise UsageError(f"an array of {list(self.shape)} is indexed by {key!r}: in a graph slices cut columns alone")
         axes, starts, ends, steps = ([c[i] for c in cut] for i in range(4))
         return self.graph.entered("Slice", [self, *map(self.graph.constant, (starts, ends, axes, steps))], shape, self.dtype)
 
@@ -125,7 +126,7 @@ class Graph(Onnxruntime):
 
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         for name, array in super().rows_of(batch).items():
-            free = {0: "requests" if name in ("kv_len", "block_table") else "rows", **({1: "columns"} if array.ndim > 1 else {})}
+            free = {0: "requests" if name in ("kv_len", "block_table") else "rows", 1: "columns"}
             self.of_batch[name] = self.input(name, array.shape, dtype(array), free)
         return batch
 
@@ -146,7 +147,7 @@ class Graph(Onnxruntime):
         self.nodes.append(node)
         self.functions[f.name, f.overload] = f
 
-    def saved(self, path: Path, name: str, outputs: Mapping[str, Traced]) -> None:
+    def saved(self, path: Path, name: str, outputs: Mapping[str, Traced], inline: bool) -> None:
         """Write what was entered so far as a model, and begin anew; weights stay in their file."""
         renamed = {array.name: name for name, array in outputs.items()}
         for node in self.nodes:
@@ -163,6 +164,8 @@ class Graph(Onnxruntime):
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
         model = helper.make_model(graph, functions=needed(self.functions.values()), opset_imports=opsets, ir_version=IR)
+        if inline:
+            model = onnx.inliner.inline_local_functions(model)
         beside = path.with_name(path.name + ".part")
         beside.write_bytes(model.SerializeToString())
         os.replace(beside, path)
