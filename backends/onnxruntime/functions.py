@@ -9,13 +9,13 @@ Where a word or an optional operand changes the body, a text is a variant, NAME.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import FunctionProto, ModelProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, helper
 
 DOMAIN, VERSION = "porthal", 1
 OPSET, IR = 21, 10  # overloads are from IR 10 on; onnx of today writes newer ones, which runtimes of today refuse
@@ -45,10 +45,18 @@ def function(name: str, variant: str = "") -> FunctionProto:
 def needed(functions: Iterable[FunctionProto]) -> list[FunctionProto]:
     """Functions and what they call, each once."""
     found = {(f.name, f.overload): f for f in functions}
-    for called in [node for f in found.values() for node in f.node if node.domain == DOMAIN]:
-        for f in needed([function(called.op_type, called.overload)]):
+    for node in [node for f in found.values() for node in nodes(f) if node.domain == DOMAIN]:
+        for f in needed([function(node.op_type, node.overload)]):
             found.setdefault((f.name, f.overload), f)
     return list(found.values())
+
+
+def nodes(f: Any) -> Iterator[NodeProto]:
+    """The nodes of a function or graph, those of its loops among them."""
+    for node in f.node:
+        yield node
+        for attribute in node.attribute:
+            yield from nodes(attribute.g)
 
 
 def model(f: FunctionProto, inputs: Sequence[Value], outputs: Sequence[Value], attributes: Mapping[str, Any]) -> ModelProto:
