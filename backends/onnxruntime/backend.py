@@ -150,9 +150,10 @@ class Onnxruntime(Reference):
 
 
 def _variant(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> str:
-    """The variant of the function for these optional operands and words."""
+    """The variant of the function for these optional operands, words, and attributes that are not as usual."""
     signature = contract.signature
     words = {str(value) for value in attrs.values()} | {o.name for o in signature.operands if operands[o.name] is not None}
+    words |= {name for name, value in attrs.items() if value != contract.attributes[name].default}
     for declared in signature.of_kind("Pages"):
         words |= {field for (field, *_), _ in zip(declared.fields, operands[declared.name].spec.fields)}
     return next((v for v in functions.variants(contract.name) if v in words), "")

@@ -7,9 +7,10 @@ from porthal.hal import contracts
 
 HEAD = """# Operators in ONNX
 
-Every operator is a function of ONNX in the domain `{domain}`, whose body has standard operators alone: opset {opset}, IR {ir}. Its name,
-its attributes and its meaning are those of the contract; its text is a file of `backends/onnxruntime/functions`. A compiler that
-knows the name may put a kernel of its own in the place of the body; one that does not runs the body.
+Every operator is a function of ONNX in the domain `{domain}`, whose body has standard operators alone: opset {opset},
+IR {ir}. Its name, its attributes and its meaning are those of the contract; its text is a file of
+`backends/onnxruntime/functions`. A compiler that knows the name may put a kernel of its own in the place of the body;
+one that does not runs the body.
 
 ```
 PORTHAL_BACKEND=onnxruntime porthal generate "text"    runs them on the CPU; onnxruntime:NAME on another provider
@@ -17,13 +18,13 @@ porthal conform --backend onnxruntime:NAME             judges a provider, call b
 porthal export --out model.onnx                        a model as graphs, to run without porthal: examples/onnx
 ```
 
-`PORTHAL_ORT_PROVIDERS=NAME,NAME` names providers where no device is given. Arithmetic is float32 between one cast at the start and
-one at the end, so float32, float16 and bfloat16 need no other kernels: the CPU provider has none for most operators on bfloat16, and
-computes chains of float16 in float32 without rounding between.
+`PORTHAL_ORT_PROVIDERS=NAME,NAME` names providers where no device is given. Arithmetic is float32 between one cast at
+the start and one at the end, so float32, float16 and bfloat16 need no other kernels: the CPU provider has none for
+most operators on bfloat16, and computes chains of float16 in float32 without rounding between.
 
-Why some bodies are as they are, with onnxruntime 1.31.1: its Sigmoid is wrong below -8, so it is spelled with Exp; reductions of no
-rows keep the axis that they reduce, so nothing is run where no result has an element; ReduceMax drops a NaN, so it is looked for
-apart; an index of -1 is the last row, by which rows that stand for none read zeros.
+Why some bodies are as they are, with onnxruntime 1.31.1: its Sigmoid is wrong below -8, so it is spelled with Exp;
+reductions of no rows keep the axis that they reduce, so nothing is run where no result has an element; ReduceMax
+drops a NaN, so it is looked for apart; an index of -1 is the last row, by which rows that stand for none read zeros.
 
 | operator | operands | attributes | nodes when inlined | the runtime has one kernel |
 |---|---|---|---|---|
@@ -31,8 +32,8 @@ apart; an index of -1 is the last row, by which rows that stand for none read ze
 TAIL = """
 Composites ({composites}) are called as the operators that they are made of.
 
-The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on [peers.md](peers.md). None is
-used here: a graph of standard operators is what every runtime takes.
+The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on
+[peers.md](peers.md). None is used here: a graph of standard operators is what every runtime takes.
 
 ## The exported model
 
@@ -46,9 +47,9 @@ used here: a graph of standard operators is what every runtime takes.
 | last_rows | requests | rows whose logits are wanted; int32 |
 | cache_N_FIELD | slots, width | the cache; of each comes back cache_N_FIELD_after |
 
-logits [requests, vocabulary] are float32. hidden [rows, H] goes to the draft of a model with an MTP layer, whose ids are those of the
-token after each row, and whose hidden_after goes to the next draft. Weights stand in FILE.onnx.data, which both graphs read.
-"""
+logits [requests, vocabulary] are float32. hidden [rows, H] goes to the draft of a model with an MTP layer, whose ids
+are those of the token after each row, and whose hidden_after goes to the next draft. Weights stand in FILE.onnx.data,
+which both graphs read."""
 KERNELS = {
     "add_rms_norm": "SkipSimplifiedLayerNormalization",
     "layer_norm": "LayerNormalization",
