@@ -64,6 +64,19 @@ def test_graphs_are_legal_and_inlined_ones_have_no_functions(exported, tmp_path)
     assert not made.functions and {n.domain for n in made.graph.node} == {""}
 
 
+def test_the_reference_evaluator_of_onnx_gives_the_same_logits(tmp_path):
+    from onnx.reference import ReferenceEvaluator
+
+    inline = tmp_path / "inline.onnx"
+    export(*opened(DEMO), inline, inline=True)
+    run = session(inline)
+    batch = Batch.build([3], [3], [[0]], 64)
+    given = {"ids": np.array(list(b"def"), np.int32), **arrays(batch), **empty_cache(run, 1)}
+    with np.errstate(divide="ignore"):  # the lowest number is written as the logarithm of 0
+        found = ReferenceEvaluator(onnx.load(str(inline))).run(["logits"], given)[0]
+    assert np.abs(found - run.run(["logits"], given)[0]).max() < 1e-3
+
+
 def test_a_batch_of_several_requests_gives_each_its_logits(exported):
     """Two requests in one step, of other lengths than the traced ones, with pages that are not in order."""
     run = session(exported)
