@@ -41,7 +41,7 @@ class Experts:
     ) -> tuple[Tensor, Tensor]:
         """Its default is a softmax; its sigmoid always divides by the sum. Weights come in the dtype of the logits.
 
-        In several groups, a NaN would take its whole group out of the choice.
+        Not in several groups: by its page a NaN takes its whole group out of the choice.
         """
         weights, ids, _ = GATING(
             x=logits,

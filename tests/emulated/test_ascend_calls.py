@@ -10,7 +10,7 @@ import torch
 
 import porthal
 from porthal.backends.ascend import emulated
-from porthal.hal import Unavailable, bind, create
+from porthal.hal import PagesSpec, Unavailable, bind, create, running
 
 emulated.install()  # before what imports torch_npu
 from porthal.backends.ascend import attention, experts, prolog, rows  # noqa: E402
@@ -68,6 +68,26 @@ def test_a_device_that_is_not_there(device, monkeypatch):
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4")
     with pytest.raises(Unavailable, match=r"numbered from 0, which ASCEND_RT_VISIBLE_DEVICES=4 shows$"):
         create(f"ascend:{device}")
+
+
+def test_memory_that_is_used_up_is_told_in_one_sentence():
+    backend = create("ascend")
+    torch.npu.set_per_process_memory_fraction(1e-9)
+    try:
+        told = r"^running on ascend:0 of porthal\.backends\.ascend failed: .*out of memory"
+        with pytest.raises(Unavailable, match=told), running(backend):
+            backend.alloc_pages(PagesSpec((("c", 512),), "bfloat16", 1024, 64))
+    finally:
+        torch.npu.set_per_process_memory_fraction(1.0)
+
+
+def test_a_chip_without_a_stream_for_another_graph_says_so(monkeypatch):
+    def graph(npu_graph):
+        raise RuntimeError("stream create failed, error code is 207008[Insufficient_Stream_Resources]")
+
+    monkeypatch.setattr(torch.npu, "graph", graph)
+    with pytest.raises(Unavailable, match=r"^ascend:0 has no stream left for another graph \(error 207008\): capture fewer$"):
+        create("ascend").capture(lambda: None)
 
 
 def test_a_report_names_the_device_and_the_package():
