@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 peers demo clean
+.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 vendor-ascend peers demo clean
 
 PYTHON ?= python3
 peers := eager vllm zentorch pace ort ggml
@@ -64,6 +64,12 @@ sanitize: .venv/ready  ## the kernels of the cpu backend under the sanitizers fo
 
 aarch64: .venv/ready  ## the kernels of the cpu backend on aarch64, emulated by qemu-user, at bring-up (needs Debian)
 	.venv/bin/python .ci/aarch64.py
+
+build/vendor/ascend/libopapi.so: tests/vendor/ascend_stub.py tests/vendor/cann.c | .venv/ready
+	.venv/bin/python tests/vendor/ascend_stub.py
+
+vendor-ascend: build/vendor/ascend/libopapi.so  ## Ascend's adapter on the vendor's own torch_npu over stubs (PyPI, gcc; 130 MB)
+	.venv/bin/pytest tests/vendor
 
 build/peers/%/ready: bench/peers/environment.sh bench/peers/requirements.txt bench/peers/%/pyproject.toml
 	bash bench/peers/environment.sh $*

@@ -272,6 +272,8 @@ class Torch(Backend):
             pages[name].index_copy_(0, plan.targets, rows)
         return pages
 
+    kv_write.capturable = False
+
     def page_copy(self, pages: Pages, source: Tensor, target: Tensor) -> Pages:
         for name, _ in pages.spec.fields:
             blocks = _blocks(pages, name)
@@ -289,6 +291,8 @@ class Torch(Backend):
             parts.append(F.pad(per_key, (0, batch.max_kv - seen), value=-torch.inf))
         return torch.cat(parts)
 
+    indexer_scores.capturable = False
+
     def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
         return Selection(SelectionSpec(batch.T, k), Rows(*highest(scores, batch.native.visible, k)))
 
@@ -303,6 +307,8 @@ class Torch(Backend):
             for parts, found in zip((indices, length), highest(scores, batch.native.visible[rows], k)):
                 parts.append(found)
         return Selection(SelectionSpec(batch.T, k), Rows(torch.cat(indices), torch.cat(length)))
+
+    indexer_topk.capturable = False  # as above: lengths are read on the host
 
     def select_rows(self, sel: Selection, rows: Tensor) -> Selection:
         picked = Rows(*(x.index_select(0, rows) for x in self.rows(sel)))
