@@ -1,0 +1,11 @@
+"""Cambricon through torch_mlu and torch_mlu_ops: `cambricon`, `cambricon:1`."""
+
+from porthal.backends.torch.probing import probe_device
+from porthal.hal import Probe
+
+requires = ("torch", "torch_mlu")
+rank = 100
+
+
+def probe() -> Probe:
+    return probe_device("torch_mlu", "mlu", "cambricon_dev[0-9]*", "MLU_VISIBLE_DEVICES")

@@ -1,0 +1,255 @@
+"""Kunlunxin's own kernels: kunlun_ops and xspeedgate_ops. All that is known of them is how vLLM-Kunlun 09869ee calls them.
+
+Arguments go by place where they do there, results are written into arrays that are passed. Scores of the indexer take INT8
+keys alone. The attention for decoding is not called: nobody published whether it stops at -1 or counts keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch_xmlir
+from torch import Tensor
+
+from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.interfaces.slots import Joint, joint
+from porthal.backends.torch.tables import angles
+from porthal.backends.torch.vendor import Vendor
+from porthal.hal import Batch, Pages, Place, Rows, Selection, SelectionSpec, Weight, limits, one_of, same_as
+
+OPS = Library(
+    "kunlun_ops",
+    rmsnorm="x weight eps / out",
+    add_rmsnorm="x residual weight eps / out",
+    silu_and_mul="x / axis turn out",
+    rotary_embedding="positions query key head_size cos_sin_cache is_neox",
+    moe_sigmoid_group_topk_norm="x norm_score topk_index block_static bias n_group topk_group scale",
+    gen_block_statistic="topk_ids block_statistic /",
+    moe_pre_sorted="x topk_index block_statistic moe_expand moe_index expert_m sorted_tokens_num_lod /",
+    moe_fc="x weight sorted_tokens_num_lod sorted_tokens_idx moe_topk y",
+    moe_post="x moe_index normed_scale dequant_scale y /",
+    concat_and_cache_mla="kv_c k_pe slot_mapping kv_cache",
+    fast_topkv2="score lengths topk",
+    sparse_prefill_fwd_opt="q kv indices out max_logits lse sm_scale qlod_cpu qlod_xpu kvlod_cpu kvlod_xpu d_v is_causal",
+)
+GATE = Library(
+    "xspeedgate_ops",
+    moe_pre_small="topk_ids global_num_experts / index_have_neg sort_mode x",
+    topk_per_row="logits srcIndices numRows stride0 stride1 topK rowStarts rowEnds seqLens next_n",
+    convert_req_index_to_global_index="req_id block_table token_indices block_size num_topk_tokens",
+)
+HALF = one_of("bfloat16", "float16")
+UNITS = 12  # of a chip, each of which counts the rows per expert for itself
+SMALL = 768  # rows up to which one call sorts them
+EMULATED = "emulated" in getattr(torch_xmlir, "__version__", "")
+
+
+class FastTopk(Torch):
+    @limits(provider="kunlun_ops.fast_topkv2", tie="any", k=2048)
+    def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
+        length = batch.native.visible.clamp(max=k)
+        found = OPS.fast_topkv2(score=_ordered(scores), lengths=batch.native.visible, topk=k)
+        return _selected(found, length, k)
+
+
+class Kunlunxin(FastTopk, Joint, Vendor):
+    """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
+
+    kind, collectives = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+
+    def __init__(self, device: str = "") -> None:
+        if EMULATED:  # a CPU build of PyTorch has no "cuda" to give
+            Torch.__init__(self, "cpu")
+        else:
+            super().__init__(device)
+
+    @property
+    def place(self) -> Place:
+        return "emulated device" if EMULATED else "hardware"
+
+    def describe(self) -> str:
+        if EMULATED:
+            return "emulated Kunlunxin, its modules on the CPU"
+        found = torch_xmlir._XMLIRC._xpu_get_device_properties(torch.device(self.device).index)
+        return f"Kunlunxin {found.name}"
+
+    # -- row by row --------------------------------------------------------------------------------------------------
+
+    @limits(provider="kunlun_ops.rmsnorm")
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        OPS.rmsnorm(x.contiguous(), weight.float().contiguous(), eps, out=y)
+        return y
+
+    @limits(provider="kunlun_ops.add_rmsnorm")
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+        """It keeps the sum for itself, which is added once more."""
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        OPS.add_rmsnorm(x.contiguous(), residual.contiguous(), weight.float().contiguous(), eps, out=y)
+        return y, x + residual
+
+    @limits(provider="kunlun_ops.silu_and_mul")
+    def silu_mul(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], x.shape[1] // 2)
+        OPS.silu_and_mul(x.contiguous(), axis=-1, turn=True, out=y)
+        return y
+
+    @limits(provider="kunlun_ops.rotary_embedding")
+    def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
+        """In float32, so that no table of bfloat16 is made of the angles; it turns a copy in place, and a key that nobody has."""
+        angle = angles(batch, theta, width)
+        part = x[..., start : start + width].float().flatten(1).contiguous()
+        OPS.rotary_embedding(
+            positions=torch.arange(batch.T, device=x.device),
+            query=part,
+            key=part.new_zeros(batch.T, width),
+            head_size=width,
+            cos_sin_cache=torch.cat([angle.cos(), angle.sin()], dim=-1),
+            is_neox=layout == "half",
+        )
+        y = part.view(*x.shape[:2], width).to(x.dtype)
+        return torch.cat([x[..., :start], y, x[..., start + width :]], dim=-1)
+
+    # -- experts -----------------------------------------------------------------------------------------------------
+
+    @limits(provider="kunlun_ops.moe_sigmoid_group_topk_norm", tie="any")
+    def moe_route(
+        self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        T, E = logits.shape
+        weights, ids = logits.new_zeros(T, k), logits.new_zeros(T, k, dtype=torch.int32)
+        OPS.moe_sigmoid_group_topk_norm(
+            x=logits.contiguous(),
+            norm_score=weights,
+            topk_index=ids,
+            block_static=ids.new_zeros(UNITS, E),
+            bias=bias,
+            n_group=n_group,
+            topk_group=topk_group,
+            scale=scale,
+        )
+        return ids, weights
+
+    @limits(
+        provider="kunlun_ops.gen_block_statistic+moe_pre_sorted+xspeedgate_ops.moe_pre_small+kunlun_ops.moe_fc+moe_post",
+        dtypes={"x": HALF, "w13": same_as("x"), "w2": same_as("x")},
+    )
+    def moe_experts(
+        self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
+    ) -> Tensor:
+        """Every place goes to an expert, as in vLLM-Kunlun: rows of an id of -1 would not be written. Places of other ranks
+        are spread over the local ones and count nothing. The gate is a call of its own: act="SWISH_GLU" is wrong."""
+        (T, k), E = ids.shape, w13.native.shape[0]
+        local = ids - first_expert
+        kept = (local >= 0) & (local < E)
+        spread = torch.arange(T * k, dtype=torch.int32, device=x.device).view(T, k) % E
+        local = torch.where(kept, local, spread).contiguous()
+        place, ends, rows = _sorted(x.contiguous(), local, E)
+        h = _product(rows, w13, ends, place, k)
+        y = _product(self.silu_mul(h), w2, ends, place, k)
+        counted = torch.zeros_like(kept.flatten()).index_copy_(0, place.long(), kept.flatten())
+        y = torch.where(counted[:, None], y, 0).view(T, k, -1)
+        out = torch.zeros_like(x)
+        OPS.moe_post(y, place.view(T, k), torch.where(kept, weights, 0), torch.ones_like(weights), out)
+        return out
+
+    # -- paged cache and sparse attention ----------------------------------------------------------------------------
+
+    @limits(provider="kunlun_ops.concat_and_cache_mla", A=512, B=64, dtypes={"pages": HALF, "first": same_as("pages")})
+    def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
+        if second is None:  # a cache of keys, which this op does not know
+            return super().kv_write(pages, batch, first)
+        OPS.concat_and_cache_mla(
+            kv_c=first.contiguous(),
+            k_pe=second.contiguous(),
+            slot_mapping=batch.native.slots,
+            kv_cache=joint(pages).unflatten(0, (pages.spec.n_blocks, pages.spec.block_size)),
+        )
+        return pages
+
+    @limits(provider="xspeedgate_ops.topk_per_row", tie="any")
+    def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
+        visible = batch.native.visible
+        ordered = _ordered(scores)
+        found = torch.full((batch.T, k), -1, dtype=torch.int32, device=scores.device)
+        GATE.topk_per_row(
+            logits=ordered,
+            srcIndices=found,
+            numRows=batch.T,
+            stride0=ordered.stride(0),
+            stride1=ordered.stride(1),
+            topK=k,
+            rowStarts=torch.zeros_like(visible),
+            rowEnds=visible,
+            seqLens=None,
+            next_n=None,
+        )
+        return _selected(found, visible.clamp(max=k), k)
+
+    @limits(
+        provider="kunlun_ops.sparse_prefill_fwd_opt+xspeedgate_ops.convert_req_index_to_global_index",
+        dtypes={"q_latent": "bfloat16", "q_rope": same_as("q_latent"), "kv": same_as("q_latent")},
+        C=512,
+        R=64,
+    )
+    def sparse_mla(
+        self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
+    ) -> Tensor:
+        """Lengths are passed twice, on the host and on the device; those of keys are those of queries, as keys are slots."""
+        plan, rows = batch.native, self.rows(sel)
+        slots = GATE.convert_req_index_to_global_index(
+            req_id=plan.row_request,
+            block_table=plan.block_table,
+            token_indices=rows.indices.contiguous(),
+            block_size=batch.block_size,
+            num_topk_tokens=sel.spec.k,
+        )
+        T, heads, width = q_latent.shape
+        out = q_latent.new_zeros(T, heads, width)
+        statistic = [torch.zeros(T, heads, dtype=torch.float32, device=out.device) for _ in range(2)]
+        host = torch.from_numpy(batch.cu_q)
+        OPS.sparse_prefill_fwd_opt(
+            q=torch.cat([q_latent, q_rope], dim=-1),
+            kv=joint(kv),
+            indices=slots[:, None],
+            out=out,
+            max_logits=statistic[0],
+            lse=statistic[1],
+            sm_scale=scale,
+            qlod_cpu=host,
+            qlod_xpu=plan.cu_q,
+            kvlod_cpu=host,
+            kvlod_xpu=plan.cu_q,
+            d_v=512,
+            is_causal=True,
+        )
+        return torch.where(rows.length[:, None, None] > 0, out, 0)
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Dense float32 without NaN, of which nobody published what the top-k makes."""
+    return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
+
+
+def _selected(found: Tensor, length: Tensor, k: int) -> Selection:
+    valid = torch.arange(k, device=found.device) < length[:, None]
+    return Selection(SelectionSpec(len(length), k), Rows(torch.where(valid, found, -1), length))
+
+
+def _sorted(x: Tensor, ids: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 [T*k], the sorted place of each choice; int32 [E+1], where an expert's rows begin; the rows by expert."""
+    if ids.numel() <= SMALL:
+        place, ends, rows = GATE.moe_pre_small(ids, E, index_have_neg=False, sort_mode=True, x=x)
+        return place, ends, rows.reshape(ids.numel(), x.shape[1])
+    statistic = ids.new_zeros(UNITS, E)
+    OPS.gen_block_statistic(ids, statistic)
+    rows = x.new_empty(ids.numel(), x.shape[1])
+    place, per_expert, ends = ids.new_zeros(ids.numel()), ids.new_zeros(E), ids.new_zeros(E + 1)
+    OPS.moe_pre_sorted(x, ids, statistic, rows, place, per_expert, ends)
+    return place, ends, rows
+
+
+def _product(rows: Tensor, w: Weight, ends: Tensor, place: Tensor, k: int) -> Tensor:
+    y = rows.new_zeros(rows.shape[0] // k, k, w.native.shape[1])
+    OPS.moe_fc(x=rows, weight=w.native, sorted_tokens_num_lod=ends, sorted_tokens_idx=place, moe_topk=k, y=y)
+    return y.flatten(0, 1)

@@ -1,0 +1,11 @@
+"""Moore Threads through torch_musa and MATE: `moore_threads`, `moore_threads:1`."""
+
+from porthal.backends.torch.probing import probe_device
+from porthal.hal import Probe
+
+requires = ("torch", "torch_musa")
+rank = 100
+
+
+def probe() -> Probe:
+    return probe_device("torch_musa", "musa", "mtgpu*", "MUSA_VISIBLE_DEVICES")

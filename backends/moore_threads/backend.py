@@ -1,0 +1,85 @@
+"""Moore Threads' own kernels: MATE's library, which has DeepGEMM's and FlashMLA's interfaces, and its build of PyTorch.
+
+Limits are from MATE 0.2.2 and torch_musa 2.7.1. DeepGEMM's scores of the indexer take FP8 keys alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch_musa  # noqa: F401  gives torch its device
+from torch import Tensor
+
+from porthal.backends.torch.interfaces.deep_gemm import DeepGemm
+from porthal.backends.torch.interfaces.flash_mla import FlashMla
+from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.tables import angles
+from porthal.backends.torch.vendor import Vendor
+from porthal.hal import Batch, CallSpec, Kernel, limits, multiple_of, same_as
+
+# `import mate` finds a package of this name that is another one; only Moore Threads' has mate.deep_gemm.
+MATE = Library(
+    "mate",
+    proof="mate.deep_gemm",
+    moe_fused_gate="input bias num_expert_group topk_group topk num_fused_shared_experts routed_scaling_factor renormalize "
+    "apply_routed_scaling_factor_on_output",
+)
+PATCHED = Library(
+    "torch.nn.functional", swish_glu="input", rope="input freq_cis rotary_interleaved batch_first multi_latent_attention"
+)
+# Experts and groups for which MATE compiles its gate. Any other pair runs a kernel with room for 128 experts of a group.
+COMPILED_GATES = {(160, 1), (256, 1), (384, 1)}
+LARGEST_GROUP = 128
+
+
+class MooreThreads(FlashMla, DeepGemm, Vendor):
+    """An S5000. Products and the write to the cache are aten's."""
+
+    kind, collectives = "musa", "mccl"
+
+    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
+        if op == "moe_route" and kernel.provider:
+            experts, groups = spec.dims["E"], spec.attrs["n_group"]
+            if experts // groups > LARGEST_GROUP and (experts, groups) not in COMPILED_GATES:
+                return f"groups have {experts // groups} experts, the kernel takes at most {LARGEST_GROUP}, or one group of " + (
+                    ", ".join(str(e) for e, _ in sorted(COMPILED_GATES))
+                )
+        return super().refuses(op, kernel, spec)
+
+    @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+
+    @limits(provider="torch.nn.functional.swish_glu")
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return PATCHED.swish_glu(input=x)
+
+    @limits(provider="torch.nn.functional.rope")
+    def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
+        """In float32, so that no table of bfloat16 is made of the angles. Rows are a sequence of one request for it."""
+        angle = angles(batch, theta, width)
+        pairs = layout == "interleaved"
+        y = PATCHED.rope(
+            input=x[:, None, :, start : start + width].float(),
+            freq_cis=angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2),
+            rotary_interleaved=pairs,
+            batch_first=False,
+            multi_latent_attention=False,  # it would leave even results first
+        )
+        return torch.cat([x[..., :start], y[:, 0].to(x.dtype), x[..., start + width :]], dim=-1)
+
+    @limits(provider="mate.moe_fused_gate", tie="any", E=multiple_of(32))
+    def moe_route(
+        self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        weights, ids = MATE.moe_fused_gate(
+            input=logits,
+            bias=bias,
+            num_expert_group=n_group,
+            topk_group=topk_group,
+            topk=k,
+            num_fused_shared_experts=0,
+            routed_scaling_factor=scale,
+            renormalize=True,
+            apply_routed_scaling_factor_on_output=True,
+        )
+        return ids, weights
