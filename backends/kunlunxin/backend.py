@@ -96,7 +96,7 @@ class Kunlunxin(FastTopk, Joint, Vendor):
 
     @limits(provider="kunlun_ops.rotary_embedding")
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
-        """In float32, so that no table of bfloat16 is made of the angles; it turns a copy in place, and a key that nobody has."""
+        """In float32, so that no table of bfloat16 is made of the angles. A copy is turned in place, and a key of zeros."""
         angle = angles(batch, theta, width)
         part = x[..., start : start + width].float().flatten(1).contiguous()
         OPS.rotary_embedding(

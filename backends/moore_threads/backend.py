@@ -40,9 +40,8 @@ class MooreThreads(FlashMla, DeepGemm, Vendor):
         if op == "moe_route" and kernel.provider:
             experts, groups = spec.dims["E"], spec.attrs["n_group"]
             if experts // groups > LARGEST_GROUP and (experts, groups) not in COMPILED_GATES:
-                return f"groups have {experts // groups} experts, the kernel takes at most {LARGEST_GROUP}, or one group of " + (
-                    ", ".join(str(e) for e, _ in sorted(COMPILED_GATES))
-                )
+                compiled = ", ".join(str(e) for e, _ in sorted(COMPILED_GATES))
+                return f"groups have {experts // groups} experts, the kernel takes up to {LARGEST_GROUP}, or one of {compiled}"
         return super().refuses(op, kernel, spec)
 
     @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})

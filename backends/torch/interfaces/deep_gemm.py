@@ -14,8 +14,10 @@ from porthal.backends.torch.backend import Torch, _combine, _row_of, _rows_or_ze
 from porthal.backends.torch.interfaces.library import Library
 from porthal.hal import Weight, limits, multiple_of, same_as
 
-# The fourth argument is m_indices or grouped_layout, by version. The alignment is asked for: 128 on NVIDIA's chips, 256 in MATE.
-DEEP_GEMM = Library("deep_gemm", m_grouped_bf16_gemm_nt_contiguous="a b d m_indices /", get_mk_alignment_for_contiguous_layout="")
+# The fourth argument is m_indices or grouped_layout, by version. The alignment is 128 on NVIDIA's chips and 256 in MATE.
+DEEP_GEMM = Library(
+    "deep_gemm", m_grouped_bf16_gemm_nt_contiguous="a b d m_indices /", get_mk_alignment_for_contiguous_layout=""
+)
 GROUPED = "deep_gemm.m_grouped_bf16_gemm_nt_contiguous+get_mk_alignment_for_contiguous_layout"
 
 

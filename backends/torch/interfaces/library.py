@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+
 class Library:
     """The functions of a module with the arguments that kernels pass: by name, or by place where a "/" stands behind them,
     because the names differ by version or nobody published them. `TMO = Library("torch_mlu_ops", matmul="a b / bias")`, then
