@@ -54,17 +54,22 @@ class MooreThreads(FlashMla, DeepGemm, Vendor):
 
     @limits(provider="torch.nn.functional.rope")
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
-        """In float32, so that no table of bfloat16 is made of the angles. Rows are a sequence of one request for it."""
-        angle = angles(batch, theta, width)
+        """In float32, so that no table of bfloat16 is made of the angles. Rows are a sequence of one request for it, and pairs
+        lie in halves: its own flags for pairs are untested, or leave the result in that order."""
+        part = x[:, None, :, start : start + width].float()
         pairs = layout == "interleaved"
+        if pairs:
+            part = part.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         y = PATCHED.rope(
-            input=x[:, None, :, start : start + width].float(),
-            freq_cis=angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2),
-            rotary_interleaved=pairs,
+            input=part,
+            freq_cis=angles(batch, theta, width).repeat(1, 2),
+            rotary_interleaved=False,
             batch_first=False,
-            multi_latent_attention=False,  # it would leave even results first
-        )
-        return torch.cat([x[..., :start], y[:, 0].to(x.dtype), x[..., start + width :]], dim=-1)
+            multi_latent_attention=False,
+        )[:, 0]
+        if pairs:
+            y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return torch.cat([x[..., :start], y.to(x.dtype), x[..., start + width :]], dim=-1)
 
     @limits(provider="mate.moe_fused_gate", tie="any", E=multiple_of(32))
     def moe_route(
