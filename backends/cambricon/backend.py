@@ -1,6 +1,7 @@
-"""Cambricon's own kernels: torch_mlu_ops, a closed library. All that is known of it is how vllm-mlu b992520 and xLLM call it.
+"""Cambricon's own kernels: torch_mlu_ops, whose Python side, 1.12.1, states signatures, formulas and limits.
 
-Arguments go by place where they do there. Selections are slots: pages of size one, for its attention.
+Arguments whose names differ from version to version go by place, as in vllm-mlu b992520, which calls older ones. Selections
+are slots: pages of size one, for its attention.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.interfaces.slots import Physical, Slots, joint, slots_of
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, Pages, Selection, SelectionSpec, Weight, limits, one_of, same_as
+from porthal.hal import Batch, Pages, Selection, SelectionSpec, Weight, any_of, at_most, limits, multiple_of, one_of, same_as
 
 NORM = "x residual gamma beta bias eps store_output_before_norm quant_scale out dynamic_quant /"
 TMO = Library(
@@ -26,19 +27,19 @@ TMO = Library(
     active="input act_mode is_gated /",
     moe_sigmoid_topk="input topk normalize num_expert_group topk_group / route_scale score_bias",
     moe_gen_idx="expert_id expert_num /",
-    moe_expand_input="input gather_idx cusum_token_count start_expert_id expert_size /",
+    moe_expand_input="input gather_idx cusum_token_count start_expert_id expert_size / output",
     moe_active="input act_mode is_gated output bias cusum_token_count start_expert_id expert_size /",
-    group_gemm="a b m_list expand_idx c alpha beta max_m / d",
-    moe_combine_result="input reduce_weight gather_ids residual cusum_token_count start_expert_id expert_size bias / output",
+    group_gemm="a b group_list expand_idx c alpha beta max_in_group_list / d",
+    moe_combine_result="input reduce_weight gather_ids residual cusum_token_count start_expert_id expert_size / output",
     reshape_paged_cache="k v k_cache v_cache slot_mapping /",
     masked_indexer_select_paged_kv="query k_cache weights kv_cache_block_table cu_seq_q_lens cu_seq_k_lens k_context_lens "
     "k_cache_block_table is_prefill index_topk kv_cache_block_size softmax_scale q_scale k_scale_cache sparse_block_table "
     "sparse_context_lens",
     single_query_cached_kv_attn="q k_cache v_cache out block_tables context_lens k_cache_quant_scale v_cache_quant_scale "
-    "alibi_slopes max_contxt_len windows_size_left windows_size_right softmax_scale return_lse / head_size_v compute_dtype",
+    "alibi_slopes max_context_len windows_size_left windows_size_right softmax_scale return_lse / head_size_v compute_dtype",
 )
 HALF = one_of("bfloat16", "float16")
-HEADS = {torch.bfloat16: 256, torch.float16: 128}  # of one call of the attention
+HEADS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}  # of one call of the attention, as vllm-mlu splits them
 
 
 class Cambricon(Physical, Vendor):
@@ -65,13 +66,13 @@ class Cambricon(Physical, Vendor):
     def silu_mul(self, x: Tensor) -> Tensor:
         return TMO.active(x, "silu", True)
 
-    @limits(provider="torch_mlu_ops.apply_rotary")
+    @limits(provider="torch_mlu_ops.apply_rotary", width=at_most(256))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles, and on a copy, as it works in place. Sine first."""
         angle = angles(batch, theta, width)
         pairs = layout == "interleaved"
         angle = angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2)
-        place = torch.arange(batch.T, dtype=torch.int32, device=x.device)
+        place = torch.arange(batch.T, dtype=torch.int32, device=x.device)[None]
         part = x[None, :, :, start : start + width].to(torch.float32, copy=True)
         y = TMO.apply_rotary(part, angle.sin(), angle.cos(), place, None, pairs, True, False, batch.T)
         return torch.cat([x[..., :start], y[0].to(x.dtype), x[..., start + width :]], dim=-1)
@@ -86,7 +87,7 @@ class Cambricon(Physical, Vendor):
         weights, ids = TMO.moe_sigmoid_topk(logits, k, True, *groups, route_scale=scale, score_bias=bias)
         return ids, weights
 
-    @limits(provider="torch_mlu_ops.group_gemm", dtypes={"x": HALF, "w": same_as("x")})
+    @limits(provider="torch_mlu_ops.group_gemm")
     def grouped_gemm(self, x: Tensor, w: Weight, counts: Tensor) -> Tensor:
         return _product(x, w, counts, x.shape[0])
 
@@ -97,34 +98,34 @@ class Cambricon(Physical, Vendor):
             0, combine.long(), torch.arange(ids.numel(), dtype=combine.dtype, device=ids.device)
         )
         kept = torch.arange(ids.numel(), device=ids.device) < ends[E]
-        rows = TMO.moe_expand_input(x, expand, ends, 0, E)
+        rows = TMO.moe_expand_input(x, expand, ends, 0, E, output=x.new_zeros(ids.numel(), x.shape[1]))
         return torch.where(kept[:, None], rows, 0), counts[:E], torch.where(kept, source, -1)
 
     @limits(provider="torch_mlu_ops.moe_combine_result")
     def moe_unpermute(self, sorted: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-        """A choice without a row is placed behind the last one, where this op looks for nothing."""
-        M = source.shape[0]
-        combine = source.new_full((M + 1,), M)
-        place = torch.where(source >= 0, source, M).long()
-        combine[place] = torch.arange(M, dtype=source.dtype, device=source.device)
-        ends = torch.tensor([0, M], dtype=torch.int32).to(source.device)
-        out = torch.zeros_like(sorted[: weights.shape[0]])
-        return TMO.moe_combine_result(sorted, weights, combine[:-1], None, ends, 0, 1, None, output=out)
+        """A choice without a row takes a row that stands for none, which is zero then: what is behind the last is undefined."""
+        M, filled = source.shape[0], source >= 0
+        place = torch.where(filled, source, M).long()
+        spare = (~filled).to(torch.int32).argmax().to(source.dtype)
+        combine = spare.expand(M + 1).clone()
+        combine[place] = torch.where(filled, torch.arange(M, dtype=source.dtype, device=source.device), spare)
+        rows = torch.where(filled[:, None], sorted, 0)
+        return TMO.moe_combine_result(
+            rows, weights, combine[:-1], None, None, 0, 0, output=sorted.new_zeros(weights.shape[0], sorted.shape[1])
+        )
 
-    @limits(
-        provider="torch_mlu_ops.moe_gen_idx+moe_expand_input+group_gemm+moe_active+moe_combine_result",
-        dtypes={"x": HALF, "w13": same_as("x"), "w2": same_as("x")},
-    )
+    @limits(provider="torch_mlu_ops.moe_gen_idx+moe_expand_input+group_gemm+moe_active+moe_combine_result")
     def moe_experts(
         self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
     ) -> Tensor:
         """As vllm-mlu's fused_moe. Rows of other ranks belong to an expert behind the last one, which is left out."""
         E = w13.native.shape[0]
         expand, combine, counts, ends = TMO.moe_gen_idx(_local(ids, E, first_expert), E + 1)
-        h = _product(TMO.moe_expand_input(x, expand, ends, 0, E), w13, counts[:E], x.shape[0])
+        rows = TMO.moe_expand_input(x, expand, ends, 0, E, output=x.new_zeros(ids.numel(), x.shape[1]))
+        h = _product(rows, w13, counts[:E], x.shape[0])
         h = TMO.moe_active(h, "silu", True, h.new_zeros(h.shape[0], h.shape[1] // 2), None, ends, 0, E)
         y = _product(h, w2, counts[:E], x.shape[0])
-        return TMO.moe_combine_result(y, weights, combine, None, ends, 0, E, None, output=torch.zeros_like(x))
+        return TMO.moe_combine_result(y, weights, combine, None, ends, 0, E, output=torch.zeros_like(x))
 
     # -- paged cache -------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,10 @@ class Cambricon(Physical, Vendor):
     @limits(
         provider="torch_mlu_ops.masked_indexer_select_paged_kv",
         tie="any",
-        dtypes={"iq": HALF, "w": same_as("iq"), "keys": same_as("iq")},
+        dtypes={"iq": HALF, "w": one_of("bfloat16", "float32"), "keys": same_as("iq")},
+        G=one_of(32, 64),
+        D=128,
+        block_size=any_of(one_of(1), multiple_of(16)),
     )
     def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
         """Its form for decoding, in which each row is a request of one: it alone reads a paged cache."""
@@ -174,12 +178,7 @@ class Cambricon(Physical, Vendor):
         length = torch.minimum(length, plan.visible.clamp(max=k))  # what it says of a row without keys is not known
         return Selection(SelectionSpec(batch.T, k), Slots(slots[:, 0], length, plan.page_place, batch.block_size))
 
-    @limits(
-        provider="torch_mlu_ops.single_query_cached_kv_attn",
-        dtypes={"q_latent": HALF, "q_rope": same_as("q_latent"), "kv": same_as("q_latent")},
-        C=512,
-        R=64,
-    )
+    @limits(provider="torch_mlu_ops.single_query_cached_kv_attn", C=512, R=64)
     def sparse_mla(
         self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
     ) -> Tensor:
