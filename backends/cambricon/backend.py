@@ -16,7 +16,19 @@ from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.interfaces.slots import Physical, Slots, joint, slots_of
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, Pages, Selection, SelectionSpec, Weight, any_of, at_most, limits, multiple_of, one_of, same_as
+from porthal.hal import (
+    Batch,
+    Pages,
+    Selection,
+    SelectionSpec,
+    Weight,
+    any_of,
+    at_most,
+    limits,
+    multiple_of,
+    one_of,
+    same_as,
+)
 
 NORM = "x residual gamma beta bias eps store_output_before_norm quant_scale out dynamic_quant /"
 TMO = Library(
