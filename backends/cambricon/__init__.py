@@ -5,6 +5,8 @@ from porthal.hal import Probe
 
 requires = ("torch", "torch_mlu")
 rank = 100
+libraries = ("torch_mlu_ops",)
+variables = ("MLU_VISIBLE_DEVICES", "ENABLE_FALLBACK_TO_CPU")
 
 
 def probe() -> Probe:

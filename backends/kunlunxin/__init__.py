@@ -10,6 +10,8 @@ from porthal.hal import Probe
 
 requires = ("torch", "torch_xmlir")
 rank = 100
+libraries = ("kunlun_ops", "xspeedgate_ops")
+variables = ("XPU_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "DISABLE_XPYTORCH")
 
 
 def probe() -> Probe:

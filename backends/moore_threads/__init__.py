@@ -5,6 +5,8 @@ from porthal.hal import Probe
 
 requires = ("torch", "torch_musa")
 rank = 100
+libraries = ("mate", "deep_gemm", "flash_mla")
+variables = ("MUSA_VISIBLE_DEVICES", "MTHREADS_VISIBLE_DEVICES")
 
 
 def probe() -> Probe:

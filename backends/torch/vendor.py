@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,3 +30,13 @@ class Vendor(Torch):
 
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         return lacks(kernel.provider) or super().refuses(op, kernel, spec)
+
+    def device_facts(self) -> Mapping[str, Callable[[], Any]]:
+        module, device = getattr(torch, self.kind), torch.device(self.device)
+        return {
+            "count": module.device_count,
+            "name": lambda: module.get_device_name(device),
+            "properties": lambda: module.get_device_properties(device),
+            "free and total bytes": lambda: module.mem_get_info(device),
+            "collectives": lambda: self.collectives,
+        }
