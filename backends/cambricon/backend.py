@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_mlu  # noqa: F401  gives torch its device
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from porthal.hal import (
     SelectionSpec,
     Weight,
     any_of,
+    at_least,
     at_most,
     limits,
     multiple_of,
@@ -78,7 +80,7 @@ class Cambricon(Physical, Vendor):
     def silu_mul(self, x: Tensor) -> Tensor:
         return TMO.active(x, "silu", True)
 
-    @limits(provider="torch_mlu_ops.apply_rotary", width=at_most(256))
+    @limits(provider="torch_mlu_ops.apply_rotary", T=at_least(1), width=at_most(256))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles, and on a copy, as it works in place. Sine first."""
         angle = angles(batch, theta, width)
@@ -95,25 +97,16 @@ class Cambricon(Physical, Vendor):
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
+        """The sum is divided by here: the op adds nothing to it, and is undefined where all scores are 0."""
         groups = (n_group, topk_group) if n_group > 1 else (-1, 0)
-        weights, ids = TMO.moe_sigmoid_topk(logits, k, True, *groups, route_scale=scale, score_bias=bias)
-        return ids, weights
+        s, ids = TMO.moe_sigmoid_topk(logits.contiguous(), k, False, *groups, route_scale=1.0, score_bias=bias)
+        return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
 
     @limits(provider="torch_mlu_ops.group_gemm")
     def grouped_gemm(self, x: Tensor, w: Weight, counts: Tensor) -> Tensor:
-        return _product(x, w, counts, x.shape[0])
+        return _product(x, w, counts)
 
-    @limits(provider="torch_mlu_ops.moe_gen_idx+moe_expand_input")
-    def moe_permute(self, x: Tensor, ids: Tensor, *, E: int, first_expert: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        expand, combine, counts, ends = TMO.moe_gen_idx(_local(ids, E, first_expert), E + 1)
-        source = torch.empty_like(combine).index_copy_(
-            0, combine.long(), torch.arange(ids.numel(), dtype=combine.dtype, device=ids.device)
-        )
-        kept = torch.arange(ids.numel(), device=ids.device) < ends[E]
-        rows = TMO.moe_expand_input(x, expand, ends, 0, E, output=x.new_zeros(ids.numel(), x.shape[1]))
-        return torch.where(kept[:, None], rows, 0), counts[:E], torch.where(kept, source, -1)
-
-    @limits(provider="torch_mlu_ops.moe_combine_result")
+    @limits(provider="torch_mlu_ops.moe_combine_result", T=at_least(1))
     def moe_unpermute(self, sorted: Tensor, source: Tensor, weights: Tensor) -> Tensor:
         """A choice without a row takes a row that stands for none, which is zero then: what is behind the last is undefined."""
         M, filled = source.shape[0], source >= 0
@@ -126,17 +119,20 @@ class Cambricon(Physical, Vendor):
             rows, weights, combine[:-1], None, None, 0, 0, output=sorted.new_zeros(weights.shape[0], sorted.shape[1])
         )
 
-    @limits(provider="torch_mlu_ops.moe_gen_idx+moe_expand_input+group_gemm+moe_active+moe_combine_result")
+    @limits(
+        provider="torch_mlu_ops.moe_gen_idx+moe_expand_input+group_gemm+moe_active+moe_combine_result", T=at_least(1)
+    )
     def moe_experts(
         self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
     ) -> Tensor:
-        """As vllm-mlu's fused_moe. Rows of other ranks belong to an expert behind the last one, which is left out."""
+        """As vllm-mlu's fused_moe. Rows of other ranks belong to an expert behind the last one, which is left out. The order
+        of an expert's rows is not stated, so that `moe_permute`, which promises one, is the base's."""
         E = w13.native.shape[0]
         expand, combine, counts, ends = TMO.moe_gen_idx(_local(ids, E, first_expert), E + 1)
         rows = TMO.moe_expand_input(x, expand, ends, 0, E, output=x.new_zeros(ids.numel(), x.shape[1]))
-        h = _product(rows, w13, counts[:E], x.shape[0])
+        h = _product(rows, w13, counts[:E])
         h = TMO.moe_active(h, "silu", True, h.new_zeros(h.shape[0], h.shape[1] // 2), None, ends, 0, E)
-        y = _product(h, w2, counts[:E], x.shape[0])
+        y = _product(h, w2, counts[:E])
         return TMO.moe_combine_result(y, weights, combine, None, ends, 0, E, output=torch.zeros_like(x))
 
     # -- paged cache -------------------------------------------------------------------------------------------------
@@ -157,21 +153,22 @@ class Cambricon(Physical, Vendor):
         provider="torch_mlu_ops.masked_indexer_select_paged_kv",
         tie="any",
         dtypes={"iq": HALF, "w": one_of("bfloat16", "float32"), "keys": same_as("iq")},
-        G=one_of(32, 64),
+        G=at_most(64),
         D=128,
         block_size=any_of(one_of(1), multiple_of(16)),
     )
     def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
-        """Its form for decoding, in which each row is a request of one: it alone reads a paged cache."""
-        plan = batch.native
+        """Its form for decoding, in which each row is a request of one: it alone reads a paged cache. It has 32 or 64 heads,
+        so others are filled up with zeros, of weight zero."""
+        plan, more = batch.native, (32 if iq.shape[1] <= 32 else 64) - iq.shape[1]
         slots = torch.empty((batch.T, 1, k), dtype=torch.int32, device=iq.device)
         length = torch.zeros_like(plan.visible)
         name = "masked_indexer_select_paged_kv"
         precise: dict[str, Any] = {"is_score_float": True} if TMO.takes(name, "is_score_float") else {}
         TMO.masked_indexer_select_paged_kv(
-            query=iq[:, None].contiguous(),
+            query=F.pad(iq, (0, 0, 0, more))[:, None].contiguous(),
             k_cache=_blocks(keys),
-            weights=w[:, None, :, None].contiguous(),
+            weights=F.pad(w, (0, more))[:, None, :, None].contiguous(),
             kv_cache_block_table=plan.row_table,
             cu_seq_q_lens=None,
             cu_seq_k_lens=None,
@@ -212,13 +209,13 @@ class Cambricon(Physical, Vendor):
 def _local(ids: Tensor, E: int, first_expert: int) -> Tensor:
     """int32 ids of the E local experts; E for any other."""
     local = ids - first_expert
-    return torch.where((local >= 0) & (local < E), local, E)
+    return torch.where((local >= 0) & (local < E), local, E).contiguous()
 
 
-def _product(x: Tensor, w: Weight, counts: Tensor, most: int) -> Tensor:
-    """Rows by expert, `most` of them at most to one; rows of none are zero."""
+def _product(x: Tensor, w: Weight, counts: Tensor) -> Tensor:
+    """Rows by expert, all of which may go to one; rows of none are zero."""
     out = x.new_zeros(x.shape[0], w.native.shape[1])
-    return TMO.group_gemm(x, w.native, counts, None, None, None, None, most, d=out)
+    return TMO.group_gemm(x.contiguous(), w.native, counts, None, None, None, None, x.shape[0], d=out)
 
 
 def _blocks(pages: Pages) -> Tensor:
