@@ -34,7 +34,11 @@ MISTAKES = (
     Mistake("indexer_topk", "another table for slots", "kv_cache_block_table=plan", "kv_cache_block_table=1 + plan"),
     Mistake("indexer_topk", "no weights", "weights=F.pad(w,", "weights=F.pad(torch.ones_like(w),"),
     Mistake(
-        "indexer_topk", "slots for positions", "native.page_place[(slots // native.size).long()]", "(slots // native.size)", "slots"
+        "indexer_topk",
+        "pages for their places",
+        "native.page_place[(slots // native.size).long()]",
+        "(slots // native.size)",
+        "slots",
     ),
     Mistake("sparse_mla", "all of the table", "into, slots, length,", "into, slots, torch.full_like(length, slots.shape[1]),"),
     Mistake("sparse_mla", "the scale left out", "-1, -1, scale, False", "-1, -1, 1.0, False"),
