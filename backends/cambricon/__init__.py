@@ -1,6 +1,6 @@
 """Cambricon through torch_mlu and torch_mlu_ops: `cambricon`, `cambricon:1`."""
 
-from porthal.backends.torch.probing import probe_device
+from porthal.backends.torch.probing import loaded, probe_device
 from porthal.hal import Probe
 
 requires = ("torch", "torch_mlu")
@@ -10,4 +10,4 @@ variables = ("MLU_VISIBLE_DEVICES", "ENABLE_FALLBACK_TO_CPU")
 
 
 def probe() -> Probe:
-    return probe_device("torch_mlu", "mlu", "cambricon_dev[0-9]*", "MLU_VISIBLE_DEVICES")
+    return probe_device("torch_mlu", lambda: loaded("torch").mlu.device_count(), "cambricon_dev[0-9]*", "MLU_VISIBLE_DEVICES")

@@ -1,7 +1,7 @@
 """Kunlunxin's own kernels: kunlun_ops and xspeedgate_ops. All that is known of them is how vLLM-Kunlun 09869ee calls them.
 
 Arguments go by place where they do there, results are written into arrays that are passed. Scores of the indexer take INT8
-keys alone. The attention for decoding is not called: nobody published whether it stops at -1 or counts keys.
+keys alone. The attention of prefill is not called: nobody published whether it stops at -1 or counts the keys of a request.
 """
 
 from __future__ import annotations
@@ -15,13 +15,28 @@ from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.interfaces.slots import Joint, joint
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, Pages, Place, Rows, Selection, SelectionSpec, Weight, limits, one_of, same_as
+from porthal.hal import (
+    Batch,
+    Need,
+    Pages,
+    Place,
+    Rows,
+    Selection,
+    SelectionSpec,
+    Weight,
+    any_of,
+    at_least,
+    dtype,
+    limits,
+    one_of,
+    same_as,
+)
 
 OPS = Library(
     "kunlun_ops",
-    rmsnorm="x weight eps / out",
-    add_rmsnorm="x residual weight eps / out",
-    silu_and_mul="x / axis turn out",
+    rmsnorm="x weight output eps /",
+    add_rmsnorm="x y / residual_output weight eps output",
+    swiglu="x y",
     rotary_embedding="positions query key head_size cos_sin_cache is_neox",
     moe_sigmoid_group_topk_norm="x norm_score topk_index block_static bias n_group topk_group scale",
     gen_block_statistic="topk_ids block_statistic /",
@@ -30,29 +45,21 @@ OPS = Library(
     moe_post="x moe_index normed_scale dequant_scale y /",
     concat_and_cache_mla="kv_c k_pe slot_mapping kv_cache",
     fast_topkv2="score lengths topk",
-    sparse_prefill_fwd_opt="q kv indices out max_logits lse sm_scale qlod_cpu qlod_xpu kvlod_cpu kvlod_xpu d_v is_causal",
+    fwd_kvcache_mla="q_c kv_cache indices kv_lod_cpu out max_logits p_sums softmax_scale max_seq_kv kv_lod_xpu",
 )
 GATE = Library(
     "xspeedgate_ops",
     moe_pre_small="topk_ids global_num_experts / index_have_neg sort_mode x",
-    topk_per_row="logits srcIndices numRows stride0 stride1 topK rowStarts rowEnds seqLens next_n",
     convert_req_index_to_global_index="req_id block_table token_indices block_size num_topk_tokens",
 )
 HALF = one_of("bfloat16", "float16")
+NO_NAN = Need("no NaN, of which nobody published where it is ranked", lambda x: x == x)
 UNITS = 12  # of a chip, each of which counts the rows per expert for itself
 SMALL = 768  # rows up to which one call sorts them
 EMULATED = "emulated" in getattr(torch_xmlir, "__version__", "")
 
 
-class FastTopk(Torch):
-    @limits(provider="kunlun_ops.fast_topkv2", tie="any", k=2048)
-    def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
-        length = batch.native.visible.clamp(max=k)
-        found = OPS.fast_topkv2(score=_ordered(scores), lengths=batch.native.visible, topk=k)
-        return _selected(found, length, k)
-
-
-class Kunlunxin(FastTopk, Joint, Vendor):
+class Kunlunxin(Joint, Vendor):
     """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
 
     kind, collectives = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
@@ -75,30 +82,31 @@ class Kunlunxin(FastTopk, Joint, Vendor):
 
     # -- row by row --------------------------------------------------------------------------------------------------
 
-    @limits(provider="kunlun_ops.rmsnorm")
+    @limits(provider="kunlun_ops.rmsnorm", dtypes={"weight": any_of(same_as("x"), one_of("float32"))})
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        OPS.rmsnorm(x.contiguous(), weight.float().contiguous(), eps, out=y)
+        y = self.empty(tuple(x.shape), dtype(x))
+        OPS.rmsnorm(x.contiguous(), weight.contiguous(), y, eps)
         return y
 
-    @limits(provider="kunlun_ops.add_rmsnorm")
+    @limits(provider="kunlun_ops.add_rmsnorm", dtypes={"weight": any_of(same_as("x"), one_of("float32"))})
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-        """It keeps the sum for itself, which is added once more."""
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        OPS.add_rmsnorm(x.contiguous(), residual.contiguous(), weight.float().contiguous(), eps, out=y)
-        return y, x + residual
+        y, r = (self.empty(tuple(x.shape), dtype(x)) for _ in range(2))
+        OPS.add_rmsnorm(
+            x.contiguous(), residual.contiguous(), residual_output=r, weight=weight.contiguous(), eps=eps, output=y
+        )
+        return y, r
 
-    @limits(provider="kunlun_ops.silu_and_mul")
+    @limits(provider="kunlun_ops.swiglu")
     def silu_mul(self, x: Tensor) -> Tensor:
-        y = x.new_empty(x.shape[0], x.shape[1] // 2)
-        OPS.silu_and_mul(x.contiguous(), axis=-1, turn=True, out=y)
+        y = self.empty((x.shape[0], x.shape[1] // 2), dtype(x))
+        OPS.swiglu(x=x.contiguous(), y=y)
         return y
 
-    @limits(provider="kunlun_ops.rotary_embedding")
+    @limits(provider="kunlun_ops.rotary_embedding", T=at_least(1))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles. A copy is turned in place, and a key of zeros."""
         angle = angles(batch, theta, width)
-        part = x[..., start : start + width].float().flatten(1).contiguous()
+        part = x[..., start : start + width].to(torch.float32, copy=True).flatten(1).contiguous()
         OPS.rotary_embedding(
             positions=torch.arange(batch.T, device=x.device),
             query=part,
@@ -112,10 +120,11 @@ class Kunlunxin(FastTopk, Joint, Vendor):
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
-    @limits(provider="kunlun_ops.moe_sigmoid_group_topk_norm", tie="any")
+    @limits(provider="kunlun_ops.moe_sigmoid_group_topk_norm", tie="any", needs={"logits": NO_NAN})
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
+        """The weights are computed once more: it always divides by their sum, which may be 0, and adds nothing to it."""
         T, E = logits.shape
         weights, ids = logits.new_zeros(T, k), logits.new_zeros(T, k, dtype=torch.int32)
         OPS.moe_sigmoid_group_topk_norm(
@@ -123,12 +132,13 @@ class Kunlunxin(FastTopk, Joint, Vendor):
             norm_score=weights,
             topk_index=ids,
             block_static=ids.new_zeros(UNITS, E),
-            bias=bias,
+            bias=bias.contiguous(),
             n_group=n_group,
             topk_group=topk_group,
             scale=scale,
         )
-        return ids, weights
+        s = torch.sigmoid(logits).gather(1, ids.long())
+        return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
 
     @limits(
         provider="kunlun_ops.gen_block_statistic+moe_pre_sorted+xspeedgate_ops.moe_pre_small+kunlun_ops.moe_fc+moe_post",
@@ -167,35 +177,25 @@ class Kunlunxin(FastTopk, Joint, Vendor):
         )
         return pages
 
-    @limits(provider="xspeedgate_ops.topk_per_row", tie="any")
+    @limits(provider="kunlun_ops.fast_topkv2", tie="any", k=2048)
     def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
         visible = batch.native.visible
-        ordered = _ordered(scores)
-        found = torch.full((batch.T, k), -1, dtype=torch.int32, device=scores.device)
-        GATE.topk_per_row(
-            logits=ordered,
-            srcIndices=found,
-            numRows=batch.T,
-            stride0=ordered.stride(0),
-            stride1=ordered.stride(1),
-            topK=k,
-            rowStarts=torch.zeros_like(visible),
-            rowEnds=visible,
-            seqLens=None,
-            next_n=None,
-        )
-        return _selected(found, visible.clamp(max=k), k)
+        found, length = OPS.fast_topkv2(score=_ordered(scores), lengths=visible, topk=k), visible.clamp(max=k)
+        valid = torch.arange(k, device=found.device) < length[:, None]
+        return Selection(SelectionSpec(batch.T, k), Rows(torch.where(valid, found, -1), length))
 
     @limits(
-        provider="kunlun_ops.sparse_prefill_fwd_opt+xspeedgate_ops.convert_req_index_to_global_index",
+        provider="kunlun_ops.fwd_kvcache_mla+xspeedgate_ops.convert_req_index_to_global_index",
         dtypes={"q_latent": "bfloat16", "q_rope": same_as("q_latent"), "kv": same_as("q_latent")},
+        T=at_least(1),
         C=512,
         R=64,
     )
     def sparse_mla(
         self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
     ) -> Tensor:
-        """Lengths are passed twice, on the host and on the device; those of keys are those of queries, as keys are slots."""
+        """The attention for decoding, in which each row is a request of one: it reads as many entries as the length of a row
+        says, which it wants on the host too. Keys are slots, so that the order of a request does not matter."""
         plan, rows = batch.native, self.rows(sel)
         slots = GATE.convert_req_index_to_global_index(
             req_id=plan.row_request,
@@ -205,35 +205,29 @@ class Kunlunxin(FastTopk, Joint, Vendor):
             num_topk_tokens=sel.spec.k,
         )
         T, heads, width = q_latent.shape
-        out = q_latent.new_zeros(T, heads, width)
-        statistic = [torch.zeros(T, heads, dtype=torch.float32, device=out.device) for _ in range(2)]
-        host = torch.from_numpy(batch.cu_q)
-        OPS.sparse_prefill_fwd_opt(
-            q=torch.cat([q_latent, q_rope], dim=-1),
-            kv=joint(kv),
+        out = q_latent.new_zeros(T, 1, heads, width)
+        statistic = [torch.zeros(T, 1, heads, dtype=torch.float32, device=out.device) for _ in range(2)]
+        host = torch.from_numpy(self.to_numpy(rows.length))
+        OPS.fwd_kvcache_mla(
+            q_c=torch.cat([q_latent, q_rope], dim=-1)[:, None],
+            kv_cache=joint(kv),
             indices=slots[:, None],
+            kv_lod_cpu=host,
             out=out,
             max_logits=statistic[0],
-            lse=statistic[1],
-            sm_scale=scale,
-            qlod_cpu=host,
-            qlod_xpu=plan.cu_q,
-            kvlod_cpu=host,
-            kvlod_xpu=plan.cu_q,
-            d_v=512,
-            is_causal=True,
+            p_sums=statistic[1],
+            softmax_scale=scale,
+            max_seq_kv=int(host.max()),
+            kv_lod_xpu=rows.length,
         )
-        return torch.where(rows.length[:, None, None] > 0, out, 0)
+        return torch.where(rows.length[:, None, None] > 0, out[:, 0], 0)
+
+    sparse_mla.capturable = False
 
 
 def _ordered(scores: Tensor) -> Tensor:
     """Dense float32 without NaN, of which nobody published what the top-k makes."""
     return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
-
-
-def _selected(found: Tensor, length: Tensor, k: int) -> Selection:
-    valid = torch.arange(k, device=found.device) < length[:, None]
-    return Selection(SelectionSpec(len(length), k), Rows(torch.where(valid, found, -1), length))
 
 
 def _sorted(x: Tensor, ids: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
