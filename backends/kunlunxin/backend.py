@@ -143,6 +143,7 @@ class Kunlunxin(Joint, Vendor):
     @limits(
         provider="kunlun_ops.gen_block_statistic+moe_pre_sorted+xspeedgate_ops.moe_pre_small+kunlun_ops.moe_fc+moe_post",
         dtypes={"x": HALF, "w13": same_as("x"), "w2": same_as("x")},
+        T=at_least(1),
     )
     def moe_experts(
         self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0

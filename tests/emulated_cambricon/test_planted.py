@@ -10,7 +10,7 @@ MISTAKES = (
     Mistake("silu_mul", "another activation", 'TMO.active(x, "silu"', 'TMO.active(x, "gelu"'),
     Mistake("rope", "cosine before sine", "angle.sin(), angle.cos()", "angle.cos(), angle.sin()"),
     Mistake("rope", "pairs for halves", "None, pairs, True", "None, not pairs, True"),
-    Mistake("rope", "positions counted from the first row", "place, None, pairs, True", "None, None, pairs, False"),
+    Mistake("rope", "one row of the table for all", "place, None, pairs, True", "torch.zeros_like(place), None, pairs, True"),
     Mistake("rope", "turned in place", "to(torch.float32, copy=True)", "to(torch.float32)", dtype="float32"),
     Mistake("moe_route", "groups left out", "(n_group, topk_group) if", "(-1, 0) if", dtype=""),
     Mistake("moe_route", "divided by the op", "k, False, *groups", "k, True, *groups", dtype=""),
@@ -46,9 +46,6 @@ MISTAKES = (
         "sparse_mla", "rows without keys left as they are", "length[:, None, None] > 0, out", "length[:, None, None] >= -1, out"
     ),
     Mistake("sparse_mla", "positions for slots", "page * size + position % size, -1)", "position, -1)", "slots"),
-    Mistake(
-        "select_rows", "rows in order", "x.index_select(0, rows) for x in native", "x[: len(rows)] for x in native", "slots"
-    ),
 )
 
 
