@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import platform
 import re
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Annotated
 
@@ -123,6 +117,8 @@ def run(step: Step, backend: str, emulated: bool, timeout: int) -> Outcome:
 
 
 def _process(arguments: list[str], timeout: int) -> tuple[int | None, str, str]:
+    import subprocess
+
     try:
         done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, errors="replace", timeout=timeout)
         return done.returncode, done.stdout, done.stderr
@@ -133,6 +129,9 @@ def _process(arguments: list[str], timeout: int) -> tuple[int | None, str, str]:
 
 def machine_facts(backend: str, emulated: bool) -> dict[str, str]:
     """Versions, the variables that the backend's package names, and what the device says of itself."""
+    import platform
+    from datetime import datetime, timezone
+
     import porthal
     from porthal.hal import create
     from porthal.hal.discovery import surroundings
@@ -169,6 +168,8 @@ def _sentence(error: Exception) -> str:
 
 
 def _version(module: str) -> str:
+    from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
     owners = packages_distributions().get(module, [module])
     with suppress(PackageNotFoundError):
         return ", ".join(f"{owner} {version(owner)}" for owner in dict.fromkeys(owners))
@@ -189,6 +190,9 @@ def report(name: str, machine: Mapping[str, str], done: list[Outcome]) -> str:
 
 def private(content: str) -> str:
     """Without what names a person or a machine: paths are told from the package on, others not at all."""
+    import getpass
+    import socket
+
     package = Path(__file__).resolve().parents[1]
     for folder in {str(package), str(package.parent / "porthal"), sys.modules["porthal"].__path__[0]}:
         content = content.replace(f"{folder}/", "porthal/")

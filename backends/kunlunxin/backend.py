@@ -170,13 +170,19 @@ class Kunlunxin(Joint, Vendor):
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         if second is None:  # a cache of keys, which this op does not know
             return super().kv_write(pages, batch, first)
-        OPS.concat_and_cache_mla(
-            kv_c=first.contiguous(),
-            k_pe=second.contiguous(),
-            slot_mapping=batch.native.slots,
-            kv_cache=joint(pages).unflatten(0, (pages.spec.n_blocks, pages.spec.block_size)),
-        )
+        plan = batch.native
+        if len(plan.written) < batch.T:  # what it makes of slot -1 is not said
+            first, second = (rows.index_select(0, plan.written) for rows in (first, second))
+        if len(plan.written):
+            OPS.concat_and_cache_mla(
+                kv_c=first.contiguous(),
+                k_pe=second.contiguous(),
+                slot_mapping=plan.targets,
+                kv_cache=joint(pages).unflatten(0, (pages.spec.n_blocks, pages.spec.block_size)),
+            )
         return pages
+
+    kv_write.capturable = False
 
     @limits(provider="kunlun_ops.fast_topkv2", tie="any", k=2048)
     def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:

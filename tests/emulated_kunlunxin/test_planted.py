@@ -18,7 +18,7 @@ MISTAKES = (
     Mistake("moe_experts", "the other weight twice", "self.silu_mul(h), w2", "self.silu_mul(h), w13"),
     Mistake("moe_experts", "no weights", "torch.where(kept, weights, 0)", "kept.float()"),
     Mistake("kv_write", "the parts swapped", "k_pe=second.contiguous()", "k_pe=second.flip(-1).contiguous()"),
-    Mistake("kv_write", "slots in order", "slot_mapping=batch.native.slots", "slot_mapping=batch.native.slots.sort().values"),
+    Mistake("kv_write", "slots in order", "slot_mapping=plan.targets", "slot_mapping=plan.targets.sort().values"),
     Mistake("topk", "as many as there are", "length[:, None]\n        return", "length[:, None] - 1\n        return", dtype=""),
     Mistake("topk", "NaN left to the op", "score=_ordered(scores)", "score=scores.contiguous()", dtype=""),
     Mistake("sparse_mla", "positions for slots", "indices=slots[:, None]", "indices=rows.indices[:, None]"),
