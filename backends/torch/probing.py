@@ -11,6 +11,7 @@ from typing import Any
 
 from porthal.hal import Probe
 
+DEVICES = Path("/dev")
 OUT_OF_TREE = "torch_npu", "torch_musa", "torch_mlu"  # each gives PyTorch a device of its own, of which it takes one
 
 
@@ -24,8 +25,9 @@ def probe_device(module: str, count: Callable[[], int], files: str, visible: str
         return Probe("not here", f"{visible}={hidden!r} hides every device")
     if module in sys.modules:
         return Probe("available") if count() > 0 else Probe("not here", f"{module} sees no device")
-    if not any(Path("/dev").glob(files)):
-        return Probe("not here", f"there is no /dev/{files}: the driver is not loaded, or the container was not given a device")
+    if not any(DEVICES.glob(files)):
+        why = "the driver is not loaded, or the container was not given a device"
+        return Probe("not here", f"there is no {DEVICES}/{files}: {why}")
     if module in OUT_OF_TREE and (other := next((m for m in OUT_OF_TREE if m != module and importlib.util.find_spec(m)), None)):
         return Probe("broken", f"{other} is installed as well, and PyTorch takes one vendor's device per process: remove one")
     return Probe("available")
