@@ -161,14 +161,14 @@ class Kunlunxin(Joint, Vendor):
         counted = torch.zeros_like(kept.flatten()).index_copy_(0, place.long(), kept.flatten())
         y = torch.where(counted[:, None], y, 0).view(T, k, -1)
         out = torch.zeros_like(x)
-        OPS.moe_post(y, place.view(T, k), torch.where(kept, weights, 0), torch.ones_like(weights), out)
+        OPS.moe_post(y, place.view(T, k), weights.contiguous(), torch.ones_like(weights), out)
         return out
 
     # -- paged cache and sparse attention ----------------------------------------------------------------------------
 
-    @limits(provider="kunlun_ops.concat_and_cache_mla", A=512, B=64, dtypes={"pages": HALF, "first": same_as("pages")})
+    @limits(provider="kunlun_ops.concat_and_cache_mla+aten.index_copy_", dtypes={"pages": HALF, "first": same_as("pages")})
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
-        if second is None:  # a cache of keys, which this op does not know
+        if second is None:  # a cache of keys, for which the vendor's op quantises
             return super().kv_write(pages, batch, first)
         plan = batch.native
         if len(plan.written) < batch.T:  # what it makes of slot -1 is not said
