@@ -14,7 +14,7 @@ from porthal.backends.torch.interfaces.flash_mla import FlashMla
 from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, CallSpec, Kernel, limits, multiple_of, same_as
+from porthal.hal import Batch, CallSpec, Kernel, limits, multiple_of, one_of, same_as
 
 # `import mate` finds a package of this name that is another one; only Moore Threads' has mate.deep_gemm.
 MATE = Library(
@@ -26,9 +26,10 @@ MATE = Library(
 PATCHED = Library(
     "torch.nn.functional", swish_glu="input", rope="input freq_cis rotary_interleaved batch_first multi_latent_attention"
 )
-# Experts and groups for which MATE compiles its gate. Any other pair runs a kernel with room for 128 experts of a group.
-COMPILED_GATES = {(160, 1), (256, 1), (384, 1)}
+# One group of so many experts is compiled. Other pairs run a kernel with room for 128 experts of a group, in some numbers of groups.
+ONE_GROUP = (160, 256, 384)
 LARGEST_GROUP = 128
+GROUPS = one_of(1, 2, 4, 8, 16, 32)
 
 
 class MooreThreads(FlashMla, DeepGemm, Vendor):
@@ -39,8 +40,8 @@ class MooreThreads(FlashMla, DeepGemm, Vendor):
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         if op == "moe_route" and kernel.provider:
             experts, groups = spec.dims["E"], spec.attrs["n_group"]
-            if experts // groups > LARGEST_GROUP and (experts, groups) not in COMPILED_GATES:
-                compiled = ", ".join(str(e) for e, _ in sorted(COMPILED_GATES))
+            if experts // groups > LARGEST_GROUP and not (groups == 1 and experts in ONE_GROUP):
+                compiled = ", ".join(map(str, ONE_GROUP))
                 return f"groups have {experts // groups} experts, the kernel takes up to {LARGEST_GROUP}, or one of {compiled}"
         return super().refuses(op, kernel, spec)
 
@@ -71,19 +72,20 @@ class MooreThreads(FlashMla, DeepGemm, Vendor):
             y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return torch.cat([x[..., :start], y.to(x.dtype), x[..., start + width :]], dim=-1)
 
-    @limits(provider="mate.moe_fused_gate", tie="any", E=multiple_of(32))
+    @limits(provider="mate.moe_fused_gate", tie="any", E=multiple_of(32), n_group=GROUPS)
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
-        weights, ids = MATE.moe_fused_gate(
+        """The sum is divided by here: the op adds nothing to it, and it may be 0."""
+        s, ids = MATE.moe_fused_gate(
             input=logits,
             bias=bias,
             num_expert_group=n_group,
             topk_group=topk_group,
             topk=k,
             num_fused_shared_experts=0,
-            routed_scaling_factor=scale,
-            renormalize=True,
-            apply_routed_scaling_factor_on_output=True,
+            routed_scaling_factor=1.0,
+            renormalize=False,
+            apply_routed_scaling_factor_on_output=False,
         )
-        return ids, weights
+        return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
