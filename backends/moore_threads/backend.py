@@ -26,7 +26,7 @@ MATE = Library(
 PATCHED = Library(
     "torch.nn.functional", swish_glu="input", rope="input freq_cis rotary_interleaved batch_first multi_latent_attention"
 )
-# One group of so many experts is compiled. Other pairs run a kernel with room for 128 experts of a group, in some numbers of groups.
+# One group of so many experts is compiled. Others run a kernel with room for 128 experts of a group.
 ONE_GROUP = (160, 256, 384)
 LARGEST_GROUP = 128
 GROUPS = one_of(1, 2, 4, 8, 16, 32)
