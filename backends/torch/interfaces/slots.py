@@ -52,7 +52,7 @@ class Joint(Torch):
     """A cache of two fields is one array, of which the fields are columns."""
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        if len(spec.fields) == 1:
+        if len(spec.fields) == 1 or spec.scheme != "none":
             return super().alloc_pages(spec)
         widths = [width for _, width in spec.fields]
         rows = self._zeros((spec.slots, sum(widths)), spec.dtype)
