@@ -13,6 +13,7 @@ from porthal.cli import text
 from porthal.cli.bench import bench
 from porthal.cli.check import check
 from porthal.cli.compare import compare
+from porthal.cli.doctor import doctor
 from porthal.cli.export import export
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
@@ -98,7 +99,11 @@ def backends(json: JsonFlag = False) -> None:
 
 @app.command()
 def explain(
-    model: ModelOption = None, backend: BackendOption = None, dtype: DtypeOption = Dtype.float32, json: JsonFlag = False
+    model: ModelOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    emulated: EmulatedFlag = False,
+    json: JsonFlag = False,
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
     from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
@@ -107,7 +112,7 @@ def explain(
 
     config = _config(model) if model or _demo_is_here() else None
     needed = profile(config, dtype.value) if config else {}
-    made = create(named(backend, False))
+    made = create(named(backend, emulated), emulated)
     with running(made):
         bare = bind(backend=made)
         choices = dict(bare.choices)
@@ -145,6 +150,7 @@ def generate(
     dtype: DtypeOption = Dtype.float32,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     backend: BackendOption = None,
+    emulated: EmulatedFlag = False,
     json: JsonFlag = False,
 ) -> int:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
@@ -165,7 +171,7 @@ def generate(
         raise UsageError(f"--sample: {directory} has no generation_config.json with do_sample: give --temperature instead")
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
-    chosen = create(named(backend, False))
+    chosen = create(named(backend, emulated), emulated)
     with running(chosen):
         loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
@@ -374,6 +380,7 @@ app.command()(export)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()

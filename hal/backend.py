@@ -158,6 +158,10 @@ class Backend:
                     return line.partition(":")[2].strip()
         return platform.machine()
 
+    def device_facts(self) -> Mapping[str, Callable[[], Any]]:
+        """What a report about this machine says of the device beside `describe`, by name: each is asked, and may fail."""
+        return {}
+
     # -- arrays ------------------------------------------------------------------------------------------------------
 
     def from_numpy(self, x: np.ndarray[Any, Any]) -> Array:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from porthal.backends.torch.peaks import by_events, peaks
 from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
+from porthal.backends.torch.tables import angles
 from porthal.hal import (
     Backend,
     Batch,
@@ -191,8 +192,7 @@ class Torch(Backend):
         return (centred / torch.sqrt(variance + eps) * weight.float() + bias.float()).to(x.dtype)
 
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
-        half = torch.arange(0, width, 2, dtype=torch.float32, device=x.device)
-        angle = batch.native.positions.float()[:, None, None] * theta ** (-half / width)
+        angle = angles(batch, theta, width)[:, None]
         cos, sin = torch.cos(angle), torch.sin(angle)
         part = x[..., start : start + width].float()
         if layout == "interleaved":
