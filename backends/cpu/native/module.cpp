@@ -267,7 +267,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("shape", [](const Packed& p) { return py::make_tuple(p.experts, p.rows, p.columns); })
       .def_readonly("gated", &Packed::gated)
       .def_property_readonly("nbytes", &Packed::bytes, "Bytes in memory, padding included.")
-      .def_buffer([](const Packed& p) { return py::buffer_info(p.at<std::uint8_t>(0, 0), p.bytes()); });
+      .def_buffer([](const Packed& p) { return py::buffer_info(reinterpret_cast<const std::uint8_t*>(p.at(0, 0)), p.bytes()); });
 }
 
 }  // namespace porthal
