@@ -32,10 +32,12 @@ test: lint types  ## lint, types and all tests
 test-plain: .venv/ready
 	.venv/bin/pytest tests/house tests/quick tests/plain
 
-# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
+# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart; Triton's
+# interpreter is chosen before Triton is imported, so its tests do too.
 test-torch: .venv/ready
 	.venv/bin/pytest tests/native tests/examples tests/torch tests/browser
 	.venv/bin/pytest tests/emulated
+	.venv/bin/pytest tests/triton
 
 quick: .venv/ready  ## what each commit must pass, within a minute
 	.venv/bin/pytest tests/house tests/quick
