@@ -72,10 +72,10 @@ class Compiled:
 
 
 class _Absent(DriverBase):
-    """The driver of a chip that is not here."""
+    """The driver of a chip that is not here. Each has a number of its own, by which Triton keeps what it compiled."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, target: GPUTarget, number: int) -> None:
+        self.target, self.number = target, number
 
     @staticmethod
     def is_active() -> bool:
@@ -85,7 +85,7 @@ class _Absent(DriverBase):
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -111,7 +111,7 @@ class _Shapes(Cuda):
 def compiled(name: str) -> Iterator[Compiled]:
     """What the calls of `calls` compile for a chip, each configuration once."""
     chip, seen = CHIPS[name], set()
-    triton.runtime.driver.set_active(_Absent(chip.target))
+    triton.runtime.driver.set_active(_Absent(chip.target, list(CHIPS).index(name)))
     found: list[Compiled] = []
     launched = JITFunction.run
 
@@ -176,7 +176,9 @@ def calls(b: Cuda) -> Iterator[Any]:
             yield from _rows(b, kind, T, wide)
             yield from _experts(b, kind, T, wide)
             yield from _attention(b, kind, T, requests, wide)
-            yield b.argmax(b.empty((T, 154880 if wide else 7), kind))
+            logits, of_row, k = b.empty((T, 154880 if wide else 7), kind), b.empty((T,), "float32"), b.empty((T,), "int32")
+            yield b.argmax(logits)
+            yield b.sample(logits, of_row, of_row, k, of_row)
 
 
 def _rows(b: Cuda, kind: str, T: int, wide: bool) -> Iterator[Any]:

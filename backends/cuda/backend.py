@@ -21,6 +21,7 @@ from porthal.backends.cuda.kernels.moe_route import moe_route
 from porthal.backends.cuda.kernels.moe_unpermute import combine, invert
 from porthal.backends.cuda.kernels.rms_norm import rms_norm
 from porthal.backends.cuda.kernels.rope import rope
+from porthal.backends.cuda.kernels.sample import sample
 from porthal.backends.cuda.kernels.silu_mul import silu_mul
 from porthal.backends.cuda.kernels.sparse_mla import sparse_mla
 from porthal.backends.cuda.kernels.topk import topk
@@ -264,4 +265,10 @@ class Cuda(Torch):
         T, V = logits.shape
         ids = self.empty((T,), "int32")
         argmax(logits, self.empty((T, parts_of(V)), "int64"), ids)
+        return ids
+
+    @own
+    def sample(self, logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+        ids = self.empty((len(logits),), "int32")
+        sample(logits, u, temperature, top_k, top_p, ids)
         return ids

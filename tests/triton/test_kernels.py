@@ -29,6 +29,8 @@ CALLS = (
     "indexer_topk,T=7,G=8,D=128,k=16,scale=0.015625,iq:fp32,batch=mixed,block_size=64,0",
     "sparse_mla,T=5,N=20,C=512,R=64,k=128,scale=0.0625,q_latent:fp16,batch=mixed,block_size=64,0",
     "sparse_mla,T=1,N=3,C=24,R=24,k=300,scale=0.25,q_latent:fp32,sel~short,batch=1/4099,block_size=64,0",
+    "sample,T=7,V=4096,logits:fp32,logits~ties,0",
+    "sample,T=7,V=257,logits:fp16,logits~special,top_k~brim,0",
     "argmax,T=3,V=20000,logits:fp16,logits~ties,0",
 )
 
