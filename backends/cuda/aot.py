@@ -171,7 +171,7 @@ def _number(pattern: str, text: str) -> int:
 
 def calls(b: Cuda) -> Iterator[Any]:
     """Every operator as GLM-5 calls it in decode and prefill, and at sizes that fill no tile."""
-    for kind in ("bfloat16", "float16", "float32"):
+    for kind in ("bfloat16", "float32", "float16"):
         for T, requests, wide in ((8, 8, True), (4096, 1, True), (5, 2, False)):
             yield from _rows(b, kind, T, wide)
             yield from _experts(b, kind, T, wide)

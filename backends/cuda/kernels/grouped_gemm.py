@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from porthal.backends.cuda.kernels.launching import block_of, dense_rows, launch
+from porthal.backends.cuda.kernels.launching import LARGE, block_of, dense_rows, launch
 from porthal.backends.cuda.kernels.silu_mul import silu
 
 
@@ -71,11 +71,12 @@ def _grouped_gemm(
         tl.store(y + m.to(tl.int64) * N + n, sums.to(y.dtype.element_ty), mask=inside & (n < N))
 
 
-def tile_for(rows_per_expert: float, K: int, wide: bool, shared: int) -> Tile:
+def tile_for(rows_per_expert: float, K: int, wide: bool, gated: bool, shared: int) -> Tile:
     """By the mean of rows per expert; float32 is twice as wide. `shared` is what a block may hold of shared memory."""
     rows = 16 if rows_per_expert <= 16 else 64 if wide or rows_per_expert <= 64 else 128
     depth = block_of(K, 16 if wide else 64 if K % 64 == 0 else 32)
-    tile = Tile(rows, 64 if rows == 16 or wide else 128, depth, 8 if rows == 128 else 4, 4)
+    narrow = rows == 16 or wide or (gated and shared < LARGE)  # a gated product has two blocks of sums
+    tile = Tile(rows, 64 if narrow else 128, depth, 8 if rows == 128 else 4, 4)
     per_stage = (tile.rows + 2 * tile.columns) * depth * (4 if wide else 2)
     return tile._replace(stages=max(1, min(tile.stages, shared // per_stage)))
 
@@ -86,7 +87,7 @@ def grouped_gemm(
     """With `source`, row m of the product is of row source[m] // k of x, gated: silu of the first half times the second."""
     x, w, counts = dense_rows(x), w.contiguous(), counts.contiguous()
     (M, N), K, E = y.shape, x.shape[1], len(counts)
-    tile = tile_for(M / max(E, 1), K, x.element_size() == 4, shared)
+    tile = tile_for(M / max(E, 1), K, x.element_size() == 4, source is not None, shared)
     most = (triton.cdiv(M, tile.rows) + min(E, M)) * triton.cdiv(N, tile.columns)
     launch(
         _grouped_gemm, min(most, processors), x, w, counts, counts if source is None else source, y, N, K, E, k,

@@ -7,6 +7,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
+LARGE = 200 << 10  # bytes of shared memory: from Hopper on operands of a product stay there, and registers hold sums alone
+
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     if programs:

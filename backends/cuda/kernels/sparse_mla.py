@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from porthal.backends.cuda.kernels.launching import block_of, dense_rows, launch
+from porthal.backends.cuda.kernels.launching import LARGE, block_of, dense_rows, launch
 
 
 class Tile(NamedTuple):
@@ -93,10 +93,10 @@ def _merge(sums, highest, norm, o, rows, C, parts, BN: tl.constexpr, BC: tl.cons
 def tile_for(N: int, wide: bool, width: int, shared: int) -> Tile:
     """`width` elements of a key, as wide as float32 or half of that; a program may hold `shared` bytes of shared memory."""
     little = shared < 96 << 10
-    heads = block_of(N, 16 if wide or little else 64)
+    heads = block_of(N, 16 if wide or little else 32 if shared < LARGE else 64)
     keys = 16 if wide or little else 32
     stage = keys * width * (4 if wide else 2)
-    return Tile(heads, keys, 8 if heads == 64 else 4, 2 if 3 * stage <= shared else 1)
+    return Tile(heads, keys, 8 if heads >= 32 else 4, 2 if 3 * stage <= shared else 1)
 
 
 def sparse_mla(
