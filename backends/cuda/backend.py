@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from porthal.backends.cuda.grouped_mm import GroupedMm
 from porthal.backends.cuda.kernels.argmax import argmax, parts_of
 from porthal.backends.cuda.kernels.grouped_gemm import grouped_gemm
 from porthal.backends.cuda.kernels.indexer_scores import indexer_scores
@@ -25,7 +26,6 @@ from porthal.backends.cuda.kernels.sample import sample
 from porthal.backends.cuda.kernels.silu_mul import silu_mul
 from porthal.backends.cuda.kernels.sparse_mla import sparse_mla
 from porthal.backends.cuda.kernels.topk import topk
-from porthal.backends.torch.backend import Torch
 from porthal.hal import (
     Batch,
     CallSpec,
@@ -59,7 +59,7 @@ def own(kernel: F) -> F:
     return limits(provider="Triton")(call)  # type: ignore[return-value]
 
 
-class Cuda(Torch):
+class Cuda(GroupedMm):
     """A GPU; with TRITON_INTERPRET=1, and so with --emulated, Triton's interpreter on CPU tensors.
 
     processors   how many programs run at a time, at least
