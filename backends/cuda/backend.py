@@ -131,8 +131,8 @@ class Cuda(GroupedMm):
         return replay
 
     def _written(self, batch: Batch) -> np.ndarray[Any, Any]:
-        """The inherited write to the cache, used on the emulated device alone, compacts rows, which no graph could."""
-        return super()._written(batch) if self.emulated else np.zeros(0, np.int64)
+        """The inherited write to the cache, which no graph could hold, is used on the emulated device alone."""
+        return np.zeros(0, np.int64) if self.captures else super()._written(batch)
 
     # -- row by row --------------------------------------------------------------------------------------------------
 
