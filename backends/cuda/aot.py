@@ -170,7 +170,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def calls(b: Cuda) -> Iterator[Any]:
-    """Every operator as GLM-5 calls it in decode and prefill, and at sizes that fill no tile."""
+    """Every operator as GLM-5 calls it in decode and prefill, and at sizes that fill no tile, 1 among them."""
     for kind in ("bfloat16", "float32", "float16"):
         for T, requests, wide in ((8, 8, True), (4096, 1, True), (5, 2, False)):
             yield from _rows(b, kind, T, wide)
@@ -179,6 +179,7 @@ def calls(b: Cuda) -> Iterator[Any]:
             logits, of_row, k = b.empty((T, 154880 if wide else 7), kind), b.empty((T,), "float32"), b.empty((T,), "int32")
             yield b.argmax(logits)
             yield b.sample(logits, of_row, of_row, k, of_row)
+    yield from _ones(b, "bfloat16")
 
 
 def _rows(b: Cuda, kind: str, T: int, wide: bool) -> Iterator[Any]:
@@ -221,12 +222,36 @@ def _attention(b: Cuda, kind: str, T: int, requests: int, wide: bool) -> Iterato
         yield b.sparse_mla(q, qr, kv, Selection(SelectionSpec(T, k), Rows(*sel.native)), batch, scale=0.0625)
 
 
+def _ones(b: Cuda, kind: str) -> Iterator[Any]:
+    """Every size is 1, which Triton makes a constant of."""
+    x, heads, floats, ints = b.empty((1, 1), kind), b.empty((1, 1, 1), kind), b.empty((1,), "float32"), b.empty((1,), "int32")
+    weight, ids, weights = b.empty((1,), kind), b.empty((1, 1), "int32"), b.empty((1, 1), "float32")
+    yield b.rms_norm(x, weight)
+    yield b.add_rms_norm(x, x, weight)
+    yield b.silu_mul(b.empty((1, 2), kind))
+    yield b.moe_route(weights, floats, k=1, scale=1.0)
+    rows, counts, source = b.moe_permute(x, ids, E=1, first_expert=1)
+    yield b.moe_unpermute(rows, source, weights)
+    w13, w2 = _weight(b, (1, 2, 1), kind), _weight(b, (1, 1, 1), kind)
+    yield b.grouped_gemm(x, w2, counts)
+    yield b.moe_experts(x, w13, w2, ids, weights, first_expert=1)
+    batch = b.plan(Batch(np.array([0, 1], np.int32), np.array([1], np.int32), np.zeros((1, 1), np.int32), 1))
+    kv, keys = (_pages(b, widths, kind, 1, 1) for widths in ((1, 1), (1,)))
+    yield b.kv_write(kv, batch, x, x)
+    yield b.rope(b.empty((1, 1, 3), kind), batch, theta=10.0, layout="half", start=1, width=2)
+    yield b.indexer_scores(heads, weights, keys, batch, scale=1.0)
+    sel = b.topk(weights, batch, k=1)
+    yield b.sparse_mla(heads, heads, kv, sel, batch, scale=1.0)
+    yield b.argmax(x)
+    yield b.sample(x, floats, floats, ints, floats)
+
+
 def _weight(b: Cuda, shape: tuple[int, ...], kind: str) -> Weight:
     return Weight(WeightSpec("grouped_gemm", "w", shape, kind), b.empty(shape, kind))
 
 
-def _pages(b: Cuda, widths: tuple[int, ...], kind: str) -> Pages:
-    spec = PagesSpec(tuple((f"field{i}", width) for i, width in enumerate(widths)), kind, 2048, 64)
+def _pages(b: Cuda, widths: tuple[int, ...], kind: str, blocks: int = 2048, size: int = 64) -> Pages:
+    spec = PagesSpec(tuple((f"field{i}", width) for i, width in enumerate(widths)), kind, blocks, size)
     return Pages(spec, {name: b.empty((spec.slots, width), kind) for name, width in spec.fields})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,6 +61,14 @@ def own(kernel: F) -> F:
     return limits(provider="Triton")(call)  # type: ignore[return-value]
 
 
+def closed_cache() -> Path | None:
+    """The folder that Triton would write compiled kernels to, where it may not."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else folder
+
+
 class Cuda(GroupedMm):
     """A GPU; with TRITON_INTERPRET=1, and so with --emulated, Triton's interpreter on CPU tensors.
 
@@ -70,7 +80,7 @@ class Cuda(GroupedMm):
     shared: int
 
     def __init__(self, device: str = "") -> None:
-        self.emulated = triton.knobs.runtime.interpret
+        self.emulated = os.environ.get("TRITON_INTERPRET") == "1"
         if self.emulated:
             if device:
                 raise Unavailable(f"the emulated device of {self.name} has no number: expected {self.name!r}, not {device!r}")
@@ -84,7 +94,10 @@ class Cuda(GroupedMm):
                 f"{found.name} has compute capability {found.major}.{found.minor}: the kernels need 8.0 (A100) or later; "
                 f"use backend 'torch:{self.device}'"
             )
-        self.processors, self.shared = found.multi_processor_count, found.shared_memory_per_block_optin
+        if closed := closed_cache():
+            raise Unavailable(f"Triton cannot write its cache to {closed}: set TRITON_CACHE_DIR to a folder of your own")
+        most = triton.runtime.driver.active.utils.get_device_properties(torch.device(self.device).index)
+        self.processors, self.shared = most["multiprocessor_count"], most["max_shared_mem"]
 
     def __str__(self) -> str:
         return self.name if self.emulated else f"{self.name}:{torch.device(self.device).index}"

@@ -53,3 +53,14 @@ def test_what_pytorch_says(driver, monkeypatch, cuda, here, state, said):
     monkeypatch.setitem(sys.modules, "torch", torch)
     answer = package.probe()
     assert answer.state == state and said in answer.why
+
+
+def test_a_cache_that_cannot_be_written_is_named(cuda, tmp_path, monkeypatch):
+    from porthal.backends.cuda.backend import closed_cache
+
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    assert closed_cache() is None
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(file / "cache"))
+    assert closed_cache() == file / "cache"
