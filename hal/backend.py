@@ -17,10 +17,22 @@ from weakref import WeakSet
 import numpy as np
 
 from porthal.hal import dtypes as dt
-from porthal.hal.contract import CallSpec, Contract, contracts
+from porthal.hal.contract import CallSpec, Contract, operators
 from porthal.hal.errors import DataNotTaken, NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits, Need
-from porthal.hal.operands import Batch, Operand, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
+from porthal.hal.operands import (
+    Batch,
+    Communicator,
+    Operand,
+    Pages,
+    PagesSpec,
+    Rows,
+    Selection,
+    Weight,
+    WeightSpec,
+    kind_of,
+)
+from porthal.hal.wire import joined
 
 Array = Any
 B = TypeVar("B", bound="Backend")
@@ -244,6 +256,14 @@ class Backend:
         native = selection.native
         return native if isinstance(native, Rows) else Rows(*native)
 
+    # -- several ranks -----------------------------------------------------------------------------------------------
+
+    def communicator(self, timeout: float = 60.0) -> Communicator:
+        """All ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. No call on it waits longer than `timeout`
+        seconds for another rank. Here they are processes of one machine.
+        """
+        return Communicator.over(joined(timeout))
+
     # -- time --------------------------------------------------------------------------------------------------------
 
     def timed(self, run: Callable[[], Any], clock: Callable[[], float] = perf_counter) -> float:
@@ -346,7 +366,7 @@ def verify(cls: type[Backend]) -> None:
     limits on what an op does not have, and providers that cannot be told apart."""
     if cls in _verified:
         return
-    known = contracts()
+    known = operators()
     chain = cls.__mro__[: cls.__mro__.index(Backend)]
     services = [n for n, value in vars(Backend).items() if not n.startswith("_") and not isinstance(value, (str, int))]
     for defining in chain:
