@@ -253,7 +253,7 @@ def conform(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the report as JUnit XML")] = None,
     profile: Annotated[
-        str, typer.Option("--profile", metavar="USE", help="the ops of one use, inference or moe; default: all ops")
+        str, typer.Option("--profile", metavar="USE", help="of one use: inference, moe, distributed; default: all of one device")
     ] = "",
     verify_waivers: Annotated[
         bool, typer.Option("--verify-waivers", help="fail on waivers that expired, match nothing, or match what passes")

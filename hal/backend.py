@@ -195,7 +195,7 @@ class Backend:
         into[...] = value
         return into
 
-    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
+    def expand(self, x: Array, shape: tuple[int, ...]) -> Array:
         """A view of `x` with its first row repeated: only asked of arrays with strides."""
         return np.broadcast_to(x, shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -197,7 +198,8 @@ class Contract:
         return f
 
     def specified_rows(self, f: Reference) -> Reference:
-        """How many leading rows of the results are specified: f(**operands) -> count. The others may hold anything."""
+        """How many leading rows of the results are specified: f(**operands) -> count; of a collective f(**results) -> {result:
+        count}. The others may hold anything."""
         self.specified = f
         return f
 
@@ -419,6 +421,7 @@ def _attributes(reference: Reference) -> dict[str, Attribute]:
 _contracts: dict[str, Contract] = {}
 _known: Mapping[str, Contract] = MappingProxyType(_contracts)
 _collectives: dict[str, Contract] = {}
+_operators: Mapping[str, Contract] = ChainMap(_collectives, _contracts)  # listed from the last
 
 
 def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
@@ -453,5 +456,6 @@ def collectives() -> Mapping[str, Contract]:
 
 
 def operators() -> Mapping[str, Contract]:
-    """Both."""
-    return {**contracts(), **_collectives}
+    """Both, those of one device first."""
+    contracts()
+    return _operators

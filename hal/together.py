@@ -37,7 +37,8 @@ def together(contract: Contract, backend: Backend, function: Function) -> Functi
             said = {"refused": str(error)}
         heard = [json.loads(message) for message in comm.gather(contract.name, json.dumps(said).encode())]
         told = _agreed(contract, heard, comm.size)
-        return function(**{**operands, contract.collective: comm.knowing(told)}, **full)
+        operands[contract.collective] = comm.knowing(told)
+        return function(*operands.values(), **full)
 
     return call
 

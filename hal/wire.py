@@ -19,8 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
+
+from porthal.hal.dtypes import numpy_dtype
 from porthal.hal.errors import PeerLost, UsageError
 
+Array = np.ndarray[Any, Any]
 LENGTH = struct.Struct("<Q")
 GRACE = 1.0  # seconds longer than rank 0 waits another rank, which is thus told who is late
 ALL, LOST = b"+", b"-"  # begins what rank 0 answers
@@ -50,11 +54,22 @@ class Wire:
     def _gather(self, what: str, message: bytes) -> list[bytes]:
         raise NotImplementedError
 
+    def empty(self, shape: Sequence[int], dtype: str) -> Array:
+        """A NumPy array from which others can read without a copy before, where the wire has such memory."""
+        return np.empty(tuple(shape), numpy_dtype(dtype))
+
+    @contextmanager
+    def lent(self, what: str, x: Array) -> Iterator[list[Array]]:
+        """The x of every rank, of one dtype and perhaps of several lengths, while all of them read it."""
+        heard = self.gather(what, len(x).to_bytes(8, "little") + x.tobytes())
+        lengths = [int.from_bytes(each[:8], "little") for each in heard]
+        yield [np.frombuffer(e[8:], x.dtype).reshape(n, *x.shape[1:]) for n, e in zip(lengths, heard)]
+
     def group(self, members: Sequence[int]) -> Wire | None:
-        """The wire of some of these ranks, in this order; None on the others. Every rank calls it, with the same members."""
+        """The wire of some of these ranks; None on the others. Every rank calls it, with the same members."""
         chosen = tuple(members)
-        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(self.size)):
-            raise UsageError(f"a group has ranks {list(chosen)}: expected some of 0 to {self.size - 1}, each once")
+        if not chosen or list(chosen) != sorted(set(chosen) & set(range(self.size))):
+            raise UsageError(f"a group has ranks {list(chosen)}: expected some of 0 to {self.size - 1}, in ascending order")
         with self._opened(chosen) as (address, join):
             heard = self.gather("group", json.dumps([chosen, address]).encode())
             told = [json.loads(each) for each in heard]

@@ -25,6 +25,11 @@ def all_gather_v(x: Sequence[Array], comm: Sequence[Any], *, M: int) -> list[tup
     return [(y, np.array([len(rows) for rows in x], np.int32)) for _ in x]
 
 
+@all_gather_v.specified_rows
+def _(receive: Array, **_: Array) -> dict[str, int]:
+    return {"y": int(receive.sum())}
+
+
 @all_gather_v.tells
 def _(facts: Any) -> list[int]:
     return [facts.N]

@@ -15,7 +15,7 @@ from porthal.hal.numerics import Array
     ranges={"send": (0, "N+1")},
     uneven=("N",),
     exact=True,
-    values={"x": ("tagged", "normal"), "send": ("splits", "none", "silent", "onto", "shifted", "whole", "self")},
+    values={"x": ("tagged", "normal"), "send": ("splits", "zeros", "silent", "onto", "shifted", "kept", "mirrored")},
     profiles=("distributed",),
 )
 def all_to_all_v(x: Sequence[Array], send: Sequence[Array], comm: Sequence[Any], *, M: int) -> list[tuple[Array, Array]]:
@@ -32,6 +32,11 @@ def all_to_all_v(x: Sequence[Array], send: Sequence[Array], comm: Sequence[Any],
         y[: sum(map(len, arrived))] = np.concatenate(arrived)
         found.append((y, np.array([len(rows) for rows in arrived], np.int32)))
     return found
+
+
+@all_to_all_v.specified_rows
+def _(receive: Array, **_: Array) -> dict[str, int]:
+    return {"y": int(receive.sum())}
 
 
 @all_to_all_v.tells

@@ -38,7 +38,7 @@ def ep_combine(
             here = order[(flat[order] >= r * E // ranks) & (flat[order] < (r + 1) * E // ranks)]
             parts[here] = rows[r][at[r] : at[r] + len(here)]
             at[r] += len(here)
-        found.append(total(single(parts.reshape(*theirs.shape, -1) * gates[..., None]), axis=1))
+        found.append(total(single(parts.reshape(*theirs.shape, parts.shape[1]) * gates[..., None]), axis=1))
     return found
 
 

@@ -44,16 +44,21 @@ def ep_dispatch(x: Sequence[Array], ids: Sequence[Array], comm: Sequence[Any], *
     return found
 
 
+@ep_dispatch.specified_rows
+def _(expert: Array, **_: Array) -> dict[str, int]:
+    return {"rows": int((expert >= 0).sum())}
+
+
 @ep_dispatch.tells
 def sent(ids: Array, facts: Any) -> list[int]:
-    """How many rows this rank sends to each."""
-    cuts = [r * facts.E // facts.ranks for r in range(facts.ranks + 1)]
-    counts = np.bincount(ids[ids >= 0].astype(np.int64), minlength=facts.E)
-    return [int(counts[low:high].sum()) for low, high in pairwise(cuts)]
+    """How many rows this rank sends to each expert."""
+    return list(np.bincount(ids[ids >= 0].astype(np.int64), minlength=facts.E))
 
 
 @ep_dispatch.fitting
 def overflow(told: Array, facts: Any) -> str:
-    for r in np.flatnonzero(told.sum(0) > facts.M):
-        return f"rank {r} is sent {told[:, r].sum()} rows, expected at most M = {facts.M}"
+    cuts = [r * facts.E // facts.ranks for r in range(facts.ranks + 1)]
+    for r, (low, high) in enumerate(pairwise(cuts)):
+        if (count := told[:, low:high].sum()) > facts.M:
+            return f"rank {r} is sent {count} rows, expected at most M = {facts.M}"
     return ""

@@ -74,7 +74,7 @@ class Communicator(Operand):
                     raise UsageError(f"{what}: {name} is {value} on rank {rank}, expected {first} as on rank 0")
 
     def group(self, ranks: Sequence[int]) -> Communicator | None:
-        """That of some of the ranks, in this order; None on the others. Every rank calls it, with the same ranks."""
+        """That of some of the ranks, in ascending order; None on the others. Every rank calls it, with the same ranks."""
         wire = self.native.group(ranks)
         return None if wire is None else Communicator.over(wire)
 
