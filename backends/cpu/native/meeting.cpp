@@ -6,11 +6,14 @@
 #include <poll.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <climits>
 #include <cstring>
@@ -27,7 +30,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr std::size_t kRoom = 1 << 14;  // bytes of a message
-constexpr int kLooks = 2000;            // at a count before sleeping
+constexpr int kLooks = 200;            // at a count before sleeping
 constexpr auto kSlice = std::chrono::milliseconds(20);  // of sleep, after which it is asked whether the other is alive
 
 struct alignas(64) Desk {
