@@ -159,7 +159,7 @@ class Collectives:
         _move("ep_combine", rows[: counts[:, comm.rank].sum()], comm, counts.T, arrived)
         back = torch.zeros((ids.numel(), rows.shape[1]), device=rows.device)
         back.index_copy_(0, order, arrived.float())
-        parts = back.unflatten(0, (-1, ids.shape[1])) if len(ids) else back[:, None]
+        parts = back.reshape(*ids.shape, rows.shape[1])
         y = torch.zeros((len(ids), rows.shape[1]), device=rows.device)
         for j in range(ids.shape[1]):  # the order of j is the contract's
             y += parts[:, j] * weights[:, j : j + 1]
