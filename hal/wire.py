@@ -109,6 +109,7 @@ class Room:
         self.turns: dict[int, dict[int, bytes]] = {}
         self.read: dict[int, int] = {}
         self.gone: set[int] = set()
+        self.lost: tuple[int, int, str] | None = None  # the turn in which a rank was missed, that rank, and why
         self.rooms: dict[str, Room] = {}
 
 
@@ -130,11 +131,16 @@ class Threads(Wire):
             def missing() -> set[int]:
                 return set(range(self.size)) - heard.keys()
 
-            room.changed.wait_for(lambda: not missing() or bool(missing() & room.gone), self.timeout)
-            if absent := missing():
-                self.close()
+            def lost() -> bool:  # in this turn: one that comes late must not go on alone
+                return room.lost is not None and room.lost[0] <= turn
+
+            room.changed.wait_for(lambda: lost() or not missing() or bool(missing() & room.gone), self.timeout)
+            if not lost() and (absent := missing()):
                 gone = absent & room.gone
-                raise self.lost(what, min(gone or absent), "is gone" if gone else self.late())
+                room.lost = turn, min(gone or absent), "is gone" if gone else self.late()
+                room.changed.notify_all()
+            if room.lost and lost():
+                raise self.lost(what, *room.lost[1:])
             room.read[turn] = room.read.get(turn, 0) + 1
             if room.read[turn] == self.size:
                 del room.turns[turn], room.read[turn]

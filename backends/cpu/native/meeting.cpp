@@ -40,12 +40,13 @@ struct alignas(64) Desk {
   alignas(64) char room[2][kRoom];
 };
 
-// The first rank that was missed, so that all say the same; its number + 1.
+// The turn in which a rank was missed first, and below it what `await` says of that rank: so all say the same.
 struct alignas(64) Head {
-  std::atomic<std::uint32_t> missed;
+  std::atomic<std::uint64_t> missed;
 };
 
-static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "processes share it");
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free,
+              "processes share them");
 
 long futex(std::atomic<std::uint32_t>& word, int what, std::uint32_t value, const timespec* time) {
   return syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), what, value, time, nullptr, 0);
@@ -88,6 +89,7 @@ class Meeting {
       const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
       for (int other = 0; other < ranks_; ++other)
         if (other != rank_ && (missing = await(other, end))) break;
+      if (!missing) missing = missed();  // one that comes late must not go on alone
     }
     if (missing) return py::int_(missing < 0 ? missing : missing - 1);
     py::list found(ranks_);
@@ -125,7 +127,7 @@ class Meeting {
     for (int look = 0; look < kLooks; ++look, rest())
       if (come()) return 0;
     while (!come()) {
-      if (const auto missed = static_cast<int>(head().missed.load())) return missed;
+      if (const int known = missed()) return known;
       const auto left = end - Clock::now();
       if (left <= Clock::duration::zero()) return miss(other + 1);
       if (gone(other)) return come() ? 0 : miss(-1 - other);
@@ -139,10 +141,17 @@ class Meeting {
     return 0;
   }
 
+  // Who was missed in this turn or before, in the words of `await`; 0 for none.
+  int missed() const {
+    const std::uint64_t found = head().missed.load();
+    return found && static_cast<std::int32_t>(static_cast<std::uint32_t>(found >> 32) - turn_) <= 0
+               ? static_cast<std::int32_t>(static_cast<std::uint32_t>(found)) : 0;
+  }
+
   int miss(int what) {
-    std::uint32_t none = 0;
-    head().missed.compare_exchange_strong(none, static_cast<std::uint32_t>(what));
-    return static_cast<int>(head().missed.load());
+    std::uint64_t none = 0;
+    head().missed.compare_exchange_strong(none, std::uint64_t{turn_} << 32 | static_cast<std::uint32_t>(what));
+    return missed();
   }
 
   bool gone(int other) const {
