@@ -36,6 +36,8 @@ PAGE = multiple_of(16, at_most=1024)  # slots per page, of every op that takes a
 class Ascend(Torch):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
+    engine = "hccl"  # of torch.distributed
+
     def __init__(self, device: str = "") -> None:
         super().__init__(f"npu:{device or 0}")
 

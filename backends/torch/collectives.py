@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from porthal.hal import Communicator, PeerLost, limits
+from porthal.hal import Communicator, PeerLost
 from porthal.hal.errors import message_of
 from porthal.hal.wire import Sockets, Wire, joined
 
-OWN = limits(provider="torch.distributed")
 # PyTorch 2.13 has new names for these two, and warns of the old ones, which vendors' releases have.
 gather_rows = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -85,28 +84,24 @@ class Collectives:
         )
         return Communicator.over(Engine(sockets, dist.group.WORLD))
 
-    @OWN
     def all_to_all(self, x: Tensor, comm: Communicator) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with comm.native.moving("all_to_all") as group:
             dist.all_to_all_single(y, x.contiguous(), group=group)
         return y
 
-    @OWN
     def all_to_all_v(self, x: Tensor, send: Tensor, comm: Communicator, *, M: int) -> tuple[Tensor, Tensor]:
         counts = comm.told[:, :-1]
         y = self.empty((M, x.shape[1]), str(x.dtype).removeprefix("torch."))
         _move("all_to_all_v", x[: counts[comm.rank].sum()], comm, counts, y)
         return y, self._counts(counts[:, comm.rank])
 
-    @OWN
     def all_gather(self, x: Tensor, comm: Communicator) -> Tensor:
         y = x.new_empty((comm.size * x.shape[0], x.shape[1]))
         with comm.native.moving("all_gather") as group:
             gather_rows(y, x.contiguous(), group=group)
         return y
 
-    @OWN
     def all_gather_v(self, x: Tensor, comm: Communicator, *, M: int) -> tuple[Tensor, Tensor]:
         rows = comm.told[:, 0]
         padded = x.new_empty((int(rows.max()), x.shape[1]))  # engines gather equal parts
@@ -116,32 +111,27 @@ class Collectives:
         torch.cat([part[:count] for part, count in zip(parts, rows)], out=y[: rows.sum()])
         return y, self._counts(rows)
 
-    @OWN
     def all_reduce(self, x: Tensor, comm: Communicator) -> Tensor:
         y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         with comm.native.moving("all_reduce") as group:
             dist.all_reduce(y, group=group)
         return y.to(x.dtype)
 
-    @OWN
     def reduce_scatter(self, x: Tensor, comm: Communicator) -> Tensor:
         y = torch.empty((x.shape[0] // comm.size, x.shape[1]), device=x.device)
         with comm.native.moving("reduce_scatter") as group:
             scatter_sum(y, x.float().contiguous(), group=group)
         return y.to(x.dtype)
 
-    @OWN
     def broadcast(self, x: Tensor, comm: Communicator, *, root: int = 0) -> Tensor:
         y = x.clone(memory_format=torch.contiguous_format)
         with comm.native.moving("broadcast") as group:
             dist.broadcast(y, comm.native.members[root], group=group)
         return y
 
-    @OWN
     def barrier(self, comm: Communicator) -> Tensor:
         return self._counts(np.ones(comm.size))
 
-    @OWN
     def ep_dispatch(self, x: Tensor, ids: Tensor, comm: Communicator, *, E: int, M: int) -> tuple[Tensor, Tensor]:
         first, last = (r * E // comm.size for r in (comm.rank, comm.rank + 1))
         sent = x.index_select(0, _by_expert(ids) // max(ids.shape[1], 1))
@@ -152,7 +142,6 @@ class Collectives:
         here[: len(arrived), 0] = arrived
         return rows, torch.from_numpy(here).to(x.device)
 
-    @OWN
     def ep_combine(self, rows: Tensor, ids: Tensor, weights: Tensor, comm: Communicator, *, E: int) -> Tensor:
         counts, order = _per_rank(comm, E), _by_expert(ids)
         arrived = rows.new_empty((len(order), rows.shape[1]))

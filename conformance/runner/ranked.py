@@ -233,7 +233,7 @@ class Ranked:
         fresh = []
         for rank in range(size):
             if rank == len(self.workers):
-                self.workers.append(Worker(replace(self.setup, rank=rank, ranks=size), __name__))
+                self.workers.append(Worker(replace(self.setup, rank=rank, ranks=size), __name__, python=self.setup.python))
                 fresh.append(self.workers[rank])
         for worker in fresh:
             if not wait([worker.pipe], START) or isinstance(worker.received(), Judgement):
@@ -244,7 +244,7 @@ class Ranked:
         """Replace these processes."""
         for rank in ranks:
             self.workers[rank].close()
-            self.workers[rank] = Worker(replace(self.setup, rank=rank), __name__)
+            self.workers[rank] = Worker(replace(self.setup, rank=rank), __name__, python=self.setup.python)
             if wait([self.workers[rank].pipe], START):
                 self.workers[rank].received()
 
