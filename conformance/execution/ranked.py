@@ -90,4 +90,4 @@ def _another(case: Case) -> Case:
     """A call of another collective, of the sizes of this one where it can be."""
     known = [c for c in collectives().values() if c.name != case.op and not c.attributes]
     other = next((c for c in known if c.signature.symbols() <= dict(case.dims).keys()), known[0])
-    return Case(other.name, tuple((s, dict(case.dims).get(s, 2)) for s in other.signature.symbols()))
+    return Case(other.name, tuple((s, dict(case.dims).get(s, 2)) for s in sorted(other.signature.symbols())))
