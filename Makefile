@@ -35,7 +35,7 @@ test-plain: .venv/ready
 # A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart; Triton's
 # interpreter is chosen before Triton is imported, so its tests do too.
 test-torch: .venv/ready
-	.venv/bin/pytest tests/native tests/examples tests/torch tests/browser
+	.venv/bin/pytest tests/native tests/examples tests/processes tests/torch tests/browser
 	for tests in tests/emulated*; do .venv/bin/pytest $$tests || exit 1; done
 	.venv/bin/pytest tests/triton
 

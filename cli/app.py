@@ -42,6 +42,7 @@ from porthal.cli.options import (
     dtype_of,
 )
 from porthal.cli.quantize import quantize
+from porthal.cli.ranks import LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -151,6 +152,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     backend: BackendOption = None,
     emulated: EmulatedFlag = False,
+    layout: LayoutOption = None,
     json: JsonFlag = False,
 ) -> int:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
@@ -172,9 +174,10 @@ def generate(
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
     chosen = create(named(backend, emulated), emulated)
-    with running(chosen):
-        loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
-        printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
+    with running(chosen), ranked(chosen, layout) as part:
+        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part)
+        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, seed=seed))
+        printer = Printer(words, prompt, without=config.eos_token_id, silent=json or others)
         start = time.perf_counter()
         try:
             made = run(
@@ -192,6 +195,8 @@ def generate(
             made, failed = error.done, str(error)
         seconds = time.perf_counter() - start
     printer.close()
+    if others:
+        return int(bool(failed))
     found = result(loaded, made, sampling, prompt, printer.text, seconds)
     text.as_json(found) if json else text.note(summary(found))
     count = len(found["tokens"])
@@ -260,7 +265,7 @@ def conform(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the report as JUnit XML")] = None,
     profile: Annotated[
-        str, typer.Option("--profile", metavar="USE", help="the ops of one use, inference or moe; default: all ops")
+        str, typer.Option("--profile", metavar="USE", help="ops of a use: inference, moe, distributed; default: of one device")
     ] = "",
     verify_waivers: Annotated[
         bool, typer.Option("--verify-waivers", help="fail on waivers that expired, match nothing, or match what passes")
@@ -377,6 +382,7 @@ def self_test(
 
 app.command()(check)
 app.command()(export)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)

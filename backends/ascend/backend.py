@@ -25,6 +25,8 @@ EAGER = "written", "targets"  # of a plan: read by the base's cache write alone,
 class Ascend(Rows, Prolog, Experts, Attention, Torch):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
+    engine = "hccl"  # of torch.distributed
+
     def __init__(self, device: str = "") -> None:
         count = torch.npu.device_count()
         if device and not (device.isdecimal() and int(device) < count):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from porthal.backends.torch.collectives import Collectives
 from porthal.backends.torch.peaks import by_events, peaks
 from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
 from porthal.backends.torch.tables import angles
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
     block_table: Tensor  # int32 [R, max(B, 1)]
 
 
-class Torch(Backend):
+class Torch(Collectives, Backend):
     """A vendor's subclass overrides what its chip does differently: kernels by name; `rows` for a selection form of its
     own; `alloc_pages` for a cache layout of its own, with every field a [slots, width] view, of which nothing else is
     asked; `prepare` for packed weights."""
@@ -116,7 +117,7 @@ class Torch(Backend):
         with torch.no_grad():
             return into.copy_(value)
 
-    def broadcast(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def expand(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         return x.expand(shape)
 
     def refuses_array(self, x: Any) -> str | None:

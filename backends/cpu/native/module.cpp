@@ -16,6 +16,7 @@ using namespace py::literals;
 namespace porthal {
 
 void bind_limits(py::module_& m);
+void bind_meeting(py::module_& m);
 
 namespace {
 
@@ -235,6 +236,7 @@ PYBIND11_MODULE(_native, m) {
   });
 
   bind_limits(m);
+  bind_meeting(m);
   m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
   m.def("set_num_threads", &set_num_threads, "count"_a, "Results do not depend on it.");
   m.def("isa", [] { return isa_name(isa()); }, "Instruction set in use: by default the best this CPU runs.");
