@@ -13,6 +13,8 @@ from porthal.cli import text
 from porthal.cli.bench import bench
 from porthal.cli.check import check
 from porthal.cli.compare import compare
+from porthal.cli.doctor import doctor
+from porthal.cli.export import export
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
     HIGHER,
@@ -40,6 +42,7 @@ from porthal.cli.options import (
     dtype_of,
 )
 from porthal.cli.quantize import quantize
+from porthal.cli.ranks import LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -97,7 +100,11 @@ def backends(json: JsonFlag = False) -> None:
 
 @app.command()
 def explain(
-    model: ModelOption = None, backend: BackendOption = None, dtype: DtypeOption = Dtype.float32, json: JsonFlag = False
+    model: ModelOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    emulated: EmulatedFlag = False,
+    json: JsonFlag = False,
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
     from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
@@ -106,7 +113,7 @@ def explain(
 
     config = _config(model) if model or _demo_is_here() else None
     needed = profile(config, dtype.value) if config else {}
-    made = create(named(backend, False))
+    made = create(named(backend, emulated), emulated)
     with running(made):
         bare = bind(backend=made)
         choices = dict(bare.choices)
@@ -144,6 +151,8 @@ def generate(
     dtype: DtypeOption = Dtype.float32,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     backend: BackendOption = None,
+    emulated: EmulatedFlag = False,
+    layout: LayoutOption = None,
     json: JsonFlag = False,
 ) -> int:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
@@ -164,10 +173,11 @@ def generate(
         raise UsageError(f"--sample: {directory} has no generation_config.json with do_sample: give --temperature instead")
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
-    chosen = create(named(backend, False))
-    with running(chosen):
-        loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
-        printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
+    chosen = create(named(backend, emulated), emulated)
+    with running(chosen), ranked(chosen, layout) as part:
+        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part)
+        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, seed=seed))
+        printer = Printer(words, prompt, without=config.eos_token_id, silent=json or others)
         start = time.perf_counter()
         try:
             made = run(
@@ -185,6 +195,8 @@ def generate(
             made, failed = error.done, str(error)
         seconds = time.perf_counter() - start
     printer.close()
+    if others:
+        return int(bool(failed))
     found = result(loaded, made, sampling, prompt, printer.text, seconds)
     text.as_json(found) if json else text.note(summary(found))
     count = len(found["tokens"])
@@ -253,7 +265,7 @@ def conform(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the report as JUnit XML")] = None,
     profile: Annotated[
-        str, typer.Option("--profile", metavar="USE", help="the ops of one use, inference or moe; default: all ops")
+        str, typer.Option("--profile", metavar="USE", help="ops of a use: inference, moe, distributed; default: of one device")
     ] = "",
     verify_waivers: Annotated[
         bool, typer.Option("--verify-waivers", help="fail on waivers that expired, match nothing, or match what passes")
@@ -369,9 +381,12 @@ def self_test(
 
 
 app.command()(check)
+app.command()(export)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()

@@ -17,10 +17,22 @@ from weakref import WeakSet
 import numpy as np
 
 from porthal.hal import dtypes as dt
-from porthal.hal.contract import CallSpec, Contract, contracts
+from porthal.hal.contract import CallSpec, Contract, operators
 from porthal.hal.errors import DataNotTaken, NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits, Need
-from porthal.hal.operands import Batch, Operand, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
+from porthal.hal.operands import (
+    Batch,
+    Communicator,
+    Operand,
+    Pages,
+    PagesSpec,
+    Rows,
+    Selection,
+    Weight,
+    WeightSpec,
+    kind_of,
+)
+from porthal.hal.wire import joined
 
 Array = Any
 B = TypeVar("B", bound="Backend")
@@ -158,6 +170,10 @@ class Backend:
                     return line.partition(":")[2].strip()
         return platform.machine()
 
+    def device_facts(self) -> Mapping[str, Callable[[], Any]]:
+        """What a report about this machine says of the device beside `describe`, by name: each is asked, and may fail."""
+        return {}
+
     # -- arrays ------------------------------------------------------------------------------------------------------
 
     def from_numpy(self, x: np.ndarray[Any, Any]) -> Array:
@@ -183,7 +199,7 @@ class Backend:
         into[...] = value
         return into
 
-    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
+    def expand(self, x: Array, shape: tuple[int, ...]) -> Array:
         """A view of `x` with its first row repeated: only asked of arrays with strides."""
         return np.broadcast_to(x, shape)
 
@@ -244,6 +260,14 @@ class Backend:
         native = selection.native
         return native if isinstance(native, Rows) else Rows(*native)
 
+    # -- several ranks -----------------------------------------------------------------------------------------------
+
+    def communicator(self, timeout: float = 60.0) -> Communicator:
+        """All ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. No call on it waits longer than `timeout`
+        seconds for another rank. Here they are processes of one machine.
+        """
+        return Communicator.over(joined(timeout))
+
     # -- time --------------------------------------------------------------------------------------------------------
 
     def timed(self, run: Callable[[], Any], clock: Callable[[], float] = perf_counter) -> float:
@@ -274,13 +298,12 @@ class Backend:
                 function = vars(cls)[op]
                 if function is None:
                     break
-                stated = {f: getattr(function, f) for f in STATED if hasattr(function, f)}
                 bound = function.__get__(self)
-                found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **stated)))
+                found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **_stated(function))))
             elif "derive" in vars(cls) and cls is not Backend:
                 derived = vars(cls)["derive"](self, contract)
                 if derived is not None:
-                    found.append((None, Kernel(op, derived, self, owner, self._packing(chain[i:]))))
+                    found.append((None, Kernel(op, derived, self, owner, self._packing(chain[i:]), **_stated(derived))))
         kernels: list[Kernel] = []
         for function, kernel in reversed(found):
             if kernels and _calls_super(function, op):
@@ -297,6 +320,11 @@ class Backend:
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         """Why a kernel does not take a call with these static facts, or None: a pure function; here, of its limits."""
         return kernel.limits.refuses(spec)
+
+
+def _stated(function: Any) -> dict[str, Any]:
+    """What `@limits` says of a kernel."""
+    return {f: getattr(function, f) for f in STATED if hasattr(function, f)}
 
 
 def _calls_super(function: Any, op: str) -> bool:
@@ -346,7 +374,7 @@ def verify(cls: type[Backend]) -> None:
     limits on what an op does not have, and providers that cannot be told apart."""
     if cls in _verified:
         return
-    known = contracts()
+    known = operators()
     chain = cls.__mro__[: cls.__mro__.index(Backend)]
     services = [n for n, value in vars(Backend).items() if not n.startswith("_") and not isinstance(value, (str, int))]
     for defining in chain:

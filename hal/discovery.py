@@ -2,7 +2,8 @@
 
 A backend is a package: a folder of porthal/backends, or what an entry point of group `porthal.backends` names. Its
 `__init__` is light: `requires` lists the modules it needs, `rank` decides which available backend is chosen when none
-is named, and an optional `probe()` looks for the chip. Its module `backend` holds the one subclass of `Backend`, and is
+is named, and an optional `probe()` looks for the chip; `libraries` and `variables` name the packages and the environment
+variables that a report about this machine must tell. Its module `backend` holds the one subclass of `Backend`, and is
 imported only when the backend is used. A module `emulated` with `install()` imitates the chip's device on this CPU.
 
 A package may be somebody else's: whatever it raises or returns, it costs its own backend alone, and one sentence.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 INSTALLED = 1000  # the rank of a plugin that states none: somebody installed it, so it comes first
 PATIENCE = 3.0  # seconds in which a probe must answer
 State = Literal["available", "not here", "broken"]
+NAMES = {"requires": "modules", "libraries": "modules", "variables": "environment variables"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class _Package:
     requires: tuple[str, ...] = ()
     rank: int | None = None  # None: chosen only by name
     probe: Callable[[], Any] = lambda: Probe("available")
+    libraries: tuple[str, ...] = ()  # modules beside those required
+    variables: tuple[str, ...] = ()
     broken: str = ""
 
 
@@ -62,6 +66,13 @@ def probe(name: str) -> Probe:
     """Look, without importing any vendor's package."""
     _known(name)
     return probes([name])[name]
+
+
+def surroundings(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules and the environment variables that a backend depends on, as its package states them."""
+    _known(name)
+    package = _package(name)
+    return (*package.requires, *package.libraries), package.variables
 
 
 def probes(names: Iterable[str] | None = None) -> dict[str, Probe]:
@@ -193,12 +204,15 @@ def _package(name: str) -> _Package:
     try:
         with foreign(package):
             module = importlib.import_module(package)
-            requires, rank = getattr(module, "requires", ()), getattr(module, "rank", None if own else INSTALLED)
-            if not isinstance(requires, (tuple, list)) or not all(isinstance(m, str) and m for m in requires):
-                raise UsageError(f"{package}: requires is {requires!r}, expected a tuple of names of modules")
+            rank = getattr(module, "rank", None if own else INSTALLED)
+            requires, libraries, variables = names = [getattr(module, what, ()) for what in NAMES]
+            for what, given in zip(NAMES, names):
+                if not isinstance(given, (tuple, list)) or not all(isinstance(m, str) and m for m in given):
+                    raise UsageError(f"{package}: {what} is {given!r}, expected a tuple of names of {NAMES[what]}")
             if type(rank) is not int and (rank is not None or hasattr(module, "rank")):
                 raise UsageError(f"{package}: rank is {rank!r}, expected a whole number")
-            return _Package(package, tuple(requires), rank, getattr(module, "probe", _Package.probe))
+            asked = getattr(module, "probe", _Package.probe)
+            return _Package(package, tuple(requires), rank, asked, tuple(libraries), tuple(variables))
     except PorthalError as error:
         return _Package(package, broken=str(error))
 

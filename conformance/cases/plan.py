@@ -31,11 +31,12 @@ from porthal.conformance.cases.domain import (
     per_expert,
     takes_integers,
 )
-from porthal.conformance.cases.legal import FAR, FAULTS, PAST_2G, THREADS, elements, refusal
+from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.pairs import LESS, SAME, pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
+from porthal.conformance.cases.ranked import ranked_cases
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import Contract
@@ -71,6 +72,8 @@ def cases(
 
 def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
     """The cases that are captured as a graph and replayed, for backends that do so."""
+    if contract.collective:
+        return []
     known = of_op(contract.name, capture=True)
     found = {case.token: case for case in (*_Plan(contract, level).captured(), *known)}
     return [case for case in found.values() if among(case, dtypes)]
@@ -78,10 +81,13 @@ def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[st
 
 @lru_cache(maxsize=256)
 def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
+    if contract.collective:
+        return tuple(ranked_cases(contract, level))
     found: dict[str, Case] = {}
     plan, profile = _Plan(contract, level), profile_of(model)
     planned = (*plan.cases(), *large(contract, level, model))
     planned += tuple(pair_cases(contract, plan.level, planned, profile, plan.telling()))
+    planned += tuple(plan.layouts({case.view for case in planned}))
     for case in (*planned, *boundary_cases(contract, plan.level, planned, profile)):
         found.setdefault(case.token, case)
     return tuple(found.values())
@@ -90,6 +96,8 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
 @lru_cache(maxsize=256)
 def large(contract: Contract, level: str, model: str = MODEL) -> tuple[Case, ...]:
     """The cases in a model's own sizes; values and layouts in turn, but the first of each is plain."""
+    if contract.collective:
+        return ()
     found = [case for case, _ in profile_cases(contract, level_of(level), profile_of(model))]
     views = [v for v in ("", "columns", "slices", "heads") if found and not refusal(replace(found[0], view=v))]
     turns = zip(found, cycle(telling(contract)), cycle(views))
@@ -214,9 +222,9 @@ class _Plan:
             for combo in self._each():
                 wanted = dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
                 made = partial(self._made, rows=SOME_ROWS, recipes=recipes, dtypes=combo)
-                whole, alike = (list(made(**kind)) for kind in ({}, copied))
+                whole, alike = (list(made(**kind)) if wanted else [] for kind in ({}, copied))
                 cheap = sum(map(seconds, alike)) < LESS * sum(map(seconds, whole))  # of copies fewer numbers tell
-                found = (alike if cheap or not whole else whole) if wanted else []
+                found = alike if cheap or not whole else whole
                 yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])
                 if not many or (self.level.thorough and combo == self.combos[0]):
                     yield from self._made(recipes=recipes, dtypes=combo, rows=few)
@@ -234,6 +242,12 @@ class _Plan:
             for combo in narrow if self.level.thorough else narrow[:1]:
                 yield from self._made(view=PAST_2G, dtypes=combo)
         yield from self._threads()
+
+    def layouts(self, met: set[str]) -> Iterator[Case]:
+        """A small call in each layout that none has met: in pairs such calls may all have been too dear."""
+        for view in (*VIEWS, *LAYOUTS):
+            if view not in met:
+                yield from self._made(view=view, dtypes=self._next())
 
     def _threads(self) -> Iterator[Case]:
         """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as

@@ -76,6 +76,12 @@ def garbage(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def highest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Places of the k largest on the last axis, as no vendor promises more: ties from the last place, in no order."""
+    best = values.shape[-1] - 1 - values.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return best.gather(-1, (best * 40503 % 65521).argsort(dim=-1))
+
+
 def on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Run a kernel written for host aliases on device tensors, and count the call.
 
@@ -111,14 +117,27 @@ def on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def define(namespace: str, schemas: Iterable[str], kernels: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """The operators of `torch.ops.NAMESPACE` by name: one for each schema, run by the kernel of that name."""
+def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the call alone: for a vendor whose modules are emulated and whose device is not, so tensors stay on the CPU."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+def define(namespace: str, schemas: Iterable[str], kernels: Mapping[str, Callable[..., Any]],
+           key: str = "PrivateUse1") -> dict[str, Any]:
+    """The operators of `torch.ops.NAMESPACE` by name: one for each schema, run by the kernel of that name on `key`."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
+    wrap = on_device if key == "PrivateUse1" else counted
     made = {}
     for schema in schemas:
         name = library.define(schema)
-        library.impl(name, on_device(name, kernels[name]), "PrivateUse1")
+        library.impl(name, wrap(name, kernels[name]), key)
         made[name] = getattr(getattr(torch.ops, namespace), name)
     return made
 

@@ -1,0 +1,256 @@
+"""Kunlunxin's own kernels: kunlun_ops and xspeedgate_ops. All that is known of them is how vLLM-Kunlun 09869ee calls them.
+
+Arguments go by place where they do there, results are written into arrays that are passed. Scores of the indexer take INT8
+keys alone. The attention of prefill is not called: nobody published whether it stops at -1 or counts the keys of a request.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch_xmlir
+from torch import Tensor
+
+from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.interfaces.slots import Joint, joint
+from porthal.backends.torch.tables import angles
+from porthal.backends.torch.vendor import Vendor
+from porthal.hal import (
+    Batch,
+    Need,
+    Pages,
+    Place,
+    Rows,
+    Selection,
+    SelectionSpec,
+    Weight,
+    any_of,
+    at_least,
+    dtype,
+    limits,
+    one_of,
+    same_as,
+)
+
+OPS = Library(
+    "kunlun_ops",
+    rmsnorm="x weight output eps /",
+    add_rmsnorm="x y / residual_output weight eps output",
+    swiglu="x y",
+    rotary_embedding="positions query key head_size cos_sin_cache is_neox",
+    moe_sigmoid_group_topk_norm="x norm_score topk_index block_static bias n_group topk_group scale",
+    gen_block_statistic="topk_ids block_statistic /",
+    moe_pre_sorted="x topk_index block_statistic moe_expand moe_index expert_m sorted_tokens_num_lod /",
+    moe_fc="x weight sorted_tokens_num_lod sorted_tokens_idx moe_topk y",
+    moe_post="x moe_index normed_scale dequant_scale y /",
+    concat_and_cache_mla="kv_c k_pe slot_mapping kv_cache",
+    fast_topkv2="score lengths topk",
+    fwd_kvcache_mla="q_c kv_cache indices kv_lod_cpu out max_logits p_sums softmax_scale max_seq_kv kv_lod_xpu",
+)
+GATE = Library(
+    "xspeedgate_ops",
+    moe_pre_small="topk_ids global_num_experts / index_have_neg sort_mode x",
+    convert_req_index_to_global_index="req_id block_table token_indices block_size num_topk_tokens",
+)
+HALF = one_of("bfloat16", "float16")
+NO_NAN = Need("no NaN, of which nobody published where it is ranked", lambda x: x == x)
+UNITS = 12  # of a chip, each of which counts the rows per expert for itself
+SMALL = 768  # rows up to which one call sorts them
+EMULATED = "emulated" in getattr(torch_xmlir, "__version__", "")
+
+
+class Kunlunxin(Joint, Vendor):
+    """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
+
+    kind, collectives = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+
+    def __init__(self, device: str = "") -> None:
+        if EMULATED:  # a CPU build of PyTorch has no "cuda" to give
+            Torch.__init__(self, "cpu")
+        else:
+            super().__init__(device)
+
+    @property
+    def place(self) -> Place:
+        return "emulated device" if EMULATED else "hardware"
+
+    def describe(self) -> str:
+        if EMULATED:
+            return "emulated Kunlunxin, its modules on the CPU"
+        found = torch_xmlir._XMLIRC._xpu_get_device_properties(torch.device(self.device).index)
+        return f"Kunlunxin {found.name}"
+
+    # -- row by row --------------------------------------------------------------------------------------------------
+
+    @limits(provider="kunlun_ops.rmsnorm", dtypes={"weight": any_of(same_as("x"), one_of("float32"))})
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+        y = self.empty(tuple(x.shape), dtype(x))
+        OPS.rmsnorm(x.contiguous(), weight.contiguous(), y, eps)
+        return y
+
+    @limits(provider="kunlun_ops.add_rmsnorm", dtypes={"weight": any_of(same_as("x"), one_of("float32"))})
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+        y, r = (self.empty(tuple(x.shape), dtype(x)) for _ in range(2))
+        OPS.add_rmsnorm(
+            x.contiguous(), residual.contiguous(), residual_output=r, weight=weight.contiguous(), eps=eps, output=y
+        )
+        return y, r
+
+    @limits(provider="kunlun_ops.swiglu")
+    def silu_mul(self, x: Tensor) -> Tensor:
+        y = self.empty((x.shape[0], x.shape[1] // 2), dtype(x))
+        OPS.swiglu(x=x.contiguous(), y=y)
+        return y
+
+    @limits(provider="kunlun_ops.rotary_embedding", T=at_least(1))
+    def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
+        """In float32, so that no table of bfloat16 is made of the angles. A copy is turned in place, and a key of zeros."""
+        angle = angles(batch, theta, width)
+        part = x[..., start : start + width].to(torch.float32, copy=True).flatten(1).contiguous()
+        OPS.rotary_embedding(
+            positions=torch.arange(batch.T, device=x.device),
+            query=part,
+            key=part.new_zeros(batch.T, width),
+            head_size=width,
+            cos_sin_cache=torch.cat([angle.cos(), angle.sin()], dim=-1),
+            is_neox=layout == "half",
+        )
+        y = part.view(*x.shape[:2], width).to(x.dtype)
+        return torch.cat([x[..., :start], y, x[..., start + width :]], dim=-1)
+
+    # -- experts -----------------------------------------------------------------------------------------------------
+
+    @limits(provider="kunlun_ops.moe_sigmoid_group_topk_norm", tie="any", needs={"logits": NO_NAN})
+    def moe_route(
+        self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The weights are computed once more: it always divides by their sum, which may be 0, and adds nothing to it."""
+        T, E = logits.shape
+        weights, ids = logits.new_zeros(T, k), logits.new_zeros(T, k, dtype=torch.int32)
+        OPS.moe_sigmoid_group_topk_norm(
+            x=logits.contiguous(),
+            norm_score=weights,
+            topk_index=ids,
+            block_static=ids.new_zeros(UNITS, E),
+            bias=bias.contiguous(),
+            n_group=n_group,
+            topk_group=topk_group,
+            scale=scale,
+        )
+        s = torch.sigmoid(logits).gather(1, ids.long())
+        return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
+
+    @limits(
+        provider="kunlun_ops.gen_block_statistic+moe_pre_sorted+xspeedgate_ops.moe_pre_small+kunlun_ops.moe_fc+moe_post",
+        dtypes={"x": HALF, "w13": same_as("x"), "w2": same_as("x")},
+        T=at_least(1),
+    )
+    def moe_experts(
+        self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
+    ) -> Tensor:
+        """Every place goes to an expert, as in vLLM-Kunlun: rows of an id of -1 would not be written. Places of other ranks
+        are spread over the local ones and count nothing. The gate is a call of its own: act="SWISH_GLU" is wrong."""
+        (T, k), E = ids.shape, w13.native.shape[0]
+        local = ids - first_expert
+        kept = (local >= 0) & (local < E)
+        spread = torch.arange(T * k, dtype=torch.int32, device=x.device).view(T, k) % E
+        local = torch.where(kept, local, spread).contiguous()
+        place, ends, rows = _sorted(x.contiguous(), local, E)
+        h = _product(rows, w13, ends, place, k)
+        y = _product(self.silu_mul(h), w2, ends, place, k)
+        counted = torch.zeros_like(kept.flatten()).index_copy_(0, place.long(), kept.flatten())
+        y = torch.where(counted[:, None], y, 0).view(T, k, -1)
+        out = torch.zeros_like(x)
+        OPS.moe_post(y, place.view(T, k), weights.contiguous(), torch.ones_like(weights), out)
+        return out
+
+    # -- paged cache and sparse attention ----------------------------------------------------------------------------
+
+    @limits(provider="kunlun_ops.concat_and_cache_mla+aten.index_copy_", dtypes={"pages": HALF, "first": same_as("pages")})
+    def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
+        if second is None:  # a cache of keys, for which the vendor's op quantises
+            return super().kv_write(pages, batch, first)
+        plan = batch.native
+        if len(plan.written) < batch.T:  # what it makes of slot -1 is not said
+            first, second = (rows.index_select(0, plan.written) for rows in (first, second))
+        if len(plan.written):
+            OPS.concat_and_cache_mla(
+                kv_c=first.contiguous(),
+                k_pe=second.contiguous(),
+                slot_mapping=plan.targets,
+                kv_cache=joint(pages).unflatten(0, (pages.spec.n_blocks, pages.spec.block_size)),
+            )
+        return pages
+
+    kv_write.capturable = False
+
+    @limits(provider="kunlun_ops.fast_topkv2", tie="any", k=2048)
+    def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
+        visible = batch.native.visible
+        found, length = OPS.fast_topkv2(score=_ordered(scores), lengths=visible, topk=k), visible.clamp(max=k)
+        valid = torch.arange(k, device=found.device) < length[:, None]
+        return Selection(SelectionSpec(batch.T, k), Rows(torch.where(valid, found, -1), length))
+
+    @limits(
+        provider="kunlun_ops.fwd_kvcache_mla+xspeedgate_ops.convert_req_index_to_global_index",
+        dtypes={"q_latent": "bfloat16", "q_rope": same_as("q_latent"), "kv": same_as("q_latent")},
+        T=at_least(1),
+        C=512,
+        R=64,
+    )
+    def sparse_mla(
+        self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
+    ) -> Tensor:
+        """The attention for decoding, in which each row is a request of one: it reads as many entries as the length of a row
+        says, which it wants on the host too. Keys are slots, so that the order of a request does not matter."""
+        plan, rows = batch.native, self.rows(sel)
+        slots = GATE.convert_req_index_to_global_index(
+            req_id=plan.row_request,
+            block_table=plan.block_table,
+            token_indices=rows.indices.contiguous(),
+            block_size=batch.block_size,
+            num_topk_tokens=sel.spec.k,
+        )
+        T, heads, width = q_latent.shape
+        out = q_latent.new_zeros(T, 1, heads, width)
+        statistic = [torch.zeros(T, 1, heads, dtype=torch.float32, device=out.device) for _ in range(2)]
+        host = torch.from_numpy(self.to_numpy(rows.length))
+        OPS.fwd_kvcache_mla(
+            q_c=torch.cat([q_latent, q_rope], dim=-1)[:, None],
+            kv_cache=joint(kv),
+            indices=slots[:, None],
+            kv_lod_cpu=host,
+            out=out,
+            max_logits=statistic[0],
+            p_sums=statistic[1],
+            softmax_scale=scale,
+            max_seq_kv=int(host.max()),
+            kv_lod_xpu=rows.length,
+        )
+        return torch.where(rows.length[:, None, None] > 0, out[:, 0], 0)
+
+    sparse_mla.capturable = False
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Dense float32 without NaN, of which nobody published what the top-k makes."""
+    return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
+
+
+def _sorted(x: Tensor, ids: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 [T*k], the sorted place of each choice; int32 [E+1], where an expert's rows begin; the rows by expert."""
+    if ids.numel() <= SMALL:
+        place, ends, rows = GATE.moe_pre_small(ids, E, index_have_neg=False, sort_mode=True, x=x)
+        return place, ends, rows.reshape(ids.numel(), x.shape[1])
+    statistic = ids.new_zeros(UNITS, E)
+    OPS.gen_block_statistic(ids, statistic)
+    rows = x.new_empty(ids.numel(), x.shape[1])
+    place, per_expert, ends = ids.new_zeros(ids.numel()), ids.new_zeros(E), ids.new_zeros(E + 1)
+    OPS.moe_pre_sorted(x, ids, statistic, rows, place, per_expert, ends)
+    return place, ends, rows
+
+
+def _product(rows: Tensor, w: Weight, ends: Tensor, place: Tensor, k: int) -> Tensor:
+    y = rows.new_zeros(rows.shape[0] // k, k, w.native.shape[1])
+    OPS.moe_fc(x=rows, weight=w.native, sorted_tokens_num_lod=ends, sorted_tokens_idx=place, moe_topk=k, y=y)
+    return y.flatten(0, 1)

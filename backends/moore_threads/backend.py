@@ -1,0 +1,91 @@
+"""Moore Threads' own kernels: MATE's library, which has DeepGEMM's and FlashMLA's interfaces, and its build of PyTorch.
+
+Limits are from MATE 0.2.2 and torch_musa 2.7.1. DeepGEMM's scores of the indexer take FP8 keys alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch_musa  # noqa: F401  gives torch its device
+from torch import Tensor
+
+from porthal.backends.torch.interfaces.deep_gemm import DeepGemm
+from porthal.backends.torch.interfaces.flash_mla import FlashMla
+from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.tables import angles
+from porthal.backends.torch.vendor import Vendor
+from porthal.hal import Batch, CallSpec, Kernel, limits, multiple_of, one_of, same_as
+
+# `import mate` finds a package of this name that is another one; only Moore Threads' has mate.deep_gemm.
+MATE = Library(
+    "mate",
+    proof="mate.deep_gemm",
+    moe_fused_gate="input bias num_expert_group topk_group topk num_fused_shared_experts routed_scaling_factor renormalize "
+    "apply_routed_scaling_factor_on_output",
+)
+PATCHED = Library(
+    "torch.nn.functional", swish_glu="input", rope="input freq_cis rotary_interleaved batch_first multi_latent_attention"
+)
+# One group of so many experts is compiled. Others run a kernel with room for 128 experts of a group.
+ONE_GROUP = (160, 256, 384)
+LARGEST_GROUP = 128
+GROUPS = one_of(1, 2, 4, 8, 16, 32)
+
+
+class MooreThreads(FlashMla, DeepGemm, Vendor):
+    """An S5000. Products and the write to the cache are aten's."""
+
+    kind, collectives = "musa", "mccl"
+
+    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
+        if op == "moe_route" and kernel.provider:
+            experts, groups = spec.dims["E"], spec.attrs["n_group"]
+            if experts // groups > LARGEST_GROUP and not (groups == 1 and experts in ONE_GROUP):
+                compiled = ", ".join(map(str, ONE_GROUP))
+                return f"groups have {experts // groups} experts, the kernel takes up to {LARGEST_GROUP}, or one of {compiled}"
+        return super().refuses(op, kernel, spec)
+
+    @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+
+    @limits(provider="torch.nn.functional.swish_glu")
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return PATCHED.swish_glu(input=x)
+
+    @limits(provider="torch.nn.functional.rope")
+    def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
+        """In float32, so that no table of bfloat16 is made of the angles. Rows are a sequence of one request for it, and pairs
+        lie in halves: its own flags for pairs are untested, or leave the result in that order."""
+        part = x[:, None, :, start : start + width].float()
+        pairs = layout == "interleaved"
+        if pairs:
+            part = part.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        y = PATCHED.rope(
+            input=part,
+            freq_cis=angles(batch, theta, width).repeat(1, 2),
+            rotary_interleaved=False,
+            batch_first=False,
+            multi_latent_attention=False,
+        )[:, 0]
+        if pairs:
+            y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return torch.cat([x[..., :start], y.to(x.dtype), x[..., start + width :]], dim=-1)
+
+    @limits(provider="mate.moe_fused_gate", tie="any", E=multiple_of(32), n_group=GROUPS)
+    def moe_route(
+        self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The sum is divided by here: the op adds nothing to it, and it may be 0."""
+        s, ids = MATE.moe_fused_gate(
+            input=logits,
+            bias=bias,
+            num_expert_group=n_group,
+            topk_group=topk_group,
+            topk=k,
+            num_fused_shared_experts=0,
+            routed_scaling_factor=1.0,
+            renormalize=False,
+            apply_routed_scaling_factor_on_output=False,
+        )
+        return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)

@@ -1,0 +1,42 @@
+"""A chip whose vendor ships a PyTorch: its device, and kernels that are declined where their library is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.interfaces.library import lacks
+from porthal.hal import CallSpec, Kernel, Place
+
+
+class Vendor(Torch):
+    """`kind` is the device's type in PyTorch, `collectives` the name by which torch.distributed knows its library."""
+
+    kind: ClassVar[str]
+    collectives: ClassVar[str]
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__(f"{self.kind}:{device or 0}")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{torch.device(self.device).index or 0}"
+
+    @property
+    def place(self) -> Place:
+        return "emulated device" if "emulated" in self.describe() else "hardware"
+
+    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
+        return lacks(kernel.provider) or super().refuses(op, kernel, spec)
+
+    def device_facts(self) -> Mapping[str, Callable[[], Any]]:
+        module, device = getattr(torch, self.kind), torch.device(self.device)
+        return {
+            "count": module.device_count,
+            "name": lambda: module.get_device_name(device),
+            "properties": lambda: module.get_device_properties(device),
+            "free and total bytes": lambda: module.mem_get_info(device),
+            "collectives": lambda: self.collectives,
+        }

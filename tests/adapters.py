@@ -1,0 +1,28 @@
+"""What every vendor's adapter owes, whatever its chip."""
+
+from __future__ import annotations
+
+import inspect
+
+from porthal.backends.torch.interfaces.library import Library
+from porthal.hal import Backend, contracts
+
+
+def unlike_contracts(cls: type[Backend]) -> list[str]:
+    """The kernels of a class and its mixins whose names, order, kinds or defaults of arguments are not their contracts'."""
+    wrong = []
+    for owner in cls.__mro__[: cls.__mro__.index(Backend)]:
+        for op in contracts().keys() & vars(owner).keys():
+            if (kernel := vars(owner)[op]) is None:
+                continue
+            given = list(inspect.signature(kernel).parameters.values())[1:]
+            wanted = list(inspect.signature(contracts()[op].reference).parameters.values())
+            if [(p.name, p.kind, p.default) for p in given] != [(p.name, p.kind, p.default) for p in wanted]:
+                wrong.append(f"{owner.__name__}.{op}")
+    return wrong
+
+
+def missing(*modules: str) -> dict[str, str]:
+    """What this installation lacks of the calls that kernels make, by function."""
+    libraries = [Library.known[module] for module in modules]
+    return {name: why for library in libraries for name in library.calls if (why := library.lacks(name))}

@@ -1,0 +1,84 @@
+"""Cambricon's calls carry the demo checkpoint; its selections are slots, and come back as positions."""
+
+import numpy as np
+import pytest
+import torch
+
+from porthal.backends.cambricon import emulated
+from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.interfaces.slots import Slots
+from porthal.hal import Batch, PagesSpec, Unavailable, create, probe
+from tests import demo
+from tests.adapters import missing, unlike_contracts
+
+OWN = {
+    "add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "layer_norm", "moe_experts", "moe_route", "moe_unpermute",
+    "rms_norm", "rope", "select_rows", "silu_mul", "sparse_mla",
+}  # fmt: skip
+BATCH = Batch.build([1, 3, 2], [130, 70, 0], [[3, 1, 4], [0, 5], []], 64)  # the last is padding
+
+
+@pytest.fixture
+def chip():
+    return create("cambricon")
+
+
+def test_kernels_have_the_signatures_of_their_contracts(chip):
+    assert unlike_contracts(type(chip)) == []
+
+
+def test_every_call_is_in_the_library_and_takes_what_is_passed():
+    assert missing("torch_mlu_ops") == {}
+
+
+def test_own_kernels_serve_the_model():
+    choices = demo.model("cambricon", "bfloat16").ops.choices
+    assert {op for op, c in choices.items() if c.status == "own"} == OWN
+    choices = demo.model("cambricon", "float32").ops.choices
+    assert {op for op, c in choices.items() if c.status == "own"} == OWN - {"indexer_topk"}
+
+
+def test_text_is_the_references():
+    assert demo.text("cambricon", "float32", 12) == demo.text("reference", "float32", 12)
+    assert demo.explained("cambricon", "bfloat16", 12)
+    assert emulated.calls["single_query_cached_kv_attn"] > 0 and emulated.calls["masked_indexer_select_paged_kv"] > 0
+
+
+def chosen(chip, k=16):
+    """The chip's selection, and the base's of the same."""
+    rng = np.random.default_rng(0)
+    iq, w = (rng.standard_normal(s).astype(np.float32) for s in ((BATCH.T, 32, 128), (BATCH.T, 32)))
+    spec = PagesSpec((("k", 128),), "bfloat16", 6, 64)
+    keys = chip.alloc_pages(spec)
+    keys["k"].copy_(torch.from_numpy(rng.standard_normal((spec.slots, 128)).astype(np.float32)).to(torch.bfloat16))
+    batch = chip.plan(BATCH)
+    half = [chip.from_numpy(x).to(torch.bfloat16) for x in (iq, w)]
+    return [f(chip, *half, keys, batch, k=k, scale=0.1) for f in (type(chip).indexer_topk, Torch.indexer_topk)]
+
+
+def test_slots_come_back_as_the_positions_of_their_requests(chip):
+    """Behind the length of a row stands what memory held; a padded row selects nothing."""
+    mine, theirs = chosen(chip)
+    assert isinstance(mine.native, Slots)
+    rows, wanted = chip.to_logical(mine), chip.to_logical(theirs)
+    assert rows["length"].tolist() == [16, 16, 16, 16, 0, 0]
+    for a, b in zip(rows["indices"], wanted["indices"]):
+        assert sorted(a) == sorted(b)
+
+
+def test_picked_rows_of_slots_stay_slots(chip):
+    mine, _ = chosen(chip)
+    picked = chip.select_rows(mine, chip.from_numpy(np.array([3, 0], np.int32)))
+    assert isinstance(picked.native, Slots)
+    assert np.array_equal(chip.to_logical(picked)["indices"], chip.to_logical(mine)["indices"][[3, 0]])
+
+
+def test_a_device_that_is_not_there_is_one_sentence():
+    with pytest.raises(Unavailable, match="has no device 'mlu:7' here"):
+        create("cambricon:7")
+
+
+def test_it_is_here_and_says_where_it_ran(chip):
+    assert probe("cambricon").state == "available"
+    assert (chip.place, chip.describe()) == ("emulated device", "emulated mlu")
+    assert chip.device_facts()["collectives"]() == "cncl"

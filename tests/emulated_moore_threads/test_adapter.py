@@ -1,0 +1,73 @@
+"""Moore Threads' calls carry the demo checkpoint, take what MATE takes, and give way where it is not here."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from porthal.backends.moore_threads import emulated
+from porthal.backends.torch.interfaces.library import Library
+from porthal.hal import CallSpec, Unavailable, contracts, create, probe
+from tests import demo
+from tests.adapters import missing, unlike_contracts
+
+OWN = {"grouped_gemm", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+
+
+@pytest.fixture
+def chip():
+    return create("moore_threads")
+
+
+def test_kernels_have_the_signatures_of_their_contracts(chip):
+    assert unlike_contracts(type(chip)) == []
+
+
+def test_every_call_is_in_the_library_and_takes_what_is_passed():
+    assert missing("mate", "deep_gemm", "flash_mla", "torch.nn.functional") == {}
+
+
+def test_own_kernels_serve_the_model_in_bfloat16():
+    choices = demo.model("moore_threads", "bfloat16").ops.choices
+    assert {op for op, c in choices.items() if c.status == "own"} == OWN  # the demo has 4 experts: a gate has 32 or more
+    assert choices["moe_route"].reason == "moore_threads: E = 4, the kernel takes a multiple of 32"
+    wide = demo.model("moore_threads", "float32").ops.choices["sparse_mla"]
+    assert wide.status == "inherited"
+    assert wide.reason == "moore_threads: q_latent is float32, the kernel takes one of bfloat16"
+
+
+def test_text_is_the_references():
+    assert demo.text("moore_threads", "float32", 12) == demo.text("reference", "float32", 12)
+    assert demo.explained("moore_threads", "bfloat16", 12)
+    assert emulated.calls["flash_mla_sparse_fwd"] > 0
+
+
+def test_the_gate_takes_what_is_compiled_or_small(chip):
+    [kernel] = [k for k in chip.candidates(contracts()["moe_route"]) if k.owner == "moore_threads"]
+
+    def refused(E, n_group):
+        return kernel.refuses(CallSpec({"T": 4, "E": E, "k": 8}, {}, {"n_group": n_group}, {}))
+
+    assert refused(256, 1) is None and refused(256, 8) is None
+    assert refused(512, 1) == "groups have 512 experts, the kernel takes up to 128, or one of 160, 256, 384"
+
+
+def test_another_package_of_the_name_is_told_from_mate(monkeypatch):
+    """A package index has a `mate` that matches values in tests."""
+    library = Library("mate_of_matchers", proof="mate_of_matchers.deep_gemm", moe_fused_gate="input")
+    monkeypatch.setitem(sys.modules, "mate_of_matchers", types.ModuleType("mate_of_matchers"))
+    assert library.lacks("moe_fused_gate").startswith("needs the Python module mate_of_matchers.deep_gemm: ")
+    del Library.known["mate_of_matchers"]
+
+
+def test_a_device_that_is_not_there_is_one_sentence():
+    with pytest.raises(Unavailable, match="has no device 'musa:7' here"):
+        create("moore_threads:7")
+
+
+def test_it_is_here_and_says_where_it_ran(chip):
+    assert probe("moore_threads").state == "available"
+    assert (chip.place, chip.describe()) == ("emulated device", "emulated musa")
+    facts = chip.device_facts()
+    assert (facts["count"](), facts["collectives"]()) == (torch.musa.device_count(), "mccl")

@@ -1,0 +1,69 @@
+"""The doctor: what it writes, what it leaves out, and that the vendors' pages list what it runs."""
+
+from __future__ import annotations
+
+import getpass
+import re
+from pathlib import Path
+
+import pytest
+
+from porthal.cli import doctor
+from porthal.cli.doctor import STEPS, Step, private, report, run
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(p for p in (ROOT / "docs").glob("*.md") if "porthal doctor --backend" in p.read_text(encoding="utf-8"))
+FEW = Step(("backends",), "NAME is available", r"^\*? *NAME +available", emulates=False)
+
+
+def test_ten_commands():
+    assert len(STEPS) == 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_vendors_page_lists_them_and_what_they_must_print(page):
+    rows = re.findall(r"^\| `(porthal .*?)` \| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    name = page.stem
+    assert rows == [(s.shown.replace("NAME", name), s.words.replace("NAME", name)) for s in STEPS]
+
+
+def test_pages_are_found():
+    assert {"cambricon", "kunlunxin", "moore_threads"} <= {page.stem for page in PAGES}
+
+
+def test_a_step_is_judged_by_its_exit_code_and_by_what_it_prints():
+    good = run(FEW, "reference", emulated=False, timeout=60)
+    assert (good.code, good.as_expected) == (0, True)
+    other = run(Step(("backends",), "", "^NAME is here"), "reference", emulated=False, timeout=60)
+    assert (other.code, other.as_expected) == (0, False)
+    unknown = run(Step(("explain", "--backend", "NAME"), "", ""), "nochip", emulated=False, timeout=60)
+    assert (unknown.code, unknown.as_expected) == (2, False)
+    assert "unknown backend 'nochip'" in unknown.output
+
+
+def test_a_command_that_hangs_is_stopped():
+    stopped = run(Step(("conform", "--backend", "NAME"), "", ""), "reference", emulated=False, timeout=1)
+    assert (stopped.code, stopped.as_expected) == (None, False)
+    assert "stopped after" in report("reference", {}, [stopped])
+
+
+def test_one_file_with_versions_variables_and_what_was_printed(command_line, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "STEPS", (FEW,))
+    file = tmp_path / "told.txt"
+    code, out, _ = command_line("doctor", "--backend", "reference", "--out", str(file))
+    assert code == 0
+    assert out.splitlines()[-1] == "1 of 1 as expected; send back told.txt"
+    told = file.read_text(encoding="utf-8")
+    assert re.search(r"^python: 3\.", told, re.MULTILINE)
+    assert "place: hardware" in told
+    assert "--- 1. porthal backends\nas expected: exit code 0" in told
+    assert str(tmp_path) not in told and str(ROOT) not in told
+
+
+def test_paths_are_told_from_the_package_on_and_names_not_at_all():
+    line = f'{ROOT}/backends/torch/backend.py, File "/opt/secret/lib/x.py", ~/key/file and /dev/mtgpu.0 of {getpass.getuser()}x'
+    told = private(line)
+    assert told.startswith("porthal/backends/torch/backend.py, ")
+    assert "secret" not in told and "key" not in told
+    assert "/dev/mtgpu.0" in told
+    assert private("a/b, 4/5 passed, and/or") == "a/b, 4/5 passed, and/or"

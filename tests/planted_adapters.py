@@ -1,0 +1,56 @@
+"""Mistakes planted in the adapters of chips: each is an edit of their source, which a case of the op must notice.
+
+The emulated device of the vendor must be installed in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.selftest.run import first_failing, plan
+from porthal.hal import Backend
+from porthal.hal.discovery import defined
+
+SHARED = tuple(f"porthal.backends.torch.interfaces.{name}" for name in ("slots", "flash_mla", "deep_gemm"))  # as they import
+
+
+class Mistake(NamedTuple):
+    """An edit in the adapter's `backend`, or in a shared file named by `where`; `old` stands there exactly once."""
+
+    op: str
+    what: str
+    old: str
+    new: str
+    where: str = "backend"
+    dtype: str = "bfloat16"
+
+
+def planted(vendor: str, mistake: Mistake) -> Backend:
+    """The vendor's backend made of sources of which one is edited; nobody else sees these modules."""
+    adapter = f"porthal.backends.{vendor}.backend"
+    edited = adapter if mistake.where == "backend" else f"porthal.backends.torch.interfaces.{mistake.where}"
+    made: dict[str, types.ModuleType] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*SHARED, adapter):
+            source = Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8")
+            if name == edited:
+                assert source.count(mistake.old) == 1, f"{mistake.what}: its snippet must stand once in {name}: {mistake.old!r}"
+                source = source.replace(mistake.old, mistake.new)
+            made[name] = types.ModuleType(name)
+            exec(compile(source, f"<{mistake.what}>", "exec", dont_inherit=True), vars(made[name]))
+            patch.setitem(sys.modules, name, made[name])
+    [kind] = defined(made[adapter])
+    return kind()
+
+
+def caught(vendor: str, mistake: Mistake) -> str:
+    """The token of the case that notices it, "" where none does."""
+    result, _ = first_failing(plan(mistake.op, mistake.dtype, level="bring-up"), Bindings(planted(vendor, mistake)), "bring-up")
+    return result.token if result else ""
