@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.backends.ascend.calls import FLOATS, Call, calling
 from porthal.backends.ascend.plan import memory
-from porthal.hal import Batch, Pages, any_of, at_least, at_most, limits, one_of, same_as
+from porthal.hal import Batch, Pages, any_of, at_least, at_most, one_of, same_as
 
 RMS_NORM = Call("npu_rms_norm", "input", "gamma", "epsilon")
 ADD_RMS_NORM = Call("npu_add_rms_norm", "x1", "x2", "gamma", "epsilon")
@@ -29,10 +28,6 @@ class Rows:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
         y, _, r = ADD_RMS_NORM(x1=x, x2=residual, gamma=weight, epsilon=eps)
         return y, r
-
-    @limits(provider="aten.layer_norm", dtypes={"x": FLOATS, "weight": same_as("x"), "bias": same_as("x")})
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     @calling(SWIGLU, dtypes={"x": FLOATS}, T=SOME)
     def silu_mul(self, x: Tensor) -> Tensor:

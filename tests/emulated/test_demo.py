@@ -9,7 +9,7 @@ from porthal.model.generate import generate
 from porthal.model.load import DEMO, load
 from tests import demo
 
-ROWS = {"add_rms_norm", "kv_write", "layer_norm", "rms_norm", "rope", "silu_mul"}
+ROWS = {"add_rms_norm", "kv_write", "rms_norm", "rope", "silu_mul"}
 EXPERTS = {"grouped_gemm", "moe_permute", "moe_route"}
 HALVES = {"indexer_topk", "moe_experts", "sparse_mla"}  # of bfloat16 alone, or of float16 too
 

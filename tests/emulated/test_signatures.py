@@ -11,7 +11,7 @@ def test_ascend_kernels_have_the_signatures_of_their_contracts():
 
     own = Ascend.__mro__[: Ascend.__mro__.index(Torch)]
     kernels = {op: f for cls in own for op, f in vars(cls).items() if op in contracts()}
-    assert len(kernels) >= 13
+    assert len(kernels) >= 12
     for op, kernel in kernels.items():
         given = list(inspect.signature(kernel).parameters.values())[1:]
         wanted = list(inspect.signature(contracts()[op].reference).parameters.values())

@@ -18,7 +18,6 @@ TOKENS = (
     "rms_norm,T=7,H=96,x:bf16,0",
     "rms_norm,T=7,H=96,x:bf16,weight:fp32,0",
     "add_rms_norm,T=7,H=96,x:bf16,0",
-    "layer_norm,T=7,H=96,x:bf16,0",
     "silu_mul,T=7,I=96,x:bf16,0",
     "rope,T=5,N=8,D=72,theta=1000000.0,layout=half,start=0,width=64,x:bf16,batch=mixed,block_size=64,0",
     "rope,T=5,N=8,D=64,theta=10000.0,layout=interleaved,start=0,width=64,x:fp32,batch=mixed,block_size=64,0",
