@@ -124,7 +124,7 @@ class Kunlunxin(Joint, Vendor):
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The weights are computed once more: it divides by their sum, which may be 0. Equal groups would be in its own order."""
+        """Weights are computed once more: it divides by their sum, which may be 0. Equal groups would be in its own order."""
         T, E = logits.shape
         weights, ids = logits.new_zeros(T, k), logits.new_zeros(T, k, dtype=torch.int32)
         OPS.moe_sigmoid_group_topk_norm(
