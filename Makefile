@@ -30,7 +30,7 @@ test: lint types  ## lint, types and all tests
 	@$(MAKE) -j2 --output-sync=target --no-print-directory test-plain test-torch
 
 test-plain: .venv/ready
-	.venv/bin/pytest tests/house tests/quick tests/plain
+	.venv/bin/pytest tests/house tests/quick tests/plain tests/onnx
 
 # A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
 test-torch: .venv/ready

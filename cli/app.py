@@ -14,6 +14,7 @@ from porthal.cli.bench import bench
 from porthal.cli.check import check
 from porthal.cli.compare import compare
 from porthal.cli.doctor import doctor
+from porthal.cli.export import export
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
     HIGHER,
@@ -375,6 +376,7 @@ def self_test(
 
 
 app.command()(check)
+app.command()(export)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)

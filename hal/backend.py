@@ -278,13 +278,12 @@ class Backend:
                 function = vars(cls)[op]
                 if function is None:
                     break
-                stated = {f: getattr(function, f) for f in STATED if hasattr(function, f)}
                 bound = function.__get__(self)
-                found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **stated)))
+                found.append((function, Kernel(op, bound, self, owner, self._packing(chain[i:]), **_stated(function))))
             elif "derive" in vars(cls) and cls is not Backend:
                 derived = vars(cls)["derive"](self, contract)
                 if derived is not None:
-                    found.append((None, Kernel(op, derived, self, owner, self._packing(chain[i:]))))
+                    found.append((None, Kernel(op, derived, self, owner, self._packing(chain[i:]), **_stated(derived))))
         kernels: list[Kernel] = []
         for function, kernel in reversed(found):
             if kernels and _calls_super(function, op):
@@ -301,6 +300,11 @@ class Backend:
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         """Why a kernel does not take a call with these static facts, or None: a pure function; here, of its limits."""
         return kernel.limits.refuses(spec)
+
+
+def _stated(function: Any) -> dict[str, Any]:
+    """What `@limits` says of a kernel."""
+    return {f: getattr(function, f) for f in STATED if hasattr(function, f)}
 
 
 def _calls_super(function: Any, op: str) -> bool:

@@ -318,9 +318,16 @@ class Loader:
 
     def joined(self, use: str, shape: tuple[int, int], names: Sequence[str]) -> Weight:
         """[rows, columns]: the named tensors one below the other, with equally many rows."""
-        parts = [self.rows(n, (shape[0] // len(names), shape[1])) for n in names]
+        height = shape[0] // len(names)
+        parts = [self.rows(n, (height, shape[1])) for n in names]
 
-        return self.build(use, shape, lambda rows: _below(parts)[rows])
+        def read(rows: slice) -> Array:
+            start, stop, _ = rows.indices(shape[0])
+            ends = [(max(start - i * height, 0), min(stop - i * height, height)) for i in range(len(parts))]
+            found = [part(slice(*end)) for part, end in zip(parts, ends) if end[0] < end[1]]
+            return np.concatenate(found) if len(found) > 1 else found[0]
+
+        return self.build(use, shape, read)
 
 
 def _below(parts: Sequence[Reader]) -> Array:

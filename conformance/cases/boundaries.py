@@ -190,7 +190,7 @@ def most_of(contract: Contract, profile: Profile) -> dict[str, int]:
                 most[name] = max(most.get(name, 0), v)
     rows = contract.rows
     by_one = contract.signature.of_kind("Selection")  # whose rows are drawn one by one
-    for symbol in {rows, *contract.independent[:1]} - {""}:
+    for symbol in filter(None, dict.fromkeys([rows, *contract.independent[:1]])):
         most[symbol] = max(most.get(symbol, 0), REQUESTS if by_one and symbol not in contract.independent else ROWS)
     size = most.get("block_size", 64)
     if contract.signature.of_kind("Batch"):
@@ -285,7 +285,7 @@ def _wanted(contract: Contract, level: Level, met: _Met, most: Mapping[str, int]
 
 def _crossing(what: str, n: int, most: Mapping[str, int]) -> dict[str, int]:
     """Sizes that bring an expression just above a number: the largest of them as small as the others allow."""
-    used = sorted(set(symbols(what)), key=lambda s: most[s])
+    used = sorted(dict.fromkeys(symbols(what)), key=lambda s: most[s])
     sizes = {s: min(most[s], n + 1) for s in used[:-1]}
     none, one = (evaluate(what, {**sizes, used[-1]: v}) for v in (0, 1))
     return {**sizes, used[-1]: max(1, -(-(n + 1 - none) // (one - none)))}

@@ -31,7 +31,7 @@ from porthal.conformance.cases.domain import (
     per_expert,
     takes_integers,
 )
-from porthal.conformance.cases.legal import FAR, FAULTS, PAST_2G, THREADS, elements, refusal
+from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, elements, refusal
 from porthal.conformance.cases.pairs import LESS, SAME, pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
@@ -82,6 +82,7 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
     plan, profile = _Plan(contract, level), profile_of(model)
     planned = (*plan.cases(), *large(contract, level, model))
     planned += tuple(pair_cases(contract, plan.level, planned, profile, plan.telling()))
+    planned += tuple(plan.layouts({case.view for case in planned}))
     for case in (*planned, *boundary_cases(contract, plan.level, planned, profile)):
         found.setdefault(case.token, case)
     return tuple(found.values())
@@ -214,9 +215,9 @@ class _Plan:
             for combo in self._each():
                 wanted = dict(combo).get(self.first) != SERVED if self.level.thorough else n % 2
                 made = partial(self._made, rows=SOME_ROWS, recipes=recipes, dtypes=combo)
-                whole, alike = (list(made(**kind)) for kind in ({}, copied))
+                whole, alike = (list(made(**kind)) if wanted else [] for kind in ({}, copied))
                 cheap = sum(map(seconds, alike)) < LESS * sum(map(seconds, whole))  # of copies fewer numbers tell
-                found = (alike if cheap or not whole else whole) if wanted else []
+                found = alike if cheap or not whole else whole
                 yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])
                 if not many or (self.level.thorough and combo == self.combos[0]):
                     yield from self._made(recipes=recipes, dtypes=combo, rows=few)
@@ -234,6 +235,12 @@ class _Plan:
             for combo in narrow if self.level.thorough else narrow[:1]:
                 yield from self._made(view=PAST_2G, dtypes=combo)
         yield from self._threads()
+
+    def layouts(self, met: set[str]) -> Iterator[Case]:
+        """A small call in each layout that none has met: in pairs such calls may all have been too dear."""
+        for view in (*VIEWS, *LAYOUTS):
+            if view not in met:
+                yield from self._made(view=view, dtypes=self._next())
 
     def _threads(self) -> Iterator[Case]:
         """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as

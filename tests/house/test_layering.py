@@ -20,6 +20,7 @@ SHORTCUTS = (
     ("porthal.model.glm5", "porthal.model.generate"),
     ("porthal.hal.contract", "porthal.hal.binding"),
     ("porthal.backends.torch.backend", "porthal.backends.torch.capture"),
+    ("porthal.backends.onnxruntime.backend", "porthal.backends.onnxruntime.graph"),
 )
 PLUGINS = "peers/"  # of bench: packages apart, that see of porthal what any plugin sees
 EDITED = "selftest/"  # of conformance: plants defects in backends' sources, so it names them

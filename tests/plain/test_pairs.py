@@ -41,7 +41,7 @@ def test_a_batch_is_legal_and_of_its_form(form, rows, keys, size):
 def test_the_plan_is_the_same_in_every_process():
     script = (
         "from porthal.conformance.cases.plan import cases\nfrom porthal.hal import contracts\n"
-        "print([c.token for op in ('linear', 'topk') for c in cases(contracts()[op])])"
+        "print([c.token for op in ('linear', 'topk', 'head_linear') for c in cases(contracts()[op])])"
     )
     found = set()
     for seed in "12":

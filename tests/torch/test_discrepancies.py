@@ -136,7 +136,6 @@ def test_kernels_have_the_signatures_of_their_contracts(backend):
 
 # Row counts: larger than a case of the standard level may be. Permute and pad: rows refer to one another.
 EXEMPT = {
-    "mla_prolog": {"row counts"},
     "speculative_verify": {"row counts"},
     "select_rows": {"row counts"},
     "page_copy": {"permute and pad"},

@@ -1,0 +1,167 @@
+"""Kernels made of the functions of ONNX, one graph per operator, its attributes and the dtypes and ranks of its arrays."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from porthal.backends.onnxruntime import functions
+from porthal.backends.reference.backend import Reference
+from porthal.hal import (
+    Backend,
+    Batch,
+    Contract,
+    Pages,
+    Rows,
+    Selection,
+    SelectionSpec,
+    Unavailable,
+    Weight,
+    dtype,
+    limits,
+)
+
+Array = np.ndarray[Any, Any]
+SESSIONS = 256  # that are kept, each of some 100 KB without its weights, which calls hand over
+SUFFIX = "ExecutionProvider"
+AFTER = "_after"  # of a function's output that stands for an input that it overwrites
+
+
+class Onnxruntime(Reference):
+    """Arrays are NumPy's and stay in their dtype; weights are handed over with each call, so that sessions hold none."""
+
+    widens = False
+
+    def __new__(cls, device: str = "") -> Onnxruntime:
+        if device == "graph" and cls is Onnxruntime:
+            from porthal.backends.onnxruntime.graph import Graph
+
+            return Backend.__new__(Graph)
+        return super().__new__(cls, device)
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        onnxruntime.set_default_logger_severity(4)  # what fails is raised
+        asked = device or os.environ.get("PORTHAL_ORT_PROVIDERS", "") or "cpu"
+        self.device = device
+        self.providers = [_provider(name.strip()) for name in asked.split(",")]
+        self.sessions: OrderedDict[Any, onnxruntime.InferenceSession] = OrderedDict()
+
+    def describe(self) -> str:
+        names = ", ".join(p.removesuffix(SUFFIX) for p in self.providers)
+        return f"{super().describe()} (onnxruntime {onnxruntime.__version__}: {names}, one thread)"
+
+    def derive(self, contract: Contract) -> Callable[..., Any] | None:
+        if not functions.variants(contract.name):
+            return None
+
+        @limits(provider=f"onnxruntime, {functions.DOMAIN}.{contract.name}")
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            return self._call(contract, *contract.arrange(args, kwargs))
+
+        return kernel
+
+    def _call(self, contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
+        spec = contract.spec(operands, attrs)
+        f = functions.function(contract.name, _variant(contract, operands, attrs))
+        held = dict(self._leaves(contract, operands))
+        results = contract.results(spec)
+        facts = {**spec.dims, **attrs}
+        words = {n: functions.CODES[results[0][2]] for n, value in facts.items() if isinstance(value, str)}
+        attributes = {name: {**facts, **words}[name] for name in f.attribute}
+        outputs: dict[str, Any] = {}
+        found = []
+        for result, shape, of in results:
+            if result.mutated:
+                written = self.overwritten(operands[result.name])
+                outputs |= {name + AFTER: array for name, array in self._leaves(contract, {result.name: written})}
+                found.append(written)
+            elif result.kind == "Selection":
+                rows = Rows(self.empty(shape, "int32"), self.empty(shape[:1], "int32"))
+                outputs |= {f"{result.name}_{field}": array for field, array in rows._asdict().items()}
+                found.append(Selection(SelectionSpec(*shape), rows))
+            else:
+                outputs[result.name] = self.empty(shape, of)
+                found.append(outputs[result.name])
+        self._run(f, {name: held[name] for name in f.input}, {name: outputs[name] for name in f.output}, attributes)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def overwritten(self, pages: Pages) -> Pages:
+        """The pages that a kernel gives back: these, as it writes into them."""
+        return pages
+
+    def rows_of(self, batch: Batch) -> Mapping[str, Any]:
+        """What functions take of a batch: of its rows, and of its requests."""
+        table = batch.block_table if batch.block_table.shape[1] else np.full((batch.R, 1), -1, np.int32)
+        rows = {"positions": batch.positions, "row_request": batch.row_request, "slots": batch.slots, "visible": batch.visible}
+        return {**rows, "block_table": table, "kv_len": batch.kv_len}
+
+    def _leaves(self, contract: Contract, operands: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+        """The arrays of operands by the names that functions have for them."""
+        for declared in contract.signature.operands:
+            value = operands.get(declared.name)
+            if isinstance(value, Weight):
+                yield declared.name, value.native
+            elif isinstance(value, Pages):
+                for (field, *_), (name, _) in zip(declared.fields, value.spec.fields):
+                    yield f"{declared.name}_{field}", value.native[name]
+            elif isinstance(value, Selection):
+                for field, array in self.rows(value)._asdict().items():
+                    yield f"{declared.name}_{field}", array
+            elif isinstance(value, Batch):
+                yield from self.rows_of(value).items()
+            elif value is not None:
+                yield declared.name, value
+
+    def _run(self, f: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> None:
+        """One call in place: outputs are overwritten, of which some may be inputs."""
+        if not any(array.size for array in outputs.values()):  # of no rows the runtime's reductions keep the axis they reduce
+            return
+        given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        made = {name: array if array.flags.c_contiguous else np.empty_like(array, order="C") for name, array in outputs.items()}
+        session = self._session(f, given, made, attributes)
+        binding = session.io_binding()
+        for bind, arrays in ((binding.bind_input, given), (binding.bind_output, made)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, functions.CODES[dtype(array)], array.shape, array.ctypes.data)
+        session.run_with_iobinding(binding)
+        for name, array in outputs.items():
+            if made[name] is not array:
+                array[...] = made[name]
+
+    def _session(self, f: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> Any:
+        values = [tuple((n, dtype(a), a.ndim) for n, a in arrays.items()) for arrays in (inputs, outputs)]
+        key = (f.name, f.overload, tuple(attributes.items()), *values)
+        if key in self.sessions:
+            self.sessions.move_to_end(key)
+            return self.sessions[key]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        model = functions.model(f, *values, attributes).SerializeToString()
+        self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=self.providers)
+        if len(self.sessions) > SESSIONS:
+            self.sessions.popitem(last=False)
+        return self.sessions[key]
+
+
+def _variant(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> str:
+    """The variant of the function for these optional operands, words, and attributes that are not as usual."""
+    signature = contract.signature
+    words = {str(value) for value in attrs.values()} | {o.name for o in signature.operands if operands[o.name] is not None}
+    words |= {name for name, value in attrs.items() if value != contract.attributes[name].default}
+    for declared in signature.of_kind("Pages"):
+        words |= {field for (field, *_), _ in zip(declared.fields, operands[declared.name].spec.fields)}
+    return next((v for v in functions.variants(contract.name) if v in words), "")
+
+
+def _provider(name: str) -> str:
+    here = {p.removesuffix(SUFFIX).lower(): p for p in onnxruntime.get_available_providers()}
+    if name.lower().removesuffix(SUFFIX.lower()) not in here:
+        known = ", ".join(here)
+        raise Unavailable(f"onnxruntime {onnxruntime.__version__} has no provider {name!r} here: expected one of {known}")
+    return here[name.lower().removesuffix(SUFFIX.lower())]

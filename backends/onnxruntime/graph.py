@@ -1,0 +1,172 @@
+"""A model as a graph of ONNX: kernels enter a call of their function, and compute nothing.
+
+Rows, requests, slots and columns of tables are free sizes; the first axis of an array is always one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import TensorProto, helper
+
+from porthal.backends.onnxruntime.backend import Onnxruntime
+from porthal.backends.onnxruntime.functions import CODES, DOMAIN, IR, OPSET, VERSION, needed
+from porthal.hal import Batch, Pages, PagesSpec, UsageError, Weight, WeightSpec, dtype
+from porthal.hal.abstract import AbstractArray
+from porthal.hal.dtypes import itemsize
+
+Array = np.ndarray[Any, Any]
+PAGE = 4096  # bytes, at which tensors begin in the data file, so that it can be mapped
+PIECE = 64 << 20  # bytes of a weight that are read at a time
+
+
+class Traced(AbstractArray):
+    """An array of the graph: its name, and its shape in the step that was traced."""
+
+    __slots__ = ("graph", "name")
+
+    def __init__(self, graph: Graph, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        super().__init__(tuple(shape), dtype)
+        self.graph, self.name = graph, name
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def reshape(self, *shape: int) -> Traced:
+        super().reshape(*shape)  # which refuses what does not fit
+        if shape[0] != self.shape[0]:
+            raise UsageError(f"an array of {list(self.shape)} is reshaped to {list(shape)}: its first axis is free, keep it")
+        return self.graph.entered("Reshape", [self, self.graph.constant([0, *shape[1:]])], shape, self.dtype)
+
+    def __getitem__(self, key: Any) -> Traced:
+        keys = key if isinstance(key, tuple) else (key,)
+        shape = super().__getitem__(key).shape
+        cut = [(axis, *k.indices(self.shape[axis])) for axis, k in enumerate(keys) if k != slice(None)]
+        if any(axis == 0 for axis, *_ in cut) or len(shape) != len(self.shape):
+            raise UsageError(f"an array of {list(self.shape)} is indexed by {key!r}: in a graph slices cut columns alone")
+        axes, starts, ends, steps = ([c[i] for c in cut] for i in range(4))
+        return self.graph.entered("Slice", [self, *map(self.graph.constant, (starts, ends, axes, steps))], shape, self.dtype)
+
+
+class Graph(Onnxruntime):
+    """Enters calls. `weights_in` says where weights go, which are written as they are read."""
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self.nodes: list[onnx.NodeProto] = []
+        self.functions: dict[tuple[str, str], onnx.FunctionProto] = {}
+        self.inputs: dict[str, onnx.ValueInfoProto] = {}
+        self.tensors: dict[str, TensorProto] = {}
+        self.of_batch: dict[str, Traced] = {}  # of the batch
+        self.data: BinaryIO | None = None
+        self.count = self.caches = 0
+
+    def weights_in(self, data: BinaryIO, name: str) -> None:
+        """Weights are written to this file, which graphs know by this name."""
+        self.data, self.data_name = data, name
+
+    # -- arrays ------------------------------------------------------------------------------------------------------
+
+    def fresh(self, what: str) -> str:
+        self.count += 1
+        return f"{what}_{self.count}"
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return Traced(self, self.fresh("v"), shape, dtype)
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: str, free: Mapping[int, str]) -> Traced:
+        """An input of the graph, of which these axes are free."""
+        dims = [free.get(axis, size) for axis, size in enumerate(shape)]
+        self.inputs[name] = helper.make_tensor_value_info(name, CODES[dtype], dims)
+        return Traced(self, name, shape, dtype)
+
+    def constant(self, values: list[int]) -> Traced:
+        name = "ints_" + "_".join(map(str, values)).replace("-", "m")
+        self.tensors.setdefault(name, helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+        return Traced(self, name, (len(values),), "int64")
+
+    def from_numpy(self, x: Array) -> Any:
+        return self._stored(x.shape, dtype(x), lambda part: x[part])
+
+    def _stored(self, shape: tuple[int, ...], of: str, read: Callable[[slice], Array]) -> Traced:
+        """A tensor that is written to the file of weights, a piece at a time."""
+        if self.data is None:
+            raise UsageError("the graph has no file for its weights: call weights_in first")
+        self.data.write(bytes(-self.data.tell() % PAGE))
+        start, width = self.data.tell(), int(np.prod(shape[1:])) * itemsize(of)
+        step = max(1, PIECE // max(width, 1))
+        for first in range(0, shape[0], step):
+            self.data.write(np.ascontiguousarray(read(slice(first, min(first + step, shape[0])))).tobytes())
+        name = self.fresh("w")
+        tensor = TensorProto(name=name, data_type=CODES[of], dims=shape, data_location=TensorProto.EXTERNAL)
+        facts = {"location": self.data_name, "offset": start, "length": self.data.tell() - start}
+        tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in facts.items())
+        self.tensors[name] = tensor
+        return Traced(self, name, shape, of)
+
+    # -- operands ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
+        return Weight(spec, self._stored(spec.shape, spec.dtype, read))
+
+    def alloc_pages(self, spec: PagesSpec) -> Pages:
+        name, free = f"cache_{self.caches}", {0: "slots"}
+        self.caches += 1
+        return Pages(spec, {f: self.input(f"{name}_{f}", (spec.slots, w), spec.dtype, free) for f, w in spec.fields})
+
+    def overwritten(self, pages: Pages) -> Pages:
+        return Pages(pages.spec, {name: self.empty(array.shape, array.dtype) for name, array in pages.native.items()})
+
+    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
+        for name, array in super().rows_of(batch).items():
+            free = {0: "requests" if name in ("kv_len", "block_table") else "rows", 1: "columns"}
+            self.of_batch[name] = self.input(name, array.shape, dtype(array), free)
+        return batch
+
+    def rows_of(self, batch: Batch) -> Mapping[str, Any]:
+        return self.of_batch
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def entered(self, op: str, inputs: list[Traced], shape: tuple[int, ...], dtype: str) -> Traced:
+        """The result of a standard operator."""
+        out: Traced = self.empty(shape, dtype)
+        self.nodes.append(helper.make_node(op, [x.name for x in inputs], [out.name], name=self.fresh(op)))
+        return out
+
+    def _run(self, f: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+        names = [[x.name for x in values.values()] for values in (inputs, outputs)]
+        node = helper.make_node(f.name, *names, name=self.fresh(f.name), domain=DOMAIN, overload=f.overload, **attributes)
+        self.nodes.append(node)
+        self.functions[f.name, f.overload] = f
+
+    def saved(self, path: Path, name: str, outputs: Mapping[str, Traced], inline: bool) -> None:
+        """Write what was entered so far as a model, and begin anew; weights stay in their file."""
+        renamed = {array.name: name for name, array in outputs.items()}
+        for node in self.nodes:
+            node.output[:] = [renamed.get(n, n) for n in node.output]
+            node.input[:] = [renamed.get(n, n) for n in node.input]
+        used = {n for node in self.nodes for n in node.input}
+        results = [helper.make_tensor_value_info(n, CODES[x.dtype], [None] * x.ndim) for n, x in outputs.items()]
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [info for n, info in self.inputs.items() if n in used],
+            results,
+            [tensor for n, tensor in self.tensors.items() if n in used],
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+        model = helper.make_model(graph, functions=needed(self.functions.values()), opset_imports=opsets, ir_version=IR)
+        if inline:
+            model = onnx.inliner.inline_local_functions(model)
+        beside = path.with_name(path.name + ".part")
+        beside.write_bytes(model.SerializeToString())
+        os.replace(beside, path)
+        self.nodes, self.functions = [], {}

@@ -1,0 +1,84 @@
+"""docs/onnx.md: `python -m porthal.backends.onnxruntime.page > docs/onnx.md`."""
+
+from __future__ import annotations
+
+from porthal.backends.onnxruntime.functions import DOMAIN, IR, OPSET, function, nodes, variants
+from porthal.hal import contracts
+
+HEAD = """# Operators in ONNX
+
+Every operator is a function of ONNX in the domain `{domain}`, whose body has standard operators alone: opset {opset},
+IR {ir}. Its name, its attributes and its meaning are those of the contract; its text is a file of
+`backends/onnxruntime/functions`. A compiler that knows the name may put a kernel of its own in the place of the body;
+one that does not runs the body.
+
+```
+PORTHAL_BACKEND=onnxruntime porthal generate "text"    runs them on the CPU; onnxruntime:NAME on another provider
+porthal conform --backend onnxruntime:NAME             judges a provider, call by call
+porthal export --out model.onnx                        a model as graphs, to run without porthal: examples/onnx
+```
+
+`PORTHAL_ORT_PROVIDERS=NAME,NAME` names providers where no device is given. Arithmetic is float32 between one cast at
+the start and one at the end, so float32, float16 and bfloat16 need no other kernels: the CPU provider has none for
+most operators on bfloat16, and computes chains of float16 in float32 without rounding between.
+
+Why some bodies are as they are, with onnxruntime 1.31.1: its Sigmoid is wrong below -8, so it is spelled with Exp;
+reductions of no rows keep the axis that they reduce, so nothing is run where no result has an element; ReduceMax
+drops a NaN, so it is looked for apart; an index of -1 is the last row, by which rows that stand for none read zeros.
+
+| operator | operands | attributes | nodes when inlined | the runtime has one kernel |
+|---|---|---|---|---|
+"""
+TAIL = """
+Composites ({composites}) are called as the operators that they are made of.
+
+The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on
+[peers.md](peers.md). None is used here: a graph of standard operators is what every runtime takes.
+
+## The exported model
+
+| input | shape | |
+|---|---|---|
+| ids | rows | token ids of the step, int32 |
+| positions, visible | rows | a row's place in its text, and how many keys it may see: one more; int32 |
+| slots | rows | where its key is written in the cache, -1: nowhere; int64 |
+| row_request | rows | which request it belongs to; int32 |
+| kv_len, block_table | requests (, columns) | keys of a request after this step, and its pages in order; int32 |
+| last_rows | requests | rows whose logits are wanted; int32 |
+| cache_N_FIELD | slots, width | the cache; of each comes back cache_N_FIELD_after |
+
+logits [requests, vocabulary] are float32. hidden [rows, H] goes to the draft of a model with an MTP layer, whose ids
+are those of the token after each row, and whose hidden_after goes to the next draft. Weights stand in FILE.onnx.data,
+which both graphs read."""
+KERNELS = {
+    "add_rms_norm": "SkipSimplifiedLayerNormalization",
+    "layer_norm": "LayerNormalization",
+    "linear": "MatMul, Gemm",
+    "log_softmax": "LogSoftmax",
+    "moe_experts": "com.microsoft.MoE",
+    "rms_norm": "SimplifiedLayerNormalization",
+    "rope": "RotaryEmbedding",
+    "topk": "TopK",
+}
+
+
+def page() -> str:
+    rows = []
+    for op in contracts():
+        for variant in variants(op):
+            f = function(op, variant)
+            name = f"{op}, {variant}" if variant else op
+            inputs = ", ".join(f.input)
+            rows.append(f"| {name} | {inputs} | {', '.join(f.attribute)} | {count(op, variant)} | {KERNELS.get(op, '')} |\n")
+    composites = ", ".join(op for op in contracts() if not variants(op))
+    head = HEAD.format(domain=DOMAIN, opset=OPSET, ir=IR)
+    return head + "".join(rows) + TAIL.format(composites=composites)
+
+
+def count(op: str, variant: str) -> int:
+    """Standard operators of a function, those inside its calls and its loops among them."""
+    return sum(count(n.op_type, n.overload) if n.domain == DOMAIN else 1 for n in nodes(function(op, variant)))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,148 @@
+"""The exported model: the same text in plain ONNX Runtime, whole files or none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[dev]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
+
+import porthal  # noqa: E402
+from porthal.cli.app import app  # noqa: E402
+from porthal.hal import Batch, UsageError  # noqa: E402
+from porthal.model.export import export  # noqa: E402
+from porthal.model.load import DEMO, opened  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "model.onnx"
+    written = export(*opened(DEMO), out)
+    assert [p.name for p in written] == ["model.onnx", "model.onnx.data", "model.draft.onnx"]
+    assert {p.name for p in out.parent.iterdir()} == {p.name for p in written}
+    return out
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def empty_cache(run, pages):
+    return {i.name: np.zeros((pages * 64, i.shape[1]), np.float32) for i in run.get_inputs() if "cache" in i.name}
+
+
+def arrays(batch):
+    names = ("positions", "visible", "slots", "row_request", "kv_len", "block_table", "last_rows")
+    return {name: getattr(batch, name) for name in names}
+
+
+def test_the_script_without_porthal_writes_the_text_of_the_reference(exported, tmp_path):
+    script = ROOT / "examples/onnx/generate.py"
+    assert "porthal" not in script.read_text(encoding="utf-8")
+    command = [sys.executable, "-I", str(script), str(exported), TEXT, "40"]
+    written = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    model = porthal.model.load(DEMO, porthal.bind("reference"))
+    tokens = model.generate(list(TEXT.encode()), 40)
+    assert written == TEXT.encode() + bytes(tokens) + b"\n"
+
+
+def test_graphs_are_legal_and_inlined_ones_have_no_functions(exported, tmp_path):
+    onnx.checker.check_model(str(exported), full_check=True)
+    inline = tmp_path / "inline.onnx"
+    assert app(["export", "--out", str(inline), "--inline"], standalone_mode=False) == 0
+    made = onnx.load(str(inline), load_external_data=False)
+    onnx.checker.check_model(str(inline), full_check=True)
+    assert not made.functions and {n.domain for n in made.graph.node} == {""}
+
+
+def test_the_reference_evaluator_of_onnx_gives_the_same_logits(tmp_path):
+    from onnx.reference import ReferenceEvaluator
+
+    inline = tmp_path / "inline.onnx"
+    export(*opened(DEMO), inline, inline=True)
+    run = session(inline)
+    batch = Batch.build([3], [3], [[0]], 64)
+    given = {"ids": np.array(list(b"def"), np.int32), **arrays(batch), **empty_cache(run, 1)}
+    with np.errstate(divide="ignore"):  # the lowest number is written as the logarithm of 0
+        found = ReferenceEvaluator(onnx.load(str(inline))).run(["logits"], given)[0]
+    assert np.abs(found - run.run(["logits"], given)[0]).max() < 1e-3
+
+
+def test_a_batch_of_several_requests_gives_each_its_logits(exported):
+    """Two requests in one step, of other lengths than the traced ones, with pages that are not in order."""
+    run = session(exported)
+    batch = Batch.build([5, 70], [5, 70], [[2], [1, 0]], 64)
+    text = [list(b"import"[:5]), list((b"def f(x):\n    return x\n" * 4)[:70])]
+    ids = np.array([*text[0], *text[1]], np.int32)
+    names = [o.name for o in run.get_outputs()]
+    found = dict(zip(names, run.run(None, {"ids": ids, **arrays(batch), **empty_cache(run, 3)})))
+    model = porthal.model.load(DEMO, porthal.bind("reference"))
+    for logits, one in zip(found["logits"], text):
+        wanted = model.forward(one)[-1]
+        assert np.abs(logits - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+def test_the_draft_is_that_of_the_model(exported):
+    step, draft = session(exported), session(exported.with_name("model.draft.onnx"))
+    ids = np.array(list(b"import numpy as np"), np.int32)
+    batch = Batch.build([len(ids) - 1], [len(ids) - 1], [[0]], 64)
+    names = [o.name for o in step.get_outputs()]
+    found = dict(zip(names, step.run(None, {"ids": ids[:-1], **arrays(batch), **empty_cache(step, 1)})))
+    given = {"ids": ids[1:], "hidden": found["hidden"], **arrays(batch), **empty_cache(draft, 1)}
+    logits = dict(zip([o.name for o in draft.get_outputs()], draft.run(None, given)))["logits"]
+
+    ops = porthal.bind("reference")
+    model = porthal.model.load(DEMO, ops)
+    cache = model.new_cache([len(ids)])
+    planned = model.ops.plan(batch)
+    hidden = model.hidden(ids[:-1], planned, cache)
+    drafted, _ = model.mtp.hidden(ids[1:], model.embed, hidden, planned, cache.layers[-1], None)
+    wanted = model.logits(drafted)[-1]
+    assert np.abs(logits[0] - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
+    config, source = opened(DEMO)
+    with pytest.raises(UsageError, match="cannot be written: expected a file in a folder that exists"):
+        export(config, source, tmp_path / "missing" / "model.onnx")
+    read, count = source.read, 0
+
+    def broken(*args):
+        nonlocal count
+        count += 1
+        if count > 40:
+            raise UsageError("the checkpoint ends here")
+        return read(*args)
+
+    source.read = broken
+    with pytest.raises(UsageError, match="the checkpoint ends here"):
+        export(config, source, tmp_path / "model.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_are_written_a_piece_at_a_time(monkeypatch, exported):
+    """Whatever the size of a tensor, so much of it is in memory at once."""
+    from porthal.backends.onnxruntime import graph
+
+    sizes = []
+    monkeypatch.setattr(graph, "PIECE", 4096)
+    made = graph.Graph()
+    with open(os.devnull, "wb") as sink:
+        made.weights_in(sink, "x")
+        spec = porthal.hal.WeightSpec("linear", "w", (1000, 16), "float32")
+
+        def read(rows):
+            sizes.append(rows.stop - rows.start)
+            return np.zeros((sizes[-1], 16), np.float32)
+
+        made.prepare(spec, read)
+    assert sum(sizes) == 1000 and max(sizes) * 64 <= 4096
