@@ -6,7 +6,6 @@ import types
 import pytest
 import torch
 
-from porthal.backends.moore_threads import emulated
 from porthal.backends.torch.interfaces.library import Library
 from porthal.hal import CallSpec, Unavailable, contracts, create, probe
 from tests import demo
@@ -35,12 +34,6 @@ def test_own_kernels_serve_the_model_in_bfloat16():
     wide = demo.model("moore_threads", "float32").ops.choices["sparse_mla"]
     assert wide.status == "inherited"
     assert wide.reason == "moore_threads: q_latent is float32, the kernel takes one of bfloat16"
-
-
-def test_text_is_the_references():
-    assert demo.text("moore_threads", "float32", 12) == demo.text("reference", "float32", 12)
-    assert demo.explained("moore_threads", "bfloat16", 12)
-    assert emulated.calls["flash_mla_sparse_fwd"] > 0
 
 
 def test_the_gate_takes_what_is_compiled_or_small(chip):
