@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from porthal.backends.torch.emulation.stand_in import need, need_absent, need_dtype, need_rank, need_shape
+from porthal.backends.torch.emulation.stand_in import highest, need, need_absent, need_dtype, need_rank, need_shape
 
 _COMPILED = {(384, 8), (384, 16), (384, 1), (256, 8), (256, 16), (256, 1), (128, 4), (128, 8), (160, 1), (160, 8)}
 
@@ -48,10 +48,10 @@ def moe_fused_gate(input, bias, num_expert_group, topk_group, topk, num_fused_sh
     score = torch.sigmoid(input.float()).to(input.dtype)
     choice = (score + bias).float().nan_to_num(-math.inf).view(rows, num_expert_group, size)
     best = choice.topk(min(2, size), -1).values.sum(-1)
-    kept = _highest(best, min(topk_group, num_expert_group))
+    kept = highest(best, min(topk_group, num_expert_group))
     allowed = torch.zeros(rows, num_expert_group, dtype=torch.bool).scatter_(1, kept, True)
     need(topk <= size * kept.shape[1], op, "topk", topk, f"at most {size * kept.shape[1]} in {kept.shape[1]} groups")
-    ids = _highest(choice.masked_fill(~allowed[..., None], -math.inf).flatten(1), topk)
+    ids = highest(choice.masked_fill(~allowed[..., None], -math.inf).flatten(1), topk)
     weights = score.float().gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(1, keepdim=True)
@@ -61,9 +61,3 @@ def moe_fused_gate(input, bias, num_expert_group, topk_group, topk, num_fused_sh
     if num_token_non_padded > 0:
         ids[num_token_non_padded:] = -1
     return weights.contiguous(), ids.contiguous()
-
-
-def _highest(values, k):
-    """Places of the k largest of each row; equal ones from the highest place down, the chosen in no order."""
-    best = values.shape[1] - 1 - values.flip(1).argsort(dim=1, descending=True, stable=True)[:, :k]
-    return best.gather(1, (best * 40503 % 65521).argsort(dim=1))
