@@ -13,7 +13,7 @@ TESTS = Path(__file__).resolve().parent
 # CPU seconds of a folder run whole, children included, on two cores of an AMD EPYC (Zen 4) with OMP_NUM_THREADS=1: as
 # measured in November 2026, and a little more.
 BUDGETS = {"house": 3, "quick": 4, "plain": 208, "native": 40, "examples": 58, "torch": 75, "emulated": 20, "browser": 12,
-           "emulated_moore_threads": 7, "emulated_cambricon": 7}
+           "emulated_moore_threads": 7, "emulated_cambricon": 7, "emulated_kunlunxin": 3}
 PROOF = {"proof": 360}  # `make proof`, seldom
 PLANNED = {"collectives": 15, "low precision": 15, "CUDA": 15, "ONNX": 15}  # parts still to come
 

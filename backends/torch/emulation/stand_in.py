@@ -117,14 +117,27 @@ def on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def define(namespace: str, schemas: Iterable[str], kernels: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """The operators of `torch.ops.NAMESPACE` by name: one for each schema, run by the kernel of that name."""
+def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the call alone: for a vendor whose modules are emulated and whose device is not, so tensors stay on the CPU."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+def define(namespace: str, schemas: Iterable[str], kernels: Mapping[str, Callable[..., Any]],
+           key: str = "PrivateUse1") -> dict[str, Any]:
+    """The operators of `torch.ops.NAMESPACE` by name: one for each schema, run by the kernel of that name on `key`."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
+    wrap = on_device if key == "PrivateUse1" else counted
     made = {}
     for schema in schemas:
         name = library.define(schema)
-        library.impl(name, on_device(name, kernels[name]), "PrivateUse1")
+        library.impl(name, wrap(name, kernels[name]), key)
         made[name] = getattr(getattr(torch.ops, namespace), name)
     return made
 
