@@ -7,6 +7,7 @@ import torch
 
 from porthal.backends.torch.emulation import device
 from porthal.backends.torch.emulation.device import copies
+from porthal.backends.torch.emulation.runtime import visible
 from tests.vendors import two_devices
 
 
@@ -144,3 +145,44 @@ def test_streams_and_events_run_in_order():
     with torch.npu.stream(torch.npu.Stream()) as stream:
         stream.wait_stream(torch.npu.current_stream())
         assert stream.record_event().query()
+
+
+def test_memory_is_counted_while_tensors_live():
+    before = torch.npu.memory_allocated()
+    x = torch.zeros(1000, dtype=torch.float32, device="npu")
+    assert torch.npu.memory_allocated() - before == 4000 and torch.npu.max_memory_allocated() >= before + 4000
+    view = x[10:]
+    y = x + 1
+    assert torch.npu.memory_allocated() - before == 8000
+    del x, y
+    assert torch.npu.memory_allocated() - before == 4000 and view.sum() == 0
+    del view
+    assert torch.npu.memory_allocated() == before
+    torch.npu.reset_peak_memory_stats()
+    free, total = torch.npu.mem_get_info()
+    assert torch.npu.memory_stats()["allocated_bytes.all.peak"] == before == total - free
+
+
+def test_memory_runs_out():
+    _, total = torch.npu.mem_get_info()
+    try:
+        torch.npu.set_per_process_memory_fraction((torch.npu.memory_allocated() + 1000) / total)
+        with pytest.raises(torch.OutOfMemoryError, match="tried to allocate 4000 bytes on emulated device 0, which has"):
+            torch.empty(1000, device="npu")
+    finally:
+        torch.npu.set_per_process_memory_fraction(1.0)
+    assert torch.empty(1000, device="npu").numel() == 1000
+
+
+@pytest.mark.parametrize(("listed", "count"), [(None, 4), ("0,2", 2), ("3", 1), ("", 0), (" 1 , 0 ", 2)])
+def test_visible_devices(monkeypatch, listed, count):
+    if listed is not None:
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", listed)
+    assert visible(4, "ASCEND_RT_VISIBLE_DEVICES") == count
+
+
+@pytest.mark.parametrize("listed", ["4", "0,0", "-1", "all"])
+def test_devices_that_are_not_there(monkeypatch, listed):
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", listed)
+    with pytest.raises(RuntimeError, match=f"ASCEND_RT_VISIBLE_DEVICES is '{listed}': expected distinct numbers from 0 to 3"):
+        visible(4, "ASCEND_RT_VISIBLE_DEVICES")

@@ -18,7 +18,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from porthal.backends.torch.emulation.runtime import PLACE, Event, Ordinals, make_module
+from porthal.backends.torch.emulation.runtime import PLACE, Event, Memory, Ordinals, make_module
 
 __all__ = ["PLACE", "check_same_device", "copies", "install", "on_device", "on_host"]
 _HOST, _DEVICE = 1, 12  # DLPack's kDLCPU and kDLExtDev
@@ -33,6 +33,13 @@ class Copies:
 
     to_host: int = 0
     to_device: int = 0
+    refused: str = ""  # why nothing may be transferred now
+
+    def count(self, to_host: int, to_device: int) -> None:
+        if self.refused and (to_host or to_device):
+            raise RuntimeError(self.refused)
+        self.to_host += to_host
+        self.to_device += to_device
 
     def reset(self) -> None:
         self.to_host = self.to_device = 0
@@ -41,6 +48,7 @@ class Copies:
 copies = Copies()
 _vendor: types.ModuleType | None = None
 _ordinals = Ordinals(0)
+_memory = Memory()
 _libraries: list[torch.library.Library] = []  # a collected Library unregisters its kernels
 
 
@@ -61,8 +69,10 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_device(tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
-    """The device alias of a host tensor that the emulated chip produced: same memory, no copy."""
-    return _relabel(tensor, _DEVICE, index)
+    """The device alias of a host tensor that the emulated chip produced: same memory, no copy, counted as the chip's."""
+    made = _relabel(tensor, _DEVICE, index)
+    _memory.take(made.untyped_storage(), index)
+    return made
 
 
 def check_same_device(op: str, tensors: list[torch.Tensor]) -> torch.device:
@@ -86,8 +96,7 @@ def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_me
 
 
 def _copy_from(source, target, non_blocking=False):
-    copies.to_host += target.is_cpu
-    copies.to_device += source.is_cpu
+    copies.count(to_host=target.is_cpu, to_device=source.is_cpu)
     host = source if source.is_cpu else on_host(source)
     if not source.is_cpu:  # DLPack drops the lazy conjugate and negative bits
         host = host.conj() if source.is_conj() else host
@@ -150,10 +159,10 @@ def _fallback(op, *args, **kwargs):
         if "index" in op.name() and "indices" in names[: len(args)]:
             free = [id(x) for x in args[names.index("indices")]]
         where = check_same_device(op.name(), [t for t in tensors if id(t) not in free]).index
-        copies.to_device += sum(t.is_cpu and t.dim() > 0 for t in tensors)
+        copies.count(0, sum(t.is_cpu and t.dim() > 0 for t in tensors))
     else:
         where = _ordinals.index(next((x for x in flat if isinstance(x, torch.device) and x.type != "cpu"), None))
-    copies.to_host += _reads_back(op, tensors)
+    copies.count(_reads_back(op, tensors), 0)
     host = [on_host(x) if isinstance(x, torch.Tensor) and not x.is_cpu
             else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
     host_args, host_kwargs = tree_unflatten(host, spec)
@@ -205,7 +214,7 @@ def install(name: str, count: int = 1) -> types.ModuleType:
             "torch allows one per process; start another process."
         )
     _ordinals = Ordinals(count)
-    _vendor = make_module(name, _ordinals)
+    _vendor = make_module(name, _ordinals, _memory)
     _setup_privateuseone_for_python_backend(name, backend_module=_vendor)
     sys.modules[_vendor.__name__] = _vendor
     aten, every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")

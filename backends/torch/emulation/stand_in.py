@@ -85,7 +85,8 @@ def highest(values: torch.Tensor, k: int) -> torch.Tensor:
 def on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Run a kernel written for host aliases on device tensors, and count the call.
 
-    Tensors elsewhere are refused, nothing is copied; an argument that the kernel returns comes back as itself.
+    Tensors elsewhere are refused, nothing is copied; an argument that the kernel returns comes back as itself. What the
+    vendor's tensors have beside their numbers, such as a storage format, are attributes of the tensors.
     """
 
     @functools.wraps(kernel)
@@ -99,12 +100,19 @@ def on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
         def alias(x: torch.Tensor) -> torch.Tensor:
             host = x if x.is_cpu else device.on_host(x)
+            vars(host).update(vars(x))
             own[id(host)] = x
             return host
 
+        def label(x: torch.Tensor) -> torch.Tensor:
+            if id(x) in own:
+                return own[id(x)]
+            made = device.on_device(x, where)
+            vars(made).update(vars(x))
+            return made
+
         args, kwargs = tree_map_only(torch.Tensor, alias, (args, kwargs))
-        return tree_map_only(torch.Tensor, lambda x: own[id(x)] if id(x) in own else device.on_device(x, where),
-                             kernel(*args, **kwargs))
+        return tree_map_only(torch.Tensor, label, kernel(*args, **kwargs))
 
     return run
 
