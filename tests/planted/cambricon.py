@@ -10,7 +10,7 @@ MISTAKES = (
     Mistake("rope", "pairs for halves", "None, pairs, True", "None, not pairs, True"),
     Mistake("rope", "one row of the table for all", "place, None, pairs, True", "torch.zeros_like(place), None, pairs, True"),
     Mistake("rope", "turned in place", "to(torch.float32, copy=True)", "to(torch.float32)", dtype="float32"),
-    Mistake("moe_route", "divided by the op", "k, False, *groups", "k, True, *groups", dtype=""),
+    Mistake("moe_route", "divided by the op", "k, False, -1, 0", "k, True, -1, 0", dtype=""),
     Mistake("moe_route", "the scale left out", "scale * s /", "s /", dtype=""),
     Mistake("moe_route", "no bias", "score_bias=bias", "score_bias=None", dtype=""),
     Mistake(
