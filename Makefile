@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 peers demo clean
+.PHONY: help test test-plain test-torch quick proof lint types sdist-check isas sanitize aarch64 vendor-ascend peers gpu demo clean
 
 PYTHON ?= python3
 peers := eager vllm zentorch pace ort ggml
@@ -32,10 +32,12 @@ test: lint types  ## lint, types and all tests
 test-plain: .venv/ready
 	.venv/bin/pytest tests/house tests/quick tests/plain tests/onnx
 
-# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart.
+# A PyTorch process can be given one out-of-tree chip only, so the emulated ones get a process apart; Triton's
+# interpreter is chosen before Triton is imported, so its tests do too.
 test-torch: .venv/ready
-	.venv/bin/pytest tests/native tests/examples tests/torch tests/browser
+	.venv/bin/pytest tests/native tests/examples tests/processes tests/torch tests/browser
 	for tests in tests/emulated*; do .venv/bin/pytest $$tests || exit 1; done
+	.venv/bin/pytest tests/triton
 
 quick: .venv/ready  ## what each commit must pass, within a minute
 	.venv/bin/pytest tests/house tests/quick
@@ -65,6 +67,12 @@ sanitize: .venv/ready  ## the kernels of the cpu backend under the sanitizers fo
 aarch64: .venv/ready  ## the kernels of the cpu backend on aarch64, emulated by qemu-user, at bring-up (needs Debian)
 	.venv/bin/python .ci/aarch64.py
 
+build/vendor/ascend/libopapi.so: tests/vendor/ascend_stub.py tests/vendor/cann.c | .venv/ready
+	.venv/bin/python tests/vendor/ascend_stub.py
+
+vendor-ascend: build/vendor/ascend/libopapi.so  ## Ascend's adapter on the vendor's own torch_npu over stubs (PyPI, gcc; 130 MB)
+	.venv/bin/pytest tests/vendor
+
 build/peers/%/ready: bench/peers/environment.sh bench/peers/requirements.txt bench/peers/%/pyproject.toml
 	bash bench/peers/environment.sh $*
 
@@ -72,6 +80,11 @@ build/peers/%/ready: bench/peers/environment.sh bench/peers/requirements.txt ben
 peers: .venv/ready $(peers:%=build/peers/%/ready)  ## other people's kernels on this CPU: conformance of each, and docs/peers.md
 	.venv/bin/python .ci/peers.py run
 	.venv/bin/python .ci/peers.py page
+
+# What a lent machine is given is prepared here; there it is `python3 .ci/gpu.py run OUT`, nine minutes at most.
+gpu: .venv/ready  ## carries what a GPU run needs into build/gpu, and runs each of its parts in Triton's interpreter
+	.venv/bin/python .ci/gpu.py wheels
+	.venv/bin/python .ci/gpu.py run --dry build/gpu/dry
 
 demo: .venv-demo/ready  ## the demo model on this CPU, without PyTorch: text, then proof, in report.html
 	.venv-demo/bin/porthal backends

@@ -23,7 +23,7 @@ from porthal.backends.cpu import _native
 
 def expected() -> set[str]:
     """The files of the rooms and of porthal/ itself, named as the wheel must name them."""
-    files = {f"porthal/{name}" for name in ("__init__.py", "py.typed")}
+    files = {f"porthal/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
     for room in ROOMS:
         for file in (ROOT / room).rglob("*"):
             built = file.suffix in (".pyc", ".so") or file.match("backends/*/native/*")

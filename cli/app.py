@@ -14,6 +14,7 @@ from porthal.cli.bench import bench
 from porthal.cli.check import check
 from porthal.cli.compare import compare
 from porthal.cli.doctor import doctor
+from porthal.cli.explain import explain
 from porthal.cli.export import export
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
@@ -42,6 +43,7 @@ from porthal.cli.options import (
     dtype_of,
 )
 from porthal.cli.quantize import quantize
+from porthal.cli.ranks import LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -97,44 +99,7 @@ def backends(json: JsonFlag = False) -> None:
         print(f"* is selected: {chosen} ({rule})")
 
 
-@app.command()
-def explain(
-    model: ModelOption = None,
-    backend: BackendOption = None,
-    dtype: DtypeOption = Dtype.float32,
-    emulated: EmulatedFlag = False,
-    json: JsonFlag = False,
-) -> int:
-    """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
-    from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
-    from porthal.model.load import needed as called_by
-    from porthal.model.load import profile
-
-    config = _config(model) if model or _demo_is_here() else None
-    needed = profile(config, dtype.value) if config else {}
-    made = create(named(backend, emulated), emulated)
-    with running(made):
-        bare = bind(backend=made)
-        choices = dict(bare.choices)
-        for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
-            try:
-                choices[op] = bind(profile={op: specs}, backend=made).choices[op]
-            except NotClaimed as error:
-                choices[op] = Choice(op, "missing", "", "", str(error))
-    missing = [op for op in called(choices, called_by(config)) if choices[op].status == "missing"] if config else []
-    counts = Binding(bare.backend, choices, {})
-    if json:
-        facts = ("op", "status", "owner", "provider", "reason", "tie")
-        rows = [{**{f: getattr(c, f) for f in facts}, "needed": op in needed} for op, c in choices.items()]
-        place = bare.backend.place
-        text.as_json({"backend": str(bare.backend), "place": place, "ops": rows, "counts": counts.counts()})
-    else:
-        head = ["op", "kernel", "owner", "provider", "reason"]
-        text.table(head, [[c.op, c.status, c.owner, c.provider, c.reason] for c in choices.values()])
-        print(bare.backend.describe())
-        judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if needed else "without a model's profile"
-        print(f"{bare.backend} ({bare.backend.place}), {judged}: {counts.summary()}")
-    return 1 if missing else 0
+app.command()(explain)
 
 
 @app.command()
@@ -151,6 +116,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
     backend: BackendOption = None,
     emulated: EmulatedFlag = False,
+    layout: LayoutOption = None,
     json: JsonFlag = False,
 ) -> int:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
@@ -172,9 +138,10 @@ def generate(
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
     chosen = create(named(backend, emulated), emulated)
-    with running(chosen):
-        loaded = load(directory, bind(backend=chosen), dtype=dtype.value)
-        printer = Printer(words, prompt, without=config.eos_token_id, silent=json)
+    with running(chosen), ranked(chosen, layout) as part:
+        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part)
+        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, seed=seed))
+        printer = Printer(words, prompt, without=config.eos_token_id, silent=json or others)
         start = time.perf_counter()
         try:
             made = run(
@@ -192,6 +159,8 @@ def generate(
             made, failed = error.done, str(error)
         seconds = time.perf_counter() - start
     printer.close()
+    if others:
+        return int(bool(failed))
     found = result(loaded, made, sampling, prompt, printer.text, seconds)
     text.as_json(found) if json else text.note(summary(found))
     count = len(found["tokens"])
@@ -260,7 +229,7 @@ def conform(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="write the report as JUnit XML")] = None,
     profile: Annotated[
-        str, typer.Option("--profile", metavar="USE", help="the ops of one use, inference or moe; default: all ops")
+        str, typer.Option("--profile", metavar="USE", help="ops of a use: inference, moe, distributed; default: of one device")
     ] = "",
     verify_waivers: Annotated[
         bool, typer.Option("--verify-waivers", help="fail on waivers that expired, match nothing, or match what passes")
@@ -377,6 +346,7 @@ def self_test(
 
 app.command()(check)
 app.command()(export)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)
@@ -488,9 +458,3 @@ def _config(model: Path | None) -> Any:
     from porthal.model.load import DEMO
 
     return Config.read(model or DEMO)
-
-
-def _demo_is_here() -> bool:
-    from porthal.model.load import DEMO
-
-    return (DEMO / "config.json").is_file()

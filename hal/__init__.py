@@ -15,15 +15,25 @@ if TYPE_CHECKING:
     from porthal.hal.backend import Backend, Kernel, Peak, Place, Traits
     from porthal.hal.binding import Binding, Callers, bind, called, checked, use
     from porthal.hal.choice import Choice
-    from porthal.hal.contract import CallSpec, Contract, contract, contracts
+    from porthal.hal.contract import CallSpec, Contract, collectives, contract, contracts, operators
     from porthal.hal.discovery import Probe, backend_names, best, create, emulatable, probe, probes, running, selected
-    from porthal.hal.dtypes import FLOATS, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
-    from porthal.hal.errors import DataNotTaken, NotClaimed, NotFinite, PorthalError, Unavailable, UsageError, note
+    from porthal.hal.dtypes import FLOATS, MOVED, UNIT_ROUNDOFF, dtype, narrow, numpy_dtype, widen
+    from porthal.hal.errors import (
+        DataNotTaken,
+        NotClaimed,
+        NotFinite,
+        PeerLost,
+        PorthalError,
+        Unavailable,
+        UsageError,
+        note,
+    )
     from porthal.hal.limits import (
         Need,
         any_of,
         at_least,
         at_most,
+        between,
         limits,
         multiple_of,
         multiple_of_bytes,
@@ -34,6 +44,8 @@ if TYPE_CHECKING:
     from porthal.hal.operands import (
         KINDS,
         Batch,
+        Communicator,
+        CommunicatorSpec,
         Operand,
         Pages,
         PagesSpec,
@@ -45,10 +57,12 @@ if TYPE_CHECKING:
     )
     from porthal.hal.recorder import Recorder, callers, recorded
     from porthal.hal.spans import Reals
+    from porthal.hal.wire import simulated
 
 __all__ = [
     "FLOATS",
     "KINDS",
+    "MOVED",
     "UNIT_ROUNDOFF",
     "Backend",
     "Batch",
@@ -56,6 +70,8 @@ __all__ = [
     "CallSpec",
     "Callers",
     "Choice",
+    "Communicator",
+    "CommunicatorSpec",
     "Contract",
     "DataNotTaken",
     "Kernel",
@@ -66,6 +82,7 @@ __all__ = [
     "Pages",
     "PagesSpec",
     "Peak",
+    "PeerLost",
     "Place",
     "PorthalError",
     "Probe",
@@ -84,10 +101,12 @@ __all__ = [
     "at_most",
     "backend_names",
     "best",
+    "between",
     "bind",
     "called",
     "callers",
     "checked",
+    "collectives",
     "contract",
     "contracts",
     "create",
@@ -100,6 +119,7 @@ __all__ = [
     "note",
     "numpy_dtype",
     "one_of",
+    "operators",
     "per_dtype",
     "probe",
     "probes",
@@ -107,13 +127,15 @@ __all__ = [
     "running",
     "same_as",
     "selected",
+    "simulated",
     "use",
     "widen",
 ]
 
 # Where the names are, the files first that need little.
 _FILES = (
-    "errors", "discovery", "dtypes", "limits", "operands", "spans", "contract", "backend", "choice", "binding", "recorder"
+    "errors", "discovery", "dtypes", "limits", "operands", "spans", "wire", "contract", "backend", "choice", "binding",
+    "recorder",
 )  # fmt: skip
 
 

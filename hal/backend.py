@@ -17,10 +17,22 @@ from weakref import WeakSet
 import numpy as np
 
 from porthal.hal import dtypes as dt
-from porthal.hal.contract import CallSpec, Contract, contracts
+from porthal.hal.contract import CallSpec, Contract, operators
 from porthal.hal.errors import DataNotTaken, NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits, Need
-from porthal.hal.operands import Batch, Operand, Pages, PagesSpec, Rows, Selection, Weight, WeightSpec, kind_of
+from porthal.hal.operands import (
+    Batch,
+    Communicator,
+    Operand,
+    Pages,
+    PagesSpec,
+    Rows,
+    Selection,
+    Weight,
+    WeightSpec,
+    kind_of,
+)
+from porthal.hal.wire import joined
 
 Array = Any
 B = TypeVar("B", bound="Backend")
@@ -187,7 +199,7 @@ class Backend:
         into[...] = value
         return into
 
-    def broadcast(self, x: Array, shape: tuple[int, ...]) -> Array:
+    def expand(self, x: Array, shape: tuple[int, ...]) -> Array:
         """A view of `x` with its first row repeated: only asked of arrays with strides."""
         return np.broadcast_to(x, shape)
 
@@ -247,6 +259,14 @@ class Backend:
         """A selection as inherited kernels read it; override it if your selections have their own native form."""
         native = selection.native
         return native if isinstance(native, Rows) else Rows(*native)
+
+    # -- several ranks -----------------------------------------------------------------------------------------------
+
+    def communicator(self, timeout: float = 60.0) -> Communicator:
+        """All ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. No call on it waits longer than `timeout`
+        seconds for another rank. Here they are processes of one machine.
+        """
+        return Communicator.over(joined(timeout))
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -354,7 +374,7 @@ def verify(cls: type[Backend]) -> None:
     limits on what an op does not have, and providers that cannot be told apart."""
     if cls in _verified:
         return
-    known = contracts()
+    known = operators()
     chain = cls.__mro__[: cls.__mro__.index(Backend)]
     services = [n for n, value in vars(Backend).items() if not n.startswith("_") and not isinstance(value, (str, int))]
     for defining in chain:

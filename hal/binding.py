@@ -17,11 +17,12 @@ from porthal.hal import discovery
 from porthal.hal.backend import Backend, Kernel, Read
 from porthal.hal.bridge import bridge, same_library
 from porthal.hal.choice import Choice, Choices, Status
-from porthal.hal.contract import CallSpec, Contract, contracts
+from porthal.hal.contract import CallSpec, Contract, collectives, contracts, operators
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 from porthal.hal.services import Services
+from porthal.hal.together import together
 
 Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
@@ -72,7 +73,7 @@ class Binding(Services):
     def capturable(self, op: str) -> bool:
         """Whether an op's kernel may stand in a captured graph."""
         kernel = self._kernel(op)
-        return kernel is None or (kernel.backend is self.backend and kernel.capturable)
+        return op not in collectives() and (kernel is None or (kernel.backend is self.backend and kernel.capturable))
 
     @property
     def captures(self) -> bool:
@@ -153,7 +154,7 @@ def bind(
     if fallback != "error":
         discovery.probe(fallback.partition(":")[0])  # an unknown name is a mistake even where nothing falls back
     check = _policy_check() if check is None else check
-    known = contracts()
+    known = operators()
     _verify_names(rules, known)
 
     kernels: dict[str, Kernel] = {}
@@ -163,16 +164,18 @@ def bind(
         function, choice, kernel = _choose(binding, known[op], (profile or {}).get(op, ()), policy, None)
         if kernel is not None:
             kernels[op] = kernel
+        if known[op].collective:
+            function = together(known[op], chosen, function)
         for layer in reversed(layers):
             function = layer(op, function)
         vars(binding)[op] = function
         return choice
 
-    choices = Choices(known, choose)
+    choices = Choices(contracts(), collectives(), choose)
     binding = Binding(chosen, choices, kernels)
     layers = ([_checker(chosen, kernels)] if check else []) + list(wrap)
     vars(binding).update(profile=profile, _advice=advice, _again=again, _wraps=layers)
-    wanted = known if profile is None or fallback != "error" else known.keys() & {*profile, *rules}
+    wanted = contracts() if profile is None or fallback != "error" else known.keys() & {*profile, *rules}
     for op in wanted:  # what cannot be chosen is told now; of others there is a choice, if only to refuse the call
         choices[op]
     vars(binding)["_required"] = profile or () if needed is None else called(choices, needed)
@@ -304,7 +307,7 @@ def _elsewhere(
 
 def _checker(backend: Backend, kernels: Mapping[str, Kernel]) -> Wrap:
     def check(op: str, function: Function) -> Function:
-        contract, kernel = contracts()[op], kernels.get(op)
+        contract, kernel = operators()[op], kernels.get(op)
         limited = kernel is not None and kernel.function is function  # of several, the one for a call is found by the call
 
         def call(*args: Any, **kwargs: Any) -> Any:

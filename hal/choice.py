@@ -29,15 +29,18 @@ class Choice:
 
 
 class Choices(Mapping[str, Choice]):
-    """The choice of every op, made when it is first asked for: most bindings are asked for few of them."""
+    """The choice of every op, made when it is first asked for: most bindings are asked for few of them.
 
-    def __init__(self, ops: Collection[str], choose: Callable[[str], Choice]) -> None:
-        self._ops, self._choose = ops, choose
+    Those of collectives are answered and not listed: what they prove is not about one device.
+    """
+
+    def __init__(self, ops: Collection[str], collectives: Collection[str], choose: Callable[[str], Choice]) -> None:
+        self._ops, self._collectives, self._choose = ops, collectives, choose
         self._made: dict[str, Choice] = {}
 
     def __getitem__(self, op: str) -> Choice:
         if op not in self._made:
-            if op not in self._ops:
+            if op not in self._ops and op not in self._collectives:
                 raise KeyError(op)
             self._made[op] = self._choose(op)
         return self._made[op]

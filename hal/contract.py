@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -78,7 +79,11 @@ class Contract:
     choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`) or by
                 what could have been drawn (`@op.admitted`)
     writes      of an op that changes pages without a batch: the operand that lists them
-    profiles    the uses of a model that call it: "inference", "moe"
+    profiles    the uses of a model that call it: "inference", "moe", "distributed"
+    uneven      of a call of several ranks, the symbols that may differ among them
+
+    A contract with a Communicator is a collective: its reference takes of each operand the list of all ranks, and returns the
+    list of their results.
 
     What a legal call is, and which are worth testing:
 
@@ -104,6 +109,7 @@ class Contract:
         choice: str = "",
         writes: str = "",
         profiles: Sequence[str] = (),
+        uneven: Sequence[str] = (),
         rules: Sequence[tuple[str, Callable[[Any], bool]]] = (),
         ranges: Mapping[str, tuple[int | str, int | str]] | None = None,
         cases: Mapping[str, Sequence[Any]] | None = None,
@@ -121,6 +127,7 @@ class Contract:
         self.choice = choice
         self.writes = writes
         self.profiles = profiles
+        self.uneven = tuple(uneven)
         self.rules = rules
         self.ranges = ranges or {}
         self.cases = cases or {}
@@ -137,12 +144,19 @@ class Contract:
         self.hidden: Reference | None = None
         self.adjust: Reference | None = None
         self.specified: Reference | None = None
+        self.told: Reference | None = None
+        self.fits: Reference | None = None
         self.decomposition: Reference | None = None
         self.weights: Mapping[str, tuple[str, str]] = {}
         self._verify()
 
     def __repr__(self) -> str:
         return f"<contract {self.name}: {self.signature.text}>"
+
+    @property
+    def collective(self) -> str:
+        """The operand that says which ranks make the call together; "" where one device makes it alone."""
+        return next((o.name for o in self.signature.of_kind("Communicator")), "")
 
     def files(self) -> list[Path]:
         """The Python files that the reference may be written in: its own, and those beside it."""
@@ -184,8 +198,20 @@ class Contract:
         return f
 
     def specified_rows(self, f: Reference) -> Reference:
-        """How many leading rows of the results are specified: f(**operands) -> count. The others may hold anything."""
+        """How many leading rows of the results are specified: f(**operands) -> count; of a collective f(**results) -> {result:
+        count}. The others may hold anything."""
         self.specified = f
+        return f
+
+    def tells(self, f: Reference) -> Reference:
+        """Of a collective, the whole numbers that each rank tells the others before the call: f(rank's integer operands by
+        name, `facts` with its dims and attributes) -> list."""
+        self.told = f
+        return f
+
+    def fitting(self, f: Reference) -> Reference:
+        """What is wrong with what the ranks of a collective have told, in words, or "": f(told [ranks, n], facts)."""
+        self.fits = f
         return f
 
     def decomposed(self, **weights: str) -> Callable[[Reference], Reference]:
@@ -394,6 +420,8 @@ def _attributes(reference: Reference) -> dict[str, Attribute]:
 
 _contracts: dict[str, Contract] = {}
 _known: Mapping[str, Contract] = MappingProxyType(_contracts)
+_collectives: dict[str, Contract] = {}
+_operators: Mapping[str, Contract] = ChainMap(_collectives, _contracts)  # listed from the last
 
 
 def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
@@ -401,11 +429,13 @@ def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
 
     def make(reference: Reference) -> Contract:
         made = Contract(reference, parse(signature), **facts)
-        if made.name in _contracts and _contracts[made.name].reference.__module__ != reference.__module__:
-            raise UsageError(f"contract {made.name!r} exists already, in {_contracts[made.name].reference.__module__}")
-        known = sorted({**_contracts, made.name: made}.items())
-        _contracts.clear()
-        _contracts.update(known)
+        for registry in (_contracts, _collectives):
+            if made.name in registry and registry[made.name].reference.__module__ != reference.__module__:
+                raise UsageError(f"contract {made.name!r} exists already, in {registry[made.name].reference.__module__}")
+        registry = _collectives if made.collective else _contracts
+        known = sorted({**registry, made.name: made}.items())
+        registry.clear()
+        registry.update(known)
         return made
 
     return make
@@ -413,7 +443,19 @@ def contract(signature: str, **facts: Any) -> Callable[[Reference], Contract]:
 
 @cache
 def contracts() -> Mapping[str, Contract]:
-    """Every contract by name; the files of porthal/ops are found by listing the folder."""
+    """Every contract of one device by name; the files of porthal/ops are found by listing the folder."""
     if "porthal.ops" not in sys.modules:
         importlib.import_module("porthal.ops")
     return _known
+
+
+def collectives() -> Mapping[str, Contract]:
+    """Every contract that several ranks call together, by name."""
+    contracts()
+    return MappingProxyType(_collectives)
+
+
+def operators() -> Mapping[str, Contract]:
+    """Both, those of one device first."""
+    contracts()
+    return _operators

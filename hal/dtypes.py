@@ -21,6 +21,7 @@ _EXTENSION = ("bfloat16", "float8_e4m3fn")
 FLOATS = ("float32", "bfloat16", "float16")
 _ONE, _HALF, _BELOW, _MIDDLE, _LOST = (np.array(n, np.uint32) for n in (1, 16, 0x7FFF, 0x8000, 0xFFFF))
 BLOCK = 2**14  # elements that stay in a core's cache while several passes go over them
+MOVED = (*FLOATS, "int32", "int8", "uint8")  # among ranks, bit for bit
 INTEGERS = ("int8", "uint8", "int32", "int64", "bool")
 
 

@@ -37,6 +37,10 @@ class NotFinite(PorthalError, ArithmeticError):
         self.done = done
 
 
+class PeerLost(PorthalError, RuntimeError):
+    """Another rank of a group is gone, or did not answer in time; the group is lost."""
+
+
 class NoReader(BrokenPipeError):
     """Nobody reads what porthal writes any more."""
 

@@ -54,6 +54,10 @@ def at_least(n: int) -> Limit:
     return Limit(f"at least {n}", lambda v, _: bool(v >= n), lambda v, _: inf)
 
 
+def between(low: int, high: int) -> Limit:
+    return Limit(f"{low} to {high}", lambda v, _: bool(low <= v <= high), lambda v, _: high)
+
+
 def multiple_of(m: int, at_most: int | None = None) -> Limit:
     most = inf if at_most is None else at_most
     text = f"a multiple of {m}" + (f" up to {at_most}" if at_most else "")

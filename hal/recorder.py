@@ -7,7 +7,7 @@ from typing import Any
 
 from porthal.hal.abstract import Abstract
 from porthal.hal.binding import Binding, Function, bind
-from porthal.hal.contract import CallSpec, contracts
+from porthal.hal.contract import CallSpec, contracts, operators
 
 Heard = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
 
@@ -36,7 +36,7 @@ def recorded(
 ) -> list[tuple[str, CallSpec]]:
     """Every call that `run` makes on a binding without values, in order, and those inside the composites of `expand`
     (None: inside all)."""
-    known, calls = contracts(), []
+    known, calls = operators(), []
 
     def heard(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         calls.append((op, known[op].spec(*known[op].arrange(args, kwargs))))

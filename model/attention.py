@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from porthal.hal import Batch, Binding, Pages, PagesSpec, Selection
-from porthal.model.checkpoint import Loader
+from porthal.model.checkpoint import Loader, within
 from porthal.model.config import Config
+from porthal.model.layout import Layout
 
 
 @dataclass
@@ -60,18 +61,25 @@ class Indexer:
 class Attention:
     """One layer's attention. A layer without an indexer of its own is given the selection of the nearest one below."""
 
-    def __init__(self, ops: Binding, config: Config, load: Loader, prefix: str, full: bool) -> None:
-        c, heads = config, config.num_attention_heads
+    def __init__(
+        self, ops: Binding, config: Config, load: Loader, prefix: str, full: bool, layout: Layout | None = None
+    ) -> None:
+        c, every = config, config.num_attention_heads
+        share = layout.share(every) if layout and layout.tensor else slice(0, every)
+        heads = share.stop - share.start
+        self.comm = layout.comm if layout and layout.tensor else None  # of the ranks that have the other heads
         nope, rope, latent = c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
         self.ops, self.config = ops, config
         self.q_a = load.weight("mla_prolog.q_a", prefix + "q_a_proj.weight", c.q_lora_rank, c.hidden_size)
         self.q_norm = load.array(prefix + "q_a_layernorm.weight", c.q_lora_rank)
-        self.q_b = load.weight("mla_prolog.q_b", prefix + "q_b_proj.weight", heads * (nope + rope), c.q_lora_rank)
+        mine = slice(share.start * (nope + rope), share.stop * (nope + rope))
+        self.q_b = load.part("mla_prolog.q_b", prefix + "q_b_proj.weight", (every * (nope + rope), c.q_lora_rank), mine)
         self.kv_a = load.weight("mla_prolog.kv_a", prefix + "kv_a_proj_with_mqa.weight", latent + rope, c.hidden_size)
         self.kv_norm = load.array(prefix + "kv_a_layernorm.weight", latent)
         # kv_b stacks, per head, W_UK [nope, latent] over W_UV [v, latent].
         per_head = nope + c.v_head_dim
-        stacked = load.rows(prefix + "kv_b_proj.weight", (heads * per_head, latent))
+        mine = slice(share.start * per_head, share.stop * per_head)
+        stacked = within(load.rows(prefix + "kv_b_proj.weight", (every * per_head, latent)), mine, every * per_head)
 
         def kv_b(rows: slice) -> Any:
             start, stop, _ = rows.indices(heads)
@@ -79,7 +87,10 @@ class Attention:
 
         self.w_uk = load.build("mla_prolog.w_uk", (heads, latent, nope), lambda r: kv_b(r)[:, :nope].swapaxes(1, 2))
         self.w_uv = load.build("mla_output.w_uv", (heads, c.v_head_dim, latent), lambda r: kv_b(r)[:, nope:])
-        self.w_o = load.weight("mla_output.w_o", prefix + "o_proj.weight", c.hidden_size, heads * c.v_head_dim)
+        mine = slice(share.start * c.v_head_dim, share.stop * c.v_head_dim)
+        self.w_o = load.part(
+            "mla_output.w_o", prefix + "o_proj.weight", (c.hidden_size, every * c.v_head_dim), columns=mine
+        )
         self.indexer = Indexer(ops, config, load, prefix + "indexer.") if full else None
 
     def __call__(
@@ -103,4 +114,5 @@ class Attention:
         if self.indexer and selection is None:
             selection = self.indexer(qr, h, cache, batch)
         o = self.ops.sparse_mla(q_latent, q_rope, cache.kv, selection, batch, scale=c.softmax_scale)
-        return self.ops.mla_output(o, self.w_uv, self.w_o), selection
+        y = self.ops.mla_output(o, self.w_uv, self.w_o)
+        return self.ops.all_reduce(y, self.comm) if self.comm else y, selection

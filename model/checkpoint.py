@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fl
     **{"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64", "F8_E8M0": "uint8"}  # the last as its codes
 }
 FILES = ("model", "quant_model_weights")  # the second is AscendV1's
+ALL = slice(None)
 SLICE = 4096  # rows that are compared at a time
 BLOCK = 2**18  # numbers that stay in a core's cache while they are looked at twice
 
@@ -131,6 +133,11 @@ class Checkpoint:
                 if self._where[name] != file.path:
                     note(f"{file.path} holds {name!r} too: used is that of {self._where[name].name}, which the index names")
         return files
+
+    def digest(self) -> str:
+        """Of the names, shapes and dtypes of all tensors: whether two ranks read the same checkpoint."""
+        headers = {file.name: opened.header for file, opened in sorted(self._files.items())}
+        return hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest()[:16]
 
     def holds(self, prefix: str) -> bool:
         at = bisect_left(self._names, prefix)
@@ -294,6 +301,12 @@ class Loader:
         """A tensor prepared for `use` = "op.operand"."""
         return self.build(use, shape, self.rows(name, shape))
 
+    def part(self, use: str, name: str, shape: tuple[int, int], rows: slice = ALL, columns: slice = ALL) -> Weight:
+        """Some rows and columns of a matrix, prepared for `use`; of others only what lies in the same rows is read."""
+        high, wide = (len(range(*s.indices(n))) for s, n in zip((rows, columns), shape))
+        read = within(self.rows(name, shape), rows, shape[0])
+        return self.build(use, (high, wide), lambda r: read(r)[:, columns])
+
     def build(self, use: str, shape: tuple[int, ...], read: Reader) -> Weight:
         """A weight whose rows along the first axis `read` gives, one slice at a time."""
         op, operand = use.split(".")
@@ -316,18 +329,30 @@ class Loader:
 
         return self.build(use, shape, read)
 
-    def joined(self, use: str, shape: tuple[int, int], names: Sequence[str]) -> Weight:
-        """[rows, columns]: the named tensors one below the other, with equally many rows."""
-        height = shape[0] // len(names)
-        parts = [self.rows(n, (height, shape[1])) for n in names]
+    def joined(self, use: str, shape: tuple[int, int], names: Sequence[str], share: slice = ALL) -> Weight:
+        """[rows, columns]: the named tensors one below the other, with equally many rows; of each the same `share` of rows."""
+        each = shape[0] // len(names)
+        parts = [within(self.rows(n, (each, shape[1])), share, each) for n in names]
+        high = len(range(*share.indices(each)))
 
         def read(rows: slice) -> Array:
-            start, stop, _ = rows.indices(shape[0])
-            ends = [(max(start - i * height, 0), min(stop - i * height, height)) for i in range(len(parts))]
+            start, stop, _ = rows.indices(high * len(parts))
+            ends = [(max(start - i * high, 0), min(stop - i * high, high)) for i in range(len(parts))]
             found = [part(slice(*end)) for part, end in zip(parts, ends) if end[0] < end[1]]
             return np.concatenate(found) if len(found) > 1 else found[0]
 
-        return self.build(use, shape, read)
+        return self.build(use, (high * len(parts), shape[1]), read)
+
+
+def within(read: Reader, part: slice, size: int) -> Reader:
+    """What reads rows of a part of so many."""
+    inside = range(*part.indices(size))
+
+    def rows(index: slice) -> Array:
+        chosen = inside[index]
+        return read(slice(chosen.start, max(chosen.start, chosen.stop)))
+
+    return rows
 
 
 def _below(parts: Sequence[Reader]) -> Array:

@@ -11,6 +11,7 @@ from porthal.model.cache import Cache
 from porthal.model.checkpoint import Loader, Source
 from porthal.model.config import Config
 from porthal.model.experts import DenseMlp, MoeMlp
+from porthal.model.layout import Layout, Part
 from porthal.model.mtp import Mtp
 from porthal.model.tokens import Array, check_count, check_ids, ids_array, stack_rows
 
@@ -18,22 +19,31 @@ from porthal.model.tokens import Array, check_count, check_ids, ids_array, stack
 class Block:
     """x += attention(norm1 x); x += mlp(norm2 x), with the residual add fused into the following norm."""
 
-    def __init__(self, ops: Binding, config: Config, load: Loader, layer: int, dense: bool, full: bool) -> None:
+    def __init__(
+        self, ops: Binding, config: Config, load: Loader, layer: int, dense: bool, full: bool, layout: Layout | None
+    ) -> None:
         prefix = f"model.layers.{layer}."
         self.ops, self.config, self.full = ops, config, full
         self.norm1 = load.array(prefix + "input_layernorm.weight", config.hidden_size)
         self.norm2 = load.array(prefix + "post_attention_layernorm.weight", config.hidden_size)
-        self.attention = Attention(ops, config, load, prefix + "self_attn.", full)
-        self.mlp = (DenseMlp if dense else MoeMlp)(ops, config, load, prefix + "mlp.")
+        self.attention = Attention(ops, config, load, prefix + "self_attn.", full, layout)
+        self.mlp = (DenseMlp if dense else MoeMlp)(ops, config, load, prefix + "mlp.", layout)
 
     def __call__(
-        self, h: Any, x: Any, cache: LayerCache, batch: Batch, selection: Selection | None, next_norm: Any
+        self,
+        h: Any,
+        x: Any,
+        cache: LayerCache,
+        batch: Batch | None,
+        selection: Selection | None,
+        next_norm: Any,
+        total: int,
     ) -> tuple[Any, Any, Selection | None]:
-        """From (norm1 x, x) to (next_norm x', x', selection used)."""
+        """From (norm1 x, x) to (next_norm x', x', selection used). A rank without rows has no batch; all have `total`."""
         eps = self.config.rms_norm_eps
-        attended, selection = self.attention(h, cache, batch, selection)
+        attended, selection = self.attention(h, cache, batch, selection) if batch else (h, None)
         h, x = self.ops.add_rms_norm(attended, x, self.norm2, eps=eps)
-        h, x = self.ops.add_rms_norm(self.mlp(h), x, next_norm, eps=eps)
+        h, x = self.ops.add_rms_norm(self.mlp(h, total), x, next_norm, eps=eps)
         return h, x, selection
 
 
@@ -45,14 +55,22 @@ class Glm5:
     """
 
     def __init__(
-        self, config: Config, source: Source, binding: Binding, dtype: str = "float32", block_size: int = 64
+        self,
+        config: Config,
+        source: Source,
+        binding: Binding,
+        dtype: str = "float32",
+        block_size: int = 64,
+        layout: Layout | None = None,
     ) -> None:
-        self.config, self.ops, self.dtype, self.block_size = config, binding, dtype, block_size
+        self.config, self.ops, self.dtype, self.block_size, self.layout = config, binding, dtype, block_size, layout
+        if layout:
+            layout.fits(config)
         load = Loader(source, binding, dtype)
         hidden = config.hidden_size
         self.embed = load.weight("embedding.table", "model.embed_tokens.weight", config.vocab_size, hidden)
         self.blocks = [
-            Block(binding, config, load, i, config.dense[i], config.indexer_types[i] == "full")
+            Block(binding, config, load, i, config.dense[i], config.indexer_types[i] == "full", layout)
             for i in range(config.num_hidden_layers)
         ]
         self.norm = load.array("model.norm.weight", hidden)
@@ -61,20 +79,24 @@ class Glm5:
         mtp = f"model.layers.{config.num_hidden_layers}."
         self.mtp = None
         if config.has_mtp and source.holds(mtp):
-            block = Block(binding, config, load, config.num_hidden_layers, dense=False, full=True)
+            block = Block(binding, config, load, config.num_hidden_layers, False, True, layout and layout.replicated())
             self.mtp = Mtp(binding, config, load, mtp, block)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def hidden(self, ids: Any, batch: Batch, cache: Cache) -> Any:
         """Post-norm hidden states [T, H] of a batch's rows; writes their keys into the cache."""
-        x = self.ops.embedding(ids, self.embed)
+        x, total = self.ops.embedding(ids, self.embed), batch.T
+        part = Part.of(self.ops, self.layout, batch) if self.layout and self.layout.data else None
+        if part:
+            x = part.taken(self.ops, x)
         h = self.ops.rms_norm(x, self.blocks[0].norm1, eps=self.config.rms_norm_eps)
         norms = [*(b.norm1 for b in self.blocks[1:]), self.norm]
         selection: Selection | None = None
         for block, pages, norm in zip(self.blocks, cache.layers, norms):
-            h, x, selection = block(h, x, pages, batch, None if block.full else selection, norm)
-        return h
+            rows = part.batch if part else batch
+            h, x, selection = block(h, x, pages, rows, None if block.full else selection, norm, total)
+        return part.whole(self.ops, self.layout, h) if part and self.layout else h
 
     def logits(self, hidden: Any) -> Any:
         """float32 logits [T, vocab] of post-norm hidden states."""

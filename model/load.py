@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config, described
 from porthal.model.generate import generate, step
 from porthal.model.glm5 import Glm5
+from porthal.model.layout import Layout
 from porthal.model.tokens import ids_array
 
 DEMO = Path(__file__).parent / "demo"
@@ -20,22 +22,32 @@ CACHES = (".k_scale", ".v_scale", ".kv_cache_scale", ".kv_cache_offset")  # what
 
 
 def load(
-    path: str | Path = DEMO, binding: Binding | None = None, *, dtype: str = "float32", block_size: int = 64
+    path: str | Path = DEMO,
+    binding: Binding | None = None,
+    *,
+    dtype: str = "float32",
+    block_size: int = 64,
+    layout: Layout | None = None,
 ) -> Glm5:
     """The model in a directory, on a binding (default: what the current policy selects for this model's calls).
 
     A binding that was made without a profile is made again, by its own policy, for the calls of this model in this dtype.
     dtype is that of activations, weights and caches; block_size is the tokens in a cache page. UsageError for a directory
     that does not hold such a model; NotClaimed where an op is missing that greedy text needs: others fail when they are used.
+    With a `layout` this is one rank's part, and every rank makes the same calls of the model; of experts only its own are read.
     """
     if dtype not in FLOATS:
         raise UsageError(f"dtype is {dtype!r}: expected one of {', '.join(FLOATS)}")
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
     config, source = opened(path)
-    calls, least = profile(config, dtype, block_size), needed(config)
+    shapes = layout.recorded() if layout else None
+    calls, least = profile(config, dtype, block_size, shapes), needed(config, 0, shapes)
     fitted = binding.fitted(calls, least) if binding else bind(profile=calls, needed=least)
-    return Glm5(config, source, fitted, dtype, block_size)
+    if layout:
+        facts = {"backend": fitted.backend.name, "dtype": dtype, "layout": layout.kind, "checkpoint": source.digest()}
+        layout.comm.agree("load", {**facts, "config": hashlib.sha256(repr(config).encode()).hexdigest()[:16]})
+    return Glm5(config, source, fitted, dtype, block_size, layout)
 
 
 def opened(path: str | Path) -> tuple[Config, Checkpoint]:
@@ -129,7 +141,9 @@ def stepped(
 
 
 @lru_cache(maxsize=64)
-def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> Mapping[str, Sequence[CallSpec]]:
+def profile(
+    config: Config, dtype: str = "float32", block_size: int = 64, layout: Layout | None = None
+) -> Mapping[str, Sequence[CallSpec]]:
     """The calls a model makes, from one row to the whole context, by op: what a backend must claim to run it.
 
     It has both composites and what they are made of, since the binding decides which of them are called.
@@ -139,10 +153,10 @@ def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> Map
     def generated(ops: Binding) -> None:
         for temperature in (0.0, 1.0):
             for drafts in (0, 2) if config.has_mtp else (0,):
-                _text(_blank(config, ops, dtype, block_size), temperature, drafts)
+                _text(_blank(config, ops, dtype, block_size, layout), temperature, drafts)
 
-    small = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), 1, 1))
-    large = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size), min(longest, 4096), longest))
+    small = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size, layout), 1, 1))
+    large = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size, layout), min(longest, 4096), longest))
     merged: dict[str, dict[CallSpec, None]] = {}
     for (op, low), (_, high) in zip(small, large):
         dims = {k: _span(v, high.dims[k]) for k, v in low.dims.items()}
@@ -155,9 +169,9 @@ def profile(config: Config, dtype: str = "float32", block_size: int = 64) -> Map
 
 
 @lru_cache(maxsize=64)
-def needed(config: Config, drafts: int = 0) -> Callers:
+def needed(config: Config, drafts: int = 0, layout: Layout | None = None) -> Callers:
     """What a model calls for greedy text, and who calls it: what a backend cannot do without."""
-    return callers(lambda ops: _text(_blank(config, ops, "float32", 64), 0.0, drafts))
+    return callers(lambda ops: _text(_blank(config, ops, "float32", 64, layout), 0.0, drafts))
 
 
 def _text(model: Glm5, temperature: float, drafts: int) -> None:
@@ -171,9 +185,9 @@ def _span(low: int | tuple[int, int], high: int | tuple[int, int]) -> int | tupl
     return (low, high) if high != low else low
 
 
-def _blank(config: Config, ops: Binding, dtype: str, block_size: int) -> Glm5:
+def _blank(config: Config, ops: Binding, dtype: str, block_size: int, layout: Layout | None = None) -> Glm5:
     """A model without values."""
-    return Glm5(config, Blank(), ops, dtype, block_size)
+    return Glm5(config, Blank(), ops, dtype, block_size, layout)
 
 
 def _step(model: Glm5, rows: int, context: int) -> None:

@@ -36,5 +36,5 @@ class Mtp:
         e = self.ops.embedding(ids, embed)
         u = self.ops.mtp_input(e, g, self.enorm, self.hnorm, self.eh_proj, eps=eps)
         h = self.ops.rms_norm(u, self.block.norm1, eps=eps)
-        h, _, selection = self.block(h, u, cache, batch, selection, self.norm)
+        h, _, selection = self.block(h, u, cache, batch, selection, self.norm, batch.T)
         return h, selection

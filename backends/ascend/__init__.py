@@ -1,6 +1,10 @@
 """Huawei Ascend through torch_npu: `ascend`, `ascend:1`. Ops without a kernel of its own run on the plain torch base."""
 
+import importlib.util
+import os
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from porthal.hal import Probe
@@ -8,12 +12,34 @@ from porthal.hal import Probe
 requires = ("torch", "torch_npu")
 rank = 100
 
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+DEVICES, LIBRARIES = Path("/dev"), Path("/etc/ld.so.cache")  # device files of the driver; what the loader finds by itself
+RUNTIME = "libascendcl.so"
+OTHERS = "torch_musa", "torch_mlu"
+
 
 def probe() -> Probe:
-    """Look for the driver's device files: torch_npu takes seconds to import, and a broken install breaks `import torch`."""
+    """Look without importing torch_npu: that takes seconds, and a broken install breaks `import torch`."""
     if "torch_npu" in sys.modules:
         here = sys.modules["torch"].npu.is_available()
         return Probe("available") if here else Probe("not here", "torch_npu sees no NPU")
-    if not any(Path("/dev").glob("*davinci[0-9]*")):  # davinci0, or vdavinci100 for a part of one
-        return Probe("not here", "there is no /dev/davinci0")
+    if not any(DEVICES.glob("*davinci[0-9]*")):  # davinci0, or vdavinci100 for a part of one
+        return Probe("not here", f"there is no {DEVICES}/davinci0")
+    if not any(c.isdigit() for c in os.environ.get(VISIBLE, "0")):
+        return Probe("not here", f"{VISIBLE} is {os.environ[VISIBLE]!r}, which shows no device: unset it, or name some as 0,1")
+    if other := next((name for name in OTHERS if importlib.util.find_spec(name)), None):
+        return Probe("broken", f"{other} is installed as well, and PyTorch takes one vendor's device per process: remove one")
+    if not _has_runtime():
+        return Probe("broken", f"the loader finds no {RUNTIME}: source set_env.sh of CANN's toolkit first")
+    with suppress(PackageNotFoundError):
+        ours, theirs = (".".join(version(name).split(".")[:2]) for name in ("torch", "torch_npu"))
+        if ours != theirs:
+            return Probe("broken", f"torch_npu {version('torch_npu')} is for torch {theirs}, this is {version('torch')}")
     return Probe("available")
+
+
+def _has_runtime() -> bool:
+    folders = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    if any((Path(folder) / RUNTIME).exists() for folder in folders):
+        return True
+    return LIBRARIES.exists() and RUNTIME.encode() in LIBRARIES.read_bytes()

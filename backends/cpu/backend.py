@@ -7,6 +7,7 @@ from typing import Any
 
 from porthal.backends.cpu import _native, policy
 from porthal.backends.cpu.attention import Attention
+from porthal.backends.cpu.collectives import Collectives
 from porthal.backends.cpu.composites import Composites
 from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
@@ -16,7 +17,7 @@ from porthal.backends.cpu.tokens import Tokens
 from porthal.hal import Peak, Traits, UsageError
 
 
-class Cpu(Attention, Copies, Elementwise, Composites, Routing, Tokens):
+class Cpu(Attention, Collectives, Copies, Elementwise, Composites, Routing, Tokens):
     """Native kernels; what is not packed lies as in the reference."""
 
     def __init__(self, device: str = "") -> None:

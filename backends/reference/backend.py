@@ -43,6 +43,8 @@ class Reference(Backend):
     def derive(self, contract: Contract) -> Callable[..., Any] | None:
         if contract.decomposition and self.name != "reference":
             return None  # a backend based on this one composes it from its own kernels
+        if contract.collective:
+            return self._simulating(contract)
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
             operands, attrs = contract.arrange(args, kwargs)
@@ -53,6 +55,22 @@ class Reference(Backend):
                 for value, (_, _, dtype) in zip(found.values(), contract.results(contract.spec(operands, attrs)))
             )
             return rounded if len(rounded) > 1 else rounded[0]
+
+        return kernel
+
+    def _simulating(self, contract: Contract) -> Callable[..., Any]:
+        """Every rank sends all that it has to all others, simulates all of them, and keeps its own results."""
+
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            operands, attrs = contract.arrange(args, kwargs)
+            comm = operands.pop(contract.collective)
+            everyone = comm.exchange(contract.name, operands)
+            lists = {name: [_wide(of[name]) for of in everyone] for name in operands}
+            lists[contract.collective] = [comm] * comm.size
+            found = contract.named(contract.reference(**lists, **attrs)[comm.rank])
+            spec = contract.spec(contract.arrange(args, kwargs)[0], attrs)
+            rounded = tuple(self._rounded(v, dtype) for v, (_, _, dtype) in zip(found.values(), contract.results(spec)))
+            return rounded[0] if len(rounded) == 1 else rounded
 
         return kernel
 

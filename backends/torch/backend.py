@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from porthal.backends.torch.collectives import Collectives
 from porthal.backends.torch.peaks import by_events, peaks
 from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
 from porthal.backends.torch.tables import angles
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
     block_table: Tensor  # int32 [R, max(B, 1)]
 
 
-class Torch(Backend):
+class Torch(Collectives, Backend):
     """A vendor's subclass overrides what its chip does differently: kernels by name; `rows` for a selection form of its
     own; `alloc_pages` for a cache layout of its own, with every field a [slots, width] view, of which nothing else is
     asked; `prepare` for packed weights."""
@@ -116,7 +117,7 @@ class Torch(Backend):
         with torch.no_grad():
             return into.copy_(value)
 
-    def broadcast(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def expand(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         return x.expand(shape)
 
     def refuses_array(self, x: Any) -> str | None:
@@ -272,6 +273,8 @@ class Torch(Backend):
             pages[name].index_copy_(0, plan.targets, rows)
         return pages
 
+    kv_write.capturable = False
+
     def page_copy(self, pages: Pages, source: Tensor, target: Tensor) -> Pages:
         for name, _ in pages.spec.fields:
             blocks = _blocks(pages, name)
@@ -289,6 +292,8 @@ class Torch(Backend):
             parts.append(F.pad(per_key, (0, batch.max_kv - seen), value=-torch.inf))
         return torch.cat(parts)
 
+    indexer_scores.capturable = False
+
     def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
         return Selection(SelectionSpec(batch.T, k), Rows(*highest(scores, batch.native.visible, k)))
 
@@ -303,6 +308,8 @@ class Torch(Backend):
             for parts, found in zip((indices, length), highest(scores, batch.native.visible[rows], k)):
                 parts.append(found)
         return Selection(SelectionSpec(batch.T, k), Rows(torch.cat(indices), torch.cat(length)))
+
+    indexer_topk.capturable = False  # as above: lengths are read on the host
 
     def select_rows(self, sel: Selection, rows: Tensor) -> Selection:
         picked = Rows(*(x.index_select(0, rows) for x in self.rows(sel)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from porthal.conformance.cases.domain import options
 from porthal.conformance.cases.legal import DISTINCT, LARGEST, elements, refusal
-from porthal.hal import UsageError, contracts
+from porthal.hal import UsageError, operators
 from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.spans import worded
 
@@ -18,7 +18,6 @@ _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG = {v: k for k, v in _SHORT.items()}
 # Parts of tokens that later versions will write: what each is for.
 RESERVED = {
-    "ranks": "collectives among several processes",
     "%": "quantisation schemes",
 }
 _NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider", "seq": "program"}
@@ -63,7 +62,7 @@ class Case:
 
     @property
     def contract(self) -> Contract:
-        return contracts()[self.op]
+        return operators()[self.op]
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -100,7 +99,7 @@ class Case:
         op, _, version = head.partition("@")
         if why := _misshapen(op, parts) if token.isprintable() else _NEITHER:
             raise UsageError(f"{token!r} is not a case token: {why}")
-        contract = contracts()[op]
+        contract = operators()[op]
         _check_version(token, contract, version)
         found: dict[str, list[Any]] = {k: [] for k in ("dims", "attrs", "dtypes", "recipes", "absent")}
         named: dict[str, Any] = {}
@@ -174,9 +173,9 @@ def _misshapen(op: str, parts: list[str]) -> str:
     """What is wrong with a token's first or last part, or ""."""
     if not parts:
         return _NEITHER
-    if op not in contracts():
-        close = get_close_matches(op, contracts(), 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(contracts())}"
+    if op not in operators():
+        close = get_close_matches(op, operators(), 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(operators())}"
         return f"unknown op {op!r}, {hint}"
     if _number(parts[-1], LARGEST["seed"]) is None:
         return f"its last part is {parts[-1]!r}, expected the seed, a whole number from 0 to {LARGEST['seed']}"

@@ -36,6 +36,10 @@ FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes
 PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
 FAULTS = ("dtype", "shape", "kind", "attribute", "range")
+# Of several ranks, one of which makes another call, a wrong one, or none; "overflow" is the fault of all.
+RANK_FAULTS = ("dtype", "shape", "range", "overflow", "other", "killed", "stalled")
+GROUPS = "groups"  # a program of ranks: two groups make the call at once
+MOST_RANKS = 64
 PAGES = 6  # of a cache that no batch describes
 # What a token may ask for; `copied` are the elements of a call whose rows are copies of few.
 LARGEST = {"size": 2**20, "distinct": 64, "seed": 2**32, "elements": 2**27, "copied": 2**29}
@@ -59,8 +63,8 @@ def refusal(case: Case) -> str:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
         if size == 0 and name != contract.rows and 0 not in contract.cases.get(name, ()):
             return f"{name} is 0, expected at least 1"
-    checks = (_refused_operands, _refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture)
-    for check in checks:
+    alone = (_refused_batch, _refused_fault, _refused_copies, _refused_program, _refused_capture)
+    for check in (_refused_operands, *((_refused_ranked,) if contract.collective else alone)):
         if why := check(case):
             return why
     facts = SimpleNamespace(**attrs, **sizes, **({"block_size": case.block_size} if case.block_size else {}))
@@ -78,7 +82,7 @@ def _refused_operands(case: Case) -> str:
         if given not in (permitted := [case.dtype(o) if o in operands else o for o in contract.dtypes[name]]):
             return f"{name} is {given}, expected {_one_of(permitted)}"
     for name, given in case.recipes:
-        if name not in (drawn := [o for o in operands if operands[o].kind != "Batch"]):
+        if name not in (drawn := [o for o in operands if operands[o].kind not in ("Batch", "Communicator")]):
             return f"{name} is not an operand{' with values' * (name in operands)}, expected {_one_of(drawn)}"
         if given not in (known := fitting(contract, name)):
             return f"{given or 'empty'} is not a value generator for {name}, expected {_one_of(known)}"
@@ -98,6 +102,27 @@ def _refused_operands(case: Case) -> str:
     for name, (low, high) in contract.ranges.items():
         if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):
             return f"{name} has nothing to point to"
+    return ""
+
+
+def _refused_ranked(case: Case) -> str:
+    """What is wrong with a call of several ranks."""
+    contract, ranks = case.contract, dict(case.dims)["ranks"]
+    if ranks > MOST_RANKS:
+        return f"it has {ranks} ranks, expected at most {MOST_RANKS}"
+    if case.batch or case.block_size or case.distinct or case.capture or case.via:
+        return "a call of several ranks has no batch, pages, copies, capture nor provider"
+    if case.view not in ("", "columns", "rows") or (case.view and not contract.dtypes.get("x", ("",))[1:]):
+        return f"{case.view} is not a view of such a call, expected columns or rows"
+    if case.seq not in ("", GROUPS):
+        return f"{case.seq!r} is not a program of several ranks, expected {GROUPS}"
+    if not case.fault:
+        return ""
+    if case.fault not in RANK_FAULTS:
+        return f"{case.fault!r} is not a fault of ranks, expected one of {', '.join(RANK_FAULTS)}"
+    needs = {"range": contract.ranges, "overflow": contract.fits, "shape": contract.dtypes, "dtype": contract.cases}
+    if ranks < 2 or not needs.get(case.fault, True) or (case.fault == "shape" and not contract.cases):
+        return f"it has no fault {case.fault}"
     return ""
 
 

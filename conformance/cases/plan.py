@@ -36,6 +36,7 @@ from porthal.conformance.cases.pairs import LESS, SAME, pair_cases, plain
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
 from porthal.conformance.cases.provocations import COMPANIONS
+from porthal.conformance.cases.ranked import ranked_cases
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal.contract import Contract
@@ -71,6 +72,8 @@ def cases(
 
 def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[str] | None = None) -> list[Case]:
     """The cases that are captured as a graph and replayed, for backends that do so."""
+    if contract.collective:
+        return []
     known = of_op(contract.name, capture=True)
     found = {case.token: case for case in (*_Plan(contract, level).captured(), *known)}
     return [case for case in found.values() if among(case, dtypes)]
@@ -78,6 +81,8 @@ def captured(contract: Contract, level: str = BRING_UP.name, dtypes: Sequence[st
 
 @lru_cache(maxsize=256)
 def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
+    if contract.collective:
+        return tuple(ranked_cases(contract, level))
     found: dict[str, Case] = {}
     plan, profile = _Plan(contract, level), profile_of(model)
     planned = (*plan.cases(), *large(contract, level, model))
@@ -91,6 +96,8 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
 @lru_cache(maxsize=256)
 def large(contract: Contract, level: str, model: str = MODEL) -> tuple[Case, ...]:
     """The cases in a model's own sizes; values and layouts in turn, but the first of each is plain."""
+    if contract.collective:
+        return ()
     found = [case for case, _ in profile_cases(contract, level_of(level), profile_of(model))]
     views = [v for v in ("", "columns", "slices", "heads") if found and not refusal(replace(found[0], view=v))]
     turns = zip(found, cycle(telling(contract)), cycle(views))

@@ -164,7 +164,7 @@ def _parent(backend: Backend, x: Array, view: str) -> tuple[Array, Callable[[Any
         parent[inside] = x
         return parent, lambda a: a[inside]
     if view == "broadcast" and backend.traits.strides and len(x) and is_float(dtype(x)):
-        return x[:1], lambda a: backend.broadcast(a, x.shape)
+        return x[:1], lambda a: backend.expand(a, x.shape)
     return x, lambda a: a
 
 

@@ -79,11 +79,11 @@ def verify(backend: Backend) -> None:
         raise UsageError(f"slices with gaps are views on {backend}: state traits = Traits(strides=True, ...) in {name}")
     if traits.strides:
         try:
-            shape = tuple(backend.broadcast(backend.from_numpy(ones.reshape(1, 4))[:, ::2].swapaxes(0, 1)[:1], (3, 1)).shape)
+            shape = tuple(backend.expand(backend.from_numpy(ones.reshape(1, 4))[:, ::2].swapaxes(0, 1)[:1], (3, 1)).shape)
         except Exception as error:
             raise UsageError(
                 f"the arrays of {backend} have no views with strides ({message_of(error)}): state "
-                f"traits = Traits(strides=False, ...) in {name}, or override `broadcast`"
+                f"traits = Traits(strides=False, ...) in {name}, or override `expand`"
             ) from error
         if shape != (3, 1):
-            raise UsageError(f"`broadcast` of {backend} gave the shape {list(shape)}, expected [3, 1]")
+            raise UsageError(f"`expand` of {backend} gave the shape {list(shape)}, expected [3, 1]")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.results import Result, verify_results
-from porthal.hal import UsageError, contracts
+from porthal.hal import UsageError, operators
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class Journal(Lines[Result]):
             "suite": SUITE,
             **facts.environment,
             "sources": dict(facts.sources),
-            "contracts": {name: c.version for name, c in contracts().items()},
+            "contracts": {name: c.version for name, c in operators().items()},
         }
         super().__init__(file, head, resume)
 

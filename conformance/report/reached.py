@@ -20,7 +20,7 @@ from porthal.conformance.cases.plan import cases, large
 from porthal.conformance.cases.profiles import MODEL
 from porthal.conformance.execution.bindings import parts
 from porthal.conformance.report.results import Result
-from porthal.hal import UsageError, contracts
+from porthal.hal import UsageError, operators
 from porthal.hal.contract import Contract
 
 DTYPE = "bfloat16"
@@ -48,14 +48,14 @@ class Reached:
 
 def profiles() -> tuple[str, ...]:
     """The uses of a model that contracts belong to."""
-    return tuple(dict.fromkeys(profile for contract in contracts().values() for profile in contract.profiles))
+    return tuple(dict.fromkeys(profile for contract in operators().values() for profile in contract.profiles))
 
 
 def called(profile: str) -> tuple[str, ...]:
     """The ops that a use calls; what they are composed of belongs to them."""
     if profile not in profiles():
         raise UsageError(f"unknown profile {profile!r}: expected one of {', '.join(profiles())}")
-    return tuple(op for op, contract in contracts().items() if profile in contract.profiles)
+    return tuple(op for op, contract in operators().items() if profile in contract.profiles)
 
 
 def members(profile: str) -> list[str]:
@@ -66,7 +66,7 @@ def members(profile: str) -> list[str]:
 @cache
 def parts_of(op: str) -> tuple[str, ...]:
     """What a composite is composed of, itself first."""
-    contract = contracts()[op]
+    contract = operators()[op]
     if not contract.decomposition:
         return ()
     return tuple(parts(build(min((c for c in cases(contract) if not c.fault), key=elements))))
@@ -99,7 +99,7 @@ def reached(op: str, level: str, results: Sequence[Result], model: str = MODEL) 
     """
     mine = [r for r in results if r.op == op]
     left = {r.token for r in mine if r.verdict == "LEFT_OUT"}
-    wanted = {case.token for case in required(contracts()[op], level, model)} - left
+    wanted = {case.token for case in required(operators()[op], level, model)} - left
     within = [r for r in mine if r.token in wanted]
     own = [r for r in within if r.own and r.verdict != "UNCLAIMED"]
     passed = sum(r.verdict == "PASS" for r in own)

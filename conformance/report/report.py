@@ -31,7 +31,7 @@ from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
 from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
 from porthal.conformance.report.waivers import Waiver, expired, verify, waive
 from porthal.conformance.verdicts import NOT_READ
-from porthal.hal import Backend, UsageError, contracts
+from porthal.hal import Backend, UsageError, operators
 from porthal.hal.backend import NOT_TAKEN
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Report:
         facts = backend if isinstance(backend, Facts) else Facts.of(backend)
         results = tuple(waive(result, facts.waivers) for result in results)
         ops = dict.fromkeys(r.op for r in results)
-        versions = {op: contracts()[op].version for op in ops}
+        versions = {op: operators()[op].version for op in ops}
         levels = {op: reached(op, level, results, model) for op in ops}
         return cls(
             backend=facts.backend,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.level import LEVELS
-from porthal.hal import Backend, UsageError, contracts
+from porthal.hal import Backend, UsageError, operators
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -148,5 +148,5 @@ def verify(known: Sequence[Waiver], results: Sequence[Result], today: date | Non
 def _planned(waiver: Waiver) -> bool:
     """Whether a case of any op and level matches, also one that this run did not ask for."""
     op = waiver.pattern.partition(",")[0].partition("@")[0]
-    ops = [contract for name, contract in contracts().items() if fnmatchcase(name, op) or "," not in waiver.pattern]
+    ops = [contract for name, contract in operators().items() if fnmatchcase(name, op) or "," not in waiver.pattern]
     return any(waiver.matches(case.token) for contract in ops for level in LEVELS for case in cases(contract, level))

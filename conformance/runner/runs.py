@@ -21,9 +21,10 @@ from porthal.conformance.report.results import Result
 from porthal.conformance.report.waivers import waive, waivers
 from porthal.conformance.runner.check import Returned, check
 from porthal.conformance.runner.peers import Peers
+from porthal.conformance.runner.ranked import Ranked, in_threads
 from porthal.conformance.runner.remaining import Remaining
-from porthal.conformance.runner.workers import Bounds, Pool
-from porthal.hal import Backend, UsageError, contracts, create
+from porthal.conformance.runner.workers import Bounds, Pool, Setup
+from porthal.hal import Backend, UsageError, contracts, create, operators
 from porthal.hal.contract import Contract
 
 Progress = Callable[[int, int, Result, float], None]
@@ -56,28 +57,33 @@ def run(
     `model` says whose sizes the large calls have: a directory with a config.json, or the name of a published model.
     A backend that is one of `peers` runs in its own interpreter.
     """
-    known = contracts()
-    for op in ops or ():
+    known = operators()
+    ops = list(ops or contracts())
+    for op in ops:
         if op not in known:
             raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
         _check_dtypes(known[op], dtypes or ())
-    _check_model(model, level, ops or known)
-    plan = [case for op in ops or known for case in cases(known[op], level, dtypes, model)]
+    _check_model(model, level, ops)
+    plan = [case for op in ops for case in cases(known[op], level, dtypes, model)]
     results: dict[str, Result] = {}
     one: Callable[[Case], Result]
     judged: Callable[[Sequence[Case]], Iterable[Result]]
     with ExitStack() as stack:
         if isinstance(backend, str) and isolate:
             python = peers.python(backend) if peers else ""
-            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), len(plan), True, python))
-            facts, judged, one = pool.facts, pool.judged, pool.one
+            alone = sum(not case.contract.collective for case in plan)
+            pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), alone, True, python))
+            facts = pool.facts
+            ranked = Ranked(pool.setup, bounds or Bounds())
+            stack.callback(ranked.close)
+            judged, one = _parted(pool.judged, ranked.judged), pool.one
         else:
             bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
             facts = Facts.of(bindings.backend, bindings.providers())
-            one = lambda case: check(case, bindings, level)  # noqa: E731
+            one = _one_here(bindings, level)
             judged = lambda cases: map(one, cases)  # noqa: E731
         if facts.captures:
-            plan += [case for op in ops or known for case in captured(known[op], level, dtypes)]
+            plan += [case for op in ops for case in captured(known[op], level, dtypes)]
         kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
         if kept:
             known_results = {result.token: result for result in kept.known}
@@ -96,17 +102,42 @@ def run(
         plan = [each for case in plan for each in (case, *_further(case, results[case.token], facts))]
         settle(plan)
         plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
-        drawn = _drawn(ops or known, properties, seed, dtypes, one, progress) if properties else []
+        drawn = _drawn(ops, properties, seed, dtypes, one, progress) if properties else []
     ran = [*(results[case.token] for case in plan), *drawn]
     options = (bounds.options if bounds else "") + (peers.option(str(backend)) if peers else "")
     return Report.of(facts, level, ran, bounds=options, model=model)
+
+
+def _parted(
+    alone: Callable[[Sequence[Case]], Iterable[Result]], together: Callable[[Sequence[Case]], Iterable[Result]]
+) -> Callable[[Sequence[Case]], Iterable[Result]]:
+    """The cases of one device by the one, those of several ranks by the other."""
+
+    def judged(cases: Sequence[Case]) -> Iterable[Result]:
+        single = [case for case in cases if not case.contract.collective]
+        yield from alone(single) if single else ()
+        yield from together([case for case in cases if case.contract.collective])
+
+    return judged
+
+
+def _one_here(bindings: Bindings, level: str) -> Callable[[Case], Result]:
+    """One case in this process; of several ranks each is a thread."""
+
+    def one(case: Case) -> Result:
+        if not case.contract.collective:
+            return check(case, bindings, level)
+        start = time.monotonic()
+        return Result.of(case, in_threads(case, bindings, level), None, time.monotonic() - start)
+
+    return one
 
 
 def _check_model(model: str, level: str, ops: Iterable[str]) -> None:
     """Raise UsageError for what is no model, and where a level affords no call in its sizes."""
     called = dict(profile_of(model).calls)
     for op in ops:
-        contract = contracts()[op]
+        contract = operators()[op]
         if op in called and contract.independent and not large(contract, level, model):
             raise UsageError(
                 f"{model} calls {op} in sizes of which no part fits {level} in time and memory: take a higher level, or others"
@@ -169,7 +200,13 @@ def replay(
     case, inputs = (call.case, call) if isinstance(call, Inputs) else (Case.from_token(call), None)
     if isinstance(backend, str) and isolate:
         python = peers.python(backend) if peers else ""
+        if case.contract.collective:
+            setup = Setup(backend, level, emulated, (bounds or Bounds()).memory, python=python)
+            with closing(Ranked(setup, bounds or Bounds())) as ranked:
+                return waive(ranked.one(case), waivers(create(backend, emulated)))
         with Pool(backend, level, emulated, bounds or Bounds(), 1, python=python) as pool:
             return waive(pool.one(case, inputs, returned), pool.facts.waivers)
     bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
+    if case.contract.collective:
+        return waive(_one_here(bindings, level)(case), waivers(bindings.backend))
     return waive(check(case, bindings, level, inputs, returned=returned), waivers(bindings.backend))

@@ -11,6 +11,7 @@ from typing import Any
 
 from porthal.hal.errors import UsageError
 from porthal.hal.operands.batch import Batch
+from porthal.hal.operands.communicator import Communicator, CommunicatorSpec
 from porthal.hal.operands.operand import Operand
 from porthal.hal.operands.pages import Pages, PagesSpec
 from porthal.hal.operands.selection import Rows, Selection, SelectionSpec
@@ -19,6 +20,8 @@ from porthal.hal.operands.weight import Weight, WeightSpec
 __all__ = [
     "KINDS",
     "Batch",
+    "Communicator",
+    "CommunicatorSpec",
     "Operand",
     "Pages",
     "PagesSpec",
@@ -30,7 +33,7 @@ __all__ = [
     "kind_of",
 ]
 
-KINDS: dict[str, type[Operand]] = {kind.__name__: kind for kind in (Weight, Pages, Selection, Batch)}
+KINDS: dict[str, type[Operand]] = {kind.__name__: kind for kind in (Weight, Pages, Selection, Batch, Communicator)}
 
 
 def kind_of(spec: Any) -> type[Operand]:

@@ -21,7 +21,7 @@ def test_room_is_a_relative_link(room):
 
 def test_package_folder_holds_nothing_else():
     names = {path.name for path in (ROOT / "porthal").iterdir()} - {"__pycache__"}
-    assert names == {*ROOMS, "__init__.py", "py.typed"}
+    assert names == {*ROOMS, "__init__.py", "__main__.py", "py.typed"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -102,6 +102,46 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype, threads):
     assert np.delete(beside, [3, 4, 5], 0).tobytes() == np.delete(whole, [3, 4, 5], 0).tobytes()
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_float32_that_is_bfloat16_takes_half_of_the_bytes_and_gives_the_same_bits(data):
+    rows, depth, columns = (data.draw(st.integers(1, most)) for most in (60, 600, 140))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    x, w = random(rng, rows, depth), random(rng, 3, columns, depth).astype(BF16).astype(F32)
+    w[0, 0, :1], w[1, 0, -1:] = -0.0, np.inf
+    kept, whole = packed(w), packed(w)
+    third = np.full((columns, depth), 1 / 3, F32)
+    whole.set(1, third)  # from here on as float32
+    for made, expected in ((kept, w[1]), (whole, third)):
+        back = np.empty_like(w)
+        for e in range(3):
+            made.get(e, back[e])
+        assert back.tobytes() == np.stack([w[0], expected, w[2]]).tobytes()
+    whole.set(1, w[1])
+    assert whole.nbytes == 2 * kept.nbytes
+    counts = np.int32(rng.multinomial(rows, np.ones(3) / 3))
+    one, other = (run(native.grouped_gemm, x, p, counts, shape=(rows, columns)) for p in (kept, whole))
+    assert one.tobytes() == other.tobytes()
+
+
+def test_experts_of_which_half_is_bfloat16():
+    rng = np.random.default_rng(6)
+    x, ids = random(rng, 30, 33), rng.integers(-1, 4, (30, 2)).astype(np.int32)
+    mix, w13, w2 = rng.random((30, 2), np.float32), random(rng, 4, 38, 33), random(rng, 4, 33, 19)
+    w13, w2 = (w.astype(BF16).astype(F32) for w in (w13, w2))
+
+    def whole(w, gated):
+        made = packed(np.full_like(w, 1 / 3), gated)
+        for e, matrix in enumerate(w):
+            made.set(e, matrix)
+        return made
+
+    ups, downs = (packed(w13, True), whole(w13, True)), (packed(w2), whole(w2, False))
+    pairs = [(up, down) for up in ups for down in downs]
+    results = {run(native.moe_experts, x, ids, mix, *pair, 0, False, shape=x.shape).tobytes() for pair in pairs}
+    assert len(results) == 1
+
+
 def test_experts_in_half_precision():
     """The experts of float16 against those of float32 with the same values."""
     rng = np.random.default_rng(4)

@@ -16,6 +16,7 @@ from porthal.hal import (
     any_of,
     at_least,
     at_most,
+    between,
     limits,
     multiple_of,
     multiple_of_bytes,
@@ -41,6 +42,7 @@ def refusal(call: dict[str, Any], **stated: Any) -> str | None:
         (one_of(64, 128), "one of 64, 128", [64, 128], [65, 96]),
         (at_most(8), "at most 8", [-1, 0, 8], [9]),
         (at_least(2), "at least 2", [2, 99], [1, 0]),
+        (between(3, 8), "3 to 8", [3, 8], [2, 9]),
         (multiple_of(16), "a multiple of 16", [16, 160], [8, 0, 17, -16]),
         (multiple_of(16, at_most=64), "a multiple of 16 up to 64", [16, 64], [80, 0]),
         (
@@ -113,6 +115,9 @@ def test_what_is_within_the_limits_is_taken(call: Any, stated: Any) -> None:
     [
         (at_most(8), (1, 8), None),
         (at_most(8), (1, 9), 9),
+        (between(3, 8), (3, 8), None),
+        (between(3, 8), (1, 8), 1),
+        (between(3, 8), (3, 9), 9),
         (at_least(4), (4, 100), None),
         (at_least(4), (3, 100), 3),
         (multiple_of(64), (64, 64), None),

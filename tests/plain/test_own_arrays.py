@@ -65,7 +65,7 @@ class Boxed(Reference):
         into._hidden[...] = value._hidden
         return into
 
-    def broadcast(self, x: Box, shape: tuple[int, ...]) -> Any:
+    def expand(self, x: Box, shape: tuple[int, ...]) -> Any:
         return Box(np.broadcast_to(x._hidden, shape))
 
     def refuses_array(self, x: Any) -> str | None:

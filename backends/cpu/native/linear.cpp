@@ -26,11 +26,12 @@ void append(std::vector<Work>& works, const Packed& w, std::int64_t expert, std:
 template <class T, class Y>
 void multiply(const Packed& w, const ReadyRows& rows, const std::vector<Work>& works, Y* y, std::int64_t stride) {
   const PanelLoops<T>& loops = panel_loops(w.isa).of(static_cast<const T*>(nullptr));
+  const auto multiply = w.multiply<T>();
   const auto store = panel_loops(w.isa).of(y).store;
   const std::int64_t items = works.size() * w.panels;
   std::int64_t most = 0;
   for (const Work& work : works) most = std::max(most, work.rows);
-  parallel_for(items, panels_at_a_time(items, w.panel_bytes, most), [&](std::int64_t from, std::int64_t to) {
+  parallel_for(items, panels_at_a_time(items, w.panel_bytes(), most), [&](std::int64_t from, std::int64_t to) {
     thread_local Scratch<float> sums_of_thread;
     float* const sums = sums_of_thread.at_least(most * w.panel * loops.together);
     const void* a[kMostRows];
@@ -40,8 +41,8 @@ void multiply(const Packed& w, const ReadyRows& rows, const std::vector<Work>& w
       then = i + count;
       for (std::int64_t m = 0; m < work.rows; ++m) a[m] = rows[work.first + m];
       const auto used = [&](std::int64_t at) { return std::min(w.panel, w.rows - at * w.panel); };
-      const T* const following = then < to ? w.at<T>(works[then / w.panels].expert, then % w.panels) : nullptr;
-      loops.multiply(a, work.rows, w.at<T>(work.expert, p), count, w.depth, used(p + count - 1), following, sums);
+      const void* const following = then < to ? w.at(works[then / w.panels].expert, then % w.panels) : nullptr;
+      multiply(a, work.rows, w.at(work.expert, p), count, w.depth, used(p + count - 1), following, sums);
       for (std::int64_t j = 0; j < count; ++j)
         store(sums + j * work.rows * w.panel, work.rows, used(p + j), y + work.out + (p + j) * w.panel, stride);
     }

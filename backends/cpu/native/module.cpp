@@ -16,6 +16,7 @@ using namespace py::literals;
 namespace porthal {
 
 void bind_limits(py::module_& m);
+void bind_meeting(py::module_& m);
 
 namespace {
 
@@ -235,6 +236,7 @@ PYBIND11_MODULE(_native, m) {
   });
 
   bind_limits(m);
+  bind_meeting(m);
   m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
   m.def("set_num_threads", &set_num_threads, "count"_a, "Results do not depend on it.");
   m.def("isa", [] { return isa_name(isa()); }, "Instruction set in use: by default the best this CPU runs.");
@@ -267,7 +269,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("shape", [](const Packed& p) { return py::make_tuple(p.experts, p.rows, p.columns); })
       .def_readonly("gated", &Packed::gated)
       .def_property_readonly("nbytes", &Packed::bytes, "Bytes in memory, padding included.")
-      .def_buffer([](const Packed& p) { return py::buffer_info(p.at<std::uint8_t>(0, 0), p.bytes()); });
+      .def_buffer([](const Packed& p) { return py::buffer_info(reinterpret_cast<const std::uint8_t*>(p.at(0, 0)), p.bytes()); });
 }
 
 }  // namespace porthal

@@ -136,6 +136,7 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
   Routing& routing = routing_of_caller;
   ReadyRows& hidden = hidden_of_caller;
   const PanelLoops<T>& panels = panel_loops(w13.isa).of(y);
+  const auto up = w13.multiply<T>(), down = w2.multiply<T>();
   const ExpertLoops<T>& loops = experts_loops(w13.isa).of(y);
   const std::int64_t width = w13.panel, half = width / 2;
   const std::int64_t model = w13.columns, inner = w2.columns, choices = ids ? ids->columns : 1;
@@ -152,7 +153,7 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
       std::memset(hidden[r] + inner * panels.item, 0, (w2.depth - inner) * panels.item);
 
     const std::int64_t ups = works * w13.panels;
-    parallel_for(ups, panels_at_a_time(ups, w13.panel_bytes, most), [&](std::int64_t from, std::int64_t to) {
+    parallel_for(ups, panels_at_a_time(ups, w13.panel_bytes(), most), [&](std::int64_t from, std::int64_t to) {
       thread_local ReadyRows rows_of_thread;
       thread_local Scratch<float> sums_of_thread;
       ReadyRows& rows = rows_of_thread;
@@ -169,16 +170,15 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
             a[m] = rows[m];
           }
         }
-        const T* const following =
-            then < to ? w13.at<T>(routing.work[then / w13.panels].expert, then % w13.panels) : nullptr;
-        panels.multiply(a, work.rows, w13.at<T>(work.expert, p), count, w13.depth, width, following, sums);
+        const void* const following = then < to ? w13.at(routing.work[then / w13.panels].expert, then % w13.panels) : nullptr;
+        up(a, work.rows, w13.at(work.expert, p), count, w13.depth, width, following, sums);
         for (std::int64_t j = 0; j < count; ++j)
           loops.gate(sums + j * work.rows * width, work.rows, hidden[work.first] + (p + j) * half * panels.item,
                      hidden.stride(), std::min(half, inner - (p + j) * half));
       }
     });
 
-    const std::int64_t chunk = panels_at_a_time(w2.panels * works, w2.panel_bytes, most) == w2.panels * works ? w2.panels : 1;
+    const std::int64_t chunk = panels_at_a_time(w2.panels * works, w2.panel_bytes(), most) == w2.panels * works ? w2.panels : 1;
     parallel_for(w2.panels, chunk, [&](std::int64_t from, std::int64_t to) {
       thread_local Scratch<float> sums_of_thread;
       float* const sums = sums_of_thread.at_least(routed * width);
@@ -188,8 +188,8 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
         for (std::int64_t i = 0; i < works; ++i) {
           const Routing::Work& work = routing.work[i];
           for (std::int64_t m = 0; m < work.rows; ++m) a[m] = hidden[work.first + m];
-          const T* const following = i + 1 < works ? w2.at<T>(routing.work[i + 1].expert, p) : nullptr;
-          panels.multiply(a, work.rows, w2.at<T>(work.expert, p), 1, w2.depth, used, following, sums + work.first * width);
+          const void* const following = i + 1 < works ? w2.at(routing.work[i + 1].expert, p) : nullptr;
+          down(a, work.rows, w2.at(work.expert, p), 1, w2.depth, used, following, sums + work.first * width);
         }
         for (std::int64_t t = begin; t < end; ++t) {
           const std::int64_t slot = (t - begin) * choices;

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <new>
 
@@ -57,8 +58,9 @@ Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Ki
       item(kind == Kind::f32 ? 4 : 2),
       depth(kind == Kind::b16 ? ceil_div(columns, kGroup<bf16>) * kGroup<bf16> : columns),
       panels(gated ? ceil_div(rows / 2, panel / 2) : ceil_div(rows, panel)),
-      panel_bytes(panel * depth * item),
-      memory_(map_pages(mapped_size(bytes())), Unmap{mapped_size(bytes())}) {}
+      upper_(kind == Kind::f32),
+      memory_(map_pages(mapped_size(experts * panels * panel * depth * item)),
+              Unmap{mapped_size(experts * panels * panel * depth * item)}) {}
 
 // visit(half, row, count): the half's first `count` columns are logical rows from `row` on; those behind them are padding.
 // Halves in parallel.
@@ -68,41 +70,64 @@ void Packed::each_half(std::int64_t expert, Visit visit) const {
   parallel_for(2 * panels, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t row = (gated ? i / 2 : i) * half, count = std::clamp<std::int64_t>(all - row, 0, half);
-      visit(memory_.get() + expert * panels * panel_bytes + i * (panel_bytes / 2), row + (gated ? i % 2 * all : 0), count);
+      visit(memory_.get() + expert * panels * panel_bytes() + i * (panel_bytes() / 2), row + (gated ? i % 2 * all : 0), count);
     }
   });
 }
 
+// Whether the panels hold what is in the matrix; where not, they are not finished.
 template <class T>
-void Packed::pack(std::int64_t expert, const Matrix& logical) {
+bool Packed::pack(std::int64_t expert, const Matrix& logical, typename PanelLoops<T>::Pack* pack) {
   constexpr std::int64_t kBlock = 256;  // of depth, of rows that are copied as they are strided
-  const PanelLoops<T>& loops = panel_loops(isa).of(static_cast<const T*>(nullptr));
-  const std::int64_t half = panel / 2;
+  const std::int64_t half = panel / 2, size_of_item = panel_bytes() / (panel * depth);
+  std::atomic<bool> whole{true};
   each_half(expert, [&](char* to, std::int64_t row, std::int64_t count) {
     T copies[kMostColumns / 2][kBlock], zeros[kBlock] = {};
     const T* from[kMostColumns / 2];
-    for (std::int64_t begin = 0; count && begin < columns; begin += kBlock) {
+    for (std::int64_t begin = 0; count && begin < columns && whole; begin += kBlock) {
       const std::int64_t size = std::min(columns - begin, kBlock);
       for (std::int64_t i = 0; i < half; ++i) {
         from[i] = i >= count ? zeros : logical.packed<T>() ? logical.row<T>(row + i) + begin : copies[i];
         for (std::int64_t k = 0; from[i] == copies[i] && k < size; ++k) copies[i][k] = logical.at<T>(row + i, begin + k);
       }
-      loops.pack(from, size, reinterpret_cast<T*>(to) + begin * half);
+      if (!pack(from, size, to + begin * half * size_of_item)) whole = false;
     }
   });
+  return whole;
 }
 
 void Packed::set(std::int64_t expert, const Matrix& logical) {
-  with_float(kind, [&](auto tag) { pack<decltype(tag)>(expert, logical); });
+  with_float(kind, [&](auto tag) {
+    using T = decltype(tag);
+    const PanelLoops<T>& loops = panel_loops(isa).of(static_cast<const T*>(nullptr));
+    if (upper_ && pack<T>(expert, logical, loops.pack_upper)) return;
+    if (upper_) widen();
+    pack<T>(expert, logical, loops.pack);
+  });
+}
+
+// In place, from the end on.
+void Packed::widen() {
+  constexpr std::int64_t kSome = 16;  // which any panel consists of
+  for (std::int64_t i = bytes() / 2 - kSome; i >= 0; i -= kSome) {
+    std::uint16_t halves[kSome];
+    std::uint32_t words[kSome];
+    std::memcpy(halves, memory_.get() + 2 * i, sizeof halves);
+    for (std::int64_t j = 0; j < kSome; ++j) words[j] = std::uint32_t{halves[j]} << 16;
+    std::memcpy(memory_.get() + 4 * i, words, sizeof words);
+  }
+  upper_ = false;
 }
 
 void Packed::get(std::int64_t expert, void* logical) const {
-  const std::int64_t half = panel / 2, group = kind == Kind::b16 ? kGroup<bf16> : 1;
+  const std::int64_t half = panel / 2, group = kind == Kind::b16 ? kGroup<bf16> : 1, size = upper_ ? 2 : item;
   each_half(expert, [&](const char* from, std::int64_t row, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
       char* to = static_cast<char*>(logical) + (row + i) * columns * item;
-      for (std::int64_t k = 0; k < columns; k += group, to += group * item)
-        std::memcpy(to, from + (k * half + i * group) * item, std::min(group, columns - k) * item);
+      for (std::int64_t k = 0; k < columns; k += group, to += group * item) {
+        if (upper_) std::memset(to, 0, 2);
+        std::memcpy(to + item - size, from + (k * half + i * group) * size, std::min(group, columns - k) * size);
+      }
     }
   });
 }

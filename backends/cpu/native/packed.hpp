@@ -14,7 +14,8 @@ namespace porthal {
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Matrices [experts, rows, columns]; per expert panels of output columns (rows of the logical matrix), padded with zeros.
-// If gated, the first half of a panel holds gate rows (the first half of the matrix) and the second their up rows.
+// If gated, the first half of a panel holds gate rows (the first half of the matrix) and the second their up rows. Matrices of
+// float32 are kept in half of the bytes for as long as all their numbers are bfloat16.
 class Packed {
  public:
   Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated);
@@ -22,29 +23,36 @@ class Packed {
   void set(std::int64_t expert, const Matrix& logical);
   void get(std::int64_t expert, void* logical) const;
 
-  template <class T>
-  const T* at(std::int64_t expert, std::int64_t i) const {
-    return reinterpret_cast<const T*>(memory_.get() + (expert * panels + i) * panel_bytes);
+  const char* at(std::int64_t expert, std::int64_t i) const {
+    return memory_.get() + (expert * panels + i) * panel_bytes();
   }
-  std::int64_t bytes() const { return experts * panels * panel_bytes; }
+  template <class T>
+  typename PanelLoops<T>::Multiply* multiply() const {
+    const PanelLoops<T>& loops = panel_loops(isa).of(static_cast<const T*>(nullptr));
+    return upper_ ? loops.multiply_upper : loops.multiply;
+  }
+  std::int64_t panel_bytes() const { return panel * depth * (upper_ ? 2 : item); }
+  std::int64_t bytes() const { return experts * panels * panel_bytes(); }
 
   const std::int64_t experts, rows, columns;
   const Kind kind;
   const bool gated;
   const Isa isa;
-  const std::int64_t panel, row_block, item, depth, panels, panel_bytes;
+  const std::int64_t panel, row_block, item, depth, panels;
 
  private:
   template <class Visit>
   void each_half(std::int64_t expert, Visit visit) const;
   template <class T>
-  void pack(std::int64_t expert, const Matrix& logical);
+  bool pack(std::int64_t expert, const Matrix& logical, typename PanelLoops<T>::Pack* pack);
+  void widen();
 
   struct Unmap {
     std::size_t bytes;
     void operator()(char* memory) const;
   };
-  std::unique_ptr<char, Unmap> memory_;
+  bool upper_;  // a panel is one of Upper
+  std::unique_ptr<char, Unmap> memory_;  // room for all of float32, of which what is not written takes no memory
 };
 
 // Memory for std::free, in whole cache lines, and in huge pages where it fills half of one: rows are read side by side, which

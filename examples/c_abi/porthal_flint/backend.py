@@ -133,7 +133,7 @@ class Flint(Reference):
     def write(self, into, value):
         return copied(into, value)
 
-    def broadcast(self, x, shape):
+    def expand(self, x, shape):
         return Array(x.address, shape, (0, *x.steps[1:]), x.dtype, x.owner)
 
     def refuses_array(self, x):

@@ -1,0 +1,95 @@
+"""Several processes that are the ranks of one model: what starts them, and what each of them is told."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from porthal.cli import text
+from porthal.cli.stopping import stoppable
+from porthal.hal import UsageError
+
+if TYPE_CHECKING:
+    from porthal.hal import Backend
+    from porthal.model.layout import Layout
+
+PATIENCE = 20.0  # seconds in which the other ranks end once one has failed
+KILLED_WITH_PARENT = 1, signal.SIGKILL  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+LayoutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layout", metavar="[ep|dp+ep|tp+ep]", help="of several ranks: what each has, see porthal launch; default: ep"
+    ),
+]
+
+
+@contextmanager
+def ranked(backend: Backend, layout: str | None) -> Iterator[Layout | None]:
+    """This rank's part where the environment says that there are ranks (torchrun and `porthal launch` do), else None."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        if layout:
+            raise UsageError(f"--layout {layout} is for several ranks: start them with porthal launch or torchrun")
+        yield None
+        return
+    from porthal.model.layout import Layout
+
+    with backend.communicator() as comm:
+        yield Layout(comm, layout or "ep")
+
+
+def launch(
+    command: Annotated[list[str], typer.Argument(show_default=False, metavar="COMMAND...", help="generate and its options")],
+    ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="processes of this machine")] = 2,
+) -> int:
+    """Run a command as several ranks, each of which has a part of the model; rank 0 alone writes its output.
+
+    Experts lie on ranks in blocks. With --layout ep all else is on every rank; with dp+ep each rank computes requests of its
+    own; with tp+ep attention heads and dense layers are shared. The text does not depend on it.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    common = {"OMP_NUM_THREADS": str(threads), **os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_port())}
+    started: list[subprocess.Popen[bytes]] = []
+    with stoppable():
+        try:
+            for rank in range(ranks):
+                environment = {**common, "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                arguments = [sys.executable, "-m", "porthal", *command]
+                out = text.stdout() if rank == 0 else subprocess.DEVNULL
+                started.append(
+                    subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL, stdout=out, preexec_fn=_with_parent)
+                )
+            return _ended(started)
+        finally:
+            for each in started:
+                each.kill()
+                each.wait()
+
+
+def _ended(started: list[subprocess.Popen[bytes]]) -> int:
+    """The exit code of the first that fails, else 0; the others have a while to say what they miss."""
+    failed, end = 0, float("inf")
+    while (codes := [each.poll() for each in started]).count(None) and time.monotonic() < end:
+        if wrong := next((code for code in codes if code), 0):
+            failed, end = failed or wrong, min(end, time.monotonic() + PATIENCE)
+        time.sleep(0.02)
+    failed = failed or next((code for code in codes if code), 0)
+    return 128 - failed if failed < 0 else failed
+
+
+def _port() -> int:
+    """Ranks of one machine meet under a name that has this number, not at a port."""
+    return 1024 + os.getpid() % 60000
+
+
+def _with_parent() -> None:
+    ctypes.CDLL(None).prctl(*KILLED_WITH_PARENT)

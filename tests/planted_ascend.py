@@ -1,0 +1,176 @@
+"""Mistakes in Ascend's adapter, each planted alone, against the cases of its op on the emulated device.
+
+`python -m tests.planted_ascend` prints a line for each that no case caught, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from porthal.backends import ascend
+from porthal.backends.ascend import emulated
+from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.legal import elements
+from porthal.conformance.cases.plan import captured, cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.level import STANDARD
+from porthal.conformance.selftest.run import first_failing
+from porthal.hal import Backend, contracts
+
+HERE = Path(ascend.__file__).parent
+MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "backend"  # each imports from its left alone
+LARGE = 2**20  # elements of a case that is left out
+# Planned cases are smaller than what the fused prolog takes.
+PROLOG = tuple(
+    f"mla_prolog,T={T},H=1024,Q=1536,N=2,D=128,C=512,R=64,theta=10000.0,eps=1e-05,h:bf16,batch={batch},block_size=64,0"
+    for T, batch in ((3, "1/5+2/130"), (5, "1/5+3/130+1/0"))
+)
+
+
+class Defect(NamedTuple):
+    module: str
+    op: str
+    name: str
+    old: str
+    new: str
+    capture: bool = False
+
+
+DEFECTS = [
+    Defect("rows", "rms_norm", "a keyword of another release", "epsilon=eps)[0]", "eps=eps)[0]"),
+    Defect("rows", "rms_norm", "epsilon left to its default", "gamma=weight, epsilon=eps)[0]", "gamma=weight)[0]"),
+    Defect("rows", "rms_norm", "the second result", "epsilon=eps)[0]", "epsilon=eps)[1]"),
+    Defect("rows", "add_rms_norm", "the residual is the reciprocal root", "y, _, r = ADD", "y, r, _ = ADD"),
+    Defect("rows", "add_rms_norm", "the residual is the input", "        return y, r\n", "        return y, x\n"),
+    Defect("rows", "silu_mul", "the second half is activated", "input=x.contiguous()", "input=x.roll(x.shape[1] // 2, 1)"),
+    Defect("rows", "silu_mul", "views as they are", "input=x.contiguous()", "input=x"),
+    Defect("rows", "rope", "always halves", "rotary_mode=MODES[layout]", "rotary_mode='half'"),
+    Defect("rows", "rope", "sine before cosine", "r1=turn.cos, r2=turn.sin", "r1=turn.sin, r2=turn.cos"),
+    Defect("rows", "rope", "turned the other way", "r2=turn.sin", "r2=-turn.sin"),
+    Defect("rows", "rope", "tables in the dtype of x", "r2=turn.sin", "r2=turn.sin.to(x.dtype).float()"),
+    Defect("rows", "rope", "first elements before second ones", "[layout]).to(x.dtype)",
+           "[layout]).to(x.dtype).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)"),
+    Defect("rows", "rope", "the slice at the front", "x[..., start:end].float()", "x[..., :width].float()"),
+    Defect("plan", "rope", "rows counted for positions", "self.positions.float()[:",
+           "torch.arange(len(self.positions), device=half.device).float()[:"),
+    Defect("rows", "kv_write", "padding goes to slot 0", "input=memory(pages, name), indices=batch.native.rows",
+           "input=pages[name], indices=batch.native.slots[:, None].clamp(min=0)"),
+    Defect("rows", "kv_write", "slots of the field in its memory", "indices=batch.native.rows",
+           "indices=batch.native.slots[:, None].clamp(min=0)"),
+    Defect("rows", "kv_write", "an index of -1", "input=memory(pages, name), indices=batch.native.rows",
+           "input=pages[name], indices=batch.native.slots[:, None]"),
+    Defect("rows", "kv_write", "the first field alone", "zip(pages.spec.fields, (first, second))",
+           "zip(pages.spec.fields, (first,))"),
+    Defect("backend", "kv_write", "no page in front", "        page = spec.block_size\n", "        page = 0\n"),
+    Defect("backend", "kv_write", "one row too far", "+ batch.block_size, {}", "+ batch.block_size + 1, {}"),
+    Defect("attention", "indexer_topk", "row counts for their sums",
+           "_query=plan.cu_q[1:],\n            actual_seq_lengths_key",
+           "_query=plan.cu_q.diff(),\n            actual_seq_lengths_key"),
+    Defect("attention", "indexer_topk", "key lengths summed",
+           "lengths_key=plan.kv_len", "lengths_key=plan.kv_len.cumsum(0).int()"),
+    Defect("attention", "indexer_topk", "rows see what comes after them", "sparse_count=k,\n            sparse_mode=3",
+           "sparse_count=k,\n            sparse_mode=0"),
+    Defect("attention", "indexer_topk", "k for the length", "plan.visible.clamp(max=k)", "plan.visible.clamp(min=k, max=k)"),
+    Defect("attention", "indexer_topk", "layout left to its default", '            layout_key="PA_BSND",\n', ""),
+    Defect("attention", "indexer_topk", "one weight for all heads", "weights=w.contiguous()",
+           "weights=w[:, :1].expand_as(w).contiguous()"),
+    Defect("attention", "sparse_mla", "mode left to its default", "            attention_mode=2,\n", ""),
+    Defect("attention", "sparse_mla", "rows without keys as they are",
+           "o.masked_fill_((rows.length == 0)[:, None, None], 0)", "o"),
+    Defect("attention", "sparse_mla", "slots for positions", "sparse_indices=rows.indices[:, None].contiguous()",
+           "sparse_indices=(rows.indices + plan.block_table[plan.row_request, :1] * kv.spec.block_size)[:, None].contiguous()"),
+    Defect("attention", "sparse_mla", "unscaled", "scale_value=scale", "scale_value=1.0"),
+    Defect("attention", "sparse_mla", "key lengths summed", "lengths_kv=plan.kv_len", "lengths_kv=plan.kv_len.cumsum(0).int()"),
+    Defect("attention", "sparse_mla", "no rotary part", "query_rope=q_rope.contiguous()", "query_rope=q_rope * 0"),
+    Defect("attention", "sparse_mla", "the other field's keys",
+           "key_rope=paged(kv, 1)", "key_rope=latents[..., :64].contiguous()"),
+    Defect("experts", "moe_route", "a softmax", "norm_type=1", "norm_type=0"),
+    Defect("experts", "moe_route", "no bias", "bias=bias", "bias=bias * 0"),
+    Defect("experts", "moe_route", "unscaled weights", "routed_scaling_factor=scale", "routed_scaling_factor=1.0"),
+    Defect("experts", "moe_route", "weights before ids", "return ids, weights", "return weights, ids"),
+    Defect("experts", "moe_permute", "sums for counts", "SOURCES, COUNTS)", "SOURCES, ENDS)"),
+    Defect("experts", "moe_permute", "places for sources", "SOURCES, COUNTS)", "PLACES, COUNTS)"),
+    Defect("experts", "moe_permute", "what is behind as it is",
+           "rows.masked_fill_(nobodys[:, None], 0), counts", "rows, counts"),
+    Defect("experts", "moe_permute", "sources behind as they are", "source.masked_fill_(nobodys, -1)", "source"),
+    Defect("experts", "moe_permute", "experts counted from 0", "(ids - (first_expert - 1))", "(ids + 1)"),
+    Defect("experts", "moe_permute", "one expert too few", "[1, E + 1]", "[1, E]"),
+    Defect("experts", "moe_permute", "all experts are active", "[1, E + 1]", "[0, E + 2]"),
+    Defect("experts", "grouped_gemm", "counts for their sums", "counts.cumsum(0)", "counts.long()"),
+    Defect("experts", "grouped_gemm", "[E, N, K] for [E, K, N]", "w.native.transpose(1, 2)]", "w.native]"),
+    Defect("experts", "grouped_gemm", "sums said to be counts", "group_list_type=ENDS", "group_list_type=COUNTS"),
+    Defect("experts", "grouped_gemm", "int32 sums", "counts.cumsum(0)", "counts.cumsum(0).int()"),
+    Defect("experts", "grouped_gemm", "a result for each group", "split_item=2", "split_item=0"),
+    Defect("experts", "moe_experts", "what is behind as it is",
+           "w2, groups).masked_fill_(nobodys[:, None], 0)", "w2, groups)"),
+    Defect("experts", "moe_experts", "choices that went nowhere at row 1", "places % M,", "places.abs(),"),
+    Defect("experts", "moe_experts", "without weights", "weights)  # -1", "weights * 0 + 1)  # -1"),
+    Defect("experts", "moe_experts", "weights rounded to the dtype of rows", "return y.add_(rest)", "return y"),
+    Defect("experts", "moe_experts", "sources for places", "first_expert, PLACES, ENDS)", "first_expert, SOURCES, ENDS)"),
+    Defect("experts", "moe_experts", "the second half is activated", "SWIGLU(input=_grouped(rows, w13, groups)",
+           "SWIGLU(input=_grouped(rows, w13, groups).roll(w2.spec.shape[2], 1)"),
+    Defect("prolog", "mla_prolog", "the cache's rotated keys as they are", "_in_pairs(kp.index_select(0, plan.rows[:, 0]))",
+           "kp.index_select(0, plan.rows[:, 0])"),
+    Defect("prolog", "mla_prolog", "rotated queries as they are",
+           "return q_latent, _in_pairs(q_rope)", "return q_latent, q_rope"),
+    Defect("prolog", "mla_prolog", "tables of pairs", '"half", h.dtype', '"interleaved", h.dtype'),
+    Defect("prolog", "mla_prolog", "sine before cosine", "rope_sin=turn.sin[:, 0],\n            rope_cos=turn.cos[:, 0]",
+           "rope_sin=turn.cos[:, 0],\n            rope_cos=turn.sin[:, 0]"),
+    Defect("prolog", "mla_prolog", "no query norm", "query_norm_flag=True", "query_norm_flag=False"),
+    Defect("prolog", "mla_prolog", "matrices in rows", "_in_tiles(rows)\n", "rows\n"),
+    Defect("prolog", "mla_prolog", "epsilons left to their defaults", "rmsnorm_epsilon_cq=eps", "rmsnorm_epsilon_cq=1.0"),
+    Defect("prolog", "mla_prolog", "slots of the fields in their memory", "cache_index=plan.rows[:, 0]",
+           "cache_index=plan.slots.clamp(min=0)"),
+    Defect("backend", "rope", "turns of the captured step", "            made.renew()\n", "", True),
+    Defect("backend", "kv_write", "rows of the captured step",
+           "rows = self.write(held.rows, made.rows)", "rows = held.rows", True),
+]  # fmt: skip
+
+
+def planted(defect: Defect) -> Backend:
+    """The backend that the edited source makes, with the other modules made anew around it."""
+    package = ascend.__name__
+    kept = {name: sys.modules.pop(name) for name in [f"{package}.{m}" for m in MODULES] if name in sys.modules}
+    try:
+        for name in MODULES:
+            text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+            if name == defect.module:
+                if (n := text.count(defect.old)) != 1:
+                    raise ValueError(f"{defect.name}: its snippet stands {n} times in {name}, expected once")
+                text = text.replace(defect.old, defect.new)
+            module = sys.modules[f"{package}.{name}"] = ModuleType(f"{package}.{name}")
+            exec(compile(text, f"<{defect.name}>", "exec", dont_inherit=True), vars(module))
+        made: Backend = module.Ascend()
+        return made
+    finally:
+        for name in MODULES:
+            del sys.modules[f"{package}.{name}"]
+        sys.modules.update(kept)
+
+
+def chosen(defect: Defect) -> list[Case]:
+    """In bfloat16, the cheapest first."""
+    if defect.op == "mla_prolog":
+        return [Case.from_token(token) for token in PROLOG]
+    plan = captured if defect.capture else cases
+    found = [c for c in plan(contracts()[defect.op], STANDARD.name, ["bfloat16"]) if not c.fault and elements(c) <= LARGE]
+    return sorted(found, key=elements)
+
+
+def missed(defects: list[Defect]) -> list[str]:
+    """Those that no case caught, in words."""
+    emulated.install()
+    found = []
+    for defect in defects:
+        result, tried = first_failing(chosen(defect), Bindings(planted(defect)), STANDARD.name)
+        if result is None:
+            found.append(f"{defect.op}: {defect.name}, in {tried} cases")
+    return found
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:]
+    print(*missed([d for d in DEFECTS if not wanted or d.op in wanted]), sep="\n")

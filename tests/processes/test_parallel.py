@@ -1,0 +1,102 @@
+"""A model on several ranks makes the text of one, reads its own experts only, and writes once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from porthal.hal import Communicator, UsageError, bind, create, simulated
+from porthal.model.generate import generate
+from porthal.model.layout import Layout
+from porthal.model.load import load
+from tests.ranks import ROOT, ran
+
+PROMPTS = [list(b"    def get(self, name):\n"), list(b"import os\n"), list(b"class A")]
+TEXT = "import os\n"
+
+
+def texts(model: Any, drafts: int = 0) -> list[list[int]]:
+    return generate(model, PROMPTS, 6, speculative=drafts).tokens
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[int, list[list[int]]]:
+    model = load(binding=bind(backend=create("cpu")))
+    return {drafts: texts(model, drafts) for drafts in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("ep", 1), ("ep", 2), ("ep", 3), ("ep", 8), ("dp+ep", 2), ("dp+ep", 4), ("dp+ep", 8), ("tp+ep", 2), ("tp+ep", 4)],
+)
+def test_the_text_is_that_of_one_process_on_every_rank(kind, size, alone):
+    """Of 8 ranks four have no expert, and with requests of their own five have none of them."""
+
+    def run(wire: Any) -> Any:
+        model = load(binding=bind(backend=create("cpu")), layout=Layout(Communicator.over(wire), kind))
+        return {drafts: texts(model, drafts) for drafts in alone}
+
+    assert simulated(size, run, timeout=60) == [alone] * size
+
+
+def test_a_rank_reads_its_own_experts_and_no_others(monkeypatch):
+    """An expert of the demo has 3 * 128 * 256 numbers of 2 bytes, and three layers have four."""
+    from porthal.model.checkpoint import Checkpoint
+
+    read: Counter[Any] = Counter()  # bytes of experts, by checkpoint, of which each rank opens its own
+    held = Checkpoint.read
+
+    def counted(self: Any, name: str, shape: Any, rows: slice) -> Any:
+        values = held(self, name, shape, rows)
+        read[self] += values.nbytes * (".experts." in name)
+        return values
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    expert = 3 * 128 * 256 * 2
+    for size, own in ((1, 4), (2, 2), (4, 1)):
+        read.clear()
+        simulated(size, lambda wire: load(binding=bind(backend=create("cpu")), layout=Layout(Communicator.over(wire))))
+        assert list(read.values()) == [3 * own * expert] * size
+
+
+def test_what_does_not_fit_is_told_on_every_rank():
+    def run(wire: Any) -> Any:
+        comm = Communicator.over(wire)
+        with pytest.raises(UsageError, match="num_attention_heads is 4 on 3 ranks, expected a number of ranks from 1, 2, 4"):
+            load(binding=bind(backend=create("cpu")), layout=Layout(comm, "tp+ep"))
+        return load(binding=bind(backend=create("reference" if wire.rank else "cpu")), layout=Layout(comm))
+
+    for rank, error in enumerate(simulated(3, run)):
+        assert str(error) == "load: backend is reference on rank 1, expected cpu as on rank 0", rank
+    with pytest.raises(UsageError, match="layout is 'pp': expected one of ep, dp"):
+        Layout(simulated(1, Communicator.over)[0], "pp")
+
+
+def test_launch_writes_the_text_once():
+    command = [sys.executable, "-m", "porthal"]
+    generating = ["generate", TEXT, "--max-new", "4", "--backend", "cpu"]
+    one = subprocess.run([*command, *generating], cwd=ROOT, capture_output=True, check=True)
+    two = subprocess.run([*command, "launch", "--ranks", "2", *generating], cwd=ROOT, capture_output=True, check=True)
+    assert two.stdout == one.stdout and one.stdout.startswith(TEXT.encode())
+    assert two.stderr.count(b"per forward of the main model") == 1
+
+
+def test_ranks_that_are_given_other_prompts_are_refused():
+    program = (
+        "import os, sys; from porthal.cli import main; "
+        "sys.argv = ['porthal', 'generate', 'a' * (1 + int(os.environ['RANK'])), '--backend', 'cpu']; main()"
+    )
+    for rank, (code, out, err) in enumerate(ran(2, ["-c", program])):
+        assert (code, out) == (2, ""), rank
+        assert err == "porthal: generate: prompt is aa on rank 1, expected a as on rank 0\n"
+
+
+def test_a_layout_without_ranks_is_refused():
+    command = [sys.executable, "-m", "porthal", "generate", TEXT, "--layout", "ep", "--backend", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    sentence = "porthal: --layout ep is for several ranks: start them with porthal launch or torchrun\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
