@@ -95,6 +95,7 @@ def doctor(
         outcome = run(step, backend or name, emulated, timeout)
         done.append(outcome)
         text.print(f"{number:2} {outcome.judged:15}  {step.shown.replace('NAME', name)}")
+        text.stdout().flush()
     text.save(file, report(name, machine, done))
     good = all(outcome.as_expected for outcome in done)
     text.print(f"{sum(o.as_expected for o in done)} of {len(done)} as expected; send back {file.name}")
@@ -137,19 +138,21 @@ def machine_facts(backend: str, emulated: bool) -> dict[str, str]:
     from porthal.hal.discovery import surroundings
 
     modules, variables = surroundings(backend.partition(":")[0])
-    facts = {
+    device: dict[str, str]
+    try:
+        made = create(backend, emulated)
+        device = {"place": made.place, "device": _asked(made.describe), **_all_asked(made.device_facts())}
+    except Exception as error:  # somebody else's package, of any kind
+        device = {"device": _sentence(error)}
+    return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "porthal": porthal.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         **{f"module {module}": _version(module) for module in modules},
         **{f"variable {variable}": os.environ.get(variable, "not set") for variable in variables},
+        **device,
     }
-    try:
-        made = create(backend, emulated)
-    except Exception as error:  # somebody else's package, of any kind
-        return {**facts, "device": _sentence(error)}
-    return {**facts, "place": made.place, "device": _asked(made.describe), **_all_asked(made.device_facts())}
 
 
 def _all_asked(facts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
@@ -173,7 +176,7 @@ def _version(module: str) -> str:
     owners = packages_distributions().get(module, [module])
     with suppress(PackageNotFoundError):
         return ", ".join(f"{owner} {version(owner)}" for owner in dict.fromkeys(owners))
-    return "not installed as a package"
+    return str(getattr(sys.modules.get(module), "__version__", "not installed as a package"))
 
 
 def report(name: str, machine: Mapping[str, str], done: list[Outcome]) -> str:

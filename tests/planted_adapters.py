@@ -1,6 +1,6 @@
 """Mistakes planted in the adapters of chips: each is an edit of their source, which a case of the op must notice.
 
-The emulated device of the vendor must be installed in this process.
+PyTorch takes one vendor's device per process, so that each vendor needs a process of its own.
 """
 
 from __future__ import annotations
@@ -54,3 +54,13 @@ def caught(vendor: str, mistake: Mistake) -> str:
     """The token of the case that notices it, "" where none does."""
     result, _ = first_failing(plan(mistake.op, mistake.dtype, level="bring-up"), Bindings(planted(vendor, mistake)), "bring-up")
     return result.token if result else ""
+
+
+def escaped(vendor: str) -> list[str]:
+    """The mistakes of tests/planted that nothing notices, and the ops whose kernels fail as they are, which proves nothing."""
+    importlib.import_module(f"porthal.backends.{vendor}.emulated").install()
+    mistakes: tuple[Mistake, ...] = importlib.import_module(f"tests.planted.{vendor}").MISTAKES
+    unedited = {Mistake(m.op, "unedited", "import torch\n", "import torch\n", dtype=m.dtype) for m in mistakes}
+    return [f"{m.op}: {m.what}" for m in mistakes if not caught(vendor, m)] + [
+        f"{m.op} fails as it is" for m in sorted(unedited) if caught(vendor, m)
+    ]

@@ -93,13 +93,12 @@ class Cambricon(Physical, Vendor):
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
-    @limits(provider="torch_mlu_ops.moe_sigmoid_topk", tie="any")
+    @limits(provider="torch_mlu_ops.moe_sigmoid_topk", tie="any", n_group=1)
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The sum is divided by here: the op adds nothing to it, and is undefined where all scores are 0."""
-        groups = (n_group, topk_group) if n_group > 1 else (-1, 0)
-        s, ids = TMO.moe_sigmoid_topk(logits.contiguous(), k, False, *groups, route_scale=1.0, score_bias=bias)
+        """The sum, which may be 0, is divided by here, as the op adds nothing to it. Equal groups would be in its own order."""
+        s, ids = TMO.moe_sigmoid_topk(logits.contiguous(), k, False, -1, 0, route_scale=1.0, score_bias=bias)
         return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
 
     @limits(provider="torch_mlu_ops.group_gemm")

@@ -120,11 +120,11 @@ class Kunlunxin(Joint, Vendor):
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
-    @limits(provider="kunlun_ops.moe_sigmoid_group_topk_norm", tie="any", needs={"logits": NO_NAN})
+    @limits(provider="kunlun_ops.moe_sigmoid_group_topk_norm", tie="any", n_group=1, needs={"logits": NO_NAN})
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The weights are computed once more: it always divides by their sum, which may be 0, and adds nothing to it."""
+        """Weights are computed once more: it divides by their sum, which may be 0. Equal groups would be in its own order."""
         T, E = logits.shape
         weights, ids = logits.new_zeros(T, k), logits.new_zeros(T, k, dtype=torch.int32)
         OPS.moe_sigmoid_group_topk_norm(
@@ -133,8 +133,8 @@ class Kunlunxin(Joint, Vendor):
             topk_index=ids,
             block_static=ids.new_zeros(UNITS, E),
             bias=bias.contiguous(),
-            n_group=n_group,
-            topk_group=topk_group,
+            n_group=1,
+            topk_group=1,
             scale=scale,
         )
         s = torch.sigmoid(logits).gather(1, ids.long())

@@ -14,7 +14,7 @@ from porthal.backends.torch.interfaces.flash_mla import FlashMla
 from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, CallSpec, Kernel, limits, multiple_of, one_of, same_as
+from porthal.hal import Batch, any_of, limits, multiple_of, one_of, same_as
 
 # `import mate` finds a package of this name that is another one; only Moore Threads' has mate.deep_gemm.
 MATE = Library(
@@ -26,24 +26,14 @@ MATE = Library(
 PATCHED = Library(
     "torch.nn.functional", swish_glu="input", rope="input freq_cis rotary_interleaved batch_first multi_latent_attention"
 )
-# One group of so many experts is compiled. Others run a kernel with room for 128 experts of a group.
-ONE_GROUP = (160, 256, 384)
-LARGEST_GROUP = 128
-GROUPS = one_of(1, 2, 4, 8, 16, 32)
+# Experts of one group for which MATE compiles its gate; another kernel has room for 128.
+EXPERTS = any_of(one_of(160, 256, 384), multiple_of(32, at_most=128))
 
 
 class MooreThreads(FlashMla, DeepGemm, Vendor):
     """An S5000. Products and the write to the cache are aten's."""
 
     kind, collectives = "musa", "mccl"
-
-    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
-        if op == "moe_route" and kernel.provider:
-            experts, groups = spec.dims["E"], spec.attrs["n_group"]
-            if experts // groups > LARGEST_GROUP and not (groups == 1 and experts in ONE_GROUP):
-                compiled = ", ".join(map(str, ONE_GROUP))
-                return f"groups have {experts // groups} experts, the kernel takes up to {LARGEST_GROUP}, or one of {compiled}"
-        return super().refuses(op, kernel, spec)
 
     @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -72,16 +62,16 @@ class MooreThreads(FlashMla, DeepGemm, Vendor):
             y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return torch.cat([x[..., :start], y.to(x.dtype), x[..., start + width :]], dim=-1)
 
-    @limits(provider="mate.moe_fused_gate", tie="any", E=multiple_of(32), n_group=GROUPS)
+    @limits(provider="mate.moe_fused_gate", tie="any", E=EXPERTS, n_group=1)
     def moe_route(
         self, logits: Tensor, bias: Tensor, *, k: int, scale: float, n_group: int = 1, topk_group: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The sum is divided by here: the op adds nothing to it, and it may be 0."""
+        """The sum, which may be 0, is divided by here, as the op adds nothing to it. Equal groups would be in its own order."""
         s, ids = MATE.moe_fused_gate(
             input=logits,
             bias=bias,
-            num_expert_group=n_group,
-            topk_group=topk_group,
+            num_expert_group=1,
+            topk_group=1,
             topk=k,
             num_fused_shared_experts=0,
             routed_scaling_factor=1.0,

@@ -94,6 +94,9 @@ BROKEN = {
     "init": ({"init": "raise RuntimeError('no driver')"}, "bad_plugin: RuntimeError: no driver (__init__.py:1)"),
     "probe": ({"init": "def probe():\n    raise OSError('bus error')"}, "bad_plugin: OSError: bus error (__init__.py:2)"),
     "requires": ({"init": "requires = (7,)"}, "bad_plugin: requires is (7,), expected a tuple of names of modules"),
+    "variables": (
+        {"init": "variables = 'CHIP'"}, "bad_plugin: variables is 'CHIP', expected a tuple of names of environment variables"
+    ),
 }
 
 
