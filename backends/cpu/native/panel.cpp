@@ -83,8 +83,9 @@ void tile(const Row<T>* const* a, const T* panel, std::int64_t apart, std::int64
   }
   for (; k < end; k += kGroup<T>, panel += kHalf * kGroup<T>) {
     if (Stream && (kPagesEndStreams || (Rows >= 8 && !(k & kGroup<T>))))
-      for (int at = 0; at < (kPagesEndStreams ? kStepBytes : 64); at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(panel) + 4096 + at, 0, 2);
+      for (int j = 0; j < Vectors; j += 2)
+        for (int at = 0; at < (kPagesEndStreams ? kStepBytes : 64); at += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(panel + j / 2 * apart) + 4096 + at, 0, 2);
     step<T, Rows, Vectors>(a, panel, apart, k, sums);
   }
 #pragma GCC unroll 16
@@ -142,13 +143,12 @@ void multiply_one(const Row<T>* const* a, std::int64_t count, const T* panel, st
                   const T* following, float* sums) {
   const std::int64_t apart = depth * kHalf, halves = used > kHalf ? 2 : 1;
   const auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
-#if !defined(__AVX512F__) && !defined(__aarch64__)
   // The sums of a few rows of one half are too few to hide how long an addition takes.
-  if (count <= 3 && halves == 2) {
-    constexpr Tile<T> kBoth[] = {tile<T, 1, 4>, tile<T, 2, 4>, tile<T, 3, 4>};
-    return kBoth[count - 1](a, panel, apart, 0, depth, sums, nullptr, 0);
+  if constexpr (kTileRows < 12 || kGroup<T> * sizeof(T) < 4) {
+    constexpr Tile<T> kBoth[] = {tile<T, 1, 4, true>, tile<T, 2, 4, true>, tile<T, 3, 4, true>};
+    if (count <= 3 && halves == 2)
+      return kBoth[count - 1](a, panel, apart, 0, depth, sums, bytes(following), following ? kJump : 0);
   }
-#endif
   if (count <= kTileRows) {
     for (std::int64_t h = 0; h < halves; ++h) {
       const bool last = following && h + 1 == halves;  // the hardware needs a while to follow where the stream jumps to
