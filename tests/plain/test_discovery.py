@@ -16,7 +16,7 @@ from porthal.hal import Probe, UsageError, backend_names, best, create, discover
 from tests.plugins import EMPTY, install, installed
 
 ROOT = Path(__file__).resolve().parents[2]
-VENDORS = ("ascend", "cambricon", "kunlunxin", "moore_threads")
+VENDORS = ("ascend", "cambricon", "cuda", "kunlunxin", "moore_threads")
 BUILT_IN = (*VENDORS, "cpu", "torch", "reference")  # by rank, then by name
 
 
