@@ -17,7 +17,7 @@ from tests.plugins import EMPTY, install, installed
 
 ROOT = Path(__file__).resolve().parents[2]
 VENDORS = ("ascend", "cambricon", "cuda", "kunlunxin", "moore_threads")
-BUILT_IN = (*VENDORS, "cpu", "torch", "reference")  # by rank, then by name
+BUILT_IN = (*VENDORS, "cpu", "torch", "onnxruntime", "reference")  # by rank, then by name
 
 
 class Site:
@@ -206,7 +206,8 @@ def test_a_rank_decides_what_is_chosen_and_none_is_never_chosen_by_itself(site: 
         """
     )
     names, (sketched, state), found = answer
-    assert [name for name in names if name not in VENDORS] == ["keen", "usual", "cpu", "torch", "modest", "reference"]
+    ours = [name for name in names if name not in VENDORS]
+    assert ours == ["keen", "usual", "cpu", "torch", "modest", "onnxruntime", "reference"]
     assert "sketch" in sketched and state == "available"
     assert found == "Unavailable: no backend is available: reinstall porthal"
 
