@@ -57,13 +57,14 @@ def parts(out: Path, dry: bool) -> list[Part]:
         return [*conform, "--level", "bring-up" if dry else name, *kept]
 
     timed = ["--workload", "demo", "--seconds", "5"] if dry else ["--seconds", "110"]
+    short = ["--decode", "1"] if dry else []
     sides = "torch" if dry else "cuda,torch:cuda"  # an emulated device has no speed
     sanitizer = [] if dry else ["compute-sanitizer", "--error-exitcode", "1"]
     made = [
         Part("backends", 30, [*porthal, "backends"]),
         Part("bring-up", 120, level("bring-up")),
         Part("text", 60, [*porthal, "generate", TEXT, "--backend", "cuda", "--max-new", "4" if dry else "135"]),
-        Part("lockstep", 60, [*porthal, "diff", "--backend", "cuda", "--tokens", "2" if dry else "64", *emulated]),
+        Part("lockstep", 60, [*porthal, "diff", "--backend", "cuda", "--tokens", "2" if dry else "64", *emulated, *short]),
         Part("speed", 150, [*porthal, "bench", "--backend", sides, *timed, *one, "--json", f"{out}/bench.json"]),
         Part("standard", 240, level("standard")),
     ]
