@@ -16,8 +16,8 @@ from porthal.hal import Probe, UsageError, backend_names, best, create, discover
 from tests.plugins import EMPTY, install, installed
 
 ROOT = Path(__file__).resolve().parents[2]
-VENDORS = ("ascend", "cambricon", "kunlunxin", "moore_threads")
-BUILT_IN = (*VENDORS, "cpu", "torch", "reference")  # by rank, then by name
+VENDORS = ("ascend", "cambricon", "cuda", "kunlunxin", "moore_threads")
+BUILT_IN = (*VENDORS, "cpu", "torch", "onnxruntime", "reference")  # by rank, then by name
 
 
 class Site:
@@ -209,7 +209,8 @@ def test_a_rank_decides_what_is_chosen_and_none_is_never_chosen_by_itself(site: 
         """
     )
     names, (sketched, state), found = answer
-    assert [name for name in names if name not in VENDORS] == ["keen", "usual", "cpu", "torch", "modest", "reference"]
+    ours = [name for name in names if name not in VENDORS]
+    assert ours == ["keen", "usual", "cpu", "torch", "modest", "onnxruntime", "reference"]
     assert "sketch" in sketched and state == "available"
     assert found == "Unavailable: no backend is available: reinstall porthal"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,8 @@ print(json.dumps([asdict(kernel) for chip in aot.CHIPS for kernel in aot.compile
 
 
 def test_a_kernel_compiles_for_every_chip():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=compiling, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert [kernel["chip"] for kernel in found] == ["sm_80", "sm_90", "sm_100", "gfx942"]
     assert all(kernel["kernel"] == "_silu_mul" and 8 <= kernel["registers"] <= 64 for kernel in found)

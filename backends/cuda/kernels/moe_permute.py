@@ -1,6 +1,6 @@
 """moe_permute: a stable sort of places by expert, without atomics, then a copy of rows.
 
-Counts per block of places and expert; sums of these over the blocks, a program per expert; each place's rank in its block.
+Counts per block of places and expert; sums of these over the blocks; each place's rank in its block.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from porthal.backends.cuda.kernels.kv_write import BITS, copy_row
 from porthal.backends.cuda.kernels.launching import block_of, dense_rows, launch
 
 PLACES = 32  # of a block
+EXPERTS = 16  # whose counts a program adds up over the blocks
 
 
 @triton.jit
@@ -32,16 +33,15 @@ def _count(ids, per_block, M, first, E, BLOCK: tl.constexpr, BE: tl.constexpr):
 
 
 @triton.jit
-def _add_up(per_block, counts, blocks, E, BLOCK: tl.constexpr, BE: tl.constexpr):
-    e = tl.program_id(0)
-    total = 0
+def _add_up(per_block, counts, blocks, E, BLOCK: tl.constexpr, BE: tl.constexpr, WIDE: tl.constexpr):
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    total = tl.zeros((BE,), tl.int32)
     for start in range(0, blocks, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        n = tl.load(per_block + block * BE + e, mask=block < blocks, other=0)
-        tl.store(per_block + block * BE + e, total + tl.cumsum(n, 0) - n, mask=block < blocks)
+        block = start + tl.arange(0, BLOCK)[:, None]
+        n = tl.load(per_block + block * WIDE + e[None, :], mask=block < blocks, other=0)
+        tl.store(per_block + block * WIDE + e[None, :], total[None, :] + tl.cumsum(n, 0) - n, mask=block < blocks)
         total += tl.sum(n, 0)
-    if e < E:
-        tl.store(counts + e, total)
+    tl.store(counts + e, total, mask=e < E)
 
 
 @triton.jit
@@ -77,7 +77,8 @@ def sort_by_expert(
     blocks, wide = triton.cdiv(M, PLACES), triton.next_power_of_2(E + 1)
     per_block = empty((blocks, wide), "int32")
     launch(_count, blocks, ids, per_block, M, first, E, BLOCK=PLACES, BE=wide)
-    launch(_add_up, E + 1, per_block, counts, blocks, E, BLOCK=block_of(blocks, 1024), BE=wide)
+    few = min(wide, EXPERTS)
+    launch(_add_up, wide // few, per_block, counts, blocks, E, BLOCK=block_of(blocks, 128), BE=few, WIDE=wide)
     launch(_place, blocks, ids, per_block, counts, source, target, M, first, E, BLOCK=PLACES, BE=wide)
 
 
