@@ -31,7 +31,7 @@ from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import Choice, Communicator, PeerLost, PorthalError, create, running, simulated
 
 PATIENCE = 30.0  # seconds in which a rank must answer another
-SHORT = 1.5  # and where one stalls on purpose
+SHORT = 2.0  # and where one stalls on purpose
 LEAVING = ("killed", "stalled")
 
 
@@ -121,7 +121,7 @@ def in_threads(case: Case, bindings: Bindings, level: str) -> Judgement:
         except SystemExit:
             return None
 
-    found = simulated(world(case), one, 0.25 if case.fault in LEAVING else PATIENCE)
+    found = simulated(world(case), one, SHORT if case.fault == "stalled" else PATIENCE)
     wrong = next((each for each in found if isinstance(each, Exception)), None)
     if wrong:
         return Judgement("FAIL_ERROR", raised(wrong))

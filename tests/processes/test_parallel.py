@@ -20,7 +20,7 @@ TEXT = "import os\n"
 
 
 def texts(model: Any, drafts: int = 0) -> list[list[int]]:
-    return generate(model, PROMPTS, 6, speculative=drafts).tokens
+    return generate(model, PROMPTS, 4, speculative=drafts).tokens
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,7 @@ def alone() -> dict[int, list[list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"),
-    [("ep", 1), ("ep", 2), ("ep", 3), ("ep", 8), ("dp+ep", 2), ("dp+ep", 4), ("dp+ep", 8), ("tp+ep", 2), ("tp+ep", 4)],
+    ("kind", "size"), [("ep", 1), ("ep", 3), ("dp+ep", 2), ("dp+ep", 8), ("tp+ep", 4)]
 )
 def test_the_text_is_that_of_one_process_on_every_rank(kind, size, alone):
     """Of 8 ranks four have no expert, and with requests of their own five have none of them."""
@@ -57,7 +56,7 @@ def test_a_rank_reads_its_own_experts_and_no_others(monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "read", counted)
     expert = 3 * 128 * 256 * 2
-    for size, own in ((1, 4), (2, 2), (4, 1)):
+    for size, own in ((1, 4), (2, 2)):
         read.clear()
         simulated(size, lambda wire: load(binding=bind(backend=create("cpu")), layout=Layout(Communicator.over(wire))))
         assert list(read.values()) == [3 * own * expert] * size
