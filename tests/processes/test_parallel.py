@@ -78,7 +78,8 @@ def test_what_does_not_fit_is_told_on_every_rank():
 
 
 def test_launch_writes_the_text_once():
-    command = [sys.executable, "-m", "porthal", "launch", "--ranks", "2", "generate", TEXT, "--max-new", "4", "--backend", "cpu"]
+    launch = [sys.executable, "-m", "porthal", "launch", "--ranks", "2"]
+    command = [*launch, "generate", TEXT, "--max-new", "4", "--backend", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     alone = load(binding=bind(backend=create("cpu"))).generate(list(TEXT.encode()), 4)
     assert done.stdout == TEXT.encode() + bytes(alone)
