@@ -13,12 +13,12 @@ from porthal.cli import text
 from porthal.cli.bench import bench
 from porthal.cli.check import check
 from porthal.cli.compare import compare
+from porthal.cli.coverage import coverage
 from porthal.cli.doctor import doctor
 from porthal.cli.explain import explain
 from porthal.cli.export import export
 from porthal.cli.group import App, Commands
 from porthal.cli.options import (
-    HIGHER,
     LOWEST,
     WORKERS,
     BackendOption,
@@ -300,21 +300,7 @@ def conform(
     return 1 if wrong else int(report.exit_code)
 
 
-@app.command()
-def coverage(
-    op: Annotated[list[str] | None, typer.Option("--op", metavar="OP", help="only this one; may be repeated")] = None,
-    level: LevelOption = HIGHER,
-    json: JsonFlag = False,
-) -> None:
-    """Which sizes the planned cases cross, where tiles, counters and grids end, and why not the others."""
-    from porthal.conformance.report import coverage as report
-    from porthal.hal import contracts
-
-    found = [row for name in op or contracts() for row in report.rows(name, level.value)]
-    if json:
-        text.as_json(report.as_json(found))
-    else:
-        text.table(*(report.table(found) if op else report.summary(found)))
+app.command()(coverage)
 
 
 @app.command("self-test")

@@ -19,6 +19,16 @@ LINE = 64
 Array = np.ndarray[Any, Any]
 
 
+class _Block:
+    """Bytes of a segment, which are taken as long as an array over them lives: NumPy lets views keep it alive, where it would
+    let go of an array that is a view itself."""
+
+    def __init__(self, segment: Array, at: int, count: int) -> None:
+        self.segment = segment
+        address = segment.__array_interface__["data"][0] + at
+        self.__array_interface__ = {"shape": (count,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
 class SharedMemory(Wire):
     """Ranks that share memory. What a rank sends lies in its own segment, from which each other rank copies its part."""
 
@@ -68,9 +78,9 @@ class SharedMemory(Wire):
         for i, (at, room) in enumerate(self.free):
             if room >= taken:
                 self.free[i] = (at + taken, room - taken)
-                owner = self.segments[self.rank][at : at + count]
-                finalize(owner, self._freed, at, taken)
-                return _over(owner, shape, kind)
+                block = _Block(self.segments[self.rank], at, count)
+                finalize(block, self._freed, at, taken)
+                return _over(np.asarray(block), shape, kind)
         raise UsageError(f"{count} bytes do not fit into the memory that ranks share, of {SEGMENT} bytes per rank")
 
     def _freed(self, at: int, taken: int) -> None:

@@ -217,6 +217,8 @@ def call(name: str) -> Inputs:
     case = Case.from_token(name)
     if case.fault:
         raise UsageError(f"case token {name!r} is a deliberate mistake, with nothing to save: take one without fault=")
+    if case.contract.collective:
+        raise UsageError(f"case token {name!r} is a call of several ranks, of which none has all: replay it without --save")
     if case.capture:
         raise UsageError(f"case token {name!r} is several calls in one memory: save one of them, as `replay` names it")
     return replace(first(case), case=case)  # of a program, the first step

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any
@@ -26,12 +26,12 @@ from porthal.conformance.execution.ranked import called, mistaken
 from porthal.conformance.judgement.ranked import Simulation, check_alike, judge_fault
 from porthal.conformance.level import Level, level_of
 from porthal.conformance.report.results import Result
-from porthal.conformance.runner.workers import START, Bounds, Setup, Worker, joined
+from porthal.conformance.runner.workers import START, Bounds, Pool, Setup, Worker, joined
 from porthal.conformance.verdicts import Failed, Judgement
 from porthal.hal import Choice, Communicator, PeerLost, PorthalError, create, running, simulated
 
 PATIENCE = 30.0  # seconds in which a rank must answer another
-SHORT = 1.5  # and where one stalls on purpose
+SHORT = 2.0  # and where one stalls on purpose
 LEAVING = ("killed", "stalled")
 
 
@@ -121,7 +121,7 @@ def in_threads(case: Case, bindings: Bindings, level: str) -> Judgement:
         except SystemExit:
             return None
 
-    found = simulated(world(case), one, 0.25 if case.fault in LEAVING else PATIENCE)
+    found = simulated(world(case), one, SHORT if case.fault == "stalled" else PATIENCE)
     wrong = next((each for each in found if isinstance(each, Exception)), None)
     if wrong:
         return Judgement("FAIL_ERROR", raised(wrong))
@@ -251,3 +251,16 @@ class Ranked:
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
+
+
+@contextmanager
+def everywhere(pool: Pool, bounds: Bounds) -> Iterator[Callable[[Sequence[Case]], Iterator[Result]]]:
+    """What judges cases of one device in a pool, and those of several ranks in processes that end with this."""
+
+    def judged(cases: Sequence[Case]) -> Iterator[Result]:
+        if alone := [case for case in cases if not case.contract.collective]:
+            yield from pool.judged(alone)
+        yield from ranked.judged([case for case in cases if case.contract.collective])
+
+    with closing(Ranked(pool.setup, bounds)) as ranked:
+        yield judged

@@ -21,7 +21,7 @@ from porthal.conformance.report.results import Result
 from porthal.conformance.report.waivers import waive, waivers
 from porthal.conformance.runner.check import Returned, check
 from porthal.conformance.runner.peers import Peers
-from porthal.conformance.runner.ranked import Ranked, in_threads
+from porthal.conformance.runner.ranked import Ranked, everywhere, in_threads
 from porthal.conformance.runner.remaining import Remaining
 from porthal.conformance.runner.workers import Bounds, Pool, Setup
 from porthal.hal import Backend, UsageError, contracts, create, operators
@@ -73,10 +73,8 @@ def run(
             python = peers.python(backend) if peers else ""
             alone = sum(not case.contract.collective for case in plan)
             pool = stack.enter_context(Pool(backend, level, emulated, bounds or Bounds(), alone, True, python))
-            facts = pool.facts
-            ranked = Ranked(pool.setup, bounds or Bounds())
-            stack.callback(ranked.close)
-            judged, one = _parted(pool.judged, ranked.judged), pool.one
+            facts, one = pool.facts, pool.one
+            judged = stack.enter_context(everywhere(pool, bounds or Bounds()))
         else:
             bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
             facts = Facts.of(bindings.backend, bindings.providers())
@@ -102,23 +100,10 @@ def run(
         plan = [each for case in plan for each in (case, *_further(case, results[case.token], facts))]
         settle(plan)
         plan = [case for case in plan if not (case.via and results[case.token].verdict == "UNCLAIMED")]
-        drawn = _drawn(ops, properties, seed, dtypes, one, progress) if properties else []
+        drawn = _drawn([op for op in ops if op in contracts()], properties, seed, dtypes, one, progress) if properties else []
     ran = [*(results[case.token] for case in plan), *drawn]
     options = (bounds.options if bounds else "") + (peers.option(str(backend)) if peers else "")
     return Report.of(facts, level, ran, bounds=options, model=model)
-
-
-def _parted(
-    alone: Callable[[Sequence[Case]], Iterable[Result]], together: Callable[[Sequence[Case]], Iterable[Result]]
-) -> Callable[[Sequence[Case]], Iterable[Result]]:
-    """The cases of one device by the one, those of several ranks by the other."""
-
-    def judged(cases: Sequence[Case]) -> Iterable[Result]:
-        single = [case for case in cases if not case.contract.collective]
-        yield from alone(single) if single else ()
-        yield from together([case for case in cases if case.contract.collective])
-
-    return judged
 
 
 def _one_here(bindings: Bindings, level: str) -> Callable[[Case], Result]:

@@ -9,6 +9,7 @@ from porthal.conformance.report.facts import Facts
 from porthal.conformance.report.report import Report
 from porthal.conformance.report.results import Result
 from porthal.conformance.report.verification import Checked, Verification, drawn, elsewhere
+from porthal.conformance.runner.ranked import everywhere
 from porthal.conformance.runner.workers import Bounds, Pool
 from porthal.hal import emulatable
 
@@ -33,9 +34,10 @@ def verify(
     emulated = report.place == "emulated device" and name.partition(":")[0] in emulatable()
     found: dict[str, Result] = {}
     with Pool(name, report.level, emulated, bounds or Bounds(), len(cases)) as pool:
-        for result in pool.judged([*cases.values()]):
-            found[result.token] = result
-            progress(len(found), len(cases), result.op)
+        with everywhere(pool, bounds or Bounds()) as judged:
+            for result in judged([*cases.values()]):
+                found[result.token] = result
+                progress(len(found), len(cases), result.op)
         facts = pool.facts
     checked = tuple(_checked(report, said, found[cases[said.token].token]) for said in rows)
     where, differences = f"{name} ({facts.place})", elsewhere(_facts(report), _facts(facts))

@@ -13,6 +13,7 @@ import numpy as np
 
 from porthal.backends.cpu.collectives import Collectives
 from porthal.conformance.cases.plan import cases
+from porthal.conformance.cases.ranked import world
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.runner.ranked import in_threads
 from porthal.conformance.verdicts import Judgement
@@ -20,6 +21,7 @@ from porthal.hal import collectives, limits, narrow
 
 Array = np.ndarray[Any, Any]
 Kernel = Callable[..., Any]
+MOST = 4  # ranks
 right = Collectives
 _runs = count()
 
@@ -48,7 +50,7 @@ def caught(defect: str, level: str = "bring-up") -> Iterator[tuple[str, Judgemen
     """The cases that find a mistake, with their judgements."""
     op, kernel = DEFECTS[defect]
     bindings = Bindings(type("Planted", (Planted,), {op: limits(provider="planted")(kernel)})())
-    for case in cases(collectives()[op], level):
+    for case in [case for case in cases(collectives()[op], level) if world(case) <= MOST]:
         judged = in_threads(case, bindings, level)
         if judged.verdict != "PASS":
             yield case.token, judged

@@ -20,7 +20,9 @@ OTHER_THINGS = {
     "cases/values.py": {"counts", "temperature", "top_k", "weight"},
     "cases/domain.py": {"weight"},
     "cases/legal.py": {"rows"},  # a view
+    "cases/ranked.py": {"rows"},
     "execution/placing.py": {"rows"},
+    "execution/ranked.py": {"rows"},
     "judgement/golden.py": {"scores"},
     "runner/proven.py": {"rows"},  # a service
 }

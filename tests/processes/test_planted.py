@@ -12,7 +12,7 @@ from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.reached import members
 from porthal.conformance.runner.ranked import in_threads
 from porthal.conformance.selftest.ranked import DEFECTS, Planted, caught
-from porthal.hal import UsageError, collectives, contracts, create
+from porthal.hal import UsageError, collectives, contracts
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -28,10 +28,9 @@ def test_at_least_thirty_mistakes_are_planted_in_all_ops_but_one_that_moves_noth
 
 
 @pytest.mark.parametrize("op", collectives())
-@pytest.mark.parametrize("backend", [Planted, "reference"])
-def test_what_is_right_passes(op, backend):
+def test_what_is_right_passes(op):
     """A case of each kind on three ranks: plain, of other values, of a view, in two groups, and each fault."""
-    bindings = Bindings(create(backend) if isinstance(backend, str) else backend())
+    bindings = Bindings(Planted())
     planned = [case for case in cases(collectives()[op]) if case.dims[0] == ("ranks", 3) or case.seq]
     kinds = {(bool(case.recipes), case.view, case.seq, case.fault): case for case in planned}
     assert len(kinds) >= (4 if op == "barrier" else 8)

@@ -1,0 +1,44 @@
+"""What the ranks of one machine share is used again when nobody looks at it, and gone when the last of them is."""
+
+from __future__ import annotations
+
+from tests.ranks import ran
+
+PROGRAM = """
+import os, sys
+import numpy as np
+from porthal.hal import bind, create
+
+backend = create("cpu")
+before = set(os.listdir("/dev/shm"))
+with backend.communicator(20) as comm:
+    wire, ops = comm.native, bind(backend=backend)
+    first = wire.empty((3, 5), "float32")
+    second = wire.empty((7,), "int32")
+    kept = first[1:, 2]
+    kept[...], second[...] = 1, 2
+    assert not np.shares_memory(first, second)
+    del first
+    third = wire.empty((3, 5), "float32")
+    third[...] = 3
+    assert kept.tolist() == [1, 1] and second.tolist() == [2] * 7
+    address = third.__array_interface__["data"][0]
+    del kept, second, third
+    assert len(wire.free) == 1
+    assert wire.empty((1,), "int32").__array_interface__["data"][0] <= address
+    long = b"x" * (40000 * (comm.rank + 1))
+    assert [len(each) for each in comm.gather("long", long)] == [40000, 80000, 120000]
+    x = wire.empty((3, 2), "float32")
+    x[...] = comm.rank
+    assert ops.all_to_all(x, comm)[:, 0].tolist() == [0, 1, 2]
+    assert set(os.listdir("/dev/shm")) == before
+    part = comm.group([0, 2])
+    if part:
+        assert ops.all_reduce(np.full((1, 1), 1.0 + comm.rank, np.float32), part).tolist() == [[4.0]]
+print("done", len(os.listdir("/proc/self/fd")))
+"""
+
+
+def test_memory_is_lent_used_again_and_has_no_name():
+    found = ran(3, ["-c", PROGRAM])
+    assert [(code, out[:4], err) for code, out, err in found] == [(0, "done", "")] * 3
