@@ -108,32 +108,29 @@ def explain(
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
     from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
-    from porthal.model.load import needed as called_by
-    from porthal.model.load import profile
+    from porthal.model.load import codes, needed, profile
 
     config = _config(model) if model or _demo_is_here() else None
-    needed = profile(config, dtype.value) if config else {}
     made = create(named(backend, emulated), emulated)
     with running(made):
         bare = bind(backend=made)
+        kept = codes(model, bare, dtype.value) if model else {}
+        calls = profile(config, dtype.value, kept=tuple(kept.items())) if config else {}
         choices = dict(bare.choices)
-        for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
+        for op, specs in calls.items():  # one at a time: what is missing becomes a row, not an error
             try:
                 choices[op] = bind(profile={op: specs}, backend=made).choices[op]
             except NotClaimed as error:
                 choices[op] = Choice(op, "missing", "", "", str(error))
-    missing = [op for op in called(choices, called_by(config)) if choices[op].status == "missing"] if config else []
-    counts = Binding(bare.backend, choices, {})
+    missing = [op for op in called(choices, needed(config)) if choices[op].status == "missing"] if config else []
+    counts, columns = Binding(bare.backend, choices, {}), ("op", "status", "owner", "provider", "reason")
     if json:
-        facts = ("op", "status", "owner", "provider", "reason", "tie")
-        rows = [{**{f: getattr(c, f) for f in facts}, "needed": op in needed} for op, c in choices.items()]
-        place = bare.backend.place
-        text.as_json({"backend": str(bare.backend), "place": place, "ops": rows, "counts": counts.counts()})
+        rows = [{**{f: getattr(c, f) for f in (*columns, "tie")}, "needed": op in calls} for op, c in choices.items()]
+        text.as_json({"backend": str(bare.backend), "place": bare.backend.place, "ops": rows, "counts": counts.counts()})
     else:
-        head = ["op", "kernel", "owner", "provider", "reason"]
-        text.table(head, [[c.op, c.status, c.owner, c.provider, c.reason] for c in choices.values()])
+        text.table(["op", "kernel", *columns[2:]], [[getattr(c, f) for f in columns] for c in choices.values()])
         print(bare.backend.describe())
-        judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if needed else "without a model's profile"
+        judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if calls else "without a model's profile"
         print(f"{bare.backend} ({bare.backend.place}), {judged}: {counts.summary()}")
     return 1 if missing else 0
 
