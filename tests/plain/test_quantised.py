@@ -103,7 +103,8 @@ def test_codes_that_are_kept_say_the_numbers_that_are_read(file: str, case: str)
         return
     parts = quantised.parts(held, shape, BLOCK)
     assert {part: (a.shape, str(a.dtype)) for part, a in parts.items()} == scheme_of(name).form(shape)
-    assert np.array_equal(scheme_of(name).numbers(parts).astype(np.float32), held.values(shape).astype(np.float32))
+    said, read = scheme_of(name).numbers(parts), held.values(shape)  # the reader rounds the product of two scales
+    assert np.allclose(said, read, rtol=2**-23, atol=0) if name == "nvfp4" else np.array_equal(said, read)
 
 
 def test_what_is_kept_of_each_packer() -> None:
@@ -301,19 +302,18 @@ def test_a_quantised_checkpoint_runs_as_its_numbers(
 class Unquantised(Reference):
     name = "unquantised"
 
-    def linear(self, x: Any, w: Any, *, out: str = "x") -> Any:
-        return self.derive(contracts()["linear"])(x, w, out=out)
+    def grouped_gemm(self, x: Any, w: Any, counts: Any) -> Any:
+        return self.derive(contracts()["grouped_gemm"])(x, w, counts)
 
 
 def test_without_a_kernel_that_takes_codes_they_are_read_as_plain_numbers(
     checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = rewritten(checkpoints["glm5"], tmp_path / "int8", int8, **COMPRESSED)
-    model = load(directory, bind(backend=Unquantised()))
-    assert not model.lm_head.spec.quantised and not model.blocks[0].attention.q_a.spec.quantised
-    why = "since linear: unquantised: quantisation scheme of w is 'int8_channel', the kernel takes none"
+    assert load(directory, bind(backend=Unquantised())).blocks[1].mlp.w13.spec.scheme == "none"
+    why = "since grouped_gemm: unquantised: quantisation scheme of w is 'int8_channel', the kernel takes none"
     assert "matrices read as plain numbers: 96, of int8" in caplog.text and why in caplog.text
-    kept = load(directory, bind("reference")).blocks[0].attention.q_a
+    kept = load(directory, bind("reference")).blocks[1].mlp.w13
     assert kept.spec.scheme == "int8_channel"
     assert {name: str(part.dtype) for name, part in kept.native.items()} == {"codes": "int8", "scale": "float32"}
 
