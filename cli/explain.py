@@ -18,14 +18,15 @@ def explain(
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
     from porthal.hal import Binding, Choice, NotClaimed, bind, called, create, running
     from porthal.model.config import Config
-    from porthal.model.load import DEMO, profile
+    from porthal.model.load import DEMO, codes, profile
     from porthal.model.load import needed as called_by
 
     config = Config.read(model or DEMO) if model or (DEMO / "config.json").is_file() else None
-    needed = profile(config, dtype.value) if config else {}
     made = create(named(backend, emulated), emulated)
     with running(made):
         bare = bind(backend=made)
+        kept = codes(model, bare, dtype.value) if model else {}
+        needed = profile(config, dtype.value, kept=tuple(kept.items())) if config else {}
         choices = dict(bare.choices)
         for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error
             try:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         note,
     )
     from porthal.hal.limits import (
+        ANY_SCHEME,
         Need,
         any_of,
         at_least,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
         Operand,
         Pages,
         PagesSpec,
+        Quantised,
+        QuantisedSpec,
         Rows,
         Selection,
         SelectionSpec,
@@ -56,13 +59,16 @@ if TYPE_CHECKING:
         WeightSpec,
     )
     from porthal.hal.recorder import Recorder, callers, recorded
+    from porthal.hal.scheme import SCHEMES, Scheme, scheme_of
     from porthal.hal.spans import Reals
     from porthal.hal.wire import simulated
 
 __all__ = [
+    "ANY_SCHEME",
     "FLOATS",
     "KINDS",
     "MOVED",
+    "SCHEMES",
     "UNIT_ROUNDOFF",
     "Backend",
     "Batch",
@@ -86,9 +92,12 @@ __all__ = [
     "Place",
     "PorthalError",
     "Probe",
+    "Quantised",
+    "QuantisedSpec",
     "Reals",
     "Recorder",
     "Rows",
+    "Scheme",
     "Selection",
     "SelectionSpec",
     "Traits",
@@ -126,6 +135,7 @@ __all__ = [
     "recorded",
     "running",
     "same_as",
+    "scheme_of",
     "selected",
     "simulated",
     "use",
@@ -134,7 +144,8 @@ __all__ = [
 
 # Where the names are, the files first that need little.
 _FILES = (
-    "errors", "discovery", "dtypes", "limits", "operands", "spans", "wire", "contract", "backend", "choice", "binding",
+    "errors", "discovery", "dtypes", "limits", "operands", "scheme", "spans", "wire", "contract", "backend", "choice",
+    "binding",
     "recorder",
 )  # fmt: skip
 

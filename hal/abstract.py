@@ -16,6 +16,7 @@ from porthal.hal.contract import Contract
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import UsageError
 from porthal.hal.operands import KINDS, Pages, PagesSpec, Weight, WeightSpec
+from porthal.hal.operands.operand import Form
 from porthal.hal.signature import ARRAY
 
 
@@ -63,10 +64,10 @@ class Abstract(Backend):
         return None if isinstance(x, AbstractArray) else f"{type(x).__name__}, expected an abstract array"
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
-        return Weight(spec, AbstractArray(spec.shape, spec.dtype))
+        return Weight.of(spec, _shapes(Weight.form(spec)))
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        return Pages(spec, {n: AbstractArray((spec.slots, width), spec.dtype) for n, width in spec.fields})
+        return Pages(spec, _shapes(Pages.form(spec)))
 
     def derive(self, contract: Contract) -> Callable[..., Any]:
         def infer(*args: Any, **kwargs: Any) -> Any:
@@ -80,9 +81,12 @@ class Abstract(Backend):
                     out.append(AbstractArray(shape, name))
                 else:
                     kind = KINDS[result.kind]
-                    made = kind.result_spec(shape)
-                    parts: Any = {part: AbstractArray(*form) for part, form in kind.form(made).items()}
-                    out.append(kind.of(made, parts))
+                    made = kind.result_spec(shape, attrs)
+                    out.append(kind.of(made, _shapes(kind.form(made))))
             return tuple(out) if len(out) > 1 else out[0]
 
         return infer
+
+
+def _shapes(form: Form) -> Any:
+    return {part: AbstractArray(*of) for part, of in form.items()}

@@ -36,7 +36,7 @@ from porthal.hal.wire import joined
 
 Array = Any
 B = TypeVar("B", bound="Backend")
-Read = Callable[[Any], np.ndarray[Any, Any]]
+Read = Callable[[Any], Any]  # an index along the first axis -> a NumPy array, under a scheme {part: array}
 NOT_TAKEN = "does not take this data"
 STATED = "limits", "provider", "tie", "batch_invariant"  # on a kernel's function
 Place = Literal["hardware", "vendor package on a stub runtime", "emulated device"]
@@ -231,15 +231,20 @@ class Backend:
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         """A zeroed cache in the backend's own layout."""
-        zeros = {name: np.zeros((spec.slots, width), dt.numpy_dtype(spec.dtype)) for name, width in spec.fields}
+        zeros = {name: np.zeros(shape, dt.numpy_dtype(kind)) for name, (shape, kind) in Pages.form(spec).items()}
         return self.from_logical(spec, zeros)
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
         """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it. A slice may be a view of the
-        checkpoint's file: copy what is kept.
+        checkpoint's file: copy what is kept. Under a scheme it is {part: array}, and of a matrix all of it: blocks span rows.
 
         `into` is a weight of this spec whose memory takes the new values; use what is returned from then on.
         """
+        if spec.quantised:
+            parts = {name: self.from_numpy(np.array(part, order="C")) for name, part in read(slice(None)).items()}
+            if into is not None:
+                parts = {name: self.write(into.native[name], part) for name, part in parts.items()}
+            return Weight(spec, parts)
         array = self.from_numpy(np.array(read(slice(None)), order="C"))
         if into is None:
             return Weight(spec, array)

@@ -108,6 +108,19 @@ class Binding(Services):
                 raise NotClaimed(f"{self.backend} is bound for other calls than {op} with {facts}: {advice}")
         return self
 
+    def also(self, profile: Profile, needed: Callers) -> tuple[Binding | None, str]:
+        """A binding by the same policy for these calls, if each op that is needed stays with whose kernel it has here, or is
+        composed of such; else None and the reason."""
+        try:
+            made = self._again(profile=profile, needed=needed)
+        except NotClaimed as error:
+            return None, str(error)
+        for op in called(made.choices, needed):
+            here, there = self.choices[op], made.choices[op]
+            if there.status != "composed" and there.owner != here.owner:
+                return None, f"{op}: {there.reason}"
+        return made, ""
+
     def counts(self) -> dict[str, int]:
         """How many ops are own, inherited, composed, fallback and missing."""
         words: tuple[Status, ...] = ("own", "inherited", "composed", "fallback", "missing")

@@ -18,6 +18,7 @@ import numpy as np
 from porthal.hal import dtypes as dt
 from porthal.hal.errors import UsageError
 from porthal.hal.operands import KINDS, Operand
+from porthal.hal.scheme import NONE
 from porthal.hal.signature import ARRAY, OperandSpec, Signature, evaluate, parse, symbols, unify
 from porthal.hal.spans import Legal, Reals, Span, worded
 
@@ -79,6 +80,7 @@ class Contract:
     choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`) or by
                 what could have been drawn (`@op.admitted`)
     writes      of an op that changes pages without a batch: the operand that lists them
+    schemes     operand -> those that it may be under, beside none: of a weight, a cache, or quantised activations
     profiles    the uses of a model that call it: "inference", "moe", "distributed"
     uneven      of a call of several ranks, the symbols that may differ among them
 
@@ -108,6 +110,7 @@ class Contract:
         exact: bool = False,
         choice: str = "",
         writes: str = "",
+        schemes: Mapping[str, Sequence[str]] | None = None,
         profiles: Sequence[str] = (),
         uneven: Sequence[str] = (),
         rules: Sequence[tuple[str, Callable[[Any], bool]]] = (),
@@ -126,6 +129,7 @@ class Contract:
         self.exact = exact
         self.choice = choice
         self.writes = writes
+        self.schemes = {name: tuple(names) for name, names in (schemes or {}).items()}
         self.profiles = profiles
         self.uneven = tuple(uneven)
         self.rules = rules
@@ -280,7 +284,7 @@ class Contract:
             if operand.typed:
                 found[operand.name] = value.dtype if isinstance(value, Operand) else dt.dtype(value)
             if isinstance(value, Operand) and value.scheme is not None:
-                schemes[operand.name] = value.scheme
+                schemes[operand.name] = self._permitted(operand.name, value.scheme)
         for operand, dim, size in waiting:
             if not unify(dim, size, env):
                 raise self._shape_error(operand, dim, size, env)
@@ -369,6 +373,12 @@ class Contract:
             return operand.matched(tuple(value.shape)) if operand.kind == ARRAY else value.sizes(operand)
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}") from None
+
+    def _permitted(self, name: str, scheme: str) -> str:
+        known = self.schemes.get(name, ())
+        if scheme not in (NONE, *known):
+            raise UsageError(f"{self.name}: {name} is under scheme {scheme!r}, expected {' or '.join((NONE, *known))}")
+        return scheme
 
     def _shape_error(self, operand: OperandSpec, dim: str, size: int, env: Mapping[str, int]) -> UsageError:
         known = ", ".join(f"{s}={env[s]}" for s in symbols(dim) if s in env)

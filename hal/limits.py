@@ -12,6 +12,7 @@ import numpy as np
 from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.dtypes import itemsize
 from porthal.hal.errors import UsageError
+from porthal.hal.scheme import NONE, SCHEMES
 
 F = TypeVar("F", bound=Callable[..., Any])
 Dtypes = Mapping[str, str]  # of a call's operands, by name
@@ -104,6 +105,9 @@ def any_of(*limits: Limit) -> Limit:
     )
 
 
+UNQUANTISED, ANY_SCHEME = Limit(NONE, lambda v, _: bool(v == NONE)), one_of(NONE, *SCHEMES)
+
+
 @dataclass(frozen=True)
 class Need:
     """A named condition on the values of one operand: `Need("no -1", lambda ids: ids >= 0)`.
@@ -129,19 +133,21 @@ class Need:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on operand dtypes and on dims and attributes by name, and needs of data; `refuses` gives the first broken."""
+    """Limits on operand dtypes, on schemes, on dims and attributes by name, and needs of data; `refuses` gives the first
+    broken."""
 
     dtypes: Mapping[str, Limit] = field(default_factory=dict)
     facts: Mapping[str, Limit] = field(default_factory=dict)
     needs: Mapping[str, Need] = field(default_factory=dict)
+    schemes: Limit = UNQUANTISED
 
     def refuses(self, spec: CallSpec) -> str | None:
         for name, limit in self.dtypes.items():
             if name in spec.dtypes and not limit.holds(spec.dtypes[name], spec.dtypes):
                 return f"{name} is {spec.dtypes[name]}, the kernel takes {_worded(limit, spec)}"
-        for scheme in spec.schemes.values():
-            if scheme != "none":
-                return f"quantisation scheme is {scheme!r}, the kernel takes none"
+        for name, scheme in spec.schemes.items():
+            if not self.schemes.holds(scheme, spec.dtypes):
+                return f"quantisation scheme of {name} is {scheme!r}, the kernel takes {self.schemes.text}"
         for name, limit in self.facts.items():
             value = spec.dims.get(name, spec.attrs.get(name))
             if value is not None and (v := limit.refused(value, spec.dtypes)) is not None:
@@ -175,6 +181,7 @@ def limits(
     batch_invariant: bool = False,
     dtypes: Mapping[str, Limit | str] | None = None,
     needs: Mapping[str, Need] | None = None,
+    schemes: Limit | str = UNQUANTISED,
     **facts: Limit | int | str | bool,
 ) -> Callable[[F], F]:
     """State what a kernel takes: `@limits(provider="torch_npu.npu_x", dtypes={"x": one_of("bfloat16")}, D=128)`.
@@ -182,10 +189,11 @@ def limits(
     provider is the library call behind it; tie="any" declares that equal scores are chosen in an order of the chip's own;
     batch_invariant promises that a row's bits do not depend on the other rows, nor on how many there are.
     needs are conditions on values, by operand, which are looked at before every call.
+    schemes are those of weights, caches and quantised activations: "fp8_keys", or one_of("none", "fp8_block"); by default none.
     """
     if tie not in TIES:
         raise UsageError(f"tie is {tie!r}, expected one of {', '.join(TIES)}")
-    stated = Limits(_limited(dtypes or {}), _limited(facts), dict(needs or {}))
+    stated = Limits(_limited(dtypes or {}), _limited(facts), dict(needs or {}), _limited({"": schemes})[""])
 
     def attach(f: F) -> F:
         vars(f).update(limits=stated, provider=provider, tie=tie, batch_invariant=batch_invariant)

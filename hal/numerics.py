@@ -8,8 +8,9 @@ dot, total       a reduction of K terms accumulated in float32: +-sqrt(K) * 2^-2
 may_round        a value that may be stored in a narrow dtype: +-u * |v| where the contract's dtype permits
 single           a value held in float32: +-2^-24 * |v|
 elementary       exp, sigmoid, ...: +-ulps * 2^-24 * |v|
+nearest          a code: either of two, where the value lies in the middle between them
 
-The last three may also flush what float32 holds only as a denormal.
+may_round, single and elementary may also flush what float32 holds only as a denormal.
 """
 
 from __future__ import annotations
@@ -122,9 +123,15 @@ class Noise:
     """The perturbations of one noisy run: its random signs, the dtypes of the call's operands, the points passed."""
 
     def __init__(
-        self, rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
+        self,
+        rng: np.random.Generator,
+        dtypes: Mapping[str, str],
+        only: int | None = None,
+        known: Known | None = None,
+        turn: int = 0,
     ) -> None:
         self.dtypes = dtypes
+        self.turn = turn  # the number of the run
         self.only = only
         self.known = known or Known((), 0)
         self.products = 0  # so far
@@ -183,11 +190,15 @@ _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
 
 @contextmanager
 def noise(
-    rng: np.random.Generator, dtypes: Mapping[str, str], only: int | None = None, known: Known | None = None
+    rng: np.random.Generator,
+    dtypes: Mapping[str, str],
+    only: int | None = None,
+    known: Known | None = None,
+    turn: int = 0,
 ) -> Iterator[Noise]:
     """Make the helpers of this module perturb, all of them or `only` the n-th one called; `dtypes` names the operands'
-    and results' dtypes of the call, and `known` holds what its runs have in common."""
-    mode = Noise(rng, dtypes, only, known)
+    and results' dtypes of the call, `known` holds what its runs have in common, and `turn` counts them."""
+    mode = Noise(rng, dtypes, only, known, turn)
     token = _noise.set(mode)
     try:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -254,6 +265,18 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
     """An elementary function, correct to a few units in the last place of float32."""
     mode = _perturbing()
     return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
+
+
+def nearest(value: Array, code: Callable[[Array], Array], slack: float) -> Array:
+    """The value at its nearest code: where it lies within a share `slack` of the middle between two, a chip may take either.
+    Of two noisy runs one takes the outer and one the inner."""
+    mode = _perturbing()
+    if mode is None:
+        return code(value)
+    n, mode.count = mode.count, mode.count + 1
+    if mode.only is not None and mode.only != n:
+        return code(value)
+    return code(value * (1 + (slack if mode.turn % 2 else -slack)))
 
 
 def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype: str = "float32") -> Array:

@@ -12,7 +12,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from porthal.hal import FLOATS, Binding, UsageError, Weight, WeightSpec, dtype, narrow, note, numpy_dtype, widen
+from porthal.hal import (
+    FLOATS,
+    Binding,
+    UsageError,
+    Weight,
+    WeightSpec,
+    dtype,
+    narrow,
+    note,
+    numpy_dtype,
+    scheme_of,
+    widen,
+)
+from porthal.hal.scheme import NONE
 from porthal.model import quantised
 
 Array = np.ndarray[Any, Any]
@@ -97,6 +110,7 @@ class Checkpoint:
         self.block = fp8_block or (128, 128)
         self._asked: set[str] = set()
         self.schemes: dict[str, str] = {}  # of what has been read, how codes say it; "" where it holds plain numbers
+        self._kept: dict[str, str] = {}  # and the scheme of calls that takes these
         found = [self.directory / f"{name}.safetensors{end}" for name in FILES for end in (".index.json", "")]
         there = [file for file in found if file.is_file()]
         if there[1:]:
@@ -171,6 +185,15 @@ class Checkpoint:
             raise UsageError(f"{self.file(name).path}: {name!r} holds NaN or infinity{codes}, expected finite numbers")
         return values
 
+    def kept(self) -> dict[str, str]:
+        """Of what has been read, be it for no rows at all: the matrices that calls take as they are stored, and under which
+        scheme."""
+        return {name: scheme for name, scheme in self._kept.items() if scheme != NONE}
+
+    def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
+        """Codes and scales of a matrix that is kept."""
+        return quantised.parts(self._matrix(name), shape, self.block)
+
     def _scheme_of(self, name: str, shape: Sequence[int]) -> str:
         if name not in self.schemes:
             self.schemes[name] = self._scheme(self._matrix(name), shape)
@@ -185,7 +208,10 @@ class Checkpoint:
         if len(shape) not in (2, 3):
             raise matrix.wrong("weight", f"is {kind}, expected one of {', '.join(FLOATS)}")
         one = matrix.at(0) if shape[2:] else matrix
-        return str(quantised.scheme(one, (shape[-2], shape[-1]), self.block))
+        found = quantised.scheme(one, (shape[-2], shape[-1]), self.block)
+        if not shape[2:]:
+            self._kept[matrix.name] = quantised.kept(one, found)
+        return str(found)
 
     def _matrix(self, name: str) -> _Matrix:
         """The tensors of a matrix."""
@@ -193,7 +219,7 @@ class Checkpoint:
         spelled = {part: stem + part.removeprefix("weight" if stem == name else "") for part in ("weight", *quantised.PARTS)}
         parts = {part: name for part, name in spelled.items() if name in self._where}
         self._asked.update(parts.values())
-        return _Matrix(self, parts)
+        return _Matrix(self, name, parts)
 
     def file(self, name: str) -> TensorFile:
         """The file that holds a tensor."""
@@ -217,6 +243,7 @@ class _Matrix:
     """The tensors of a quantised matrix, or of one of a stack of them, by their part of its name."""
 
     checkpoint: Checkpoint
+    name: str
     names: Mapping[str, str]
     index: int | None = None
 
@@ -264,14 +291,14 @@ class Blank:
         count = len(range(*rows.indices(shape[0]))) if shape else 0
         return np.broadcast_to(np.float32(0), (count, *shape[1:]))
 
-
 class Loader:
-    """Prepares a source's tensors for a binding, in the dtype of the activations."""
+    """Prepares a source's tensors for a binding, in the dtype of the activations; those of `kept` under their scheme."""
 
-    def __init__(self, source: Source, binding: Binding, activations: str) -> None:
+    def __init__(self, source: Source, binding: Binding, activations: str, kept: Mapping[str, str]) -> None:
         self.source = source
         self.binding = binding
         self.dtype = activations
+        self.kept = kept
 
     def array(self, name: str, *shape: int, dtype: str = "") -> Any:
         """A small tensor as a backend array: norm weights, biases."""
@@ -299,7 +326,31 @@ class Loader:
 
     def weight(self, use: str, name: str, *shape: int) -> Weight:
         """A tensor prepared for `use` = "op.operand"."""
-        return self.build(use, shape, self.rows(name, shape))
+        return self._made(use, shape, [[name]], self.rows(name, shape))
+
+    def _made(self, use: str, shape: tuple[int, ...], names: Sequence[Sequence[str]], read: Reader) -> Weight:
+        """A weight of these tensors, one below the other for each matrix of it: of their codes where all are kept alike, and
+        no block reaches from one into the next."""
+        found = {self.kept.get(name, NONE) for group in names for name in group}
+        high = shape[-2] // len(names[0])
+        name = found.pop() if len(found) == 1 else NONE
+        if name == NONE or (names[0][1:] and high % (scheme_of(name).block[0] or 1)):
+            return self.build(use, shape, read)
+
+        def parts(index: Any) -> dict[str, Array]:
+            if isinstance(index, int):
+                return self._below(names[index], high, shape[-1])
+            found = [self._below(group, high, shape[-1]) for group in names[index]]
+            return {part: np.stack([one[part] for one in found]) for part in found[0]} if shape[2:] else found[0]
+
+        op, operand = use.split(".")
+        return self.binding.prepare(WeightSpec(op, operand, tuple(shape), self.dtype, name), parts)
+
+    def _below(self, names: Sequence[str], high: int, wide: int) -> dict[str, Array]:
+        """Codes and scales of matrices one below the other."""
+        assert isinstance(self.source, Checkpoint)
+        found = [self.source.parts(name, (high, wide)) for name in names]
+        return {part: np.concatenate([one[part] for one in found]) for part in found[0]}
 
     def part(self, use: str, name: str, shape: tuple[int, int], rows: slice = ALL, columns: slice = ALL) -> Weight:
         """Some rows and columns of a matrix, prepared for `use`; of others only what lies in the same rows is read."""
@@ -327,7 +378,7 @@ class Loader:
             found = [_below(group) for group in parts[rows]]
             return np.stack(found) if len(found) > 1 else found[0][None]
 
-        return self.build(use, shape, read)
+        return self._made(use, shape, names, read)
 
     def joined(self, use: str, shape: tuple[int, int], names: Sequence[str], share: slice = ALL) -> Weight:
         """[rows, columns]: the named tensors one below the other, with equally many rows; of each the same `share` of rows."""
@@ -341,6 +392,8 @@ class Loader:
             found = [part(slice(*end)) for part, end in zip(parts, ends) if end[0] < end[1]]
             return np.concatenate(found) if len(found) > 1 else found[0]
 
+        if share == ALL:
+            return self._made(use, shape, [names], read)
         return self.build(use, (high * len(parts), shape[1]), read)
 
 

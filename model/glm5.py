@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from porthal.hal import Batch, Binding, Selection
@@ -51,7 +52,7 @@ class Glm5:
     """A GLM-5 model in one binding's layouts: its weights and caches work with that binding only.
 
     dtype is that of activations, weights and caches: "float32", "bfloat16" or "float16". block_size is the number of
-    tokens in a cache page; backends state which they take.
+    tokens in a cache page; backends state which they take. Tensors of `kept` stay codes, of these schemes.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Glm5:
         dtype: str = "float32",
         block_size: int = 64,
         layout: Layout | None = None,
+        kept: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.config, self.ops, self.dtype, self.block_size, self.layout = config, binding, dtype, block_size, layout
         if layout:
             layout.fits(config)
-        load = Loader(source, binding, dtype)
+        load = Loader(source, binding, dtype, kept)
         hidden = config.hidden_size
         self.embed = load.weight("embedding.table", "model.embed_tokens.weight", config.vocab_size, hidden)
         self.blocks = [

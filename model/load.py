@@ -8,8 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
-from porthal.hal import FLOATS, Binding, Callers, CallSpec, UsageError, bind, callers, contracts, note, recorded
+from porthal.hal import (
+    FLOATS,
+    Binding,
+    Callers,
+    CallSpec,
+    NotClaimed,
+    UsageError,
+    bind,
+    callers,
+    contracts,
+    note,
+    recorded,
+)
 from porthal.model.checkpoint import Blank, Checkpoint
 from porthal.model.config import Config, described
 from porthal.model.generate import generate, step
@@ -41,13 +54,45 @@ def load(
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
     config, source = opened(path)
-    shapes = layout.recorded() if layout else None
-    calls, least = profile(config, dtype, block_size, shapes), needed(config, 0, shapes)
-    fitted = binding.fitted(calls, least) if binding else bind(profile=calls, needed=least)
+    fitted, kept = fit(config, source, binding or bind(), dtype, block_size, layout=layout.recorded() if layout else None)
     if layout:
         facts = {"backend": fitted.backend.name, "dtype": dtype, "layout": layout.kind, "checkpoint": source.digest()}
         layout.comm.agree("load", {**facts, "config": hashlib.sha256(repr(config).encode()).hexdigest()[:16]})
-    return Glm5(config, source, fitted, dtype, block_size, layout)
+    return Glm5(config, source, fitted, dtype, block_size, layout, kept)
+
+
+def fit(
+    config: Config,
+    source: Checkpoint,
+    binding: Binding,
+    dtype: str,
+    block_size: int = 64,
+    drafts: int = 0,
+    layout: Layout | None = None,
+) -> tuple[Binding, Mapping[str, str]]:
+    """The binding for a model's calls, and the tensors whose codes it takes as they are, each with its scheme; which, and why
+    not, is said. Ranks of a layout, which cut matrices, keep none."""
+    least = needed(config, drafts, layout)
+    fitted = binding.fitted(profile(config, dtype, block_size, layout), least)
+    kept, why = {} if layout else source.kept(), ""
+    if kept and binding.profile is None:
+        made, why = fitted.also(profile(config, dtype, block_size, kept=tuple(kept.items())), least)
+        fitted, kept = made or fitted, kept if made else {}
+    found = Counter((how, kept.get(name, "")) for name, how in source.schemes.items() if how)
+    for (how, name), count in found.items():
+        done = f"kept as {name}" if name else "read as plain numbers"
+        note(f"{source.directory}: matrices {done}: {count}, of {how}{why and f', since {why}'}")
+    return fitted, kept
+
+
+def codes(path: str | Path, binding: Binding, dtype: str) -> Mapping[str, str]:
+    """The tensors in a directory whose codes stay as they are on this binding, each with its scheme; none where no tensors are
+    there to be looked at, or where the binding lacks an op."""
+    try:
+        config, source = opened(path)
+        return fit(config, source, binding, dtype)[1]
+    except (UsageError, NotClaimed):
+        return {}
 
 
 def opened(path: str | Path) -> tuple[Config, Checkpoint]:
@@ -91,8 +136,6 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
             "correct config.json, or remove what is left over"
         )
     _check_experts(source.schemes, path)
-    for scheme, count in Counter(filter(None, source.schemes.values())).items():
-        note(f"{path}: matrices read as plain numbers: {count}, of {scheme}")
     for why, count in without.items():
         note(f"{path}: tensors not used: {count}, since {why}")
     return config, source
@@ -142,21 +185,29 @@ def stepped(
 
 @lru_cache(maxsize=64)
 def profile(
-    config: Config, dtype: str = "float32", block_size: int = 64, layout: Layout | None = None
+    config: Config,
+    dtype: str = "float32",
+    block_size: int = 64,
+    layout: Layout | None = None,
+    kept: tuple[tuple[str, str], ...] = (),
 ) -> Mapping[str, Sequence[CallSpec]]:
     """The calls a model makes, from one row to the whole context, by op: what a backend must claim to run it.
 
-    It has both composites and what they are made of, since the binding decides which of them are called.
+    It has both composites and what they are made of, since the binding decides which of them are called. Tensors of `kept`
+    stay under their schemes.
     """
     longest = config.max_position_embeddings
+
+    def blank(ops: Binding) -> Glm5:
+        return _blank(config, ops, dtype, block_size, layout, dict(kept))
 
     def generated(ops: Binding) -> None:
         for temperature in (0.0, 1.0):
             for drafts in (0, 2) if config.has_mtp else (0,):
-                _text(_blank(config, ops, dtype, block_size, layout), temperature, drafts)
+                _text(blank(ops), temperature, drafts)
 
-    small = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size, layout), 1, 1))
-    large = recorded(lambda ops: _step(_blank(config, ops, dtype, block_size, layout), min(longest, 4096), longest))
+    small = recorded(lambda ops: _step(blank(ops), 1, 1))
+    large = recorded(lambda ops: _step(blank(ops), min(longest, 4096), longest))
     merged: dict[str, dict[CallSpec, None]] = {}
     for (op, low), (_, high) in zip(small, large):
         dims = {k: _span(v, high.dims[k]) for k, v in low.dims.items()}
@@ -185,9 +236,16 @@ def _span(low: int | tuple[int, int], high: int | tuple[int, int]) -> int | tupl
     return (low, high) if high != low else low
 
 
-def _blank(config: Config, ops: Binding, dtype: str, block_size: int, layout: Layout | None = None) -> Glm5:
+def _blank(
+    config: Config,
+    ops: Binding,
+    dtype: str,
+    block_size: int,
+    layout: Layout | None = None,
+    kept: Mapping[str, str] = MappingProxyType({}),
+) -> Glm5:
     """A model without values."""
-    return Glm5(config, Blank(), ops, dtype, block_size, layout)
+    return Glm5(config, Blank(), ops, dtype, block_size, layout, kept)
 
 
 def _step(model: Glm5, rows: int, context: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from porthal.hal import UsageError, widen
+from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -24,6 +25,15 @@ FP8, FP4, E8M0 = "float8_e4m3fn", "float4_e2m1fn", ("uint8", "float8_e8m0fnu")
 FLOAT_SCALES = ("float32", "bfloat16", "float16")
 # Of the activations' own quantisation, which a matrix of plain numbers does without.
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_offset", "quant_bias", "scale_bias", "output_scale")
+# The schemes of calls by codes and block; where the scale is one of e8m0, or of e4m3 under another, the block says so.
+CALLS = {
+    ("int8", (1, 0)): "int8_channel",
+    (FP8, (128, 128)): "fp8_block",
+    ("int4", (1, 128)): "int4_g128",
+    ("int4", (1, 32)): "int4_g32",
+    (FP4, (1, 32)): "mxfp4",
+    (FP4, (1, 16)): "nvfp4",
+}
 PARTS = (
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
     *("weight_offset", "weight_shape", "pre_quant_scale", "deq_scale", *ACTIVATIONS),
@@ -100,6 +110,43 @@ def values(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int], row
     if "pre_quant_scale" in tensors:
         result *= _positive(tensors, "pre_quant_scale", _shaped(tensors, "pre_quant_scale", (shape[1],)))
     return result
+
+
+def kept(tensors: Tensors, found: Scheme) -> str:
+    """The scheme of calls that takes these codes and scales as they are, or "none"."""
+    others = ("weight_zero_point", "pre_quant_scale", "deq_scale", "weight_global_scale")
+    if any(part in tensors for part in others) or ("weight_offset" in tensors and tensors.array("weight_offset").any()):
+        return NONE
+    return CALLS.get((found.codes, found.block), NONE)
+
+
+def parts(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int]) -> dict[str, Array]:
+    """Codes and scales as kernels take them, where `kept` names a scheme: see `porthal.hal.Scheme.form`."""
+    found = scheme(tensors, shape, block)
+    name = _scales(tensors)
+    scale = tensors.array(name).reshape(_two(tensors.shape(name)) or ())
+    if found.scale == E8M0[1] or found.scale == FP8:
+        _factors(tensors, found)  # refuses what is no number
+        scale = scale.view(np.uint8)
+    else:
+        scale = _positive(tensors, name, scale).astype(np.float32)
+    whole = {"whole": np.full(shape[0], _whole(tensors, "weight_scale_2"), np.float32)} if "weight_scale_2" in tensors else {}
+    return {"codes": _held(tensors, found, shape), "scale": scale, **whole}
+
+
+def _held(tensors: Tensors, found: Scheme, shape: tuple[int, int]) -> Array:
+    """Codes, one a byte."""
+    if found.codes == FP4:
+        bytes_ = tensors.array("weight_packed" if "weight_packed" in tensors else "weight")
+        return np.stack([bytes_ & 15, bytes_ >> 4], axis=-1).reshape(shape)
+    if found.codes == "int4":
+        return _unpacked(tensors, found, shape, 0, shape[0]).astype(np.int8)
+    codes = np.asarray(tensors.array("weight"))
+    if found.codes == FP8:
+        codes = codes.view(np.uint8)
+        if ((codes & 127) == 127).any():
+            raise tensors.wrong("weight", "holds codes that are NaN, expected finite numbers")
+    return codes
 
 
 # -- which scheme ----------------------------------------------------------------------------------------------------------

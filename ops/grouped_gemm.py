@@ -1,7 +1,8 @@
 import numpy as np
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, dot
+from porthal.hal.numerics import Array
+from porthal.hal.scheme import WEIGHTS, product
 
 
 @contract(
@@ -20,17 +21,19 @@ from porthal.hal.numerics import Array, dot
         "counts": ("counts", "heap", "waist", "single", "tiled"),
         "w": ("weight", "pillar"),
     },
+    schemes={"w": WEIGHTS},
 )
 def grouped_gemm(x: Array, w: Array, counts: Array) -> Array:
     """Rows are sorted by expert; the next counts[e] rows are multiplied by w[e]: y[m] = w[e] x[m].
 
     Rows beyond sum(counts) are padding: their results are unspecified and their contents must not affect other rows
-    (the reference gives zeros). Source: MegaBlocks; torch._grouped_mm, npu_grouped_matmul, DeepGEMM m_grouped_gemm.
+    (the reference gives zeros). Under a scheme of w, x is taken as `linear` takes it.
+    Source: MegaBlocks; torch._grouped_mm, npu_grouped_matmul, DeepGEMM m_grouped_gemm.
     """
     y = np.zeros((len(x), w.shape[1]))
     start = 0
     for e, n in enumerate(counts):
-        y[start : start + n] = dot("mk,nk->mn", x[start : start + n], w[e])
+        y[start : start + n] = product("mk,nk->mn", x[start : start + n], w[e])
         start += int(n)
     return y
 

@@ -1,7 +1,8 @@
 from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, contract
-from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.numerics import Array, may_round
+from porthal.hal.scheme import KEYS, WEIGHTS, product
 from porthal.hal.spans import EPSILON, THETA
 from porthal.ops.kv_write import kv_write
 from porthal.ops.layer_norm import layer_norm
@@ -31,6 +32,7 @@ from porthal.ops.rope import rope
     cases={"Q": (128,), "H": (256,), "G": (32, 1, 40), "D": (128,), "theta": (1e6, 1e4), "width": (64, 32), "eps": (1e-6, 0.5)},
     legal={"theta": THETA, "width": lambda f: range(2, f.D + 1, 2), "eps": EPSILON},
     values={"qr": ("normal", "seesaw"), "h": ("normal", "seesaw"), "wk": ("weight", "pillar")},
+    schemes={"wq_b": WEIGHTS, "wk": WEIGHTS, "w_head": WEIGHTS, "keys": KEYS},
     profiles=("inference",),
 )
 def index_prolog(
@@ -59,10 +61,10 @@ def index_prolog(
     def rotate(x: Array) -> Array:
         return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
-    iq = rotate(may_round("iq", dot("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), len(wq_b) // size, size))
-    k = layer_norm.reference(may_round("k", dot("th,dh->td", h, wk), to="qr"), k_norm, k_bias, eps=eps)
+    iq = rotate(may_round("iq", product("tq,oq->to", qr, wq_b), to="qr").reshape(len(qr), len(wq_b) // size, size))
+    k = layer_norm.reference(may_round("k", product("th,dh->td", h, wk), to="qr"), k_norm, k_bias, eps=eps)
     k = rotate(may_round("normed", k, to="qr")[:, None])[:, 0]
-    return iq, dot("th,gh->tg", h, w_head), kv_write.reference(keys, batch, k)
+    return iq, product("th,gh->tg", h, w_head), kv_write.reference(keys, batch, k)
 
 
 @index_prolog.decomposed(wq_b="linear.w", wk="linear.w", w_head="linear.w")

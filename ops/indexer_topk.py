@@ -2,6 +2,7 @@ from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, Selection, contract
 from porthal.hal.numerics import Array
+from porthal.hal.scheme import KEYS
 from porthal.hal.spans import SCALE, SELECTED
 from porthal.ops.indexer_scores import indexer_scores
 from porthal.ops.topk import topk
@@ -20,6 +21,7 @@ from porthal.ops.topk import topk
         "w": ("normal", "negative", "integer"),
         "keys": ("normal", "hollow", "seesaw"),
     },
+    schemes={"keys": KEYS},
     profiles=("inference",),
 )
 def indexer_topk(iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:

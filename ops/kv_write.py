@@ -2,6 +2,7 @@ from dataclasses import replace
 
 from porthal.hal import FLOATS, Batch, Pages, contract
 from porthal.hal.numerics import Array
+from porthal.hal.scheme import KEYS, LATENTS
 
 
 @contract(
@@ -12,12 +13,13 @@ from porthal.hal.numerics import Array
     cases={"A": (512, 128), "B": (64,)},
     exact=True,
     values={"first": ("normal", "special", "huge", "denormal", "extreme", "signed")},
+    schemes={"pages": (*KEYS, *LATENTS)},
 )
 def kv_write(pages: Pages, batch: Batch, first: Array, second: Array | None = None) -> Pages:
     """Write row t into cache slot batch.slots[t]: `first` into the first field of the pages, `second` into the second.
 
     Slot -1 (padding) is skipped; no slot occurs twice in a batch; every other slot keeps its bits. Pages are updated in
-    place and returned: use what is returned.
+    place and returned: use what is returned. Under a scheme `first` is quantised row by row, see `Scheme`.
     """
     written = batch.slots >= 0
     fields = dict(pages.native)

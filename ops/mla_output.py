@@ -1,7 +1,8 @@
 from typing import Any
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.numerics import Array, may_round
+from porthal.hal.scheme import WEIGHTS, product
 
 
 @contract(
@@ -14,6 +15,7 @@ from porthal.hal.numerics import Array, dot, may_round
     independent=("T", "H"),
     cases={"N": (8, 1, 64, 20), "C": (512,), "V": (256, 64), "H": (256, 96)},
     values={"o": ("normal", "seesaw"), "w_o": ("weight", "pillar")},
+    schemes={"w_uv": WEIGHTS, "w_o": WEIGHTS},
     profiles=("inference",),
 )
 def mla_output(o: Array, w_uv: Array, w_o: Array) -> Array:
@@ -21,8 +23,8 @@ def mla_output(o: Array, w_uv: Array, w_o: Array) -> Array:
 
     The values of the heads may be rounded before w_o. Source: DeepSeek-V2.
     """
-    values = may_round("values", dot("tnc,nvc->tnv", o, w_uv), to="o")
-    return dot("tj,hj->th", values.reshape(len(o), w_o.shape[1]), w_o)
+    values = may_round("values", product("tnc,nvc->tnv", o, w_uv), to="o")
+    return product("tj,hj->th", values.reshape(len(o), w_o.shape[1]), w_o)
 
 
 @mla_output.decomposed(w_uv="head_linear.w", w_o="linear.w")

@@ -1,7 +1,8 @@
 from typing import Any
 
 from porthal.hal import FLOATS, Batch, Pages, contract
-from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.numerics import Array, may_round
+from porthal.hal.scheme import LATENTS, WEIGHTS, product
 from porthal.hal.spans import EPSILON, THETA
 from porthal.ops.kv_write import kv_write
 from porthal.ops.rms_norm import rms_norm
@@ -43,6 +44,7 @@ from porthal.ops.rope import rope
     legal={"theta": THETA, "eps": EPSILON},
     rules=[("R to be even", lambda f: f.R % 2 == 0)],
     values={"h": ("normal", "seesaw"), "q_b": ("weight", "pillar")},
+    schemes={"q_a": WEIGHTS, "q_b": WEIGHTS, "kv_a": WEIGHTS, "w_uk": WEIGHTS, "kv": LATENTS},
     profiles=("inference",),
 )
 def mla_prolog(
@@ -67,15 +69,15 @@ def mla_prolog(
     """
     heads, _, nope = w_uk.shape
     width = kv.spec.fields[1][1]
-    qr = rms_norm.reference(may_round("q_a", dot("th,qh->tq", h, q_a), to="h"), q_norm, eps=eps)
-    q = may_round("q", dot("tq,oq->to", may_round("qr", qr, to="h"), q_b), to="h").reshape(len(h), heads, nope + width)
-    a = may_round("kv_a", dot("th,ch->tc", h, kv_a), to="h")
+    qr = rms_norm.reference(may_round("q_a", product("th,qh->tq", h, q_a), to="h"), q_norm, eps=eps)
+    q = may_round("q", product("tq,oq->to", may_round("qr", qr, to="h"), q_b), to="h").reshape(len(h), heads, nope + width)
+    a = may_round("kv_a", product("th,ch->tc", h, kv_a), to="h")
     c = rms_norm.reference(a[:, :-width], kv_norm, eps=eps)
 
     def rotate(x: Array) -> Array:
         return rope.reference(x, batch, theta=theta, layout="interleaved", start=0, width=width)
 
-    q_latent = dot("tnd,ncd->tnc", q[..., :nope], w_uk)
+    q_latent = product("tnd,ncd->tnc", q[..., :nope], w_uk)
     q_rope = rotate(q[..., nope:])
     kp = rotate(a[:, None, -width:])[:, 0]
     return q_latent, q_rope, qr, kv_write.reference(kv, batch, c, kp)

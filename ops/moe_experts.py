@@ -3,7 +3,8 @@ from typing import Any
 import numpy as np
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, dot, may_round, single, total
+from porthal.hal.numerics import Array, may_round, single, total
+from porthal.hal.scheme import WEIGHTS, product
 from porthal.hal.spans import FIRST_EXPERT
 from porthal.ops.silu_mul import silu_mul
 
@@ -23,21 +24,23 @@ from porthal.ops.silu_mul import silu_mul
         "ids": ("routed", "crowded", "nowhere", "deserted", "holes", "away", "eldest", "central", "even", "ragged"),
         "w13": ("weight", "pillar"),
     },
+    schemes={"w13": WEIGHTS, "w2": WEIGHTS},
 )
 def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, first_expert: int = 0) -> Array:
     """y[t] = sum_j weights[t, j] * w2[e] (silu(w13[e, :I] x_t) * (w13[e, I:] x_t)), e = ids[t, j] - first_expert.
 
     Rows 0..I-1 of w13 are gate, I..2I-1 up. Ids outside the E local experts, and -1, contribute 0. The sum runs over
     ascending j in float32. The gate and up products, the activation and each expert's output may be rounded to x's
-    dtype. Source: DeepSeek-V3; GLM-5 has 256 experts, 8 per token.
+    dtype. Under a scheme of the weights, x and the activation are taken as `linear` takes them.
+    Source: DeepSeek-V3; GLM-5 has 256 experts, 8 per token.
     """
     parts = np.zeros((*ids.shape, x.shape[1]))
     for e in range(len(w13)):
         t, j = np.nonzero(ids - first_expert == e)
         if len(t):
-            h = may_round("gate_up", dot("th,ih->ti", x[t], w13[e]), to="x")
+            h = may_round("gate_up", product("th,ih->ti", x[t], w13[e]), to="x")
             h = may_round("activation", silu_mul.reference(h), to="x")
-            parts[t, j] = may_round("expert", dot("ti,hi->th", h, w2[e]), to="x")
+            parts[t, j] = may_round("expert", product("ti,hi->th", h, w2[e]), to="x")
     return total(single(parts * weights[..., None]), axis=1)
 
 

@@ -1,7 +1,8 @@
 from typing import Any
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, dot, may_round, single
+from porthal.hal.numerics import Array, may_round, single
+from porthal.hal.scheme import WEIGHTS, product
 from porthal.ops.moe_experts import moe_experts
 from porthal.ops.silu_mul import silu_mul
 
@@ -26,6 +27,7 @@ from porthal.ops.silu_mul import silu_mul
     independent=("T",),
     cases={"H": (6144, 128), "I": (256, 96), "S": (256, 96), "E": (8, 1), "k": (8, 2, 256)},
     values={"ids": ("routed", "crowded", "nowhere", "deserted", "holes", "away", "eldest", "even"), "x": ("normal", "seesaw")},
+    schemes={"w13": WEIGHTS, "w2": WEIGHTS, "shared13": WEIGHTS, "shared2": WEIGHTS},
     profiles=("inference", "moe"),
 )
 def moe_layer(
@@ -36,9 +38,9 @@ def moe_layer(
     Either part may be rounded before they are added. Source: DeepSeek-V3; npu dispatch_ffn_combine fuses it.
     """
     routed = may_round("routed", moe_experts.reference(x, w13, w2, ids, weights), to="y")
-    h = may_round("gate_up", dot("th,ih->ti", x, shared13), to="x")
+    h = may_round("gate_up", product("th,ih->ti", x, shared13), to="x")
     h = may_round("activation", silu_mul.reference(h), to="x")
-    return single(routed + may_round("shared", dot("ti,hi->th", h, shared2), to="y"))
+    return single(routed + may_round("shared", product("ti,hi->th", h, shared2), to="y"))
 
 
 @moe_layer.decomposed(w13="moe_experts.w13", w2="moe_experts.w2", shared13="linear.w", shared2="linear.w")

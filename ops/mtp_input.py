@@ -3,7 +3,8 @@ from typing import Any
 import numpy as np
 
 from porthal.hal import FLOATS, contract
-from porthal.hal.numerics import Array, dot, may_round
+from porthal.hal.numerics import Array, may_round
+from porthal.hal.scheme import WEIGHTS, product
 from porthal.hal.spans import EPSILON
 from porthal.ops.rms_norm import rms_norm
 
@@ -16,6 +17,7 @@ from porthal.ops.rms_norm import rms_norm
     cases={"H": (256, 96), "eps": (1e-5, 0.5)},
     legal={"eps": EPSILON},
     values={"e": ("normal", "seesaw"), "eh_proj": ("weight", "pillar")},
+    schemes={"eh_proj": WEIGHTS},
     profiles=("inference",),
 )
 def mtp_input(e: Array, g: Array, enorm: Array, hnorm: Array, eh_proj: Array, *, eps: float) -> Array:
@@ -24,7 +26,7 @@ def mtp_input(e: Array, g: Array, enorm: Array, hnorm: Array, eh_proj: Array, *,
     Source: DeepSeek-V3 multi-token prediction.
     """
     halves = [rms_norm.reference(x, w, eps=eps) for x, w in ((e, enorm), (g, hnorm))]
-    return dot("tk,hk->th", may_round("normed", np.concatenate(halves, axis=-1), to="e"), eh_proj)
+    return product("tk,hk->th", may_round("normed", np.concatenate(halves, axis=-1), to="e"), eh_proj)
 
 
 @mtp_input.decomposed(eh_proj="linear.w")

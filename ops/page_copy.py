@@ -1,7 +1,10 @@
 from dataclasses import replace
 
+import numpy as np
+
 from porthal.hal import FLOATS, Pages, contract
 from porthal.hal.numerics import Array
+from porthal.hal.scheme import KEYS, LATENTS
 
 
 @contract(
@@ -14,16 +17,17 @@ from porthal.hal.numerics import Array
     ranges={"source": (0, "P"), "target": (0, "P")},
     exact=True,
     values={"source": ("pages", "lone"), "target": ("pages",), "pages": ("normal", "special", "extreme", "signed")},
+    schemes={"pages": (*KEYS, *LATENTS)},
 )
 def page_copy(pages: Pages, source: Array, target: Array) -> Pages:
     """Copy whole pages: page target[m] becomes what page source[m] was before the call (forking and moving requests).
 
     No target occurs twice. Pages are updated in place and returned.
     """
-    size = pages.spec.block_size
+    within = np.arange(pages.spec.block_size)
+    there, here = ((pages.spec.block_size * p[:, None] + within).reshape(-1) for p in (target, source))
     fields = {}
     for name, _ in pages.spec.fields:
-        blocks = pages[name].reshape(-1, size, pages[name].shape[-1]).copy()
-        blocks[target] = blocks[source]
-        fields[name] = blocks.reshape(pages[name].shape)
+        fields[name] = pages[name].copy()
+        fields[name][there] = pages[name][here]
     return replace(pages, native=fields)

@@ -8,7 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from porthal.hal import Backend, Contract, Operand, Pages, PagesSpec, Weight, WeightSpec, narrow, numpy_dtype, widen
+from porthal.hal import (
+    ANY_SCHEME,
+    Backend,
+    Contract,
+    Operand,
+    Pages,
+    PagesSpec,
+    Quantised,
+    QuantisedSpec,
+    Weight,
+    WeightSpec,
+    limits,
+    narrow,
+    numpy_dtype,
+    widen,
+)
 
 
 class Reference(Backend):
@@ -24,15 +39,15 @@ class Reference(Backend):
 
     def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
         wide = lambda index: widen(np.asarray(read(index)))  # noqa: E731
-        return super().prepare(spec, wide if self.widens else read, into)
+        return super().prepare(spec, wide if self.widens and not spec.quantised else read, into)
 
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
-        if self.widens:
+        if self.widens and not _quantised(spec):
             arrays = {name: widen(np.asarray(value)) for name, value in arrays.items()}
         return super().from_logical(spec, arrays, into)
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        if not self.widens:
+        if not self.widens or spec.quantised:
             return super().alloc_pages(spec)
         return Pages(spec, {name: np.zeros((spec.slots, width)) for name, width in spec.fields})
 
@@ -46,6 +61,7 @@ class Reference(Backend):
         if contract.collective:
             return self._simulating(contract)
 
+        @limits(schemes=ANY_SCHEME)
         def kernel(*args: Any, **kwargs: Any) -> Any:
             operands, attrs = contract.arrange(args, kwargs)
             found = contract.named(contract.reference(*(_wide(v) for v in operands.values()), **attrs))
@@ -81,15 +97,21 @@ class Reference(Backend):
 
 
 def _wide(value: Any) -> Any:
-    if isinstance(value, Weight):
-        return widen(value.native)
-    if isinstance(value, Pages):
-        return value.mapped(widen)
+    if isinstance(value, (Weight, Pages, Quantised)):
+        return value.for_reference(widen)
     return widen(value) if isinstance(value, np.ndarray) else value
 
 
+def _quantised(spec: Any) -> bool:
+    return isinstance(spec, QuantisedSpec) or bool(getattr(spec, "quantised", False))
+
+
 def _settled(value: Any, batch: Any) -> Any:
-    """An operand rounded to its dtype; of pages only the rows that a step wrote, as the others are rounded already."""
+    """An operand rounded to its dtype; of pages only the rows that a step wrote, as the others are rounded already. Under a
+    scheme it is its parts again."""
+    if isinstance(value, (Pages, Quantised)) and _quantised(value.spec):
+        kept = {n: narrow(a, value.dtype) if a.dtype == np.float64 else a for n, a in value.parts().items()}
+        return replace(value, native=kept)
     if not isinstance(value, Pages):
         return value.mapped(lambda array: widen(narrow(array, value.dtype)))
     if batch is not None and numpy_dtype(value.dtype) != np.float64:

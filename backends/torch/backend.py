@@ -6,10 +6,7 @@ the formula does. Nothing waits for the device except `to_numpy` and, in expert 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from time import perf_counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,27 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.backends.torch.collectives import Collectives
-from porthal.backends.torch.peaks import by_events, peaks
+from porthal.backends.torch.peaks import Measured
 from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
+from porthal.backends.torch.schemes import Coded, Quantising, by_expert, by_head, coded_rows, product, taken
 from porthal.backends.torch.tables import angles
 from porthal.hal import (
+    ANY_SCHEME,
     Backend,
     Batch,
     Pages,
     PagesSpec,
-    Peak,
     Rows,
     Selection,
     SelectionSpec,
     Unavailable,
     Weight,
     dtype,
+    limits,
     numpy_dtype,
 )
 
 # What a kernel over cached keys may hold at a time besides its results: gathered keys, logits, what is computed from them.
 CHUNK_BYTES = 32 << 20
-DRIVER = Path("/proc/driver/nvidia/version")
 KEY_BLOCK = 2048  # keys that the indexer multiplies at once
 
 
@@ -56,7 +54,7 @@ class Plan(NamedTuple):
     block_table: Tensor  # int32 [R, max(B, 1)]
 
 
-class Torch(Collectives, Backend):
+class Torch(Collectives, Quantising, Measured):
     """A vendor's subclass overrides what its chip does differently: kernels by name; `rows` for a selection form of its
     own; `alloc_pages` for a cache layout of its own, with every field a [slots, width] view, of which nothing else is
     asked; `prepare` for packed weights."""
@@ -77,23 +75,6 @@ class Torch(Collectives, Backend):
                 raise ValueError(f"it is {found.device} without a number")
         except Exception as error:  # of many kinds, by the name of the device
             raise Unavailable(f"torch has no device {self.device!r} here: {str(error).splitlines()[0]}") from None
-
-    def describe(self) -> str:
-        device = torch.device(self.device)
-        named = getattr(getattr(torch, device.type, None), "get_device_name", None)
-        if device.type == "cpu" or named is None:
-            return super().describe()
-        driver = ""
-        if device.type == "cuda" and DRIVER.exists():  # of other vendors, the device's name says enough
-            driver = "".join(re.findall(r"Module +(?:for \S+ +)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))[:1])
-        return f"{named(device)}, driver {driver}" if driver else str(named(device))
-
-    def timed(self, run: Callable[[], Any], clock: Callable[[], float] = perf_counter) -> float:
-        device = torch.device(self.device)
-        return super().timed(run, clock) if device.type == "cpu" else by_events(device, run)
-
-    def peaks(self) -> Mapping[str, Peak]:
-        return peaks(torch.device(self.device))
 
     # -- arrays ------------------------------------------------------------------------------------------------------
 
@@ -124,9 +105,8 @@ class Torch(Collectives, Backend):
         if not isinstance(x, Tensor):
             return f"{type(x).__name__}, expected a torch tensor"
         wanted = torch.device(self.device)
-        if x.device.type != wanted.type or wanted.index not in (None, x.device.index):
-            return f"on {x.device}, expected a tensor on {wanted}"
-        return None
+        there = x.device.type == wanted.type and wanted.index in (None, x.device.index)
+        return None if there else f"on {x.device}, expected a tensor on {wanted}"
 
     # -- operands ----------------------------------------------------------------------------------------------------
 
@@ -145,9 +125,9 @@ class Torch(Collectives, Backend):
         return np.flatnonzero(batch.slots >= 0)
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        return Pages(spec, {name: self._zeros((spec.slots, width), spec.dtype) for name, width in spec.fields})
+        return Pages(spec, {name: self._zeros(*form) for name, form in Pages.form(spec).items()})
 
-    def _zeros(self, shape: tuple[int, int], dtype: str) -> Tensor:
+    def _zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         if torch.device(self.device).type != "cpu":
             return self.empty(shape, dtype).zero_()
         # NumPy's zeros are the system's and take no memory before they are written; PyTorch writes its own.
@@ -161,18 +141,27 @@ class Torch(Collectives, Backend):
 
     # -- matrix products ---------------------------------------------------------------------------------------------
 
+    @limits(schemes=ANY_SCHEME)
     def linear(self, x: Tensor, w: Weight, *, out: str = "x") -> Tensor:
         target = x.dtype if out == "x" else getattr(torch, out)
+        if w.spec.quantised:
+            return product(x, w, target, CHUNK_BYTES)
         if target == x.dtype:
             return F.linear(x, w.native)
         wide = x.float()
         rows = max(1, CHUNK_BYTES // (4 * w.native.shape[1] or 1))
         return torch.cat([F.linear(wide, part.float()).to(target) for part in w.native.split(rows)], dim=-1)
 
+    @limits(schemes=ANY_SCHEME)
     def head_linear(self, x: Tensor, w: Weight) -> Tensor:
+        if w.spec.quantised:
+            return by_head(x, w)
         return torch.bmm(x.transpose(0, 1), w.native.transpose(1, 2)).transpose(0, 1)
 
+    @limits(schemes=ANY_SCHEME)
     def grouped_gemm(self, x: Tensor, w: Weight, counts: Tensor) -> Tensor:
+        if w.spec.quantised:
+            return by_expert(x, w, counts.tolist())
         return _grouped(x, w.native, counts.tolist())
 
     grouped_gemm.capturable = False
@@ -265,24 +254,28 @@ class Torch(Collectives, Backend):
 
     # -- paged cache -------------------------------------------------------------------------------------------------
 
+    @limits(schemes=ANY_SCHEME)
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         plan: Plan = batch.native
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
             if len(plan.written) < batch.T:
                 rows = rows.index_select(0, plan.written)
+            rows = coded_rows(pages, name, plan.targets, rows)
             pages[name].index_copy_(0, plan.targets, rows)
         return pages
 
     kv_write.capturable = False
 
+    @limits(schemes=ANY_SCHEME)
     def page_copy(self, pages: Pages, source: Tensor, target: Tensor) -> Pages:
-        for name, _ in pages.spec.fields:
+        for name in pages.form(pages.spec):
             blocks = _blocks(pages, name)
             blocks.index_copy_(0, target.long(), blocks.index_select(0, source))
         return pages
 
     # -- sparse attention --------------------------------------------------------------------------------------------
 
+    @limits(schemes=ANY_SCHEME)
     def indexer_scores(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, scale: float) -> Tensor:
         parts = [iq.new_empty((0, batch.max_kv), dtype=torch.float32)]
         for request, rows, seen in _query_rows(batch, _indexer_row_bytes(iq, batch)):
@@ -297,6 +290,7 @@ class Torch(Collectives, Backend):
     def topk(self, scores: Tensor, batch: Batch, *, k: int) -> Selection:
         return Selection(SelectionSpec(batch.T, k), Rows(*highest(scores, batch.native.visible, k)))
 
+    @limits(schemes=ANY_SCHEME)
     @torch.no_grad()
     def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
         indices, length = [self.empty((0, k), "int32")], [self.empty((0,), "int32")]
@@ -315,6 +309,7 @@ class Torch(Collectives, Backend):
         picked = Rows(*(x.index_select(0, rows) for x in self.rows(sel)))
         return Selection(SelectionSpec(len(rows), sel.spec.k), picked)
 
+    @limits(schemes=ANY_SCHEME)
     def sparse_mla(
         self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
     ) -> Tensor:
@@ -324,6 +319,7 @@ class Torch(Collectives, Backend):
         heads, size = q_latent.shape[1], kv.spec.block_size
         k = min(sel.spec.k, batch.block_table.shape[1] * size)
         stored = c.element_size() if c.dtype != torch.float32 else 0  # gathered as stored, then widened
+        c = Coded.cached(kv) if kv.spec.quantised else c
         per_row = k * ((c.shape[1] + kp.shape[1]) * (4 + stored) + heads * 3 * 4 + 3 * 8)
 
         def attend(rows: slice) -> Tensor:
@@ -486,6 +482,8 @@ def _indexer_scores(iq: Tensor, w: Tensor, keys: Pages, table: Tensor, seen: int
     """float32 [rows, seen]: the scores of one request's rows against its first `seen` keys."""
     [(name, _)] = keys.spec.fields
     blocks, size = _blocks(keys, name), keys.spec.block_size
+    if keys.spec.quantised:
+        iq, blocks = taken(keys.spec.quantised[1], iq), Coded.cached(keys).unflatten(0, blocks.shape[:2])
     query, weight = iq.float().flatten(0, 1), w.float()[:, None]
 
     def score(pages: Tensor) -> Tensor:

@@ -1,17 +1,46 @@
-"""The limits of a PyTorch device: what a large matrix product, and a large and a small copy, reach on it."""
+"""A PyTorch device: its name, and its limits: what a large matrix product, and a large and a small copy, reach on it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
-from porthal.hal import Peak
+from porthal.hal import Backend, Peak
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 2**28  # bytes that are copied from memory
 HELD = 2**25  # bytes of a cache, where the device does not say
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Measured(Backend):
+    """What a PyTorch device is, and how long it takes."""
+
+    def describe(self) -> str:
+        return described(torch.device(self.device)) or super().describe()
+
+    def timed(self, run: Callable[[], Any], clock: Callable[[], float] = perf_counter) -> float:
+        device = torch.device(self.device)
+        return super().timed(run, clock) if device.type == "cpu" else by_events(device, run)
+
+    def peaks(self) -> Mapping[str, Peak]:
+        return peaks(torch.device(self.device))
+
+
+def described(device: torch.device) -> str:
+    """A device's name and its driver; "" of a CPU, and where PyTorch has no name."""
+    named = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    if device.type == "cpu" or named is None:
+        return ""
+    driver = ""
+    if device.type == "cuda" and DRIVER.exists():  # of other vendors, the device's name says enough
+        driver = "".join(re.findall(r"Module +(?:for \S+ +)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))[:1])
+    return f"{named(device)}, driver {driver}" if driver else str(named(device))
 
 
 def peaks(device: torch.device) -> Mapping[str, Peak]:

@@ -12,14 +12,11 @@ from porthal.conformance.cases.domain import options
 from porthal.conformance.cases.legal import DISTINCT, LARGEST, elements, refusal
 from porthal.hal import UsageError, operators
 from porthal.hal.contract import PAGE_SIZES, Contract
+from porthal.hal.scheme import NONE
 from porthal.hal.spans import worded
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LONG = {v: k for k, v in _SHORT.items()}
-# Parts of tokens that later versions will write: what each is for.
-RESERVED = {
-    "%": "quantisation schemes",
-}
 _NAMED = {"batch": "composition", "view": "view", "fault": "fault", "via": "provider", "seq": "program"}
 _COUNTED = {"block_size": worded(PAGE_SIZES), "distinct": DISTINCT}
 _NUMBER = f"a whole number from 0 to {LARGEST['size']}"
@@ -41,6 +38,7 @@ class Case:
     seq      a program, whose steps are calls of this shape (see `programs`)
     fault    a deliberate mistake, to which the checked binding must answer with a UsageError
     capture  the call is captured as a graph, and replayed with other values in its memory
+    schemes  operand -> scheme, where it is not none or, of quantised activations, the contract's first
     via      the provider whose kernel is to run, where the backend has several for the op
     """
 
@@ -59,6 +57,7 @@ class Case:
     capture: bool = False
     via: str = ""
     seed: int = 0
+    schemes: tuple[tuple[str, str], ...] = ()
 
     @property
     def contract(self) -> Contract:
@@ -86,6 +85,7 @@ class Case:
         parts += [f"{k}={v}" for k, v in self.attrs]
         parts += [f"{k}:{_SHORT.get(v, v)}" for k, v in self.dtypes]
         parts += [f"{k}~{v}" for k, v in self.recipes]
+        parts += [f"{k}%{v}" for k, v in self.schemes]
         parts += [f"-{k}" for k in self.absent]
         names = ("batch", "block_size", "distinct", "view", "seq", "fault")
         parts += [f"{k}={v}" for k in names if (v := getattr(self, k))]
@@ -101,7 +101,7 @@ class Case:
             raise UsageError(f"{token!r} is not a case token: {why}")
         contract = operators()[op]
         _check_version(token, contract, version)
-        found: dict[str, list[Any]] = {k: [] for k in ("dims", "attrs", "dtypes", "recipes", "absent")}
+        found: dict[str, list[Any]] = {k: [] for k in ("dims", "attrs", "dtypes", "recipes", "schemes", "absent")}
         named: dict[str, Any] = {}
 
         def wrong(why: str) -> UsageError:
@@ -116,6 +116,8 @@ class Case:
                 found["dtypes"].append((name, _LONG.get(value, value)))
             elif mark == "~":
                 found["recipes"].append((name, value))
+            elif mark == "%":
+                found["schemes"].append((name, value))
             elif name in named:
                 raise wrong(f"{name} is given twice")
             elif part == "capture":
@@ -133,12 +135,10 @@ class Case:
                 found["attrs"].append((name, parsed))
                 if parsed is None:
                     raise wrong(f"{name} is {value or 'empty'}, expected {expected}")
-            elif mark == "=" and name not in RESERVED and number is not None:
+            elif mark == "=" and number is not None:
                 found["dims"].append((name, number))
             elif mark == "=" and name in contract.signature.symbols():
                 raise wrong(f"{name} is {value or 'empty'}, expected {_NUMBER}")
-            elif (word := mark if mark == "%" else name) in RESERVED:
-                raise UsageError(f"case token part {part!r} is for {RESERVED[word]}, which this porthal does not test yet")
             else:
                 raise UsageError(f"case token part {part!r} does not apply to {op}: copy the token from a report")
         case = cls(op, seed=int(parts[-1]), **(named | {k: tuple(v) for k, v in found.items()}))
@@ -160,6 +160,11 @@ class Case:
         while name in self.contract.dtypes and name not in given:
             name = self.contract.dtypes[name][0]
         return given.get(name, name)
+
+    def scheme(self, operand: str) -> str:
+        """An operand's scheme: given, or none; of quantised activations, which have one, the contract's first."""
+        first = self.contract.schemes[operand][0] if self.contract.signature[operand].kind == "Quantised" else NONE
+        return dict(self.schemes).get(operand, first)
 
     def through(self, provider: str) -> Case:
         """The same call on the kernel of one provider."""

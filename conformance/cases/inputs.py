@@ -9,14 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from porthal.conformance.cases import provocations  # noqa: F401  enters its generators
+from porthal.conformance.cases import provocations, quantised  # noqa: F401  enter their generators
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import CROWD, lengths, requests, spare
 from porthal.conformance.cases.legal import PAGES, held_pages
 from porthal.conformance.cases.values import RECIPES, Draw
-from porthal.hal import Batch, CallSpec, Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
+from porthal.hal import (
+    Batch,
+    CallSpec,
+    Pages,
+    PagesSpec,
+    Quantised,
+    QuantisedSpec,
+    Rows,
+    Selection,
+    SelectionSpec,
+    Weight,
+    WeightSpec,
+    scheme_of,
+)
 from porthal.hal.contract import Contract
-from porthal.hal.dtypes import is_float, narrow, numpy_dtype
+from porthal.hal.dtypes import is_float, narrow, numpy_dtype, widen
+from porthal.hal.operands.pages import SCALE
+from porthal.hal.scheme import NONE
 from porthal.hal.signature import ARRAY, OperandSpec, evaluate
 
 Array = np.ndarray[Any, Any]
@@ -108,6 +123,8 @@ def array_of(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: 
         low, high = (b if isinstance(b, int) else evaluate(b, sizes) for b in case.contract.ranges[operand.name])
         bounds = {"low": low, "high": high}
     chosen = case.recipe(operand.name)
+    if case.schemes:
+        sizes = {"scheme": scheme_of(case.schemes[0][1]).other or case.schemes[0][1], **sizes}
     if not is_float(dtype) and chosen in ("normal", "special", "huge", "denormal", "extreme"):  # an op that copies integers too
         chosen = "wide"
     values = RECIPES[chosen](_draw(case, operand.name, shape, dtype, {**sizes, **bounds}))
@@ -128,8 +145,21 @@ def _all_nan(x: Array) -> Array:
 
 
 def _weight(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Weight:
-    array = array_of(case, operand, sizes)
-    return Weight(WeightSpec(case.op, operand.name, array.shape, case.dtype(operand.name)), array)
+    shape, dtype, name = tuple(evaluate(d, sizes) for d in operand.dims), case.dtype(operand.name), case.scheme(operand.name)
+    if name == NONE:
+        return Weight(WeightSpec(case.op, operand.name, shape, dtype), array_of(case, operand, sizes))
+    return Weight(WeightSpec(case.op, operand.name, shape, dtype, name), _parts(case, operand.name, shape, name, sizes))
+
+
+def _quantised(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Quantised:
+    shape, name = tuple(evaluate(d, sizes) for d in operand.dims), case.scheme(operand.name)
+    return Quantised(QuantisedSpec(shape, name), _parts(case, operand.name, shape, name, sizes))
+
+
+def _parts(case: Case, operand: str, shape: tuple[int, ...], name: str, sizes: Mapping[str, Any]) -> dict[str, Array]:
+    """The codes and scales of numbers of the operand's value generator."""
+    draw = _draw(case, operand, shape, "float32", {**sizes, "scheme": name})
+    return scheme_of(name).quantised(np.asarray(RECIPES[case.recipe(operand)](draw), np.float64))
 
 
 def _repeated(value: Any) -> Any:
@@ -165,7 +195,7 @@ def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Ba
     if batch is not None:
         n_blocks = max(int(batch.block_table.max(initial=-1)) + 2, 4)
     fields = tuple((name, int(evaluate(width, sizes))) for name, width, _ in operand.fields if name not in case.absent)
-    spec = PagesSpec(fields, dtype, n_blocks, case.block_size)
+    spec = PagesSpec(fields, dtype, n_blocks, case.block_size, case.scheme(operand.name))
     unread = np.zeros(spec.slots, bool)
     if batch is not None and not operand.mutated:
         unread[:] = True
@@ -177,7 +207,15 @@ def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Ba
         values = np.asarray(RECIPES[case.recipe(operand.name)](draw), np.float64)
         values[unread] = np.nan
         native[name] = narrow(values, dtype)
+        if spec.quantised and spec.quantised[0] == name:
+            native |= _held(name, spec.quantised[1].quantised(widen(native[name])), unread)
     return Pages(spec, native)
+
+
+def _held(name: str, parts: Mapping[str, Array], unread: Array) -> dict[str, Array]:
+    """The parts of a quantised field, with a scale of NaN where nothing may be read."""
+    parts["scale"][unread] = np.nan
+    return {name: parts["codes"], name + SCALE: parts["scale"]}
 
 
 def _selection(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Batch | None) -> Selection:
@@ -202,6 +240,7 @@ MAKERS: dict[str, Callable[[Case, OperandSpec, Mapping[str, Any], Batch | None],
     "Weight": _weight,
     "Pages": _pages,
     "Selection": _selection,
+    "Quantised": _quantised,
     "Batch": lambda case, operand, sizes, batch: batch,
 }
 

@@ -50,7 +50,7 @@ def refusal(case: Case) -> str:
     """Why the contract allows no such call, or ""."""
     contract, sizes = case.contract, dict(case.dims)
     attrs = case.attributes
-    given = [[name for name, _ in pairs] for pairs in (case.dims, case.attrs, case.dtypes, case.recipes)]
+    given = [[name for name, _ in pairs] for pairs in (case.dims, case.attrs, case.dtypes, case.recipes, case.schemes)]
     for names in (*given, case.absent):
         if twice := [name for name in names if names.count(name) > 1]:
             return f"{twice[0]} is given twice"
@@ -86,6 +86,11 @@ def _refused_operands(case: Case) -> str:
             return f"{name} is not an operand{' with values' * (name in operands)}, expected {_one_of(drawn)}"
         if given not in (known := fitting(contract, name)):
             return f"{given or 'empty'} is not a value generator for {name}, expected {_one_of(known)}"
+    for name, given in case.schemes:
+        if given not in (taken := contract.schemes.get(name, ())):
+            return f"{name} is under scheme {given or 'empty'}, expected {_one_of((*taken, 'no scheme'))}"
+    if case.schemes and (case.view in (PAST_2G, THREADS) or case.fault or case.seq or case.capture):
+        return f"schemes do not go with {case.view or case.fault or case.seq or 'capture'}"
     groups = absences(contract)
     if set(case.absent) - set().union(*(g for g in groups if set(g) <= set(case.absent))):
         permitted = [" with ".join(group) for group in groups]
@@ -167,6 +172,8 @@ def _refused_fault(case: Case) -> str:
     contract, sizes = case.contract, dict(case.dims)
     if case.fault == "range" and not any(_wide_enough(contract, n, sizes) for n in contract.ranges):
         return "it has no index that could be out of range"
+    if case.fault in ("dtype", "shape", "kind") and not contract.signature.of_kind(ARRAY):
+        return "it has no array"
     if case.fault == "attribute" and not contract.attributes:
         return "it has no attribute"
     return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is not a fault, expected one of {', '.join(FAULTS)}"
@@ -180,6 +187,10 @@ def _refused_copies(case: Case) -> str:
         return f"distinct is {case.distinct}, expected {DISTINCT}"
     if not case.contract.independent:
         return f"distinct is for ops with independent rows or columns, and {case.op} has none"
+    if any(result.kind == "Quantised" for result in case.contract.signature.results):
+        return "distinct is for results that are numbers"
+    if case.schemes and any(case.contract.signature[n].kind != "Quantised" for n, _ in case.schemes):
+        return "distinct does not go with schemes"
     if case.view in ("broadcast", FAR, PAST_2G, THREADS) or case.fault:
         return f"distinct does not go with {case.view or 'a fault'}"
     if case.batch and requests(case.batch) is None:

@@ -39,6 +39,7 @@ from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.ranked import ranked_cases
 from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
 from porthal.conformance.level import BRING_UP, level_of
+from porthal.hal import scheme_of
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import itemsize
 from porthal.hal.signature import ARRAY, evaluate, symbols
@@ -55,6 +56,8 @@ FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
 EXPERTS = 256  # of GLM-5
 NARROW = 32  # widths of so many experts
 FAINT = "faint"
+BLOCKED, OF_ROWS = ("uneven", "pegged"), ("halfway", "dim")  # what quantised blocks are about, and rows that a call quantises
+RAGGED = (200, 150, 72)  # which no blocks fill
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
 LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PAGE = 64  # slots, where a case is about something else
@@ -88,7 +91,7 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
     planned = (*plan.cases(), *large(contract, level, model))
     planned += tuple(pair_cases(contract, plan.level, planned, profile, plan.telling()))
     planned += tuple(plan.layouts({case.view for case in planned}))
-    for case in (*planned, *boundary_cases(contract, plan.level, planned, profile)):
+    for case in (*planned, *boundary_cases(contract, plan.level, planned, profile), *plan.schemed()):
         found.setdefault(case.token, case)
     return tuple(found.values())
 
@@ -149,6 +152,38 @@ class _Plan:
         yield from named(self.contract.name, self.level)
         for fault in FAULTS:
             yield from self._made(fault=fault, dtypes=self._next())
+
+    def schemed(self) -> Iterator[Case]:
+        """Under every scheme that the op takes, or quantises by."""
+        for name, word in product(self.contract.cases.get("scheme", ()), (*BLOCKED, *OF_ROWS)):
+            for combo in self._each():
+                yield from self._made({"scheme": name}, rows=PICKED_ROWS, dtypes=combo, recipes=((self.first, word),))
+        yield from self._under_schemes()
+
+    def _under_schemes(self) -> Iterator[Case]:
+        """Few rows and more, blocks that nothing fills, values that blocks are about."""
+        signature, taken = self.contract.signature, self.contract.schemes
+        for name in dict.fromkeys(name for names in taken.values() for name in names):
+            schemes = tuple((operand, name) for operand, names in taken.items() if name in names)
+            found = [signature[operand] for operand, _ in schemes]
+            dims = [d for o in found for d in (*o.dims[-2:], *(width for _, width, _ in o.fields)) if len(symbols(d)) == 1]
+            sizes = dict.fromkeys(s for d in dims for s in symbols(d) if s in self.free and s != self.rows)
+            ragged = dict(zip(sizes, cycle(RAGGED)))
+            values = [(signature[o].kind, o) for o, _ in schemes]
+            recipes: list[tuple[tuple[str, str], ...]] = [tuple((o, word) for _, o in values) for word in BLOCKED]
+            if len(values) == 1 and values[0][0] != "Pages":
+                beside = ((self.first, "huge"),) if self.first else ()
+                recipes += [(*beside, (values[0][1], word)) for word in ("vast", "slight")]
+            rows = next((o.name for o in signature.of_kind(ARRAY) if o.typed and self.rows in o.dims), "")
+            if rows and (scheme_of(name).other or signature.mutated):
+                recipes += [((rows, word),) for word in (*BLOCKED, *OF_ROWS)]
+            for combo in [c for c in self._each() if len(c) <= 1] or [()]:
+                yield from self._made(dtypes=combo, schemes=schemes)
+                yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes)
+                for given in recipes:
+                    yield from self._made(dtypes=combo, schemes=schemes, recipes=given)
+                    if self.level.thorough:
+                        yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes, recipes=given)
 
     def captured(self) -> Iterator[Case]:
         """One call of few rows: requests that decode, one of them with two rows where there is a batch."""

@@ -93,7 +93,7 @@ TIED = ("integer", "ties", "equal", "zeros", "signed")
 FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
             "denormal", "special", "masked", "weight", "below", "abyss", "blocked", "shelves", "rising", "summit", "cancel",
             "surge", "level", "seesaw", "pillar", "hollow", "extreme", "tiers",
-            "sinking", "faint", "rim", "rear", "crest")  # fmt: skip
+            "sinking", "faint", "rim", "rear", "crest", "pegged", "uneven", "vast", "slight", "halfway", "dim")  # fmt: skip
 # Of these, values that every op takes: larger ones may overflow where a contract permits rounding to float16.
 ANY_OP = ("zeros", "equal", "denormal")
 RELATED = {

@@ -11,7 +11,7 @@ import numpy as np
 from porthal.hal import UNIT_ROUNDOFF, Binding, PorthalError, called
 from porthal.hal.errors import message_of
 from porthal.model.glm5 import Glm5
-from porthal.model.load import DEMO, needed, opened, profile
+from porthal.model.load import DEMO, fit, needed, opened
 from porthal.model.tokens import ids_array
 
 PERMITTED = 64  # units of rounding of the dtype, beside the largest logit
@@ -57,11 +57,11 @@ def replays(
         return Replays(dtype, left_out=f"{theirs.backend} captures no graphs")
     config, source = opened(model)
     callers = needed(config)
-    ops = theirs.fitted(profile(config, dtype), callers)
+    ops, kept = fit(config, source, theirs, dtype)
     if fixed := [op for op in called(ops.choices, callers) if not ops.capturable(op)]:
         return Replays(dtype, left_out=f"{', '.join(fixed)} of {theirs.backend} cannot be")
     try:
-        return Replays(dtype, _errors(Glm5(config, source, ops, dtype), tokens, decode))
+        return Replays(dtype, _errors(Glm5(config, source, ops, dtype, kept=kept), tokens, decode))
     except PorthalError as error:
         return Replays(dtype, raised=message_of(error))
 

@@ -182,8 +182,9 @@ class Lockstep(Backend):
         ours = self.ours.prepare(spec, read, into and into.native.each[REFERENCE])
         theirs = self.theirs.prepare(spec, read, into and into.native.each[LOCAL])
         prepared = Prepared(ours, theirs, theirs, theirs)
-        differs = _differs(self.ours.to_logical(ours)["w"], self.theirs.to_logical(theirs)["w"])
-        prepared.fault = differs and f"w{differs}"
+        held = self.theirs.to_logical(theirs)
+        found = ((part, _differs(array, held[part])) for part, array in self.ours.to_logical(ours).items())
+        prepared.fault = next((f"{part}{differs}" for part, differs in found if differs), "")
         return Weight(spec, prepared)
 
     # -- ops ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from porthal.conformance.judgement.saved import save
 from porthal.hal import Binding, NotFinite
 from porthal.model.generate import generate
 from porthal.model.glm5 import Glm5
-from porthal.model.load import DEMO, needed, opened, profile
+from porthal.model.load import DEMO, fit, opened
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -41,8 +41,9 @@ def lockstep(
     """
     config, source = opened(model)
     config = replace(config, eos_token_id=())  # an end of text does not end the comparison
-    both = Lockstep(theirs.fitted(profile(config, dtype), needed(config, drafts=2 if config.has_mtp else 0)))
-    loaded = Glm5(config, source, binding(both), dtype)
+    fitted, kept = fit(config, source, theirs, dtype, drafts=2 if config.has_mtp else 0)
+    both = Lockstep(fitted)
+    loaded = Glm5(config, source, binding(both), dtype, kept=kept)
     _label(loaded, both)
     halted, stopped = False, ""
     try:

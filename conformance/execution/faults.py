@@ -14,7 +14,7 @@ def refusal_of(binding: Binding, inputs: Inputs) -> BaseException | None:
     """Make the case's mistake: what the checked binding raises."""
     contract, fault = inputs.contract, inputs.case.fault
     operands, attrs = dict(inputs.operands), dict(inputs.attrs)
-    first = contract.signature.of_kind(ARRAY)[0].name
+    first = next((o.name for o in contract.signature.of_kind(ARRAY)), "")
     if fault == "dtype":
         operands[first] = np.zeros(operands[first].shape, np.int8)
     elif fault == "shape":

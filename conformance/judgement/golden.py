@@ -14,9 +14,10 @@ import numpy as np
 from porthal.conformance.cases.inputs import Array, Inputs, written_slots
 from porthal.conformance.execution.invariance import independent
 from porthal.conformance.judgement.golden_cache import recall
-from porthal.hal import Batch, Operand, Pages
+from porthal.hal import Batch, Operand, Pages, Quantised
 from porthal.hal.dtypes import widen
 from porthal.hal.numerics import EXACT, FLUSHED, ROUNDED, ROUNDED_TO_ZERO, Known, Noise, blocks, noise
+from porthal.hal.scheme import Scaled
 from porthal.hal.signature import ARRAY
 
 PIECE = 2**16  # elements of the widest operand at a time, where rows do not depend on each other
@@ -73,6 +74,8 @@ def widened(operand: Any, indexed: bool = False) -> Any:
 
 def _flushed(operand: Any) -> Any:
     """An operand as read by a chip that flushes denormals to zero: the same object where it has none."""
+    if isinstance(operand, Scaled):
+        return operand.flushed(FLUSHED)
     if isinstance(operand, Operand):
         return operand.mapped(_flushed)
     if not isinstance(operand, np.ndarray) or operand.dtype != np.float64:
@@ -92,7 +95,7 @@ class Golden:
         indexed = [o.name for o in kept if o.kind == "Pages" or o.dims[:1] == ("E",)]
         self.operands = {n: widened(v, n in indexed) for n, v in inputs.operands.items()}
         # References that are used inside others name their operand x and their result y.
-        first = next(iter(inputs.spec.dtypes.values()))
+        first = next(iter(inputs.spec.dtypes.values()), "float32")
         self.dtypes = {"x": first, "y": first, **inputs.spec.dtypes}
         self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for result, shape, name in self.contract.results(inputs.spec):
@@ -239,7 +242,7 @@ class Golden:
         self, run: int, only: int | None, function: Any, piece: Piece, known: Known | None = None
     ) -> tuple[dict[str, Array], Noise]:
         rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.stream.encode())])
-        with noise(rng, self.dtypes, only, known) as mode:
+        with noise(rng, self.dtypes, only, known, run) as mode:
             return self._floats(self._call_named(function, *piece.extra, operands=piece.operands)), mode
 
     def exactly(self) -> dict[str, Spread]:
@@ -260,12 +263,16 @@ class Golden:
         return _as_dict(out) if function else self.contract.named(out)
 
     def _floats(self, named: Mapping[str, Any]) -> dict[str, Array]:
-        """The float arrays among results; of pages, the slots that the call may write, as "name.field"."""
+        """The float arrays among results; of pages, the slots that the call may write, as "name.field". What is quantised
+        stands here as the numbers that were."""
         found = {}
         for name, value in named.items():
             if isinstance(value, Pages):
                 written = written_slots(self.inputs, value)
-                found.update({f"{name}.{f}": a[written] for f, a in value.native.items()})
+                asked = {f: a.asked if isinstance(a, Scaled) else a for f, a in value.native.items()}
+                found.update({f"{name}.{f}": a[written] for f, a in asked.items() if a is not None})
+            elif isinstance(value, Quantised):
+                found[f"{name}.codes"] = value.native.asked
             elif isinstance(value, Operand):
                 found.update({f"{name}.{part}": a for part, a in value.parts().items() if a.dtype == np.float64})
             elif isinstance(value, np.ndarray) and value.dtype == np.float64:

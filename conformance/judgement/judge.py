@@ -9,7 +9,7 @@ the perturbed runs are far from this too, the limits rise with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ import numpy as np
 from porthal.conformance.cases.inputs import Array, Inputs, specified_rows, written_slots
 from porthal.conformance.execution.outcome import Mutation, Outcome, difference, differing
 from porthal.conformance.judgement.choices import judge_admitted, judge_top
+from porthal.conformance.judgement.codes import coded, judge_codes
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.measures import FEW, Measure, tiny
 from porthal.conformance.level import Level
@@ -70,11 +71,19 @@ def judged(golden: Golden, outcome: Outcome, limit: Level, tie: str) -> tuple[Ju
             runs = partial(golden.rounding_runs, contract.finish, chosen)
     else:
         spreads = golden.exactly() if contract.exact else golden.spread()
-        for name in dict.fromkeys(part.partition(".")[0] for part in parts if part not in spreads):
-            _judge_exact(name, outcome.results[name], golden.results()[name], spreads)
+    codes = {part.key: part for part in coded(golden.inputs, spreads)}
+    elsewhere = {*spreads, *(key for part in codes.values() for key in part.keys)}
+    if not contract.choice:
+        for name in dict.fromkeys(part.partition(".")[0] for part in parts if part not in elsewhere):
+            _judge_exact(name, outcome.results[name], golden.results()[name], elsewhere)
     figures = []
     for key, spread in spreads.items():
-        figures.append(_judge_spread(golden, key, spread, outcome, limit, runs))
+        if part := codes.get(key):
+            for held in part.keys if isinstance(golden.inputs.operands.get(part.result), Pages) else ():
+                check_untouched(golden.inputs, held, outcome.results[part.result][held.partition(".")[2]])
+            figures.append(judge_codes(golden.inputs, part, outcome.results[part.result], spread, limit))
+        else:
+            figures.append(_judge_spread(golden, key, spread, outcome, limit, runs))
     _check_repeat(outcome)
     if not figures:
         return Judgement("PASS", note=note), spreads
@@ -106,7 +115,7 @@ def check_form(inputs: Inputs, results: Mapping[str, Any]) -> list[str]:
         kind = KINDS[result.kind]
         if not isinstance(value, dict):
             raise Failed("FAIL_SHAPE", f"{name} is {type(value).__name__}, expected a {result.kind}")
-        spec = inputs.operands[name].spec if result.mutated else kind.result_spec(shape)
+        spec = inputs.operands[name].spec if result.mutated else kind.result_spec(shape, inputs.attrs)
         for part, form in kind.form(spec).items():
             _check_array(f"{name}.{part}", value.get(part), *form)
             found.append(f"{name}.{part}")
@@ -122,12 +131,12 @@ def _check_array(name: str, value: Any, shape: tuple[int, ...], wanted: str) -> 
         raise Failed("FAIL_DTYPE", f"{name} is {dtype(value)}, expected {wanted}")
 
 
-def _judge_exact(name: str, got: Any, expected: Any, floats: Mapping[str, Spread]) -> None:
-    """Copies, integers and choices, which have one right answer; `floats` are judged elsewhere."""
+def _judge_exact(name: str, got: Any, expected: Any, elsewhere: Collection[str]) -> None:
+    """Copies, integers and choices, which have one right answer; floats and codes are judged elsewhere."""
     if isinstance(expected, Operand):
         for part, array in expected.parts().items():
-            _judge_exact(f"{name}.{part}", got[part], array, floats)
-    elif name not in floats and not np.array_equal(got, expected):
+            _judge_exact(f"{name}.{part}", got[part], array, elsewhere)
+    elif name not in elsewhere and not np.array_equal(got, expected):
         at = tuple(int(i[0]) for i in np.nonzero(got != expected))
         raise Failed("FAIL_VALUE", f"{name}{list(at)} is {got[at]}, expected {expected[at]}", at=f"{name}{list(at)}")
 

@@ -12,12 +12,13 @@ write = partial(Defect, "kv_write")
 copy = partial(Defect, "page_copy")
 put = "pages[name].index_copy_(0, plan.targets, rows)\n"
 chosen = "rows = rows.index_select(0, plan.written)\n"
+coded = "            rows = coded_rows(pages, name, plan.targets, rows)\n"
 moved = "blocks.index_copy_(0, target.long(), blocks.index_select(0, source))\n"
 
 DEFECTS = [
-    write("minus-one-is-the-last-slot", "-1", "if len(plan.written) < batch.T:\n                " + chosen + "            " + put,
+    write("minus-one-is-the-last-slot", "-1", "if len(plan.written) < batch.T:\n                " + chosen + coded + "            " + put,
           "pages[name][plan.slots] = rows\n", discrepancy=9),
-    write("padding-to-slot-0", "padding", "if len(plan.written) < batch.T:\n                " + chosen + "            " + put,
+    write("padding-to-slot-0", "padding", "if len(plan.written) < batch.T:\n                " + chosen + coded + "            " + put,
           "pages[name][plan.slots.clamp(min=0)] = rows\n", discrepancy=8),
     write("pages-of-64", "block size", put, """size, t = pages.spec.block_size, plan.targets
             pages[name].index_copy_(0, (t // size * 64 + t % size) % len(pages[name]), rows)\n"""),
@@ -37,7 +38,7 @@ DEFECTS = [
          "return pages[name].unflatten(0, (-1, 64))\n"),
     copy("one-page-after-the-other", "order", moved, """for a, b in zip(source.tolist(), target.tolist()):
                 blocks[b] = blocks[a]\n"""),
-    copy("first-field-only", "optional", "for name, _ in pages.spec.fields:\n            blocks",
+    copy("first-field-only", "optional", "for name in pages.form(pages.spec):\n            blocks",
          "for name, _ in pages.spec.fields[:1]:\n            blocks"),
     copy("last-slot-left", "off by one", moved, "blocks[target.long(), :-1] = blocks.index_select(0, source)[:, :-1]\n"),
     copy("swapped", "order", moved, "blocks.index_copy_(0, source.long(), blocks.index_select(0, target))\n"),

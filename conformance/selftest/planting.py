@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from porthal.hal import Backend, UsageError, contracts
 SOURCES = {
     "backend": ("porthal.backends.torch.backend", "Torch"),
     "ranking": ("porthal.backends.torch.ranking", "Torch"),
+    "schemes": ("porthal.backends.torch.schemes", "Torch"),
     "capture": ("porthal.backends.torch.capture", "Capturing"),
     "fused": ("porthal.conformance.selftest.fused", "Fused"),
     "kept": ("porthal.conformance.selftest.kept", "Kept"),
@@ -24,7 +26,7 @@ SOURCES = {
 }
 THEMES = (
     "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "state", "native",
-    "native_attention",    "values",
+    "native_attention",    "values", "schemes",
 )  # fmt: skip
 SCORED = ("float32", "bfloat16")
 
@@ -115,10 +117,13 @@ def plant(name: str, source: str, *edits: tuple[str, str]) -> Backend:
     changed = edited(source, edits, name)
     native = source in compiled.SOURCES
     module = _compiled(f"planted {name}", _text(place) if native else changed)
-    if source == "ranking":
-        torch = _compiled(f"planted {name}", text("backend"))
-        vars(torch).update((k, v) for k, v in vars(module).items() if isinstance(v, types.FunctionType))
-        module = torch
+    if source in ("ranking", "schemes"):  # which the backend imports
+        before = sys.modules[place]
+        sys.modules[place] = module
+        try:
+            module = _compiled(f"planted {name}", text("backend"))
+        finally:
+            sys.modules[place] = before
     made: type[Backend] = vars(module)[kind]
     made.name = "planted"
     if native:

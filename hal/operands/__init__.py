@@ -14,6 +14,7 @@ from porthal.hal.operands.batch import Batch
 from porthal.hal.operands.communicator import Communicator, CommunicatorSpec
 from porthal.hal.operands.operand import Operand
 from porthal.hal.operands.pages import Pages, PagesSpec
+from porthal.hal.operands.quantised import Quantised, QuantisedSpec
 from porthal.hal.operands.selection import Rows, Selection, SelectionSpec
 from porthal.hal.operands.weight import Weight, WeightSpec
 
@@ -25,6 +26,8 @@ __all__ = [
     "Operand",
     "Pages",
     "PagesSpec",
+    "Quantised",
+    "QuantisedSpec",
     "Rows",
     "Selection",
     "SelectionSpec",
@@ -33,7 +36,9 @@ __all__ = [
     "kind_of",
 ]
 
-KINDS: dict[str, type[Operand]] = {kind.__name__: kind for kind in (Weight, Pages, Selection, Batch, Communicator)}
+KINDS: dict[str, type[Operand]] = {
+    kind.__name__: kind for kind in (Weight, Pages, Selection, Quantised, Batch, Communicator)
+}
 
 
 def kind_of(spec: Any) -> type[Operand]:

@@ -45,8 +45,8 @@ class Operand:
         return None
 
     @classmethod
-    def result_spec(cls, shape: tuple[int, ...]) -> Any:
-        """The spec of a result of this kind whose declared dims have these sizes."""
+    def result_spec(cls, shape: tuple[int, ...], attrs: Mapping[str, Any]) -> Any:
+        """The spec of a result of this kind whose declared dims have these sizes, of a call with these attributes."""
         raise NotImplementedError(f"an operand of kind {cls.__name__} cannot be a new result, only a mutated operand")
 
     # -- the logical form --------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Selection(Operand):
         return ""
 
     @classmethod
-    def result_spec(cls, shape: tuple[int, ...]) -> SelectionSpec:
+    def result_spec(cls, shape: tuple[int, ...], attrs: Mapping[str, Any]) -> SelectionSpec:
         return SelectionSpec(*shape)
 
     def parts(self) -> Parts:

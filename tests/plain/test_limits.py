@@ -75,8 +75,8 @@ def test_what_a_limit_takes_and_how_it_reads(limit: Limit, text: str, taken: lis
             "layout = half, the kernel takes one of interleaved",
         ),
         ({"attrs": {"k": 9}}, {"k": any_of(one_of(12), at_most(8))}, "k = 9, the kernel takes one of 12, or at most 8"),
-        ({"schemes": {"w": "fp8_block"}}, {}, "quantisation scheme is 'fp8_block', the kernel takes none"),
-        ({"schemes": {"a": "none", "w": "int8"}}, {}, "quantisation scheme is 'int8', the kernel takes none"),
+        ({"schemes": {"w": "fp8_block"}}, {}, "quantisation scheme of w is 'fp8_block', the kernel takes none"),
+        ({"schemes": {"a": "none", "w": "int8"}}, {}, "quantisation scheme of w is 'int8', the kernel takes none"),
         # The first one broken is told: dtypes, then schemes, then dims and attributes as stated.
         (
             {"dims": {"D": 1}, "dtypes": {"x": "f"}, "schemes": {"w": "s"}},
@@ -86,7 +86,7 @@ def test_what_a_limit_takes_and_how_it_reads(limit: Limit, text: str, taken: lis
         (
             {"dims": {"D": 1}, "schemes": {"w": "s"}},
             {"D": 2},
-            "quantisation scheme is 's', the kernel takes none",
+            "quantisation scheme of w is 's', the kernel takes none",
         ),
         ({"dims": {"A": 1, "B": 1}}, {"B": 2, "A": 2}, "B = 1, the kernel takes one of 2"),
     ],

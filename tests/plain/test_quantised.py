@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from porthal.hal import Binding, UsageError, dtype, narrow, widen
+from porthal.backends.reference.backend import Reference
+from porthal.hal import Binding, UsageError, bind, contracts, dtype, narrow, scheme_of, widen
 from porthal.model import quantised
 from porthal.model.checkpoint import TensorFile
 from porthal.model.generate import generate
@@ -90,6 +91,32 @@ def test_of_a_real_packer(file: str, case: str) -> None:
 def test_there_is_something_of_each_packer() -> None:
     assert len([case for file, case in CASES if file == "compressed-tensors"]) == 11
     assert len([case for file, case in CASES if file == "nvidia-modelopt"]) == 9
+
+
+@pytest.mark.parametrize(("file", "case"), CASES)
+def test_codes_that_are_kept_say_the_numbers_that_are_read(file: str, case: str) -> None:
+    held = Held.of(FILES[file], case)
+    shape = next(held.tensors.pop(name).shape for name in ("expected", "about") if name in held.tensors)
+    held.tensors.pop("about", None)
+    found = quantised.scheme(held, shape, BLOCK)
+    if (name := quantised.kept(held, found)) == "none":
+        return
+    parts = quantised.parts(held, shape, BLOCK)
+    assert {part: (a.shape, str(a.dtype)) for part, a in parts.items()} == scheme_of(name).form(shape)
+    said, read = scheme_of(name).numbers(parts), held.values(shape)  # the reader rounds the product of two scales
+    assert np.allclose(said, read, rtol=2**-23, atol=0) if name == "nvfp4" else np.array_equal(said, read)
+
+
+def test_what_is_kept_of_each_packer() -> None:
+    names = [(quantised.kept(held, quantised.scheme(held, shape, BLOCK)), file) for file, held, shape in all_held()]
+    assert {name for name, file in names if file == "compressed-tensors"} >= {"fp8_block", "int8_channel", "mxfp4", "none"}
+    assert {name for name, file in names if file == "nvidia-modelopt"} >= {"fp8_block", "nvfp4", "mxfp4", "none"}
+
+
+def all_held() -> Any:
+    for file, case in CASES:
+        held = Held.of(FILES[file], case)
+        yield file, held, next(held.tensors[name].shape for name in ("expected", "about") if name in held.tensors)
 
 
 # -- AscendV1, from its description --------------------------------------------------------------------------------------
@@ -265,11 +292,30 @@ def test_a_quantised_checkpoint_runs_as_its_numbers(
 ) -> None:
     expected = text(load(rewritten(checkpoints["glm5"], tmp_path / "plain", plain8), reference))
     assert text(load(rewritten(checkpoints["glm5"], tmp_path / "int8", int8, **COMPRESSED), reference)) == expected
-    assert "matrices read as plain numbers" in caplog.text and "of int8 with a scale of float32 for 1 x all" in caplog.text
+    assert "matrices kept as int8_channel: 96, of int8 with a scale of float32 for 1 x all" in caplog.text
     directory = rewritten(checkpoints["glm5"], tmp_path / "ascend", ascend8)
     (directory / "model.safetensors").rename(directory / "quant_model_weights.safetensors")
     describe(directory, **{"model.layers.1.mlp.experts.0.up_proj.weight": "W8A8_DYNAMIC"})
     assert text(load(directory, reference)) == expected
+
+
+class Unquantised(Reference):
+    name = "unquantised"
+
+    def grouped_gemm(self, x: Any, w: Any, counts: Any) -> Any:
+        return self.derive(contracts()["grouped_gemm"])(x, w, counts)
+
+
+def test_without_a_kernel_that_takes_codes_they_are_read_as_plain_numbers(
+    checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = rewritten(checkpoints["glm5"], tmp_path / "int8", int8, **COMPRESSED)
+    assert load(directory, bind(backend=Unquantised())).blocks[1].mlp.w13.spec.scheme == "none"
+    why = "since grouped_gemm: unquantised: quantisation scheme of w is 'int8_channel', the kernel takes none"
+    assert "matrices read as plain numbers: 96, of int8" in caplog.text and why in caplog.text
+    kept = load(directory, bind("reference")).blocks[1].mlp.w13
+    assert kept.spec.scheme == "int8_channel"
+    assert {name: str(part.dtype) for name, part in kept.native.items()} == {"codes": "int8", "scale": "float32"}
 
 
 def describe(directory: Path, **names: Any) -> None:

@@ -33,6 +33,7 @@ from porthal.hal import (  # noqa: E402
     narrow,
     widen,
 )
+from porthal.hal.scheme import WEIGHTS  # noqa: E402
 from tests.memory import attention_over  # noqa: E402
 
 B = porthal.bind("torch", overrides={}, fallback="error")
@@ -648,11 +649,19 @@ def test_a_device_that_torch_lacks_is_unavailable() -> None:
         create("torch:meta")
 
 
-def test_quantised_weights_are_not_claimed() -> None:
-    spec = CallSpec({"T": 1, "K": 8, "N": 8}, {"x": "float32", "w": "float32"}, {"out": "x"}, {"w": "fp8_block"})
-    with pytest.raises(NotClaimed, match=r"linear .*quantisation scheme is .fp8_block."):
-        porthal.bind("torch", profile={"linear": [spec]}, fallback="error")
-    porthal.bind("torch", profile={"linear": [replace(spec, schemes={"w": "none"})]}, fallback="error")
+def test_a_quantised_table_is_not_claimed() -> None:
+    spec = CallSpec({"T": 1, "V": 8, "H": 8}, {"ids": "int32", "table": "float32"}, {}, {"table": "fp8_block"})
+    with pytest.raises(NotClaimed, match=r"embedding .*quantisation scheme of table is .fp8_block."):
+        porthal.bind("torch", profile={"embedding": [spec]}, fallback="error")
+    porthal.bind("torch", profile={"embedding": [replace(spec, schemes={"table": "none"})]}, fallback="error")
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_experts_under_a_scheme_are_composed_of_products_that_take_it(name: str) -> None:
+    dims = {"T": 1, "H": 8, "I": 8, "E": 2, "k": 1}
+    dtypes = {"x": "float32", "w13": "float32", "w2": "float32", "ids": "int32", "weights": "float32"}
+    spec = CallSpec(dims, dtypes, {"first_expert": 0}, {"w13": name, "w2": name})
+    assert porthal.bind("torch", profile={"moe_experts": [spec]}).choices["moe_experts"].status == "composed"
 
 
 def test_the_same_bits_every_time() -> None:
