@@ -13,7 +13,8 @@ def torch_npu():
 
 
 @pytest.fixture(autouse=True)
-def fresh_counts():
+def fresh_counts(torch_npu):
+    torch.npu.config.allow_internal_format = True
     device.copies.reset()
     ascend.calls.clear()
     torch.manual_seed(0)

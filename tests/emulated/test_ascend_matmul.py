@@ -110,6 +110,13 @@ def test_a_format_stays_with_its_tensor_alone(torch_npu):
         torch_npu.npu_format_cast(x, 3)
 
 
+def test_without_the_setting_a_cast_gives_rows_and_a_warning(torch_npu, monkeypatch):
+    monkeypatch.setattr(torch.npu.config, "allow_internal_format", False)
+    with pytest.warns(UserWarning, match="allow_internal_format=False"):
+        made = torch_npu.npu_format_cast(torch.randn(4, 32).npu(), 29)
+    assert torch_npu.get_npu_format(made) is torch_npu.Format.ND
+
+
 @pytest.mark.parametrize(("made", "scale_dtype", "bias_dtype", "per_token"), [
     (BF16, BF16, None, True), (BF16, torch.float32, torch.int32, True), (BF16, torch.float32, BF16, False),
     (torch.float16, torch.float32, None, False), (torch.float16, torch.float32, torch.float32, True),

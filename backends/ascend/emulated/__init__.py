@@ -39,6 +39,7 @@ def install(count: int = 1) -> types.ModuleType:
         _installed = publish("torch_npu", __doc__, {"__version__": VERSION})
         _installed.npu = device.install("npu", visible(count, "ASCEND_RT_VISIBLE_DEVICES"))
         add_graphs(_installed.npu, "npu")
+        _installed.npu.config = types.SimpleNamespace(allow_internal_format=False)
         vars(_installed).update(define("npu", SCHEMAS, KERNELS))
         number = _installed.get_npu_format
         _installed.Format, _installed.get_npu_format = Format, lambda x: Format(number(x))  # as the package wraps it

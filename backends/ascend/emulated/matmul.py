@@ -1,5 +1,7 @@
 """Products with weights: grouped by expert, of int8 numbers, and the formats that weights are held in."""
 
+import warnings
+
 import torch
 
 from porthal.backends.ascend.emulated.products import FLOATS, Format, format_of
@@ -20,13 +22,19 @@ _DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15
 
 
 def npu_format_cast(input, acl_format, *, customize_dtype=None, input_dtype=None):
-    """A copy in another storage format, ND (2) or FRACTAL_NZ (29), which get_npu_format tells. Source: its page."""
+    """A copy in another storage format, ND (2) or FRACTAL_NZ (29), which get_npu_format tells. Source: its page.
+
+    Without `torch.npu.config.allow_internal_format` it is ND whatever is asked, with a warning: torch-npu 2.13.0 over stubs.
+    """
     op = "npu_format_cast"
     need_one_of(op, "acl_format", acl_format, *map(int, Format))
     need_absent(op, "this stand-in has the element sizes of the dtypes only", customize_dtype=customize_dtype,
                 input_dtype=input_dtype)
     made = input.clone(memory_format=torch.contiguous_format)
     made.npu_format = Format(acl_format)
+    if made.npu_format != Format.ND and not torch.npu.config.allow_internal_format:
+        warnings.warn("Cannot create tensor with internal format while allow_internal_format=False", stacklevel=2)
+        made.npu_format = Format.ND
     return made
 
 

@@ -21,7 +21,8 @@ def npu_moe_gating_top_k(x, k, *, bias=None, input_ids=None, tid2eid=None, k_gro
     """The k best experts by p + bias of the best groups, and p of these times the factor; p is softmax or sigmoid of x.
 
     Weights of the sigmoid are divided by their sum + eps. Weights are of x's dtype; p itself (float32, the third result)
-    is there with out_flag only. Of equal scores the highest expert comes first. Source: npu_moe_gating_top_k page.
+    is there with out_flag only. Of equal scores the highest expert comes first; NaN is last, as in the page's NumPy code.
+    Source: npu_moe_gating_top_k page.
     """
     op = "npu_moe_gating_top_k"
     need_rank(op, "x", x, 2)
@@ -57,7 +58,7 @@ def npu_moe_gating_top_k(x, k, *, bias=None, input_ids=None, tid2eid=None, k_gro
 
 
 def _best(score, k):
-    return score.shape[1] - 1 - score.flip(1).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return score.shape[1] - 1 - (-score.flip(1)).argsort(dim=1, stable=True)[:, :k]
 
 
 def npu_moe_init_routing_v2(x, expert_idx, *, scale=None, offset=None, active_num=-1, expert_capacity=-1, expert_num=-1,
