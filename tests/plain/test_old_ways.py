@@ -8,7 +8,7 @@ import re
 import pytest
 
 from porthal.cli.app import app
-from porthal.conformance.cases.case import RESERVED, Case
+from porthal.conformance.cases.case import Case
 from porthal.hal import UsageError, contracts
 
 
@@ -60,8 +60,15 @@ def test_a_token_of_another_version_is_refused(monkeypatch):
             Case.from_token(TOKEN.replace("rms_norm", f"rms_norm@{wrong}"))
 
 
-@pytest.mark.parametrize("part", ["ranks=2", "x%fp8_block", "w%int4"])
-def test_what_later_versions_will_write_is_refused_with_its_use(part):
-    use = RESERVED["%" if "%" in part else part.partition("=")[0]]
-    with pytest.raises(UsageError, match=f"^case token part '{part}' is for {use}, which this porthal does not test yet$"):
-        Case.from_token(TOKEN.replace(",0", f",{part},0"))
+@pytest.mark.parametrize(
+    ("token", "why"),
+    [
+        ("rms_norm,T=2,H=4,x%fp8_block,0", "x is under scheme fp8_block, expected no scheme"),
+        ("linear,T=2,K=4,N=4,w%int4,0", "w is under scheme int4, expected one of int8_channel, fp8_block, "),
+        ("linear,T=2,K=4,N=4,w%,0", "w is under scheme empty, expected one of int8_channel, fp8_block, "),
+        ("linear,T=2,K=4,N=4,w%mxfp4,view=threads,0", "schemes do not go with threads"),
+    ],
+)
+def test_a_scheme_that_does_not_apply_is_named(token, why):
+    with pytest.raises(UsageError, match=f"^case token '{token}' does not describe a call of .*: {why}"):
+        Case.from_token(token)
