@@ -88,7 +88,7 @@ def _needed(texts: dict[str, str], op: str) -> list[str]:
     """The sources that the module of one operator is linked of: its own, and those whose headers they include."""
     found: list[str] = []
     own = [unit for unit, text in texts.items() if unit.endswith(".cpp") and f"PORTHAL_OP({op}," in text]
-    left = ["module.cpp", "limits.cpp", "panel.cpp", *own]
+    left = ["module.cpp", "limits.cpp", "meeting.cpp", "panel.cpp", *own]
     while left:
         unit = left.pop()
         if unit in texts and unit not in found:
@@ -114,8 +114,8 @@ def _object(texts: dict[str, str], unit: str, loops: bool, name: str, more: Sequ
     from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++
 
     options = [*OPTIONS, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", *more]
-    if unit == "module.cpp":
-        options.append("-O1")  # it checks arguments and computes nothing, and is done sooner so
+    if unit in ("module.cpp", "meeting.cpp"):
+        options.append("-O1")  # they compute nothing, and are done sooner so
     if loops:
         options = ["-DPORTHAL_ISA=baseline", *ISA[_native.isas()[-1]].split(), *options]
     files = {file: texts[file] for file in [unit, *sorted(f"{header}.hpp" for header in _included(texts, unit))]}
