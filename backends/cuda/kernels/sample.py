@@ -111,4 +111,4 @@ def sample(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p:
     logits = dense_rows(logits)
     T, V = logits.shape
     given = (x.contiguous() for x in (u, temperature, top_k, top_p))
-    launch(_sample, T, logits, *given, ids, V, logits.stride(0), BLOCK=block_of(V, 2048), num_warps=8)
+    launch(_sample, T, logits, *given, ids, V, logits.stride(0), BLOCK=block_of(V, 1024), num_warps=4)
