@@ -124,7 +124,7 @@ def quantised(scheme: Scheme, x: Tensor) -> dict[str, Tensor]:
         scale = torch.where(amax > 0, amax / top, 1.0)
         held = scale = scale.half() if scheme.scale == "float16" else scale
     ratio = (blocks / scale.float()[..., None]).flatten(-2)[..., : wide.shape[-1]]
-    ratio = torch.where(wide == 0, wide, ratio).clamp(-top, top)
+    ratio = torch.where(wide == 0, wide, ratio).clamp(-top - (scheme.codes == "int8"), top)
     return {"codes": _code(scheme.codes, ratio), "scale": held}
 
 

@@ -125,7 +125,7 @@ def test_silu_mul_by_definition(rng: np.random.Generator) -> None:
             assert y[i] == pytest.approx(gate * row[i + 3], rel=1e-14, abs=1e-300)
 
 
-@checks("add", "cast", "concat", "take_rows", "embedding")
+@checks("add", "cast", "concat", "take_rows", "embedding", "quantize", "dequantize")
 def test_moves_and_sums_by_index(rng: np.random.Generator) -> None:
     a, b = rng.standard_normal((3, 2)), rng.standard_normal((3, 2))
     joined = ops["concat"](a, b)
@@ -138,6 +138,10 @@ def test_moves_and_sums_by_index(rng: np.random.Generator) -> None:
             assert rows[t, j] == [a[2, j], 0.0, a[0, j]][t]
             assert table[t, j] == a[[1, 1, 0][t], j]
     assert ops["cast"](a, to="bfloat16") is a  # the rounding itself is tested with the dtypes
+    scale = np.float32(np.abs(x := rng.normal(size=(3, 96))).max(1, keepdims=True) / 127).astype(float)
+    q, codes = contracts()["quantize"].reference(x, scheme="int8_token"), np.array([[round(v) for v in r] for r in x / scale])
+    assert np.array_equal(q.native.parts["codes"], codes)
+    assert np.array_equal(contracts()["dequantize"].reference(q, out="float32"), codes * scale)
 
 
 # -- matrix products -----------------------------------------------------------------------------------------------------
