@@ -18,7 +18,6 @@ from porthal.backends.torch.collectives import Collectives
 from porthal.backends.torch.peaks import Measured
 from porthal.backends.torch.ranking import comparable, first_highest, highest, ranked
 from porthal.backends.torch.schemes import Coded, Quantising, by_expert, by_head, coded_rows, product, taken
-from porthal.backends.torch.tables import angles
 from porthal.hal import (
     ANY_SCHEME,
     Backend,
@@ -182,7 +181,8 @@ class Torch(Collectives, Quantising, Measured):
         return (centred / torch.sqrt(variance + eps) * weight.float() + bias.float()).to(x.dtype)
 
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
-        angle = angles(batch, theta, width)[:, None]
+        half = torch.arange(0, width, 2, dtype=torch.float32, device=x.device)
+        angle = batch.native.positions.float()[:, None, None] * theta ** (-half / width)
         cos, sin = torch.cos(angle), torch.sin(angle)
         part = x[..., start : start + width].float()
         if layout == "interleaved":
@@ -303,7 +303,7 @@ class Torch(Collectives, Quantising, Measured):
                 parts.append(found)
         return Selection(SelectionSpec(batch.T, k), Rows(torch.cat(indices), torch.cat(length)))
 
-    indexer_topk.capturable = False  # as above: lengths are read on the host
+    indexer_topk.capturable = False
 
     def select_rows(self, sel: Selection, rows: Tensor) -> Selection:
         picked = Rows(*(x.index_select(0, rows) for x in self.rows(sel)))

@@ -203,7 +203,8 @@ EDITED = (
     _edit("indexer_scores", "scaled before", ("return scale * torch.bmm(weight, products)[:, 0]\n", "return torch.bmm(weight * scale, products)[:, 0]\n")),
     _edit("indexer_scores", "last head first", ("return scale * torch.bmm(weight, products)[:, 0]\n", "return scale * torch.bmm(weight.flip(-1), products.flip(1))[:, 0]\n")),
     _edit("indexer_scores", "one page at a time", ("split(max(1, KEY_BLOCK // size))", "split(1)")),
-    _edit("indexer_topk", "composed", ("    @limits(schemes=ANY_SCHEME)\n    @torch.no_grad()\n    def indexer_topk(", "    indexer_topk = None\n\n    def _other(")),
+    _edit("indexer_topk", "composed", ("    @limits(schemes=ANY_SCHEME)\n    @torch.no_grad()\n    def indexer_topk(",
+          "    def _other("), ("    indexer_topk.capturable = False\n", "    indexer_topk = None\n")),
     _edit("indexer_topk", "last head first", ("return scale * torch.bmm(weight, products)[:, 0]\n", "return scale * torch.bmm(weight.flip(-1), products.flip(1))[:, 0]\n")),
     _edit("indexer_topk", "unscaled", ("return scale * torch.bmm(weight, products)[:, 0]\n", "return torch.bmm(weight, products)[:, 0]\n")),
     _edit("topk", "highest position first", (attention.ended, """place = torch.where(position[:k] < length[:, None], length[:, None] - 1 - position[:k], position[:k])
