@@ -16,7 +16,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, spelled
 from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.domain import first_float
-from porthal.conformance.cases.legal import LARGEST, elements, refusal
+from porthal.conformance.cases.legal import LARGEST, copyable, elements, refusal
 from porthal.hal import CallSpec, UsageError, contracts
 from porthal.hal.calls import distinct
 from porthal.hal.contract import Contract
@@ -90,7 +90,7 @@ class Sized:
         others = {o: t for o, t in spec.dtypes.items() if made.dtype(o) != t}
         made = replace(made, dtypes=(*made.dtypes, *others.items()))
         few = min(max(self.rows, 2), AMONG_EXPERTS) if EXPERTS in self.dims else self.few
-        return replace(made, distinct=few) if c.independent else made
+        return replace(made, distinct=few) if copyable(c) else made
 
     @property
     def bytes(self) -> float:

@@ -20,6 +20,8 @@ class Attention(Reference):
     native = _native
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
+        if spec.quantised:  # of codes and scales the reference has the kernels
+            return super().alloc_pages(spec)
         dtype, width = numpy_dtype(spec.dtype), sum(width for _, width in spec.fields)
         memory = np.zeros(spec.slots * width * dtype.itemsize + LINE, np.uint8)
         start = -memory.ctypes.data % LINE
@@ -28,7 +30,7 @@ class Attention(Reference):
         return Pages(spec, {name: slots[:, end - width : end] for (name, width), end in zip(spec.fields, ends)})
 
     def from_logical(self, spec: Any, arrays: Any, into: Any = None) -> Any:
-        if not isinstance(spec, PagesSpec):
+        if not isinstance(spec, PagesSpec) or spec.quantised:
             return super().from_logical(spec, arrays, into)
         return Backend.from_logical(self, spec, arrays, into or self.alloc_pages(spec))
 

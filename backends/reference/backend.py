@@ -72,6 +72,7 @@ class Reference(Backend):
             )
             return rounded if len(rounded) > 1 else rounded[0]
 
+        vars(kernel)["capturable"] = False  # a graph of another backend's has no NumPy in it
         return kernel
 
     def _simulating(self, contract: Contract) -> Callable[..., Any]:

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from porthal.backends.torch.backend import Plan, Torch, _blocks, _chunks, _silu_mul
 from porthal.backends.torch.ranking import highest
-from porthal.hal import Batch, Pages, Rows, Selection, SelectionSpec, UsageError, Weight
+from porthal.backends.torch.schemes import quantised
+from porthal.hal import ANY_SCHEME, Batch, Pages, Rows, Selection, SelectionSpec, UsageError, Weight, limits
 
 # What copies between host and device. On the CPU some of it is no operation of ATen, and is seen only above that.
 COPIES = {"__array__", "__bool__", "__float__", "__index__", "__int__", "as_tensor", "cpu", "item", "numpy", "tensor", "tolist"}
@@ -63,14 +64,20 @@ class Capturing(Torch):
         written = batch.slots >= 0
         return np.where(written, np.arange(batch.T), np.argmax(written) if batch.T else 0)
 
+    @limits(schemes=ANY_SCHEME)
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         """Where no row is written at all, slot 0 keeps what it has."""
         plan: Plan = batch.native
         targets = plan.targets.clamp(min=0)
+        kept = plan.targets[:, None] >= 0
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
-            held = pages[name].index_select(0, targets)
-            written = torch.where(plan.targets[:, None] >= 0, rows.index_select(0, plan.written), held)
-            pages[name].index_copy_(0, targets, written)
+            values = {name: rows.index_select(0, plan.written)}
+            if pages.spec.quantised and name == pages.spec.quantised[0]:
+                found = quantised(pages.spec.quantised[1], values[name])
+                values = {name: found["codes"], f"{name}_scale": found["scale"]}
+            for field, value in values.items():
+                held = pages[field].index_select(0, targets)
+                pages[field].index_copy_(0, targets, torch.where(kept, value, held))
         return pages
 
     def indexer_scores(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, scale: float) -> Tensor:

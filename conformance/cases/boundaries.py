@@ -22,7 +22,7 @@ from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, leng
 from porthal.conformance.cases.copies import ALTERNATIVES, SHARED
 from porthal.conformance.cases.cost import operations, seconds
 from porthal.conformance.cases.domain import combos, first_float, free_symbols, options, per_expert
-from porthal.conformance.cases.legal import PAGES, PAST_2G, elements, held_pages, refusal
+from porthal.conformance.cases.legal import PAGES, PAST_2G, copyable, elements, held_pages, refusal
 from porthal.conformance.cases.profiles import FIXED, Profile
 from porthal.conformance.level import Level
 from porthal.hal.contract import Contract
@@ -318,7 +318,7 @@ def _chosen(contract: Contract) -> list[str]:
 def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
     """Calls with these sizes, or the next ones that rules allow, and all others small."""
     least = {s: min((v for v in contract.cases[s] if v), default=1) for s in free_symbols(contract)}
-    few = 4 if contract.independent and max(wanted.values()) > 4 else 0
+    few = 4 if copyable(contract) and max(wanted.values()) > 4 else 0
     for more in (0, 1, 3):
         sizes = {s: v + more * (v % 2) if s != contract.rows else v for s, v in wanted.items()}
         dims = {s: sizes.get(s, least[s]) for s in free_symbols(contract) if s != contract.rows}
@@ -353,8 +353,8 @@ def _joint(contract: Contract, wanted: Mapping[str, int]) -> Iterator[Case]:
             block_size=size,
             distinct=few,
         )
-        whole = replace(case, distinct=0)  # where results are no numbers rows cannot be copies
-        yield from [made for made in dict.fromkeys((case, whole)) if not refusal(made)][:1]
+        if not refusal(case):
+            yield case
 
 
 def _requests(rows: int, keys: int, count: int) -> list[Request]:

@@ -179,16 +179,19 @@ def _refused_fault(case: Case) -> str:
     return "" if case.fault in ("", *FAULTS) else f"{case.fault!r} is not a fault, expected one of {', '.join(FAULTS)}"
 
 
+def copyable(contract: Contract) -> bool:
+    """Whether rows of a call may be copies of a few: where they are independent, and results are numbers."""
+    return bool(contract.independent) and not any(result.kind == "Quantised" for result in contract.signature.results)
+
+
 def _refused_copies(case: Case) -> str:
     """What is wrong with copies of few rows."""
     if not case.distinct:
         return ""
     if not 2 <= case.distinct <= LARGEST["distinct"]:
         return f"distinct is {case.distinct}, expected {DISTINCT}"
-    if not case.contract.independent:
-        return f"distinct is for ops with independent rows or columns, and {case.op} has none"
-    if any(result.kind == "Quantised" for result in case.contract.signature.results):
-        return "distinct is for results that are numbers"
+    if not copyable(case.contract):
+        return f"distinct is for ops with independent rows or columns of numbers, and {case.op} has none"
     if case.schemes and any(case.contract.signature[n].kind != "Quantised" for n, _ in case.schemes):
         return "distinct does not go with schemes"
     if case.view in ("broadcast", FAR, PAST_2G, THREADS) or case.fault:

@@ -80,8 +80,11 @@ class Memory:
         self.given.clear()
 
 
+AFAR = (FAR, PAST_2G, THREADS)
+
+
 def small(op):
-    plain = [c for c in cases(contracts()[op]) if not (c.fault or c.seq or c.capture or c.view in (FAR, PAST_2G, THREADS))]
+    plain = [c for c in cases(contracts()[op]) if not (c.fault or c.seq or c.capture or c.schemes or c.view in AFAR)]
     return sorted(plain, key=elements)[:FEW]
 
 

@@ -345,7 +345,8 @@ def test_data_that_a_kernel_does_not_take_is_unclaimed_there() -> None:
     by_op = {row.op: row for row in report.rows}
     for op, what in (("moe_permute", "ids with no -1"), ("kv_write", "batch with a slot for every row")):
         unclaimed = [r for r in by_op[op].results if r.verdict == "UNCLAIMED"]
-        assert {r.status for r in by_op[op].results} <= {"own", "refusal"} and {r.status for r in unclaimed} == {"own"}
+        statuses = {r.status for r in by_op[op].results if "%" not in r.token}  # under schemes the base's kernels run
+        assert statuses <= {"own", "refusal"} and {r.status for r in unclaimed} == {"own"}
         assert {r.message.partition(":")[0] for r in unclaimed} == {f"{op} on chip does not take this data"}
         assert f"{len(unclaimed)} unclaimed for their data: {op} takes {what}" in report.untaken
     needless = {"name": "needless", "moe_permute": lambda self, *args, **attrs: Permutes.moe_permute(self, *args, **attrs)}
