@@ -57,7 +57,8 @@ class Ascend(Rows, Prolog, Experts, Attention, Torch):
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         """With a page in front, see `memory`."""
         page = spec.block_size
-        return Pages(spec, {n: self._zeros((page + spec.slots, width), spec.dtype)[page:] for n, width in spec.fields})
+        form = Pages.form(spec).items()
+        return Pages(spec, {n: self._zeros((page + slots, width), dtype)[page:] for n, ((slots, width), dtype) in form})
 
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         planned = super().plan(batch)

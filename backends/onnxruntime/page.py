@@ -30,7 +30,8 @@ drops a NaN, so it is looked for apart; an index of -1 is the last row, by which
 |---|---|---|---|---|
 """
 TAIL = """
-Composites ({composites}) are called as the operators that they are made of.
+Composites ({composites}) are called as the operators that they are made of. {others} and quantised weights and caches have no
+function: where they are called the reference's kernels run.
 
 The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on
 [peers.md](peers.md). None is used here: a graph of standard operators is what every runtime takes.
@@ -70,9 +71,10 @@ def page() -> str:
             name = f"{op}, {variant}" if variant else op
             inputs = ", ".join(f.input)
             rows.append(f"| {name} | {inputs} | {', '.join(f.attribute)} | {count(op, variant)} | {KERNELS.get(op, '')} |\n")
-    composites = ", ".join(op for op in contracts() if not variants(op))
+    without = {op: bool(contract.decomposition) for op, contract in contracts().items() if not variants(op)}
+    composites, others = (", ".join(op for op, made in without.items() if made == kind) for kind in (True, False))
     head = HEAD.format(domain=DOMAIN, opset=OPSET, ir=IR)
-    return head + "".join(rows) + TAIL.format(composites=composites)
+    return head + "".join(rows) + TAIL.format(composites=composites, others=others)
 
 
 def count(op: str, variant: str) -> int:

@@ -8,15 +8,17 @@ Keys of the .npz, which holds no Python objects; floats narrower than 32 bits ar
     backend, level, permitted    where it ran and how it was judged; `permitted` is the level's factor on every budget
     dtype/NAME            the dtype that an operand or result has in the call
     in/NAME               an operand in logical form; a Batch as in/NAME.cu_q, .kv_len, .block_table and .block_size, Pages as
-                          in/NAME.FIELD [slots, width], a Selection as in/NAME.indices and .length; absent ones are left out
-    spec/NAME             the static facts of Weight, Pages and Selection, as JSON
+                          in/NAME.FIELD [slots, width], a Selection as in/NAME.indices and .length, a Weight or Quantised under
+                          a scheme as in/NAME.codes, .scale and for some .whole; absent ones are left out
+    spec/NAME             the static facts of an operand that has any, as JSON
     attr/NAME             an attribute
     golden/NAME           a result of the reference: float64, rounded once where the contract wants it exact, or integers
     budget/NAME           the error budget of a float result, element by element; 0 where it must be exact
-    got/NAME              the same result from the backend, if any came; results in pages are got/NAME.FIELD
+    got/NAME              the same result from the backend, if any came; where it has parts they are got/NAME.PART
     chosen/NAME           a discrete choice as the backend made it, golden_chosen/NAME the reference's. Where scores say how
                           good it is, NAME.scores has those of each row's entries, highest first, as golden, budget and got:
-                          a choice of other entries with equal scores is right too. A draw is compared as it is.
+                          a choice of other entries with equal scores is right too. A draw is compared as it is,
+                          and so are codes and scales.
 
 For rows that a contract leaves unspecified golden is NaN, and the budget infinite. What depends on a choice is golden at the
 backend's choice, or at the reference's where the backend made no valid one.
@@ -35,11 +37,12 @@ import numpy as np
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
 from porthal.conformance.cases.steps import first
+from porthal.conformance.judgement.codes import coded
 from porthal.conformance.judgement.copies import one_of_each
 from porthal.conformance.judgement.golden import Golden, Spread
 from porthal.conformance.judgement.judge import budget, exactly_judged
 from porthal.conformance.level import BRING_UP, level_of
-from porthal.hal import KINDS, Operand, Pages, UsageError, Weight, contracts, narrow
+from porthal.hal import KINDS, Operand, Pages, UsageError, contracts, narrow
 from porthal.hal.dtypes import dtype, widen
 from porthal.hal.signature import ARRAY, OperandSpec
 
@@ -97,6 +100,7 @@ def _given(inputs: Inputs) -> Iterator[tuple[str, Any]]:
     for name, value in inputs.operands.items():
         if isinstance(value, Operand) and value.Spec:
             yield f"spec/{name}", json.dumps(value.facts())
+            value = _formed(type(value), value.spec, value.parts())
         for part, array in _parts(value):
             yield f"in/{name}{part}", _plain(array)
     for name, value in inputs.attrs.items():
@@ -123,11 +127,13 @@ def _wanted(golden: Golden, results: Mapping[str, Any]) -> Iterator[tuple[str, A
         spreads = golden.spread(contract.finish, choice) if contract.finish else {}
     elif not contract.choice:
         spreads = golden.exactly() if contract.exact else golden.spread()
-    for result in contract.signature.results:
-        if not result.mutated and result.name not in (*spreads, scored):
-            for part, array in _parts(golden.results()[result.name]):
-                yield f"golden/{result.name}{part}", array
-    for key, spread in spreads.items():
+    codes = {part.key for part in coded(golden.inputs, spreads)}
+    floats = {key: spread for key, spread in spreads.items() if key not in codes}
+    for name, value in golden.results().items():
+        for part, array in _parts(value):
+            if name != scored and f"{name}{part}" not in floats:
+                yield f"golden/{name}{part}", array
+    for key, spread in floats.items():
         yield from _judged(golden, key, spread)
 
 
@@ -193,13 +199,16 @@ def _judged(golden: Golden, key: str, spread: Spread) -> Iterator[tuple[str, Arr
 
 def _parts(value: Any) -> Iterator[tuple[str, Array]]:
     """The arrays of an operand or result, with what follows its name."""
-    if isinstance(value, Weight):
-        yield "", narrow(value.native, value.spec.dtype)
-    elif isinstance(value, (Operand, dict)):
+    if isinstance(value, (Operand, dict)):
         parts = value.parts() if isinstance(value, Operand) else value
-        yield from ((f".{part}", np.asarray(array)) for part, array in parts.items())
+        yield from ((_suffix(part), np.asarray(array)) for part, array in parts.items())
     elif value is not None:
         yield "", value
+
+
+def _suffix(part: str) -> str:
+    """What follows the name of an operand: nothing where the part is all of a weight."""
+    return "" if part == "w" else f".{part}"
 
 
 def _plain(array: Array) -> Array:
@@ -265,10 +274,10 @@ def _operand(operand: OperandSpec, kept: Mapping[str, Array]) -> Any:
         return narrow(kept[given], dtype)
     kind = KINDS[operand.kind]
     spec = kind.spec_of(json.loads(str(kept[f"spec/{name}"]))) if kind.Spec else None
-    parts = {key.removeprefix(f"{given}."): array for key, array in kept.items() if key.startswith(f"{given}.")}
-    if given in kept:
-        parts = dict.fromkeys(kind.names(spec), kept[given])
-    if lacking := [part for part in kind.names(spec) if part not in parts]:
-        raise KeyError(given if kind is Weight else f"{given}.{lacking[0]}")
-    form = kind.form(spec) if kind.Spec else {}
-    return kind.of(spec, {part: narrow(array, form[part][1]) if part in form else array for part, array in parts.items()})
+    parts = {part: kept[f"{given}{_suffix(part)}"] for part in kind.names(spec)}
+    return kind.of(spec, _formed(kind, spec, parts) if kind.Spec else parts)
+
+
+def _formed(kind: type[Operand], spec: Any, parts: Mapping[str, Array]) -> dict[str, Array]:
+    """The parts in the dtypes that their kind gives them."""
+    return {part: narrow(parts[part], dtype) for part, (_, dtype) in kind.form(spec).items()}

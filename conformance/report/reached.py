@@ -79,9 +79,9 @@ def required(contract: Contract, level: str, model: str = MODEL) -> list[Case]:
 
 
 def is_required(case: Case) -> bool:
-    """Whether a case has the dims and dtype that GLM-5 needs."""
+    """Whether a case has the dims and dtype that GLM-5 needs; no chip needs to take a scheme."""
     contract, rows = case.contract, case.contract.rows
-    if case.fault:
+    if case.fault or case.schemes:
         return False
     facts = case.attributes | dict(case.dims)
     if any(facts.get(name, values[0]) != values[0] for name, values in contract.cases.items() if name != rows):

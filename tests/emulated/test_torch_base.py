@@ -5,7 +5,7 @@ import pytest
 
 import porthal
 from porthal.backends.torch.emulation import device
-from porthal.hal import Batch, PagesSpec, SelectionSpec, WeightSpec
+from porthal.hal import Batch, PagesSpec, QuantisedSpec, SelectionSpec, WeightSpec
 
 BATCH = Batch.build([1, 3, 0, 5, 2], [130, 70, 0, 5, 0], [[3, 1, 4], [0, 5], [], [2], []], 64)
 T = BATCH.T
@@ -30,6 +30,7 @@ FIRST = np.where(np.arange(4) < LENGTH[:, None], np.arange(4), -1).astype(np.int
 SELECTION = SelectionSpec(T, 4), {"indices": FIRST, "length": LENGTH}
 IDS = np.tile(np.array([[0, 3, -1]], np.int32), (T, 1))
 SOURCE = np.where(np.arange(3 * T) % 4 > 0, np.arange(3 * T), -1).astype(np.int32)
+CODES = QuantisedSpec((T, 7), "int8_token"), {"codes": rng.integers(-127, 128, (T, 7), np.int8), "scale": np.abs(x(T, 1))}
 u, cold, drafts = rng.random(T, np.float32), np.zeros(T, np.float32), np.zeros((T, 2), np.int32)
 CALLS = {
     "linear": ([x(T, 7), w("linear", "w", 5, 7)], {}),
@@ -61,6 +62,8 @@ CALLS = {
     "speculative_verify": ([x(T, 3, 9), drafts, x(T, 3), cold, IDS[:, 0], u], {}),
     "check_finite": ([x(T, 9), IDS[:, 0]], {}),
     "grouped_gemm": ([x(9, 7), w("grouped_gemm", "w", 3, 5, 7), np.array([4, 0, 2], np.int32)], {}),
+    "quantize": ([x(T, 7)], {"scheme": "int8_token"}),
+    "dequantize": ([CODES], {"out": "float32"}),
     "moe_experts": (
         [x(T, 8), w("moe_experts", "w13", 4, 12, 8), w("moe_experts", "w2", 4, 8, 6), IDS, x(T, 3)],
         {},

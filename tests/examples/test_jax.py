@@ -28,7 +28,8 @@ from porthal.hal import Backend, Operand, Unavailable, UsageError, contracts, di
 from porthal.model import load  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "jax"
-INHERITED = {"cast", "gather_logprob", "grouped_gemm", "log_softmax", "moe_permute", "moe_unpermute", "page_copy"}
+INHERITED = {"cast", "dequantize", "gather_logprob", "grouped_gemm", "log_softmax", "moe_permute", "moe_unpermute"}
+INHERITED |= {"page_copy", "quantize"}
 COMPOSED = {"index_prolog", "mla_output", "mla_prolog", "moe_layer", "mtp_input"}
 OWN = sorted(contracts().keys() - INHERITED - COMPOSED)
 PROMPT = list(b"def get(")  # as long as what `diff` reads, whose programs are compiled then
@@ -62,9 +63,13 @@ def binding() -> porthal.Binding:
     return porthal.bind("xla", overrides={}, fallback="error")
 
 
-def some(op: str) -> list[Case]:
-    """A part of bring-up: every sixteenth of the cases that are small and neither a view nor a mistake."""
-    return [c for c in cases(contracts()[op]) if elements(c) < 2**19 and not c.view and not c.fault][::16]
+def some(op: str, quantised: bool = False) -> list[Case]:
+    """A part of bring-up: every sixteenth of the cases that are small and neither a view nor a mistake.
+
+    Quantised are those under a scheme: no kernel of the chip takes one.
+    """
+    small = [c for c in cases(contracts()[op]) if elements(c) < 2**19 and not c.view and not c.fault]
+    return [c for c in small if bool(c.schemes) == quantised][::16]
 
 
 # -- its kernels ---------------------------------------------------------------------------------------------------------
@@ -86,6 +91,15 @@ def test_a_part_of_bring_up_passes(op: str, xla: Backend) -> None:
     assert [r.explain() for r in results if r.failed] == []
     found = Counter(r.status for r in results if r.tested)
     assert set(found) == {"own" if op in OWN else "inherited" if op in INHERITED else "composed"}
+
+
+@pytest.mark.parametrize("op", [op for op in contracts() if some(op, quantised=True)])
+def test_quantised_calls_pass_and_are_never_its_own(op: str, xla: Backend) -> None:
+    bindings = Bindings(xla)
+    results = [check(case, bindings) for case in some(op, quantised=True)]
+    assert [r.explain() for r in results if r.failed] == []
+    composed = op in COMPOSED or op in ("indexer_topk", "moe_experts")  # of these two its kernels replace a composition
+    assert {r.status for r in results if r.tested} == {"composed" if composed else "inherited"}
 
 
 def traced(binding: Any, case: Case) -> Any:
@@ -123,7 +137,7 @@ def test_numpy_between_arguments_and_results_would_be_seen(xla: Backend) -> None
 
 def test_its_traits_leave_out_a_few_of_the_cases(xla: Backend) -> None:
     """Those with views, for which it has no arrays."""
-    planned = [case for op in OWN for case in cases(contracts()[op], "standard")]
+    planned = [case for op in OWN for case in cases(contracts()[op], "standard") if not case.schemes]
     assert sum(bool(left_out(case, xla)) for case in planned) <= 0.12 * len(planned)
 
 

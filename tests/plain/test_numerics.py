@@ -35,7 +35,7 @@ from porthal.hal.numerics import (
 )
 
 SOURCES = Path(porthal.ops.__path__[0])
-SUBSCRIPTS = sorted({s for f in SOURCES.glob("*.py") for s in re.findall(r'dot\("([^"]+)"', f.read_text())})
+SUBSCRIPTS = sorted({s for f in SOURCES.glob("*.py") for s in re.findall(r'(?:dot|product)\("([^"]+)"', f.read_text())})
 DTYPES = {"x": "bfloat16", "y": "float16", "f": "float32"}
 
 

@@ -200,7 +200,7 @@ def test_every_provider_that_claims_a_case_is_tested() -> None:
 
 def test_three_providers_are_each_tested_once_where_they_take_a_case() -> None:
     report = run(type("Three", (FewRows, ManyRows, Third, Reference), {"name": "three"})(), ["linear"])
-    for token in {r.token for r in report.results if ",via=" not in r.token and ",fault=" not in r.token}:
+    for token in {r.token for r in report.results if not any(part in r.token for part in (",via=", ",fault=", "%"))}:
         rows = Case.from_token(token).dims[0][1]
         able = {p for p, takes in (("few.gemv", rows <= 8), ("many.gemm", rows >= 2), ("third.gemm", rows >= 2)) if takes}
         ran = [r.provider for r in report.results if Case.from_token(r.token).stream == token]

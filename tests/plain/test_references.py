@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, bind, contracts
+from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, bind, contracts, numpy_dtype
 from porthal.hal.operands import WeightSpec
 from tests.oracles.draws import settings, share_of_each, threshold
 
@@ -496,3 +496,22 @@ def test_drafts_leave_the_truncated_distribution_exactly_as_it_is(
         if not with_probabilities:  # every draft alone gives it
             assert first / q[: d + 1].sum() == pytest.approx(share_of_each(row, temperature, top_k, top_p), abs=1e-9)
     assert first == pytest.approx(share_of_each(row, temperature, top_k, top_p), abs=1e-9)
+
+
+@checks("quantize", "dequantize")
+def test_codes_are_the_nearest_ones_and_stand_for_their_multiples(rng: np.random.Generator) -> None:
+    """A scale for each row of int8, and one for each 128 columns of e4m3, of which the last block is short."""
+    reference = bind("reference", check=False)
+    x = rng.standard_normal((3, 130)).astype(np.float32)
+    q = reference.quantize(x, scheme="int8_token")
+    parts = reference.backend.to_logical(q)
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    np.testing.assert_array_equal(parts["scale"], scale)
+    np.testing.assert_array_equal(parts["codes"], np.rint(x / scale))
+    np.testing.assert_array_equal(reference.dequantize(q, out="float32"), parts["codes"] * scale)
+
+    groups = reference.backend.to_logical(reference.quantize(x, scheme="fp8_group"))
+    scales = [np.abs(x[:, part]).max(1) / np.float32(448) for part in (slice(0, 128), slice(128, 130))]
+    np.testing.assert_array_equal(groups["scale"], np.stack(scales, 1))
+    codes = groups["codes"].view(np.uint8).view(numpy_dtype("float8_e4m3fn")).astype(np.float32)
+    np.testing.assert_array_equal(codes[:, 128:], (x[:, 128:] / scales[1][:, None]).astype(numpy_dtype("float8_e4m3fn")))
