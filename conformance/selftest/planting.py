@@ -118,6 +118,7 @@ def plant(name: str, source: str, *edits: tuple[str, str]) -> Backend:
     native = source in compiled.SOURCES
     module = _compiled(f"planted {name}", _text(place) if native else changed)
     if source in ("ranking", "schemes"):  # which the backend imports
+        importlib.import_module(SOURCES["backend"][0])  # with all that it imports, which must not meet the edited module
         before = sys.modules[place]
         sys.modules[place] = module
         try:

@@ -16,6 +16,7 @@ PROVES = (
     "backends/reference",
     "backends/torch/backend.py",
     "backends/torch/ranking.py",
+    "backends/torch/schemes.py",
     "backends/cpu",
 )
 
