@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import types
 
+import pytest
+
+from porthal.backends.torch import collectives
 from porthal.backends.torch.interfaces.library import Library
 from porthal.hal import Backend, contracts
 
@@ -26,3 +30,20 @@ def missing(*modules: str) -> dict[str, str]:
     """What this installation lacks of the calls that kernels make, by function."""
     libraries = [Library.known[module] for module in modules]
     return {name: why for library in libraries for name in library.calls if (why := library.lacks(name))}
+
+
+def engine_asked_for(chip: Backend, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine of torch.distributed by which ranks on this chip would move tensors."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(engine: str, **_: object) -> None:
+        raise Asked(engine)
+
+    alone = types.SimpleNamespace(rank=0, size=1, gather=lambda what, message: [message])
+    monkeypatch.setattr(collectives, "joined", lambda timeout: alone)
+    monkeypatch.setattr(collectives.dist, "init_process_group", asked)
+    with pytest.raises(Asked) as found:
+        chip.communicator()
+    return str(found.value)

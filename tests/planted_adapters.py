@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,21 +33,26 @@ class Mistake(NamedTuple):
     dtype: str = "bfloat16"
 
 
+def remade(names: Sequence[str], edited: str, what: str, old: str, new: str) -> types.ModuleType:
+    """The last of these modules, all made anew of their sources, of which one is edited; nobody else sees them."""
+    files = {name: Path(str(importlib.import_module(name).__file__)) for name in names}  # before one is edited
+    with pytest.MonkeyPatch.context() as patch:
+        for name, file in files.items():
+            source = file.read_text(encoding="utf-8")
+            if name == edited:
+                assert source.count(old) == 1, f"{what}: its snippet must stand once in {name}: {old!r}"
+                source = source.replace(old, new)
+            made = types.ModuleType(name)
+            exec(compile(source, f"<{what}>", "exec", dont_inherit=True), vars(made))
+            patch.setitem(sys.modules, name, made)
+    return made
+
+
 def planted(vendor: str, mistake: Mistake) -> Backend:
-    """The vendor's backend made of sources of which one is edited; nobody else sees these modules."""
+    """The vendor's backend, with the mistake in it."""
     adapter = f"porthal.backends.{vendor}.backend"
     edited = adapter if mistake.where == "backend" else f"porthal.backends.torch.interfaces.{mistake.where}"
-    made: dict[str, types.ModuleType] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in (*SHARED, adapter):
-            source = Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8")
-            if name == edited:
-                assert source.count(mistake.old) == 1, f"{mistake.what}: its snippet must stand once in {name}: {mistake.old!r}"
-                source = source.replace(mistake.old, mistake.new)
-            made[name] = types.ModuleType(name)
-            exec(compile(source, f"<{mistake.what}>", "exec", dont_inherit=True), vars(made[name]))
-            patch.setitem(sys.modules, name, made[name])
-    [kind] = defined(made[adapter])
+    [kind] = defined(remade((*SHARED, adapter), edited, mistake.what, mistake.old, mistake.new))
     return kind()
 
 

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from porthal.backends import ascend
@@ -19,8 +17,8 @@ from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import STANDARD
 from porthal.conformance.selftest.run import first_failing
 from porthal.hal import Backend, contracts
+from tests.planted_adapters import remade
 
-HERE = Path(ascend.__file__).parent
 MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "backend"  # each imports from its left alone
 LARGE = 2**20  # elements of a case that is left out
 # Planned cases are smaller than what the fused prolog takes.
@@ -54,8 +52,8 @@ DEFECTS = [
     Defect("rows", "rope", "first elements before second ones", "[layout]).to(x.dtype)",
            "[layout]).to(x.dtype).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)"),
     Defect("rows", "rope", "the slice at the front", "x[..., start:end].float()", "x[..., :width].float()"),
-    Defect("plan", "rope", "rows counted for positions", "self.positions.float()[:",
-           "torch.arange(len(self.positions), device=half.device).float()[:"),
+    Defect("plan", "rope", "rows counted for positions", "angles(self.positions,",
+           "angles(torch.arange(len(self.positions), device=self.positions.device),"),
     Defect("rows", "kv_write", "padding goes to slot 0", "input=memory(pages, name), indices=batch.native.rows",
            "input=pages[name], indices=batch.native.slots[:, None].clamp(min=0)"),
     Defect("rows", "kv_write", "slots of the field in its memory", "indices=batch.native.rows",
@@ -132,23 +130,10 @@ DEFECTS = [
 
 def planted(defect: Defect) -> Backend:
     """The backend that the edited source makes, with the other modules made anew around it."""
-    package = ascend.__name__
-    kept = {name: sys.modules.pop(name) for name in [f"{package}.{m}" for m in MODULES] if name in sys.modules}
-    try:
-        for name in MODULES:
-            text = (HERE / f"{name}.py").read_text(encoding="utf-8")
-            if name == defect.module:
-                if (n := text.count(defect.old)) != 1:
-                    raise ValueError(f"{defect.name}: its snippet stands {n} times in {name}, expected once")
-                text = text.replace(defect.old, defect.new)
-            module = sys.modules[f"{package}.{name}"] = ModuleType(f"{package}.{name}")
-            exec(compile(text, f"<{defect.name}>", "exec", dont_inherit=True), vars(module))
-        made: Backend = module.Ascend()
-        return made
-    finally:
-        for name in MODULES:
-            del sys.modules[f"{package}.{name}"]
-        sys.modules.update(kept)
+    names = [f"{ascend.__name__}.{module}" for module in MODULES]
+    edited = f"{ascend.__name__}.{defect.module}"
+    made: Backend = remade(names, edited, defect.name, defect.old, defect.new).Ascend()
+    return made
 
 
 def chosen(defect: Defect) -> list[Case]:

@@ -1,21 +1,20 @@
 """Huawei Ascend through torch_npu: `ascend`, `ascend:1`. Ops without a kernel of its own run on the plain torch base."""
 
-import importlib.util
 import os
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from porthal.backends.torch.probing import DEVICES, beside_another
 from porthal.hal import Probe
 
 requires = ("torch", "torch_npu")
 rank = 100
 
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
-DEVICES, LIBRARIES = Path("/dev"), Path("/etc/ld.so.cache")  # device files of the driver; what the loader finds by itself
+LIBRARIES = Path("/etc/ld.so.cache")  # what the loader finds by itself
 RUNTIME = "libascendcl.so"
-OTHERS = "torch_musa", "torch_mlu"
 
 
 def probe() -> Probe:
@@ -27,8 +26,8 @@ def probe() -> Probe:
         return Probe("not here", f"there is no {DEVICES}/davinci0")
     if not any(c.isdigit() for c in os.environ.get(VISIBLE, "0")):
         return Probe("not here", f"{VISIBLE} is {os.environ[VISIBLE]!r}, which shows no device: unset it, or name some as 0,1")
-    if other := next((name for name in OTHERS if importlib.util.find_spec(name)), None):
-        return Probe("broken", f"{other} is installed as well, and PyTorch takes one vendor's device per process: remove one")
+    if wrong := beside_another("torch_npu"):
+        return wrong
     if not _has_runtime():
         return Probe("broken", f"the loader finds no {RUNTIME}: source set_env.sh of CANN's toolkit first")
     with suppress(PackageNotFoundError):

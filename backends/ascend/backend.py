@@ -16,26 +16,24 @@ from porthal.backends.ascend.experts import Experts
 from porthal.backends.ascend.plan import NpuPlan
 from porthal.backends.ascend.prolog import Prolog
 from porthal.backends.ascend.rows import Rows
-from porthal.backends.torch.backend import Plan, Torch
+from porthal.backends.torch.backend import Plan
+from porthal.backends.torch.vendor import Vendor
 from porthal.hal import Batch, CallSpec, Kernel, Pages, PagesSpec, Place, Unavailable
 
 EAGER = "written", "targets"  # of a plan: read by the base's cache write alone, which is never captured
 
 
-class Ascend(Rows, Prolog, Experts, Attention, Torch):
+class Ascend(Rows, Prolog, Experts, Attention, Vendor):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
-    engine = "hccl"  # of torch.distributed
+    kind, engine = "npu", "hccl"
 
     def __init__(self, device: str = "") -> None:
         count = torch.npu.device_count()
         if device and not (device.isdecimal() and int(device) < count):
             shown = f", which {VISIBLE}={os.environ[VISIBLE]} shows" if VISIBLE in os.environ else ""
             raise Unavailable(f"ascend has no device {device!r}: torch_npu sees {count}, numbered from 0{shown}")
-        super().__init__(f"npu:{device or 0}")
-
-    def __str__(self) -> str:
-        return f"{self.name}:{torch.device(self.device).index}"
+        super().__init__(device)
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {torch_npu.__version__}"
@@ -44,7 +42,7 @@ class Ascend(Rows, Prolog, Experts, Attention, Torch):
     def place(self) -> Place:
         if hasattr(ctypes.CDLL(None), "porthal_stub_runtime"):
             return "vendor package on a stub runtime"
-        return "emulated device" if "emulated" in torch.npu.get_device_name() else "hardware"
+        return super().place
 
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         for call in getattr(kernel.function, "calls", ()):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from porthal.backends.torch.backend import Plan
+from porthal.backends.torch.tables import angles
 from porthal.hal import Pages
 
 
@@ -41,8 +42,7 @@ class NpuPlan(Plan):
                 old.copy_(new)
 
     def _turn(self, theta: float, width: int, layout: str, dtype: torch.dtype) -> Turn:
-        half = torch.arange(0, width, 2, dtype=torch.float32, device=self.positions.device)
-        angle = self.positions.float()[:, None, None] * theta ** (-half / width)
+        angle = angles(self.positions, theta, width)[:, None]
         angle = angle.repeat_interleave(2, dim=-1) if layout == "interleaved" else angle.repeat(1, 1, 2)
         return Turn(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
 

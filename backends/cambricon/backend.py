@@ -59,7 +59,7 @@ HEADS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}  # of one 
 class Cambricon(Physical, Vendor):
     """An MLU. A cache lies as [pages, 1, size, width], of which the base's fields are views."""
 
-    kind, collectives = "mlu", "cncl"
+    kind, engine = "mlu", "cncl"
 
     # -- row by row --------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ class Cambricon(Physical, Vendor):
     @limits(provider="torch_mlu_ops.apply_rotary", T=at_least(1), width=at_most(256))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles, and on a copy, as it works in place. Sine first."""
-        angle = angles(batch, theta, width)
+        angle = angles(batch.native.positions, theta, width)
         pairs = layout == "interleaved"
         angle = angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2)
         place = torch.arange(batch.T, dtype=torch.int32, device=x.device)[None]

@@ -62,7 +62,7 @@ EMULATED = "emulated" in getattr(torch_xmlir, "__version__", "")
 class Kunlunxin(Joint, Vendor):
     """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
 
-    kind, collectives = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+    kind, engine = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
 
     def __init__(self, device: str = "") -> None:
         if EMULATED:  # a CPU build of PyTorch has no "cuda" to give
@@ -105,7 +105,7 @@ class Kunlunxin(Joint, Vendor):
     @limits(provider="kunlun_ops.rotary_embedding", T=at_least(1))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles. A copy is turned in place, and a key of zeros."""
-        angle = angles(batch, theta, width)
+        angle = angles(batch.native.positions, theta, width)
         part = x[..., start : start + width].to(torch.float32, copy=True).flatten(1).contiguous()
         OPS.rotary_embedding(
             positions=torch.arange(batch.T, device=x.device),

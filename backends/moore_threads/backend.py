@@ -33,7 +33,7 @@ EXPERTS = any_of(one_of(160, 256, 384), multiple_of(32, at_most=128))
 class MooreThreads(FlashMla, DeepGemm, Vendor):
     """An S5000. Products and the write to the cache are aten's."""
 
-    kind, collectives = "musa", "mccl"
+    kind, engine = "musa", "mccl"
 
     @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -53,7 +53,7 @@ class MooreThreads(FlashMla, DeepGemm, Vendor):
             part = part.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         y = PATCHED.rope(
             input=part,
-            freq_cis=angles(batch, theta, width).repeat(1, 2),
+            freq_cis=angles(batch.native.positions, theta, width).repeat(1, 2),
             rotary_interleaved=False,
             batch_first=False,
             multi_latent_attention=False,

@@ -71,9 +71,9 @@ class Onnxruntime(Reference):
         f = functions.function(contract.name, _variant(contract, operands, attrs))
         held = dict(self._leaves(contract, operands))
         results = contract.results(spec)
-        facts = {**spec.dims, **attrs}
-        words = {n: functions.CODES[results[0][2]] for n, value in facts.items() if isinstance(value, str)}
-        attributes = {name: {**facts, **words}[name] for name in f.attribute}
+        code = functions.CODES.get(results[0][2])  # for an attribute that is the name of a dtype
+        facts = {name: code if isinstance(value, str) else value for name, value in {**spec.dims, **attrs}.items()}
+        attributes = {name: facts[name] for name in f.attribute}
         outputs: dict[str, Any] = {}
         found = []
         for result, shape, of in results:

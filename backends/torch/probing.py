@@ -28,9 +28,15 @@ def probe_device(module: str, count: Callable[[], int], files: str, visible: str
     if not any(DEVICES.glob(files)):
         why = "the driver is not loaded, or the container was not given a device"
         return Probe("not here", f"there is no {DEVICES}/{files}: {why}")
-    if module in OUT_OF_TREE and (other := next((m for m in OUT_OF_TREE if m != module and importlib.util.find_spec(m)), None)):
-        return Probe("broken", f"{other} is installed as well, and PyTorch takes one vendor's device per process: remove one")
-    return Probe("available")
+    return (beside_another(module) if module in OUT_OF_TREE else None) or Probe("available")
+
+
+def beside_another(module: str) -> Probe | None:
+    """What is wrong where another vendor's device of PyTorch is installed beside this one's, or None."""
+    other = next((m for m in OUT_OF_TREE if m != module and importlib.util.find_spec(m)), None)
+    if other is None:
+        return None
+    return Probe("broken", f"{other} is installed as well, and PyTorch takes one vendor's device per process: remove one")
 
 
 def loaded(module: str) -> Any:

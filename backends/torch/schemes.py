@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.hal import ANY_SCHEME, Pages, Quantised, QuantisedSpec, Scheme, Weight, limits, scheme_of
+from porthal.hal.scheme import E2M1 as GRID
+from porthal.hal.scheme import TOP
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-TOP = {"int8": 127.0, "float8_e4m3fn": 448.0, "float4_e2m1fn": 6.0}
+E2M1 = tuple(GRID.tolist())
 
 
 class Coded(NamedTuple):

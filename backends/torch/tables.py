@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from porthal.hal import Batch
 
-
-def angles(batch: Batch, theta: float, width: int) -> Tensor:
+def angles(positions: Tensor, theta: float, width: int) -> Tensor:
     """float32 [T, width/2]."""
-    half = torch.arange(0, width, 2, dtype=torch.float32, device=batch.native.positions.device)
-    table: Tensor = batch.native.positions.float()[:, None] * theta ** (-half / width)
+    half = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
+    table: Tensor = positions.float()[:, None] * theta ** (-half / width)
     return table

@@ -13,10 +13,9 @@ from porthal.hal import CallSpec, Kernel, Place
 
 
 class Vendor(Torch):
-    """`kind` is the device's type in PyTorch, `collectives` the name by which torch.distributed knows its library."""
+    """`kind` is the device's type in PyTorch, `engine` the name by which torch.distributed knows its library."""
 
     kind: ClassVar[str]
-    collectives: ClassVar[str]
 
     def __init__(self, device: str = "") -> None:
         super().__init__(f"{self.kind}:{device or 0}")
@@ -38,5 +37,5 @@ class Vendor(Torch):
             "name": lambda: module.get_device_name(device),
             "properties": lambda: module.get_device_properties(device),
             "free and total bytes": lambda: module.mem_get_info(device),
-            "collectives": lambda: self.collectives,
+            "collectives": lambda: self.engine,
         }

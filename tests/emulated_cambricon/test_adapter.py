@@ -8,7 +8,7 @@ from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.interfaces.slots import Slots
 from porthal.hal import Batch, PagesSpec, Unavailable, create, probe
 from tests import demo
-from tests.adapters import missing, unlike_contracts
+from tests.adapters import engine_asked_for, missing, unlike_contracts
 
 OWN = {
     "add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "layer_norm", "moe_experts", "moe_route", "moe_unpermute",
@@ -75,3 +75,7 @@ def test_it_is_here_and_says_where_it_ran(chip):
     assert probe("cambricon").state == "available"
     assert (chip.place, chip.describe()) == ("emulated device", "emulated mlu")
     assert chip.device_facts()["collectives"]() == "cncl"
+
+
+def test_ranks_meet_by_the_vendors_own_engine(chip, monkeypatch):
+    assert engine_asked_for(chip, monkeypatch) == "cncl"

@@ -9,7 +9,7 @@ import torch
 from porthal.backends.torch.interfaces.library import Library
 from porthal.hal import CallSpec, Unavailable, contracts, create, probe
 from tests import demo
-from tests.adapters import missing, unlike_contracts
+from tests.adapters import engine_asked_for, missing, unlike_contracts
 
 OWN = {"grouped_gemm", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
@@ -65,3 +65,7 @@ def test_it_is_here_and_says_where_it_ran(chip):
     assert (chip.place, chip.describe()) == ("emulated device", "emulated musa")
     facts = chip.device_facts()
     assert (facts["count"](), facts["collectives"]()) == (torch.musa.device_count(), "mccl")
+
+
+def test_ranks_meet_by_the_vendors_own_engine(chip, monkeypatch):
+    assert engine_asked_for(chip, monkeypatch) == "mccl"

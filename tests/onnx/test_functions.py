@@ -17,8 +17,8 @@ from porthal.hal import contracts  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = sorted(path.stem for path in FOLDER.glob("*.txt"))
 HELPERS = {
-    "angles", "best_experts", "candidates", "copy_pages", "distributions", "sigmoid", "slice_of", "turn", "without_nan",
-    "write_rows",
+    "angles", "best_experts", "candidates", "copy_pages", "distributions", "sigmoid", "slice_of", "turn", "verified",
+    "without_nan", "write_rows",
 }  # fmt: skip
 
 

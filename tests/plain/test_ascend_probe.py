@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from porthal.backends import ascend
+from porthal.backends.torch import probing
 from porthal.hal import Probe
 
 
@@ -21,7 +22,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.delenv(ascend.VISIBLE, raising=False)
     versions = {"torch": "2.9.0+cpu", "torch_npu": "2.9.0.post2"}
     monkeypatch.setattr(ascend, "version", versions.__getitem__)
-    monkeypatch.setattr(ascend, "OTHERS", ())
+    monkeypatch.setattr(probing, "OUT_OF_TREE", ("torch_npu",))
     return tmp_path, versions
 
 
@@ -69,6 +70,6 @@ def test_another_torch(machine, monkeypatch):
 
 
 def test_two_vendors(machine, monkeypatch):
-    monkeypatch.setattr(ascend, "OTHERS", ("torch_musa", "json"))
+    monkeypatch.setattr(probing, "OUT_OF_TREE", ("torch_npu", "torch_musa", "json"))
     why = "json is installed as well, and PyTorch takes one vendor's device per process: remove one"
     assert ascend.probe() == Probe("broken", why)

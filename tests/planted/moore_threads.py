@@ -8,7 +8,7 @@ MISTAKES = (
     Mistake("rope", "pairs not put into halves", "if pairs:\n            part = ", "if False:\n            part = "),
     Mistake("rope", "the result left with even elements first", "if pairs:\n            y = ", "if False:\n            y = "),
     Mistake("rope", "angles in pairs", "width).repeat(1, 2)", "width).repeat_interleave(2, 1)"),
-    Mistake("rope", "angles of another theta", "angles(batch, theta, width)", "angles(batch, 1e4, width)"),
+    Mistake("rope", "angles of another theta", ".positions, theta, width)", ".positions, 1e4, width)"),
     Mistake("rope", "the flag for MLA set", "multi_latent_attention=False", "multi_latent_attention=True"),
     Mistake("moe_route", "weights not normalised", "scale * s / (s.sum(-1, keepdim=True) + 1e-20)", "scale * s", dtype=""),
     Mistake("moe_route", "the factor not applied", "return ids, scale * s", "return ids, s", dtype=""),

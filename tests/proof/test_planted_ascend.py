@@ -5,7 +5,15 @@ import sys
 
 from tests.proofs import ROOT
 
-PROVES = ("backends/ascend", "backends/torch", "conformance", "hal", "ops", "tests/planted_ascend.py")
+PROVES = (
+    "backends/ascend",
+    "backends/torch",
+    "conformance",
+    "hal",
+    "ops",
+    "tests/planted_ascend.py",
+    "tests/planted_adapters.py",
+)
 
 
 def test_every_planted_mistake_is_caught():
