@@ -38,6 +38,8 @@ def export(
             ops = bind(backend=graph, overrides=composed, fallback="error", check=False)
             model = Glm5(config, source, ops, dtype, block_size)
         os.replace(part, data)
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename or part}: {error.strerror}, give a writable folder") from None
     finally:
         part.unlink(missing_ok=True)
 

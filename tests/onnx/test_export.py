@@ -14,6 +14,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
 
 import porthal  # noqa: E402
+from porthal.backends.onnxruntime.graph import Graph  # noqa: E402
 from porthal.cli.app import app  # noqa: E402
 from porthal.hal import Batch, UsageError  # noqa: E402
 from porthal.model.export import export  # noqa: E402
@@ -110,10 +111,17 @@ def test_the_draft_is_that_of_the_model(exported):
     assert np.abs(logits[0] - wanted).max() < 1e-3 * np.abs(wanted).max()
 
 
-def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     config, source = opened(DEMO)
     with pytest.raises(UsageError, match="cannot be written: expected a file in a folder that exists"):
         export(config, source, tmp_path / "missing" / "model.onnx")
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="cannot write .*: No space left.*, give a writable"):
+        patch.setattr(Graph, "weights_in", full)
+        export(config, source, tmp_path / "model.onnx")
     read, count = source.read, 0
 
     def broken(*args):
