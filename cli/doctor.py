@@ -199,7 +199,9 @@ def private(content: str) -> str:
     package = Path(__file__).resolve().parents[1]
     for folder in {str(package), str(package.parent / "porthal"), sys.modules["porthal"].__path__[0]}:
         content = content.replace(f"{folder}/", "porthal/")
-    content = re.sub(r"(?<![\w.<>-])(?!/(?:dev|proc)/)(?:~|/[\w.+@%-]+)/[\w.+@%/-]+", "<path>", content)
-    for word in {getpass.getuser(), socket.gethostname()} - {"", "root"}:
-        content = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", "<name>", content)
+    content = re.sub(r"""(["'])(?:~|/(?!dev/|proc/)|\\\\)[^"'\n]*[/\\][^"'\n]*\1""", r"\1<path>\1", content)  # with blanks, too
+    content = re.sub(r"(?<![\w.<>-])(?!/(?:dev|proc)/)(?:~|/[\w.+@%-]+)/[\w.+@%/-]+|\\\\[\w.$-]+\\\S+", "<path>", content)
+    host = socket.gethostname()
+    for word in sorted({getpass.getuser(), host, host.partition(".")[0]} - {"", "root"}, key=len, reverse=True):
+        content = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", "<name>", content, flags=re.IGNORECASE)
     return content

@@ -17,10 +17,10 @@ def named(backend: str | None, emulated: bool) -> str:
     """The selected backend's name; one that can be emulated where that is asked for."""
     from porthal.hal import emulatable, selected
 
-    name = (backend or "").partition(":")[0]
-    if emulated and name not in emulatable():
-        raise UsageError(f"--emulated with --backend {name or 'not given'}: expected one of {', '.join(emulatable())}")
-    return backend or selected()[0]
+    name, rule = (backend, "--backend") if backend else selected()
+    if emulated and name.partition(":")[0] not in emulatable():
+        raise UsageError(f"--emulated with {name} ({rule}): expected one of {', '.join(emulatable())}, give --backend NAME")
+    return name
 
 
 def tested(backend: str | None, emulated: bool) -> str:

@@ -53,8 +53,10 @@ def lacking() -> str:
 def load(source: str, text: str, name: str) -> ModuleType:
     """The native module of one operator with `text` in the place of one source; UsageError where that does not compile.
 
-    `name` begins with the operator's, and a slash.
+    `name` begins with the operator's, and a slash. Other operators, of which it may be composed, are the real ones.
     """
+    from porthal.backends.cpu import _native  # type: ignore[attr-defined]  # C++
+
     built = library([name.partition("/")[0], "plan"], (), {source: text}, name)  # a batch is planned before any call
     # pybind11 keeps modules by their name, of which only the end must be that of the sources.
     spec = importlib.util.spec_from_file_location(f"{built.name}._native", built)
@@ -62,6 +64,7 @@ def load(source: str, text: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.set_num_threads(THREADS)
+    module.__getattr__ = lambda name: getattr(_native, name)  # type: ignore[method-assign]
     return module
 
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch
     config, source = opened(DEMO)
     with pytest.raises(UsageError, match="cannot be written: expected a file in a folder that exists"):
         export(config, source, tmp_path / "missing" / "model.onnx")
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match="cannot write .*: No space left.*, give a writable"):
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"cannot write .*: No space left.*, give a writable"):
         patch.setattr(Graph, "weights_in", full)
         export(config, source, tmp_path / "model.onnx")
     read, count = source.read, 0

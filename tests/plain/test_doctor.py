@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,11 @@ def test_paths_are_told_from_the_package_on_and_names_not_at_all():
     assert "secret" not in told and "key" not in told
     assert "/dev/mtgpu.0" in told
     assert private("a/b, 4/5 passed, and/or") == "a/b, 4/5 passed, and/or"
+    assert private('File "/home/my project/run.py", line 2, "porthal/x.py"') == 'File "<path>", line 2, "porthal/x.py"'
+    assert private(r"on \\server\share\x") == "on <path>"
+
+
+def test_short_names_of_machines_are_names_and_case_does_not_matter(monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "joe.smith")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node17.lab.acme.com")
+    assert private("node17.lab.acme.com, node17 and JOE.SMITH; node171") == "<name>, <name> and <name>; node171"
