@@ -102,6 +102,11 @@ class Step(NamedTuple):
     lacks: list[str]  # ops of calls that it has not measured
     ratio: Ratio | None  # over the calls that it and its reference have measured
 
+    @property
+    def noisy(self) -> bool:
+        """Whether much of its time is of noisy calls."""
+        return sum(row.calls * row.time.median for row in self.rows if row.noisy) > FAINT * self.time.median
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -199,7 +204,11 @@ class Comparison:
         if wrong := [f"{side.label}: {n}" for side in self.sides if (n := sum(r.impossible for r in side.calls.values()))]:
             what = f"faster than {OVER:.0%} of what the machine's limit permits, and compared with nothing"
             found.append(f"impossible, {what}: {', '.join(wrong)} of {len(self.calls)} calls")
-        if len(self.files) > 1:
+        runs: dict[str, list[str]] = {}
+        for letter, file in zip(LETTERS, self.files):
+            runs.setdefault(file.receipt, []).append(letter)
+        found += [f"{' and '.join(same)} are the same run" for same in runs.values() if same[1:]]
+        if len(runs) > 1:
             found.append("the files are of different runs: an interval knows how a time varies within one")
         rows = [(side, row) for side in self.sides for row in side.calls.values()]
         others = {(side.label, row.kernel, row.op): None for side, row in rows if row.kernel != "own"}

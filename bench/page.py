@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from porthal.bench.run import COLD
 from porthal.bench.speeds import Key, Speed
 from porthal.bench.text import rate_text, time_text, times_text
 from porthal.conformance.report.axis import Axis
@@ -44,12 +45,13 @@ class Bar(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where something stands on a chart, in percent from its left upper corner; its colour, and its words."""
+    """Where something stands on a chart, in percent from its left upper corner; its colour, its words, whether it is a ring."""
 
     x: float
     y: float
     colour: int
     words: str
+    ring: bool = False
 
 
 class Slope(NamedTuple):
@@ -93,7 +95,7 @@ class Cell(NamedTuple):
 def speeds_page(comparison: Comparison) -> str:
     """Files beside each other, or the backends of one, as one page without external resources or scripts."""
     sides, colours = comparison.sides, _colours(comparison)
-    lines = list(_lines(comparison))
+    lines, rooflines = list(_lines(comparison)), list(_rooflines(comparison, colours))
     whole = [comparison.files[side.file].whole.get(side.backend, []) for side in sides]
     ratios = [ratio for line in lines for ratio in line.ratios.values()]
     legend = [(op, colour) for op, colour in colours.items() if colour < COLOURS - 1 or len(colours) <= COLOURS]
@@ -109,7 +111,8 @@ def speeds_page(comparison: Comparison) -> str:
         whole={n: steps for n, steps in enumerate(whole) if steps},
         longest=max((step.seconds for steps in whole for step in steps), default=0),
         contexts=list(_contexts(comparison)),
-        rooflines=list(_rooflines(comparison, colours)),
+        rooflines=rooflines,
+        limits=[what for what in ("peak", *MEMORIES) if any(s.what == what for chart in rooflines for s in chart.roof)],
         lines=lines,
         ratios=Axis.ratios(min(r.low for r in ratios), max(r.high for r in ratios), "{:g}x".format) if ratios else None,
         tables=_tables(comparison),
@@ -180,7 +183,7 @@ def _rooflines(comparison: Comparison, colours: Mapping[str, int]) -> Iterator[C
         y = Axis.decades(min(map(_rate, mine)), max([*map(_rate, mine), *peaks]), rate_text)
         for side, known in zip(comparison.sides, limits):
             points = [
-                Point(x(_intensity(row)), 100 - y(_rate(row)), colours[row.op], _words(row))
+                Point(x(_intensity(row)), 100 - y(_rate(row)), colours[row.op], _words(row), row.cache != COLD)
                 for row in side.calls.values()
                 if row.flops and row.dtype == dtype
             ]
@@ -213,8 +216,9 @@ def _roof(x: Axis, y: Axis, peak: float | None, memories: Mapping[str, float]) -
         begin, end = max(left, low / speed), min(right, top / speed)
         if begin < end:
             yield Slope(name, x(begin), 100 - y(begin * speed), x(end), 100 - y(end * speed))
-    if peak:
-        yield Slope("peak", x(max(left, peak / max(memories.values(), default=peak / left))), 100 - y(peak), 100, 100 - y(peak))
+    begin = max(left, top / max(memories.values(), default=top / left))
+    if peak and begin < right:
+        yield Slope("peak", x(begin), 100 - y(peak), 100, 100 - y(peak))
 
 
 def _lines(comparison: Comparison) -> Iterator[Line]:

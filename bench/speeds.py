@@ -13,7 +13,7 @@ from porthal.bench.measured import SCHEMA
 from porthal.bench.roofline import ARITHMETIC, WIDE
 from porthal.bench.statistics import NOISY, OVER
 from porthal.bench.text import rate_text, time_text
-from porthal.conformance.report.files import read
+from porthal.conformance.report.files import read, why
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin
 from porthal.conformance.report.report import Report
 from porthal.hal import UsageError
@@ -188,7 +188,7 @@ class Speeds:
             raise UsageError(f"a benchmark file of schema {_said(ours.get('schema'))}, expected {SCHEMA}: measure again")
         try:
             made = cls(
-                tuple(map(Speed.read, data["benchmarks"])),
+                tuple(_read(n, row) for n, row in enumerate(data["benchmarks"])),
                 tuple(Missing(*(m[name] for name in Missing._fields)) for m in ours["unmeasured"]),
                 ours["limits"],
                 ours["backends"],
@@ -202,7 +202,7 @@ class Speeds:
             )
             made._verify()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UsageError(f"a damaged benchmark file ({type(error).__name__}: {error}): measure again") from None
+            raise UsageError(f"a damaged benchmark file: {why(error)}; measure again") from None
         if not made.rows:
             raise UsageError("a benchmark file in which nothing was measured")
         check_receipt(data)
@@ -306,6 +306,13 @@ def told(backend: Mapping[str, Any]) -> dict[str, str]:
         parts = {f"{name} of {part}" if name == "digest" != part else part: v for part, v in inner.items()}
         found.update({plain(part): plain(v) for part, v in parts.items() if part != "place" and v not in ("", None)})
     return found
+
+
+def _read(n: int, row: Any) -> Speed:
+    try:
+        return Speed.read(row)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"a damaged benchmark file: in row {n} of benchmarks {why(error)}; measure again") from None
 
 
 def _check_objects(*parts: object) -> None:

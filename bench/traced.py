@@ -29,7 +29,8 @@ def read(file: str) -> Traced:
     """The calls in a file; UsageError for a file that cannot be read, or holds something else."""
     path = Path(file)
     if not path.is_file():
-        raise UsageError(f"unknown workload {file!r}: expected glm5, demo, or a file of porthal trace --json")
+        others = "a file of porthal trace --json, or a data set of FlashInfer-Bench"
+        raise UsageError(f"unknown workload {file!r}: expected glm5, half, demo, {others}")
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -60,10 +60,9 @@ def verify(
         raise UsageError(f"all {noisy} rows that were drawn were too noisy here: try again when the machine is quiet")
     facts = [run.sides[name].facts for name in names]
     differences = [line for name in names for line in elsewhere(told(_said(file, name)), told(here[name]))]
-    differences += [f"too noisy here to say anything: {noisy} of {len(chosen)} drawn rows"] if noisy else []
     sources = {name: digest for each in facts for name, digest in each.sources.items()}
     where = ", ".join(f"{name} ({each.place})" for name, each in zip(names, facts))
-    return Verification(tuple(checked), len(rows), where, facts[0].device, sources, tuple(dict.fromkeys(differences)))
+    return Verification(tuple(checked), len(rows), where, facts[0].device, sources, tuple(dict.fromkeys(differences)), noisy)
 
 
 def _case(token: str, bounds: Bounds) -> Case:

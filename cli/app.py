@@ -249,7 +249,7 @@ def conform(
     """Prove that a backend computes what is specified. Exit code 1 when a case failed, 2 when none ran on an own kernel."""
     from porthal.cli.scaffold import next_step
     from porthal.conformance import run
-    from porthal.conformance.report.reached import members
+    from porthal.conformance.report.reached import members, shared
     from porthal.conformance.runner.workers import Bounds
     from porthal.hal import create
 
@@ -257,6 +257,7 @@ def conform(
         raise UsageError("--self-test is a command now: run porthal self-test")
     journal = resume or (json and json.with_name(f"{json.name}.journal"))
     text.check_writable(json=json, html=html, junit=junit, resume=journal)
+    asked = members(profile) if profile else op
     if profile and op:
         raise UsageError(f"--profile {profile} with --op {op[0]}: give only one of the two")
     name, known = tested(backend, emulated), among(peers)
@@ -268,7 +269,7 @@ def conform(
     with stoppable(advice), text.progress() as advance:
         report = run(
             name,
-            ops=members(profile) if profile else op or None,
+            ops=asked or None,
             level=level.value,
             dtypes=[d.value for d in dtype] if dtype else None,
             progress=lambda done, of, result, left: advance(done, of, result.op, left),
@@ -281,8 +282,8 @@ def conform(
             peers=known,
             **({"model": str(model)} if model else {}),
         )
-    if profile:
-        report = replace(report, profile=profile)
+    if asked:
+        report = replace(report, profile=profile or shared(asked))
     text.drawn(report.table())
     if json:
         text.save(json, report.json())

@@ -35,5 +35,10 @@ def read(file: Path, make: Callable[[dict[str, Any]], Made]) -> Made:
         raise UsageError(f"{file} is {error}") from None
 
 
+def why(error: Exception) -> str:
+    """What is wrong with an object that could not be read."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
 def _refused(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")

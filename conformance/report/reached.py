@@ -63,6 +63,11 @@ def members(profile: str) -> list[str]:
     return list(dict.fromkeys(op for call in called(profile) for op in (call, *parts_of(call))))
 
 
+def shared(ops: Sequence[str]) -> str:
+    """The first profile that all of these belong to, else inference."""
+    return next((name for name in profiles() if set(ops) <= set(members(name))), "inference")
+
+
 @cache
 def parts_of(op: str) -> tuple[str, ...]:
     """What a composite is composed of, itself first."""

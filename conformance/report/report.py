@@ -24,7 +24,7 @@ from porthal.conformance.cases.profiles import MODEL
 from porthal.conformance.judgement.measures import FEW
 from porthal.conformance.level import SUITE
 from porthal.conformance.report.facts import Facts
-from porthal.conformance.report.files import parsed
+from porthal.conformance.report.files import parsed, why
 from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin, receipt
@@ -191,6 +191,15 @@ class Report:
         return [f"{n} unclaimed for their data: {op} takes {what}" for (op, what), n in said.items()]
 
     @property
+    def unclaimed(self) -> list[str]:
+        """Calls that no kernel takes, for another reason than their data: of each op how many, the first and why."""
+        found: dict[str, list[Result]] = {}
+        for r in self.results:
+            if r.verdict == "UNCLAIMED" and NOT_TAKEN not in r.message:
+                found.setdefault(r.op, []).append(r)
+        return [f"{len(rs)} of {op} unclaimed, {rs[0].token} for one: {rs[0].message}" for op, rs in found.items()]
+
+    @property
     def exit_code(self) -> int:
         """0 all good, 1 something failed, 2 nothing of the chip's own was tested."""
         if self.failures:
@@ -287,7 +296,7 @@ class Report:
                 if type(value) is not (dict if kind is Mapping else kind):
                     raise TypeError(f"{name} is {value!r}")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UsageError(f"a damaged report ({type(error).__name__}: {error}): write it again") from None
+            raise UsageError(f"a damaged report ({why(error)}): write it again") from None
         check_receipt(data)
         return report
 
@@ -321,7 +330,7 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.unread, *self.untaken, *self.not_run]
+        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.unread, *self.untaken, *self.unclaimed, *self.not_run]
         lines += [f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 

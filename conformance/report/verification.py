@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from porthal.conformance.report.receipt import Reproduced, origin
+from porthal.conformance.report.receipt import Reproduced, origin, seal
 from porthal.hal import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """The rows that were drawn of so many, where, and what is not the same here as where the report was made."""
+    """The rows that were drawn of so many, where, and what is not the same here as where the report was made; `noisy` more were
+    drawn, and said nothing."""
 
     checked: tuple[Checked, ...]
     of: int
@@ -39,12 +40,13 @@ class Verification:
     device: str
     sources: Mapping[str, str]
     differences: tuple[str, ...]
+    noisy: int = 0
 
     @property
     def reproduced(self) -> Reproduced:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         held = sum(row.holds for row in self.checked)
-        return Reproduced(len(self.checked), held, now, self.device, dict(self.sources))
+        return Reproduced(len(self.checked), held, self.noisy, now, self.device, dict(self.sources))
 
     @property
     def exit_code(self) -> int:
@@ -54,7 +56,8 @@ class Verification:
     def marked(self, report: Mapping[str, Any]) -> str:
         """The report's JSON object with the mark of this, as text."""
         ours = report.get("porthal", report)
-        mark = {"reproduced": asdict(self.reproduced)}
+        made = asdict(self.reproduced)
+        mark = {"reproduced": {**made, "seal": seal(report, made)}}
         return json.dumps({**report, "porthal": {**ours, **mark}} if ours is not report else {**report, **mark}, indent=1)
 
     def table(self) -> Group:
@@ -62,7 +65,7 @@ class Verification:
         from rich.console import Group
         from rich.text import Text
 
-        lines = [f"{self.where}: {len(self.checked)} of {self.of} rows, drawn at random", *self.differences]
+        lines = [f"{self.where}: {len(self.checked) + self.noisy} of {self.of} rows, drawn at random", *self.differences]
         for row in self.checked:
             if not row.holds:
                 lines += [f"does not hold: {row.row}", f"  said: {row.said}", f"  here: {row.found}", f"  {row.command}"]

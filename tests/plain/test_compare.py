@@ -143,9 +143,9 @@ def test_the_command_compares_files_and_writes_a_page(capsys, tmp_path, fine, ro
         ("[" * 100_000, "{} is not a report: its JSON is nested too deep"),
         (HEAD + "NaN}", "{} is not JSON: NaN is no number of JSON"),
         ('{"schema": 1, "results": []}', "{} is a report of schema 1, expected " + str(SCHEMA)),
-        (HEAD + '[{"token": "add"}]}', "{} is a damaged report (KeyError: 'foreign'): write it again"),
-        (HEAD + '[{"foreign": [], "few": []}]}', "{} is a damaged report (TypeError: "),
-        (HEAD + "[]}", "{} is a damaged report (ValueError: it has no results): write it again"),
+        (HEAD + '[{"token": "add"}]}', "{} is a damaged report ('foreign' is missing): write it again"),
+        (HEAD + '[{"foreign": [], "few": []}]}', "{} is a damaged report ("),
+        (HEAD + "[]}", "{} is a damaged report (it has no results): write it again"),
         (b"\xff\xfe", "cannot read {}: it is not text"),
     ],
 )
@@ -194,12 +194,12 @@ def test_reports_of_one_kind_alone_are_compared(capsys, tmp_path, fine):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"worst": "0.5"}, "TypeError: worst of result 2 is '0.5', expected a number"),
-        ({"z": True}, "TypeError: z of result 2 is True, expected a number"),
-        ({"token": 7}, "TypeError: token of result 2 is 7, expected text"),
-        ({"foreign": [7]}, "TypeError: foreign of result 2 is (7,), expected a list of text"),
-        ({"verdict": "OK"}, "ValueError: verdict of result 2 is 'OK', expected one of PASS, FAIL_VALUE, "),
-        ({"status": "mine"}, "ValueError: status of result 2 is 'mine', expected one of own, inherited, "),
+        ({"worst": "0.5"}, "worst of result 2 is '0.5', expected a number"),
+        ({"z": True}, "z of result 2 is True, expected a number"),
+        ({"token": 7}, "token of result 2 is 7, expected text"),
+        ({"foreign": [7]}, "foreign of result 2 is (7,), expected a list of text"),
+        ({"verdict": "OK"}, "verdict of result 2 is 'OK', expected one of PASS, FAIL_VALUE, "),
+        ({"status": "mine"}, "status of result 2 is 'mine', expected one of own, inherited, "),
         ({"worst": 0}, ""),
     ],
 )

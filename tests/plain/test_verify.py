@@ -97,9 +97,18 @@ def test_what_cannot_be_verified_is_refused_in_one_sentence(verify, report, comm
 )
 def test_a_damaged_mark_is_refused(report, mark):
     data = json.loads(report.json())
-    whole = {"rows": 1, "held": 1, "date": "today", "device": "here", "sources": {}}
+    whole = {"rows": 1, "held": 1, "noisy": 2, "date": "today", "device": "here", "sources": {}, "seal": ""}
     data["reproduced"] = whole
-    assert Report.from_json(json.dumps(sealed(data))).origin == "reproduced: 1 of 1 drawn rows held, today, here"
+    said = "reproduced: 1 of 3 drawn rows held, 2 were too noisy there to say, today, here"
+    assert Report.from_json(json.dumps(sealed(data))).origin == said
     data["reproduced"] = whole | mark if isinstance(mark, dict) and mark else mark
     with pytest.raises(UsageError, match=r"^a damaged report \("):
         Report.from_json(json.dumps(sealed(data)))
+
+
+def test_a_mark_that_verify_did_not_make_of_this_report_is_refused(verify, report):
+    _, file = verify(report, "--share", "20%")
+    data = json.loads(file.read_text())
+    data["reproduced"]["rows"] = data["reproduced"]["held"] = 6000
+    with pytest.raises(UsageError, match=r"^a report whose mark was not made for it as it is, as its seal shows"):
+        Report.from_json(json.dumps(data))
