@@ -157,9 +157,14 @@ def _quantised(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch
 
 
 def _parts(case: Case, operand: str, shape: tuple[int, ...], name: str, sizes: Mapping[str, Any]) -> dict[str, Array]:
-    """The codes and scales of numbers of the operand's value generator."""
+    """The codes and scales of numbers of the operand's value generator. Where a matrix has a scale for all of it, this one is
+    two that were joined, as gate and up are: each half of the rows has its own."""
     draw = _draw(case, operand, shape, "float32", {**sizes, "scheme": name})
-    return scheme_of(name).quantised(np.asarray(RECIPES[case.recipe(operand)](draw), np.float64))
+    scheme, x = scheme_of(name), np.asarray(RECIPES[case.recipe(operand)](draw), np.float64)
+    if "whole" not in scheme.form(shape):
+        return scheme.quantised(x)
+    halves = [scheme.quantised(half) for half in np.split(x, [shape[-2] // 2], -2) if half.size or not x.size]
+    return {part: np.concatenate([half[part] for half in halves], -1 if part == "whole" else -2) for part in halves[0]}
 
 
 def _repeated(value: Any) -> Any:

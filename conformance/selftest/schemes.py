@@ -54,6 +54,7 @@ EDITS = (
     ("scale-in-float16", "scale", plain, "    return codes.half().float()\n", ("linear", "dequantize")),
     ("scale-to-a-power-of-two", "scale", plain, "    return codes.float() if codes.dtype != torch.float32 else torch.ldexp(torch.ones_like(codes), torch.frexp(codes).exponent - 1)\n", READERS),
     ("second-scale-ignored", "scale", whole, "scale = scale * 1\n", ("linear", "grouped_gemm")),
+    ("second-scale-of-the-first-row", "scale", whole, "scale = scale * self.whole[..., :1, None]\n", ("linear", "grouped_gemm")),
     ("second-scale-divides", "scale", whole, "scale = scale / self.whole[..., None]\n", ("linear", "head_linear")),
     ("divided-by-the-scale", "scale", number, number.replace(") * _spread", ") / _spread"), ("linear", "sparse_mla", "dequantize")),
     ("numbers-in-bfloat16", "rounding", number, f"return ({number[7:-1]}).bfloat16().float()\n", ("linear", "grouped_gemm", "indexer_scores")),

@@ -97,6 +97,66 @@ def test_either_code_at_a_boundary_where_the_scale_is_no_power_of_two():
     assert wrong == ("codes", (0, 1), "says 11 for 10.5, expected 10")
 
 
+def test_a_judge_of_codes_knows_no_more_slack_than_float32():
+    scheme, scale = scheme_of("int8_token"), np.float32(0.1)
+    x = np.array([[127 * float(scale), 10.502 * float(scale)]])
+    parts = {"codes": np.array([[127, 10]], np.int8), "scale": np.array([[scale]])}
+    assert scheme.misfit(x, parts, np.zeros(x.shape)) == ("codes", (0, 1), "says 10 for 10.502, expected 11")
+    off = {"codes": np.array([[127, 11]], np.int8), "scale": np.array([[scale * np.float32(1 + 1e-5)]])}
+    assert scheme.misfit(x, off, np.zeros(x.shape))[0] == "scale"
+
+
+def test_scales_of_half_precision_are_off_by_half_a_step_at_most():
+    scheme, x = scheme_of("int8_half_keys"), np.full((1, 8), 2.0**-10)
+    parts = scheme.quantised(x)
+    assert scheme.misfit(x, parts, np.zeros(x.shape)) is None
+    parts["scale"] = parts["scale"] + np.float16(2.0**-22)
+    assert scheme.misfit(x, parts, np.zeros(x.shape))[0] == "scale"
+
+
+@pytest.mark.parametrize("name", ["int8_token", "fp8_group", "int8_half_keys"])
+def test_zeros_have_any_scale_that_is_a_number(name):
+    scheme, x = scheme_of(name), np.zeros((1, 128))
+    parts = scheme.quantised(x)
+    for scale, good in ((0, True), (3, True), (np.nan, False), (np.inf, False)):
+        parts["scale"] = np.full_like(parts["scale"], scale)
+        assert (scheme.misfit(x, parts, x) is None) is good, scale
+
+
+def test_codes_of_small_numbers_are_judged():
+    scheme, x = scheme_of("fp8_group"), drawn(4, 256) * 1e-4
+    parts = scheme.quantised(x)
+    assert scheme.misfit(x, parts, np.zeros(x.shape)) is None
+    parts["codes"][2, 7] ^= 16
+    assert scheme.misfit(x, parts, np.zeros(x.shape))[:2] == ("codes", (2, 7))
+
+
+def test_a_chip_that_flushes_reads_small_scales_as_zero():
+    held = Scaled(scheme_of("int8_token"), {"codes": np.ones((2, 3), np.int8), "scale": np.array([[2.0**-130], [0.5]], "f4")})
+    assert held.flushed(2.0**-126).numbers.tolist() == [[0] * 3, [0.5] * 3]
+    assert held.flushed(2.0**-140) is held
+
+
+def test_the_table_of_schemes():
+    """codes, block, scale, and in which scheme a product takes its other operand."""
+    assert {s.name: (s.codes, s.block, s.scale, s.other) for s in SCHEMES.values()} == {
+        "int8_channel": ("int8", (1, 0), "float32", "int8_token"),
+        "fp8_block": ("float8_e4m3fn", (128, 128), "float32", "fp8_group"),
+        "int4_g128": ("int4", (1, 128), "float32", ""),
+        "int4_g32": ("int4", (1, 32), "float32", ""),
+        "mxfp4": ("float4_e2m1fn", (1, 32), "float8_e8m0fnu", ""),
+        "nvfp4": ("float4_e2m1fn", (1, 16), "float8_e4m3fn", ""),
+        "int8_token": ("int8", (1, 0), "float32", ""),
+        "fp8_group": ("float8_e4m3fn", (1, 128), "float32", ""),
+        "int8_keys": ("int8", (1, 0), "float32", "int8_token"),
+        "int8_half_keys": ("int8", (1, 0), "float16", "int8_token"),
+        "fp8_keys": ("float8_e4m3fn", (1, 0), "float32", "fp8_group"),
+        "int8_latents": ("int8", (1, 0), "float32", ""),
+        "int8_tile_latents": ("int8", (1, 128), "float32", ""),
+        "fp8_latents": ("float8_e4m3fn", (1, 128), "float32", ""),
+    }
+
+
 def test_what_is_written_is_quantised_and_what_is_copied_is_not():
     held = Scaled.of(scheme_of("fp8_latents"), drawn(4, 256)).copy()
     held[np.array([1])] = held[np.array([2])]
