@@ -30,7 +30,7 @@ SOURCES = tuple(sorted(path.name for path in HERE.glob("*.[ch]pp")))  # those th
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden")
 # The loops are compiled for the instruction set that the real ones use, under the one name that is there on any CPU.
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-ISA = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
+ISA = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16"}
 ISA["amx"] = ISA["avx512bf16"]  # tiles need Linux's permission, for which such a module does not ask
 THREADS = 2  # of an edited module, however many this machine has: some mistakes need a second one
 
@@ -84,13 +84,14 @@ def library(
 
 def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
     """Whether a source has loops, or, compiled without an instruction set, something else."""
-    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit != "panel.cpp"
+    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit not in ("coded.cpp", "panel.cpp")
 
 
 def _needed(texts: dict[str, str], op: str) -> list[str]:
     """The sources that the module of one operator is linked of: its own, and those whose headers they include."""
     found: list[str] = []
-    own = [unit for unit, text in texts.items() if unit.endswith(".cpp") and f"PORTHAL_OP({op}," in text]
+    names = [f"PORTHAL_OP({name}," for name in (op, f"{op}_codes")]  # the latter under a scheme
+    own = [unit for unit, text in texts.items() if unit.endswith(".cpp") and any(name in text for name in names)]
     left = ["module.cpp", "limits.cpp", "meeting.cpp", "panel.cpp", *own]
     while left:
         unit = left.pop()
