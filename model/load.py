@@ -41,19 +41,21 @@ def load(
     dtype: str = "float32",
     block_size: int = 64,
     layout: Layout | None = None,
+    caches: Sequence[str] = (),
 ) -> Glm5:
     """The model in a directory, on a binding (default: what the current policy selects for this model's calls).
 
     A binding that was made without a profile is made again, by its own policy, for the calls of this model in this dtype.
-    dtype is that of activations, weights and caches; block_size is the tokens in a cache page. UsageError for a directory
-    that does not hold such a model; NotClaimed where an op is missing that greedy text needs: others fail when they are used.
+    dtype is that of activations, weights and caches; block_size is the tokens in a cache page; `caches` names the schemes of
+    caches that hold codes, see `Config.cached`. UsageError for a directory that does not hold such a model; NotClaimed where
+    an op is missing that greedy text needs: others fail when they are used.
     With a `layout` this is one rank's part, and every rank makes the same calls of the model; of experts only its own are read.
     """
     if dtype not in FLOATS:
         raise UsageError(f"dtype is {dtype!r}: expected one of {', '.join(FLOATS)}")
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
-    config, source = opened(path)
+    config, source = opened(path, caches)
     fitted, kept = fit(config, source, binding or bind(), dtype, block_size, layout=layout.recorded() if layout else None)
     if layout:
         facts = {"backend": fitted.backend.name, "dtype": dtype, "layout": layout.kind, "checkpoint": source.digest()}
@@ -85,23 +87,23 @@ def fit(
     return fitted, kept
 
 
-def codes(path: str | Path, binding: Binding, dtype: str) -> Mapping[str, str]:
+def codes(path: str | Path, binding: Binding, dtype: str, caches: Sequence[str] = ()) -> Mapping[str, str]:
     """The tensors in a directory whose codes stay as they are on this binding, each with its scheme; none where no tensors are
     there to be looked at, or where the binding lacks an op."""
     try:
-        config, source = opened(path)
+        config, source = opened(path, caches)
         return fit(config, source, binding, dtype)[1]
     except (UsageError, NotClaimed):
         return {}
 
 
-def opened(path: str | Path) -> tuple[Config, Checkpoint]:
+def opened(path: str | Path, caches: Sequence[str] = ()) -> tuple[Config, Checkpoint]:
     """A directory's config and tensors, each of which a model reads or is known to do without, which is said.
 
     Judged by the headers, before anything large is read. UsageError names a tensor that is missing, not as expected, not
     used, or other than the one that is used in its place.
     """
-    config = Config.read(path)
+    config = Config.read(path).cached(caches)
     described(path)
     source = Checkpoint(path, config.fp8_block)
     recorded(lambda ops: Glm5(config, source, ops))  # asks for every tensor that a model reads
@@ -120,7 +122,7 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
     for name in source.unasked():
         why = next((why for prefix, why in skipped.items() if name.startswith(prefix)), "")
         if not why and name.endswith(CACHES):
-            why = "caches hold numbers as they are"
+            why = "no cache takes its scales from a checkpoint"
         if not why and name in copies:
             if not source.equal(name, copies[name], (config.vocab_size, config.hidden_size)):
                 raise UsageError(f"{path}: {name!r} differs from {copies[name]!r}, which porthal uses in its place")
