@@ -345,20 +345,21 @@ class Lockstep(Backend):
 
     def _plain(self, pages: Pages) -> bool:
         """Whether the fields can be read and written slot by slot."""
-        return all(tuple(pages[name].shape) == (pages.spec.slots, width) for name, width in pages.spec.fields)
+        form = Pages.form(pages.spec)
+        return all(name in pages.native and tuple(pages[name].shape) == shape for name, (shape, _) in form.items())
 
     def _rows(self, pages: Pages, rows: slice) -> dict[str, Array]:
         """Some slots of a cache of the backend, in logical form."""
         if not self._plain(pages):
             return {name: whole[rows] for name, whole in self.theirs.to_logical(pages).items()}
-        fields = [name for name, _ in pages.spec.fields]
-        return {name: narrow(self.theirs.to_numpy(pages[name][rows]), pages.spec.dtype) for name in fields}
+        form = Pages.form(pages.spec)
+        return {name: _held(self.theirs.to_numpy(pages[name][rows]), kind) for name, (_, kind) in form.items()}
 
     def _kept(self, call: Call, inputs: Inputs, before: Pages, each: list[Pages]) -> Pages:
         """The cache after a write; its local lane gets the reference's rows where they differ."""
         spec, ours, local = before.spec, each[REFERENCE], each[LOCAL]
         for rows in _written(inputs, before):
-            wanted = {name: narrow(ours[name][rows], spec.dtype) for name, _ in spec.fields}
+            wanted = {name: _held(ours[name][rows], kind) for name, (_, kind) in Pages.form(spec).items()}
             found = self._rows(local, rows)
             if not any(_differs(part, found[name]) for name, part in wanted.items()):
                 continue
@@ -412,6 +413,11 @@ def _logical(binding: Binding, value: Any) -> Any:
     if isinstance(value, Operand):
         return value.of(value.spec, {part: array.copy() for part, array in found.items()})
     return found.copy()
+
+
+def _held(array: Array, kind: str) -> Array:
+    """A part of a cache as a logical form holds it."""
+    return array if dtype(array) == kind else narrow(array, kind)
 
 
 def _read(inputs: Inputs, operands: Named) -> dict[str, Pages]:
