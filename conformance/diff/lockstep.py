@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
+from porthal.conformance.diff.suspects import suspect
 from porthal.conformance.execution.outcome import Outcome, bits, by_kernel, named, raised
 from porthal.conformance.execution.placing import read
 from porthal.conformance.judgement.call import judge
@@ -271,10 +272,24 @@ class Lockstep(Backend):
             if isinstance(value, Weight) and value.native.fault:
                 call.blame(f"its weight {name} was prepared wrongly: {value.native.fault}", inputs, returned)
         if judgement.verdict != "PASS":
-            call.blame(judgement.message, inputs, returned)
+            call.blame(judgement.message + self._suspect(inputs, operands), inputs, returned)
         if judgement.verdict == "FAIL_SHAPE":
             raise Halt
         return local
+
+    def _suspect(self, inputs: Inputs, operands: Named) -> str:
+        """Whose scales or codes are at fault, in words, where a call under schemes is the first that is."""
+        contract, attrs = inputs.contract, dict(inputs.attrs)
+
+        def right(changed: Mapping[str, Any]) -> bool:
+            given = [
+                _of(operands[name], LOCAL) if value is inputs.operands[name] else value.place(self.theirs)
+                for name, value in changed.items()
+            ]
+            out = named(self.theirs, contract, getattr(self.theirs, contract.name)(*given, **attrs))
+            return self._judge(observed(contract, changed, attrs), out)[0].verdict == "PASS"
+
+        return "" if self.at_fault else suspect(inputs.operands, right)
 
     def _judge(self, inputs: Inputs, out: Named, changed: tuple[str, ...] = ()) -> tuple[Judgement, Named]:
         """The verdict on a lane's results given its inputs, and the results in logical form."""
