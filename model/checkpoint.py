@@ -210,7 +210,7 @@ class Checkpoint:
         one = matrix.at(0) if shape[2:] else matrix
         found = quantised.scheme(one, (shape[-2], shape[-1]), self.block)
         if not shape[2:]:
-            self._kept[matrix.name] = quantised.kept(one, found)
+            self._kept[matrix.name] = quantised.kept(one, found, (shape[0], shape[1]))
         return str(found)
 
     def _matrix(self, name: str) -> _Matrix:

@@ -32,6 +32,7 @@ from porthal.model.tokens import ids_array
 
 DEMO = Path(__file__).parent / "demo"
 CACHES = (".k_scale", ".v_scale", ".kv_cache_scale", ".kv_cache_offset")  # what packers state for quantised caches
+TURNED = ".kv_b_proj.weight"  # each head's part is cut and turned before it is used
 
 
 def load(
@@ -73,18 +74,39 @@ def fit(
     layout: Layout | None = None,
 ) -> tuple[Binding, Mapping[str, str]]:
     """The binding for a model's calls, and the tensors whose codes it takes as they are, each with its scheme; which, and why
-    not, is said. Ranks of a layout, which cut matrices, keep none."""
+    not, is said. One scheme after another is tried. Ranks of a layout, which cut matrices, keep none."""
     least = needed(config, drafts, layout)
-    fitted = binding.fitted(profile(config, dtype, block_size, layout), least)
-    kept, why = {} if layout else source.kept(), ""
-    if kept and binding.profile is None:
-        made, why = fitted.also(profile(config, dtype, block_size, kept=tuple(kept.items())), least)
-        fitted, kept = made or fitted, kept if made else {}
-    found = Counter((how, kept.get(name, "")) for name, how in source.schemes.items() if how)
-    for (how, name), count in found.items():
-        done = f"kept as {name}" if name else "read as plain numbers"
-        note(f"{source.directory}: matrices {done}: {count}, of {how}{why and f', since {why}'}")
+    plain = fitted = binding.fitted(profile(config, dtype, block_size, layout), least)
+    whole = {name: scheme for name, scheme in source.kept().items() if not name.endswith(TURNED)}
+    kept: dict[str, str] = {}
+    why: dict[str, str] = {}
+    for scheme in dict.fromkeys(whole.values()):
+        more = {name: each for name, each in whole.items() if each == scheme or name in kept}
+        calls = profile(config, dtype, block_size, kept=tuple(more.items()))
+        made, why[scheme] = (None, "ranks cut matrices") if layout else _also(binding, plain, calls, least)
+        fitted, kept = (made, more) if made else (fitted, kept)
+    found: Counter[tuple[str, str]] = Counter()
+    for name, how in source.schemes.items():
+        if name in kept:
+            found[f"kept as {kept[name]}", how] += 1
+        elif how:
+            other = "they are turned before they are used" if name in source.kept() else "no call takes such codes and scales"
+            found["read as plain numbers", f"{how}, since {why[whole[name]] if name in whole else other}"] += 1
+    for (done, what), count in found.items():
+        note(f"{source.directory}: matrices {done}: {count}, of {what}")
     return fitted, kept
+
+
+def _also(
+    binding: Binding, plain: Binding, calls: Mapping[str, Sequence[CallSpec]], least: Callers
+) -> tuple[Binding | None, str]:
+    """A binding that makes these calls, too; or None, and why there is none."""
+    if binding.profile is None:
+        return plain.also(calls, least)
+    try:
+        return binding.fitted(calls, least), ""
+    except NotClaimed as error:
+        return None, str(error)
 
 
 def codes(path: str | Path, binding: Binding, dtype: str, caches: Sequence[str] = ()) -> Mapping[str, str]:
