@@ -282,14 +282,14 @@ class Config:
 
     def cached(self, schemes: Sequence[str]) -> Config:
         """The same model with caches under these schemes, at most one for each cache; UsageError for others."""
-        found = {"latents": [s for s in schemes if s in LATENTS], "keys": [s for s in schemes if s in INDEX_KEYS]}
         for name in schemes:
             if name not in (*LATENTS, *INDEX_KEYS):
                 raise UsageError(f"a cache's scheme is {name!r}: expected one of {', '.join((*INDEX_KEYS, *LATENTS))}")
-        for cache, given in found.items():
+        latents, keys = ([name for name in schemes if name in of] for of in (LATENTS, INDEX_KEYS))
+        for cache, given in (("latents", latents), ("keys", keys)):
             if given[1:]:
                 raise UsageError(f"the cache of {cache} has the schemes {' and '.join(given)}: expected one of them")
-        return replace(self, **{cache: given[0] for cache, given in found.items() if given})
+        return replace(self, latents=(*latents, self.latents)[0], keys=(*keys, self.keys)[0])
 
     def shallow(self) -> Config:
         """The same model with one layer of each kind: it makes every call that all of them make."""

@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.plan import among, large
 from porthal.conformance.cases.plan import cases as planned
 from porthal.conformance.cases.profiles import MODEL, profile_of
@@ -146,11 +147,12 @@ class Demo:
 
 
 def _coded(model: str, schemes: Sequence[str]) -> Iterator[Case]:
-    """What is planned of a model's ops under these schemes."""
+    """What is planned of a model's ops under these schemes, in whatever dtype."""
     for op, _ in profile_of(model).calls:
-        for case in planned(contracts()[op], BRING_UP.name, [DTYPE]):
+        dtypes = ((first_float(contracts()[op]), DTYPE),)
+        for case in planned(contracts()[op], BRING_UP.name):
             if case.schemes and {name for _, name in case.schemes} <= set(schemes):
-                yield case
+                yield replace(case, dtypes=dtypes)
 
 
 def _calls(model: str) -> Iterator[Case]:

@@ -30,8 +30,9 @@ def _plainer(value: Any) -> Iterator[tuple[str, Any]]:
     scheme, parts = scheme_of(str(value.scheme)), value.parts()
     field = value.spec.fields[0][0] if isinstance(value, Pages) else ""
     codes, scales = (field, [field + SCALE]) if field else ("codes", [n for n in parts if n != "codes"])
-    yield "scales", value.of(value.spec, parts | {name: _ones(scheme, name, parts[name]) for name in scales})
-    yield "codes", value.of(value.spec, parts | {codes: np.full_like(parts[codes], ONE[scheme.codes])})
+    made: Any = type(value)
+    yield "scales", made.of(value.spec, parts | {name: _ones(scheme, name, parts[name]) for name in scales})
+    yield "codes", made.of(value.spec, parts | {codes: np.full_like(parts[codes], ONE[scheme.codes])})
 
 
 def _ones(scheme: Scheme, name: str, scale: Any) -> Any:

@@ -415,3 +415,18 @@ def test_a_binding_for_plain_weights_keeps_none(checkpoints: dict[str, Path], tm
     plain = bind("reference", profile=profile(Config.read(directory)))
     assert load(directory, plain).blocks[1].mlp.w13.spec.scheme == "none"
     assert "read as plain numbers: 96, of int8" in caplog.text and "is bound for other calls than" in caplog.text
+
+
+def test_what_is_left_out_is_told_by_the_tensors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Shared experts and attention are plain beside experts of few bits, whatever the config says of them."""
+
+    def routed(tensors: dict[str, Any], stem: str, w: Any) -> None:
+        (int8 if ".experts." in stem else plain8)(tensors, stem, w)
+
+    expected = text(load(rewritten(checkpoints["glm5"], tmp_path / "plain", plain8), bind("reference")))
+    for ignored in ([], ["lm_head", "*mlp.experts*"], ["model.layers.1.mlp.shared_experts.*"]):
+        config = {"quantization_config": COMPRESSED["quantization_config"] | {"ignore": ignored}}
+        made = load(rewritten(checkpoints["glm5"], tmp_path / f"{len(ignored)}{ignored[:1]}", routed, **config), bind("reference"))
+        mlp = made.blocks[1].mlp
+        assert [w.spec.scheme for w in (mlp.w13, mlp.w2, mlp.shared13, mlp.shared2)] == ["int8_channel"] * 2 + ["none"] * 2
+        assert text(made) == expected
