@@ -129,10 +129,11 @@ def apart(inputs: Inputs) -> Inputs:
 
 
 def _moved(pages: Pages, source: Any, target: Any, n_blocks: int) -> Pages:
-    """Pages with each of `source` at its place in `target`; what is left holds NaN, as nothing may read it."""
+    """Pages with each of `source` at its place in `target`; what is left holds NaN, or codes of it, as nothing may read it."""
     size, native = pages.spec.block_size, {}
     for name, array in pages.native.items():
-        blocks = np.full((n_blocks, size, array.shape[1]), np.nan, array.dtype)
+        nothing = 127 if array.dtype.kind in "iu" else np.nan
+        blocks = np.full((n_blocks, size, array.shape[1]), nothing, array.dtype)
         blocks[target] = array.reshape(-1, size, array.shape[1])[source]
         native[name] = blocks.reshape(-1, array.shape[1])
     return Pages(replace(pages.spec, n_blocks=n_blocks), native)

@@ -21,6 +21,7 @@ from porthal.hal import CallSpec, UsageError, contracts
 from porthal.hal.calls import distinct
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import itemsize
+from porthal.hal.scheme import NONE
 
 FEW = 4  # distinct rows of a call that is one of copies, and
 AMONG_EXPERTS = 64  # where rows choose experts, so that as many are chosen as by rows that all differ
@@ -86,11 +87,12 @@ class Sized:
             absent=(*optional, *fields),
             batch=spelled(self.found) if takes else "",
             block_size=int(_size(spec, "block_size", BLOCK_SIZE)) if takes or paged else 0,
+            schemes=tuple((o, name) for o, name in spec.schemes.items() if name != NONE),
         )
         others = {o: t for o, t in spec.dtypes.items() if made.dtype(o) != t}
         made = replace(made, dtypes=(*made.dtypes, *others.items()))
         few = min(max(self.rows, 2), AMONG_EXPERTS) if EXPERTS in self.dims else self.few
-        return replace(made, distinct=few) if copyable(c) else made
+        return replace(made, distinct=few) if copyable(c) and not made.schemes else made
 
     @property
     def bytes(self) -> float:

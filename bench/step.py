@@ -25,12 +25,14 @@ DEVIATION = 0.02  # of random weights: transformers' initializer_range
 
 @dataclass(frozen=True)
 class Whole:
-    """A step that is timed as a whole: of a model with these requests and drafts; without a config, of the demo checkpoint."""
+    """A step that is timed as a whole: of a model with these requests and drafts; without a config, of the demo checkpoint,
+    with caches of these schemes."""
 
     group: str
     requests: tuple[Request, ...]
     drafts: int = 0
     config: Config | None = None
+    caches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Random:
 def whole_step(backend: Backend, whole: Whole, dtype: str, clock: Callable[[], float]) -> StepTime:
     """Steps of a model from one place; what is wrapped around its ops, or around a captured graph of them, is not counted."""
     ops, drafts = Clocked(clock), whole.drafts
-    config, source = (whole.config, Random()) if whole.config else opened(DEMO)
+    config, source = (whole.config, Random()) if whole.config else opened(DEMO, whole.caches)
     requests = [(r.q, r.kv) for r in whole.requests]
     captured = backend.captures and not drafts and all(q == 1 for q, _ in requests)
     wrap = [] if captured else [ops]

@@ -71,7 +71,8 @@ def _spec(call: Mapping[str, Any]) -> CallSpec:
     kinds = {o.kind for o in contract.signature.operands}
     paged = {"block_size": BLOCK_SIZE} if kinds & {"Batch", "Pages"} else {}
     dtypes = {name: facts["dtype"] for name, facts in call["operands"].items() if facts["dtype"]}
-    return CallSpec({k: v for k, v in env.items() if k not in attrs} | paged, dtypes, attrs, {})
+    schemes = {name: facts["scheme"] for name, facts in call["operands"].items() if "scheme" in facts}
+    return CallSpec({k: v for k, v in env.items() if k not in attrs} | paged, dtypes, attrs, schemes)
 
 
 def _sizes(contract: Contract, name: str, facts: Mapping[str, Any]) -> list[tuple[str, int]]:

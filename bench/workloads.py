@@ -19,6 +19,7 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, spelled
 from porthal.conformance.cases.profiles import MODEL, profile_of
 from porthal.hal import FLOATS, CallSpec, UsageError, contracts, note
+from porthal.hal.scheme import NONE
 from porthal.model.config import Config
 from porthal.model.load import DEMO, stepped
 
@@ -90,24 +91,27 @@ class Workload:
         return replace(self, rows=(*(row for row in self.rows if row.case.op in ops), *lone), whole=None, part=True)
 
 
-def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:
+def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds, caches: Sequence[str] = ()) -> Workload:
     """The workload of this name: a published model's decode steps, those of one of half a billion parameters, the demo
     checkpoint's, or what a file of `porthal trace --json` lists, or a data set of FlashInfer-Bench. `kinds` chooses steps,
-    `dtype` "" is the model's own."""
+    `dtype` "" is the model's own, `caches` are the schemes of a model's caches."""
     from porthal.bench import flashinfer
     from porthal.bench.traced import read
 
     if name == "glm5":
-        return of_model(name, Config.read(profile_home()), kinds, dtype or "bfloat16", bounds)
+        return of_model(name, Config.read(profile_home()).cached(caches), kinds, dtype or "bfloat16", bounds)
     if name == "demo":
-        config = Config.read(DEMO)
-        whole = Whole("decode, 1 request at half of the context", (Request(1, config.max_position_embeddings // 2),))
+        config = Config.read(DEMO).cached(caches)
+        half = (Request(1, config.max_position_embeddings // 2),)
+        whole = Whole("decode, 1 request at half of the context", half, caches=tuple(caches))
         return replace(of_model(name, config, kinds, dtype or "float32", bounds), whole=whole)
     if name == "half":
-        config = replace(Config.read(profile_home()), **HALF)
+        config = replace(Config.read(profile_home()), **HALF).cached(caches)
         made = [step for kind in kinds for step in half_steps(kind)]
         whole = Whole(made[-1].group, made[-1].requests, made[-1].drafts, config)
         return replace(of_steps(name, config, made, dtype or "bfloat16", bounds), whole=whole)
+    if caches:
+        raise UsageError(f"--cache-scheme {caches[0]} is for the steps of a model: expected --workload glm5, half or demo")
     if Path(name).is_dir() or name.endswith(".jsonl"):
         listed, left = flashinfer.read(Path(name))
         for sentence in left:
@@ -141,7 +145,8 @@ def of_steps(name: str, config: Config, made: Sequence[Step], dtype: str, bounds
         rows += _rows(step.kind, step.group, calls, step.requests, bounds)
     composition = {step.group: spelled(step.requests) for step in made}
     sizes = {f.name: v for f in fields(config) if type(v := getattr(config, f.name)) in (int, float)}
-    facts = {"config": sizes, "dtype": dtype, "composition": composition}
+    schemes = [s for s in (config.keys, config.latents) if s != NONE]
+    facts = {"config": sizes, "dtype": dtype, "composition": composition, **({"caches": schemes} if schemes else {})}
     return Workload(name, dtype, tuple(rows), facts)
 
 

@@ -23,6 +23,7 @@ from porthal.cli.options import (
     WORKERS,
     BackendOption,
     Base,
+    CacheOption,
     Dtype,
     DtypeOption,
     EmulatedFlag,
@@ -117,6 +118,7 @@ def generate(
     backend: BackendOption = None,
     emulated: EmulatedFlag = False,
     layout: LayoutOption = None,
+    cache_scheme: CacheOption = None,
     json: JsonFlag = False,
 ) -> int:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
@@ -130,7 +132,7 @@ def generate(
     from porthal.model.tokens import tokenizer
 
     directory = model or DEMO
-    config = _config(directory)
+    config = _config(directory, cache_scheme)
     words = tokenizer(directory, config.vocab_size)
     heat = temperature if sample or temperature is not None else 0.0
     if heat is None and not config.sampling.temperature:
@@ -139,7 +141,7 @@ def generate(
     ids, failed = words.encode(prompt), ""
     chosen = create(named(backend, emulated), emulated)
     with running(chosen), ranked(chosen, layout) as part:
-        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part)
+        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part, caches=cache_scheme or ())
         others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, seed=seed))
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json or others)
         start = time.perf_counter()
@@ -178,6 +180,7 @@ def trace(
     context: Annotated[int | None, typer.Option(metavar="N", help="positions at its end; default: as --rows")] = None,
     dtype: DtypeOption = Dtype.float32,
     expand: Annotated[bool, typer.Option("--expand", help="composites as the ops they are made of")] = False,
+    cache_scheme: CacheOption = None,
     json: JsonFlag = False,
     flashinfer: Annotated[
         Path | None, typer.Option("--flashinfer", metavar="DIR", help="write what FlashInfer-Bench has definitions for there")
@@ -187,7 +190,7 @@ def trace(
     from porthal.hal.calls import distinct
     from porthal.model.load import trace as calls_of
 
-    config = _config(model)
+    config = _config(model, cache_scheme)
     ends = rows if context is None else context
     if not 1 <= rows <= ends <= config.max_position_embeddings:
         raise UsageError(
@@ -389,6 +392,7 @@ def diff(
     prompt: Annotated[str, typer.Option("--text", metavar="TEXT", help="what is read; default: a piece of code")] = "",
     tokens: Annotated[int, typer.Option(metavar="N", help="how many of its tokens, at most")] = 64,
     decode: Annotated[int, typer.Option(metavar="N", help="steps of one token after them")] = 4,
+    cache_scheme: CacheOption = None,
     emulated: EmulatedFlag = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the report as JSON")] = None,
     save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="write the call at fault, to replay")] = None,
@@ -404,7 +408,7 @@ def diff(
     from porthal.model.tokens import check_count, tokenizer
 
     text.check_writable(json=json)
-    directory, config = model or DEMO, _config(model)
+    directory, config = model or DEMO, _config(model, cache_scheme)
     ids = tokenizer(directory, config.vocab_size).encode(prompt or TEXT)[: check_count("--tokens", tokens, 1)]
     steps = check_count("--decode", decode, 0)
     if len(ids) + steps > config.max_position_embeddings:
@@ -413,8 +417,9 @@ def diff(
         )
     made = create(named(backend, emulated), emulated)
     with running(made):
-        found = lockstep(bind(backend=made), ids, directory, dtype.value, steps)
-        captured = replays(bind(backend=made), ids, directory, dtype.value, steps) if made.captures and steps else None
+        given = ids, directory, dtype.value, steps, cache_scheme or ()
+        found = lockstep(bind(backend=made), *given)
+        captured = replays(bind(backend=made), *given) if made.captures and steps else None
     text.drawn(found.table())
     if json:
         text.save(json, found.json())
@@ -440,8 +445,8 @@ def new_backend(
     print(f"{made}: a backend with 0 ops of its own\n\npip install -e {made}\nporthal conform --backend {name}")
 
 
-def _config(model: Path | None) -> Any:
+def _config(model: Path | None, caches: list[str] | None = None) -> Any:
     from porthal.model.config import Config
     from porthal.model.load import DEMO
 
-    return Config.read(model or DEMO)
+    return Config.read(model or DEMO).cached(caches or ())

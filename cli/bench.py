@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from porthal.cli import text
-from porthal.cli.options import Dtype, PeersOption, dtype_of
+from porthal.cli.options import CacheOption, Dtype, PeersOption, dtype_of
 from porthal.cli.selecting import among
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -33,6 +33,7 @@ def bench(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", parser=dtype_of, metavar="DTYPE", help="default: bfloat16, of demo float32")
     ] = None,
+    cache_scheme: CacheOption = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="cost of a token against its context, sparse and dense, as Markdown")
     ] = False,
@@ -69,10 +70,13 @@ def bench(
     if json:
         check_format()
     bounds = Bounds(memory=memory * GIB)
-    if curve and (op or step or workload != "glm5"):
-        raise UsageError("--curve has calls of its own: give it without --op, --step and --workload")
+    if curve and (op or step or cache_scheme or workload != "glm5"):
+        raise UsageError("--curve has calls of its own: give it without --op, --step, --workload and --cache-scheme")
     kind = dtype.value if dtype else ""
-    calls = curves.curve(kind or "bfloat16", bounds) if curve else named(workload, step or ["decode"], kind, bounds)
+    if curve:
+        calls = curves.curve(kind or "bfloat16", bounds)
+    else:
+        calls = named(workload, step or ["decode"], kind, bounds, cache_scheme or ())
     if op:
         calls = calls.only(op, bounds)
     if not calls.rows:

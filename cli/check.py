@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from porthal.cli import text
 from porthal.cli.options import (
     WORKERS,
     BackendOption,
+    CacheOption,
     EmulatedFlag,
     MemoryOption,
     SizesOption,
@@ -22,9 +27,13 @@ def check(
     workers: WorkersOption = WORKERS,
     timeout: TimeoutOption = 60,
     memory: MemoryOption = 3,
+    scheme: Annotated[
+        str, typer.Option("--scheme", metavar="NAME", help="the demo checkpoint in this format, see porthal quantize")
+    ] = "",
+    cache_scheme: CacheOption = None,
 ) -> int:
     """Does this port lie? A minute's look in bfloat16: a model's calls in its own sizes, and the demo checkpoint's bits per
-    byte, multi-byte text and accepted drafts against the reference's.
+    byte, multi-byte text and accepted drafts against the reference's; under schemes of few bits if asked.
 
     Exit code 1 when something does not hold, 2 when no kernel of the chip's own was called. `conform` is the proof.
     """
@@ -35,6 +44,7 @@ def check(
 
     with stoppable(), text.progress() as advance:
         name = tested(backend, emulated)
-        found = run(name, str(model or MODEL), emulated, Bounds(workers, timeout, memory), advance)
+        bounds = Bounds(workers, timeout, memory)
+        found = run(name, str(model or MODEL), emulated, bounds, advance, scheme, cache_scheme or ())
     text.drawn(found.table())
     return found.exit_code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from porthal.cli import text
-from porthal.cli.options import BackendOption, Dtype, DtypeOption, EmulatedFlag, JsonFlag, ModelOption
+from porthal.cli.options import BackendOption, CacheOption, Dtype, DtypeOption, EmulatedFlag, JsonFlag, ModelOption
 from porthal.cli.selecting import named
 from porthal.cli.text import print
 
@@ -13,6 +13,7 @@ def explain(
     backend: BackendOption = None,
     dtype: DtypeOption = Dtype.float32,
     emulated: EmulatedFlag = False,
+    cache_scheme: CacheOption = None,
     json: JsonFlag = False,
 ) -> int:
     """Per op: whose kernel a model runs on, and why. Exit code 1 when greedy text needs an op that is missing."""
@@ -21,11 +22,12 @@ def explain(
     from porthal.model.load import DEMO, codes, profile
     from porthal.model.load import needed as called_by
 
-    config = Config.read(model or DEMO) if model or (DEMO / "config.json").is_file() else None
+    caches = cache_scheme or ()
+    config = Config.read(model or DEMO).cached(caches) if model or (DEMO / "config.json").is_file() else None
     made = create(named(backend, emulated), emulated)
     with running(made):
         bare = bind(backend=made)
-        kept = codes(model, bare, dtype.value) if model else {}
+        kept = codes(model, bare, dtype.value, caches) if model else {}
         needed = profile(config, dtype.value, kept=tuple(kept.items())) if config else {}
         choices = dict(bare.choices)
         for op, specs in needed.items():  # one at a time: what is missing becomes a row, not an error

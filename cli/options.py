@@ -68,6 +68,10 @@ DTYPES = "[float32|bfloat16|float16]"
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", parser=dtype_of, metavar=DTYPES, help="of activations, weights and caches")
 ]
+CacheOption = Annotated[
+    list[str] | None,
+    typer.Option("--cache-scheme", metavar="NAME", help="of few bits, as fp8_keys, int8_latents; one for each cache"),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 PeersOption = Annotated[

@@ -236,12 +236,13 @@ class Backend:
 
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
         """Pull a weight's slices (`read(i)` or `read(slice)` along the first axis) and pack it. A slice may be a view of the
-        checkpoint's file: copy what is kept. Under a scheme it is {part: array}, and of a matrix all of it: blocks span rows.
+        checkpoint's file: copy what is kept. Under a scheme it is {part: array}, and of a matrix all of it: blocks span rows;
+        arrays that own their memory are the backend's to keep.
 
         `into` is a weight of this spec whose memory takes the new values; use what is returned from then on.
         """
         if spec.quantised:
-            parts = {name: self.from_numpy(np.array(part, order="C")) for name, part in read(slice(None)).items()}
+            parts = {name: self.from_numpy(np.require(part, requirements="COW")) for name, part in read(slice(None)).items()}
             if into is not None:
                 parts = {name: self.write(into.native[name], part) for name, part in parts.items()}
             return Weight(spec, parts)

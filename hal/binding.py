@@ -21,6 +21,7 @@ from porthal.hal.contract import CallSpec, Contract, collectives, contracts, ope
 from porthal.hal.dtypes import dtype
 from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
+from porthal.hal.scheme import NONE
 from porthal.hal.services import Services
 from porthal.hal.together import together
 
@@ -103,7 +104,8 @@ class Binding(Services):
         for op, specs in profile.items():
             known = [replace(spec, dims={}) for spec in self.profile.get(op, ())]
             if lacking := [spec for spec in specs if replace(spec, dims={}) not in known]:
-                facts = ", ".join(f"{name} {value}" for name, value in {**lacking[0].dtypes, **lacking[0].attrs}.items())
+                parts = lacking[0].dtypes, {n: s for n, s in lacking[0].schemes.items() if s != NONE}, lacking[0].attrs
+                facts = ", ".join(f"{name} {value}" for part in parts for name, value in part.items())
                 advice = "bind it without a profile, or with that of this model in this dtype"
                 raise NotClaimed(f"{self.backend} is bound for other calls than {op} with {facts}: {advice}")
         return self

@@ -21,10 +21,11 @@ class LayerCache:
     @classmethod
     def alloc(cls, ops: Binding, config: Config, full: bool, dtype: str, n_blocks: int, block_size: int) -> LayerCache:
         latents = (("c", config.kv_lora_rank), ("kp", config.qk_rope_head_dim))
-        kv = ops.alloc_pages(PagesSpec(latents, dtype, n_blocks, block_size))
+        kv = ops.alloc_pages(PagesSpec(latents, dtype, n_blocks, block_size, config.latents))
         if not full:
             return cls(kv, None)
-        return cls(kv, ops.alloc_pages(PagesSpec((("k", config.index_head_dim),), dtype, n_blocks, block_size)))
+        keys = PagesSpec((("k", config.index_head_dim),), dtype, n_blocks, block_size, config.keys)
+        return cls(kv, ops.alloc_pages(keys))
 
 
 class Indexer:

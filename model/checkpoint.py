@@ -210,7 +210,7 @@ class Checkpoint:
         one = matrix.at(0) if shape[2:] else matrix
         found = quantised.scheme(one, (shape[-2], shape[-1]), self.block)
         if not shape[2:]:
-            self._kept[matrix.name] = quantised.kept(one, found)
+            self._kept[matrix.name] = quantised.kept(one, found, (shape[0], shape[1]))
         return str(found)
 
     def _matrix(self, name: str) -> _Matrix:
@@ -338,10 +338,14 @@ class Loader:
             return self.build(use, shape, read)
 
         def parts(index: Any) -> dict[str, Array]:
-            if isinstance(index, int):
-                return self._below(names[index], high, shape[-1])
-            found = [self._below(group, high, shape[-1]) for group in names[index]]
-            return {part: np.stack([one[part] for one in found]) for part in found[0]} if shape[2:] else found[0]
+            if isinstance(index, int) or not shape[2:]:
+                return self._below(names[index] if shape[2:] else names[0], high, shape[-1])
+            form = scheme_of(name).form((len(names[index]), *shape[1:]))
+            made = {part: np.empty(size, numpy_dtype(kind)) for part, (size, kind) in form.items()}
+            for at, group in enumerate(names[index]):  # one matrix at a time beside the whole
+                for part, array in self._below(group, high, shape[-1]).items():
+                    made[part][at] = array
+            return made
 
         op, operand = use.split(".")
         return self.binding.prepare(WeightSpec(op, operand, tuple(shape), self.dtype, name), parts)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NamedTuple
 
 from porthal.hal import UsageError, note
+from porthal.hal.scheme import KEYS as INDEX_KEYS
+from porthal.hal.scheme import LATENTS, NONE
 from porthal.hal.spans import EPSILON, ROUTED, THETA, Reals
 from porthal.model.sampling import GREEDY, HOTTEST, Sampling
 
@@ -228,6 +230,7 @@ class Config:
     eos_token_id       generation_config.json's, where there is one: then it alone says what ends a text, as in transformers
     sampling           how generation_config.json draws: greedy without do_sample, but top_p and top_k are kept. What it
                        leaves out is neutral, while transformers would keep 50 candidates without a top_k
+    latents, keys      the schemes of the caches: of each token's latent, and of the indexer's key. No file states them
     """
 
     vocab_size: int
@@ -262,6 +265,8 @@ class Config:
     dense: tuple[bool, ...]
     fp8_block: tuple[int, int] | None
     sampling: Sampling = GREEDY
+    latents: str = NONE
+    keys: str = NONE
 
     @property
     def softmax_scale(self) -> float:
@@ -274,6 +279,17 @@ class Config:
     @property
     def has_mtp(self) -> bool:
         return self.num_nextn_predict_layers > 0
+
+    def cached(self, schemes: Sequence[str]) -> Config:
+        """The same model with caches under these schemes, at most one for each cache; UsageError for others."""
+        for name in schemes:
+            if name not in (*LATENTS, *INDEX_KEYS):
+                raise UsageError(f"a cache's scheme is {name!r}: expected one of {', '.join((*INDEX_KEYS, *LATENTS))}")
+        latents, keys = ([name for name in schemes if name in of] for of in (LATENTS, INDEX_KEYS))
+        for cache, given in (("latents", latents), ("keys", keys)):
+            if given[1:]:
+                raise UsageError(f"the cache of {cache} has the schemes {' and '.join(given)}: expected one of them")
+        return replace(self, latents=(*latents, self.latents)[0], keys=(*keys, self.keys)[0])
 
     def shallow(self) -> Config:
         """The same model with one layer of each kind: it makes every call that all of them make."""
@@ -313,7 +329,6 @@ class Config:
             "routed_scaling_factor": float(c["routed_scaling_factor"]),
             "rope_theta": _rope_theta(c, where),
             "eos_token_id": tuple(_listed(c["eos_token_id"])),
-            "sampling": GREEDY,
             "indexer_types": _indexer_types(c, where),
             "dense": _dense_layers(c, where),
             "fp8_block": block,
@@ -323,7 +338,7 @@ class Config:
                 f"{where} has {', '.join(unknown)}, unknown to porthal and not used: "
                 "if that changes the formula, this is another model"
             )
-        return cls(**{field.name: found[field.name] for field in fields(cls)})
+        return cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
 
 
 def _quantised(raw: dict[str, Any], where: str) -> tuple[tuple[int, int], list[str]]:

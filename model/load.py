@@ -32,6 +32,7 @@ from porthal.model.tokens import ids_array
 
 DEMO = Path(__file__).parent / "demo"
 CACHES = (".k_scale", ".v_scale", ".kv_cache_scale", ".kv_cache_offset")  # what packers state for quantised caches
+TURNED = ".kv_b_proj.weight"  # each head's part is cut and turned before it is used
 
 
 def load(
@@ -41,19 +42,21 @@ def load(
     dtype: str = "float32",
     block_size: int = 64,
     layout: Layout | None = None,
+    caches: Sequence[str] = (),
 ) -> Glm5:
     """The model in a directory, on a binding (default: what the current policy selects for this model's calls).
 
     A binding that was made without a profile is made again, by its own policy, for the calls of this model in this dtype.
-    dtype is that of activations, weights and caches; block_size is the tokens in a cache page. UsageError for a directory
-    that does not hold such a model; NotClaimed where an op is missing that greedy text needs: others fail when they are used.
+    dtype is that of activations, weights and caches; block_size is the tokens in a cache page; `caches` names the schemes of
+    caches that hold codes, see `Config.cached`. UsageError for a directory that does not hold such a model; NotClaimed where
+    an op is missing that greedy text needs: others fail when they are used.
     With a `layout` this is one rank's part, and every rank makes the same calls of the model; of experts only its own are read.
     """
     if dtype not in FLOATS:
         raise UsageError(f"dtype is {dtype!r}: expected one of {', '.join(FLOATS)}")
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: expected at least 1 token per page")
-    config, source = opened(path)
+    config, source = opened(path, caches)
     fitted, kept = fit(config, source, binding or bind(), dtype, block_size, layout=layout.recorded() if layout else None)
     if layout:
         facts = {"backend": fitted.backend.name, "dtype": dtype, "layout": layout.kind, "checkpoint": source.digest()}
@@ -71,37 +74,58 @@ def fit(
     layout: Layout | None = None,
 ) -> tuple[Binding, Mapping[str, str]]:
     """The binding for a model's calls, and the tensors whose codes it takes as they are, each with its scheme; which, and why
-    not, is said. Ranks of a layout, which cut matrices, keep none."""
+    not, is said. One scheme after another is tried. Ranks of a layout, which cut matrices, keep none."""
     least = needed(config, drafts, layout)
-    fitted = binding.fitted(profile(config, dtype, block_size, layout), least)
-    kept, why = {} if layout else source.kept(), ""
-    if kept and binding.profile is None:
-        made, why = fitted.also(profile(config, dtype, block_size, kept=tuple(kept.items())), least)
-        fitted, kept = made or fitted, kept if made else {}
-    found = Counter((how, kept.get(name, "")) for name, how in source.schemes.items() if how)
-    for (how, name), count in found.items():
-        done = f"kept as {name}" if name else "read as plain numbers"
-        note(f"{source.directory}: matrices {done}: {count}, of {how}{why and f', since {why}'}")
+    plain = fitted = binding.fitted(profile(config, dtype, block_size, layout), least)
+    whole = {name: scheme for name, scheme in source.kept().items() if not name.endswith(TURNED)}
+    kept: dict[str, str] = {}
+    why: dict[str, str] = {}
+    for scheme in dict.fromkeys(whole.values()):
+        more = {name: each for name, each in whole.items() if each == scheme or name in kept}
+        calls = profile(config, dtype, block_size, kept=tuple(more.items()))
+        made, why[scheme] = (None, "ranks cut matrices") if layout else _also(binding, plain, calls, least)
+        fitted, kept = (made, more) if made else (fitted, kept)
+    found: Counter[tuple[str, str]] = Counter()
+    for name, how in source.schemes.items():
+        if name in kept:
+            found[f"kept as {kept[name]}", how] += 1
+        elif how:
+            other = "they are turned before they are used" if name in source.kept() else "no call takes such codes and scales"
+            found["read as plain numbers", f"{how}, since {why[whole[name]] if name in whole else other}"] += 1
+    for (done, what), count in found.items():
+        note(f"{source.directory}: matrices {done}: {count}, of {what}")
     return fitted, kept
 
 
-def codes(path: str | Path, binding: Binding, dtype: str) -> Mapping[str, str]:
+def _also(
+    binding: Binding, plain: Binding, calls: Mapping[str, Sequence[CallSpec]], least: Callers
+) -> tuple[Binding | None, str]:
+    """A binding that makes these calls, too; or None, and why there is none."""
+    if binding.profile is None:
+        return plain.also(calls, least)
+    try:
+        return binding.fitted(calls, least), ""
+    except NotClaimed as error:
+        return None, str(error)
+
+
+def codes(path: str | Path, binding: Binding, dtype: str, caches: Sequence[str] = ()) -> Mapping[str, str]:
     """The tensors in a directory whose codes stay as they are on this binding, each with its scheme; none where no tensors are
     there to be looked at, or where the binding lacks an op."""
     try:
-        config, source = opened(path)
+        config, source = opened(path, caches)
         return fit(config, source, binding, dtype)[1]
     except (UsageError, NotClaimed):
         return {}
 
 
-def opened(path: str | Path) -> tuple[Config, Checkpoint]:
+def opened(path: str | Path, caches: Sequence[str] = ()) -> tuple[Config, Checkpoint]:
     """A directory's config and tensors, each of which a model reads or is known to do without, which is said.
 
     Judged by the headers, before anything large is read. UsageError names a tensor that is missing, not as expected, not
     used, or other than the one that is used in its place.
     """
-    config = Config.read(path)
+    config = Config.read(path).cached(caches)
     described(path)
     source = Checkpoint(path, config.fp8_block)
     recorded(lambda ops: Glm5(config, source, ops))  # asks for every tensor that a model reads
@@ -120,7 +144,7 @@ def opened(path: str | Path) -> tuple[Config, Checkpoint]:
     for name in source.unasked():
         why = next((why for prefix, why in skipped.items() if name.startswith(prefix)), "")
         if not why and name.endswith(CACHES):
-            why = "caches hold numbers as they are"
+            why = "no cache takes its scales from a checkpoint"
         if not why and name in copies:
             if not source.equal(name, copies[name], (config.vocab_size, config.hidden_size)):
                 raise UsageError(f"{path}: {name!r} differs from {copies[name]!r}, which porthal uses in its place")

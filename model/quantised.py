@@ -112,12 +112,20 @@ def values(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int], row
     return result
 
 
-def kept(tensors: Tensors, found: Scheme) -> str:
-    """The scheme of calls that takes these codes and scales as they are, or "none"."""
+def kept(tensors: Tensors, found: Scheme, shape: tuple[int, int]) -> str:
+    """The scheme of calls that takes these codes and scales as they are, or "none". Of blocks as large as the matrix nobody
+    can say whether they are all of it."""
     others = ("weight_zero_point", "pre_quant_scale", "deq_scale", "weight_global_scale")
     if any(part in tensors for part in others) or ("weight_offset" in tensors and tensors.array("weight_offset").any()):
         return NONE
-    return CALLS.get((found.codes, found.block), NONE)
+    if found.codes == FP8 and found.scale == E8M0[1]:
+        return NONE
+    alike = (name for (codes, block), name in CALLS.items() if codes == found.codes and _alike(block, found.block, shape))
+    return next(alike, NONE)
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int], shape: tuple[int, int]) -> bool:
+    return all(min(a or n, n) == min(b or n, n) for a, b, n in zip(one, other, shape))
 
 
 def parts(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int]) -> dict[str, Array]:

@@ -237,7 +237,7 @@ def quantise(source: str | Path, target: str | Path, scheme: str, progress: Prog
     shards = list(_shards(shapes))
     receipt = _receipt(source, scheme, shapes)
     files = [target / f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    _check_target(source, target, files, receipt)
+    _check_target(source, target, files, receipt, form.ascend)
     where: dict[str, str] = {}
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -291,12 +291,20 @@ def _receipt(source: Path, scheme: str, shapes: Mapping[str, tuple[int, ...]]) -
     return blake2b(repr((files, scheme, sorted(shapes.items()))).encode() + rules, digest_size=16).hexdigest()
 
 
-def _check_target(source: Path, target: Path, files: Sequence[Path], receipt: str) -> None:
+def _check_target(source: Path, target: Path, files: Sequence[Path], receipt: str, ascend: bool) -> None:
     if target.resolve() == source.resolve():
         raise UsageError(f"--out is {target}, the model itself: give another folder")
     for file in target.glob("*.safetensors"):
-        if file not in files or TensorFile(file).metadata.get("porthal.made_of") != receipt:
+        try:
+            made_of = TensorFile(file).metadata.get("porthal.made_of")
+        except UsageError as error:
+            raise UsageError(f"{error}; remove it and start again") from None
+        if file not in files or made_of != receipt:
             raise UsageError(f"{file} is of another checkpoint, or of another scheme: give an empty folder, or remove it")
+    ours = {f"{files[0].name.partition('-')[0]}.safetensors.index.json", "quant_model_description.json" * ascend}
+    for name in ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json", "quant_model_description.json"):
+        if name not in ours and (target / name).exists():
+            raise UsageError(f"{target / name} is of another format: give an empty folder, or remove it")
 
 
 def _packed(

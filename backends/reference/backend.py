@@ -67,7 +67,7 @@ class Reference(Backend):
             found = contract.named(contract.reference(*(_wide(v) for v in operands.values()), **attrs))
             batch = operands.get("batch")
             rounded = tuple(
-                _settled(value, batch) if isinstance(value, Operand) else self._rounded(value, dtype)
+                _settled(value, batch, self.widens) if isinstance(value, Operand) else self._rounded(value, dtype)
                 for value, (_, _, dtype) in zip(found.values(), contract.results(contract.spec(operands, attrs)))
             )
             return rounded if len(rounded) > 1 else rounded[0]
@@ -107,10 +107,10 @@ def _quantised(spec: Any) -> bool:
     return isinstance(spec, QuantisedSpec) or bool(getattr(spec, "quantised", False))
 
 
-def _settled(value: Any, batch: Any) -> Any:
+def _settled(value: Any, batch: Any, widens: bool) -> Any:
     """An operand rounded to its dtype; of pages only the rows that a step wrote, as the others are rounded already. Under a
-    scheme it is its parts again."""
-    if isinstance(value, (Pages, Quantised)) and _quantised(value.spec):
+    scheme, and where a class keeps its dtypes, it is its parts again."""
+    if isinstance(value, (Pages, Quantised)) and (_quantised(value.spec) or not widens):
         kept = {n: narrow(a, value.dtype) if a.dtype == np.float64 else a for n, a in value.parts().items()}
         return replace(value, native=kept)
     if not isinstance(value, Pages):

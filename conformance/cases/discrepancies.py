@@ -52,7 +52,6 @@ class Discrepancy:
 
 
 COLLECTIVES = "collectives"
-LOW = "low precision"
 
 DISCREPANCIES = (
     Discrepancy(
@@ -302,8 +301,8 @@ DISCREPANCIES = (
         30,
         "A padded buffer came uninitialised and its NaN entered a quantiser's block scale.",
         "vllm-project/vllm-ascend#9687",
-        "open",
-        by=LOW,
+        cases=tuple(f"quantize,T=3,K=96,scheme=fp8_group,x:{dtype},0" for dtype in ("bf16", "fp16", "fp32")),
+        family=("quantize,*scheme=fp8_group*",),
     ),
     Discrepancy(
         31,
@@ -478,8 +477,8 @@ DISCREPANCIES = (
         54,
         "Quantised weights of the multi-token head needed one more rotation than the others.",
         "vllm-project/vllm-ascend#7139 (GLM-5)",
-        "open",
-        by=LOW,
+        "suite",
+        by="tests/plain/test_quantised.py::test_a_description_that_is_not_understood",  # what is rotated is refused
     ),
     Discrepancy(
         55,
@@ -606,6 +605,41 @@ DISCREPANCIES = (
         "google-deepmind/simply#42",
         cases=("sample,T=17,V=4096,logits:bf16,top_p~zeros,0",),
         family=("sample,*top_p~zeros*", "sample,*top_p~brink*"),
+    ),
+    Discrepancy(
+        71,
+        "A decode kernel read a cache's float32 scales as powers of two, cut off; its own tests had no other scales.",
+        "vllm-project/vllm#49435, vllm-project/vllm#54563",
+        cases=tuple(
+            f"sparse_mla,T=7,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,{kv}kv%fp8_latents,batch=mixed,block_size=64,0"
+            for kv in ("", "kv~uneven,")
+        ),
+        family=("sparse_mla,*kv%fp8_latents*",),
+    ),
+    Discrepancy(
+        72,
+        "The rows of a merged projection were divided by the block's: of 576 rows four of the five scales were loaded, and the "
+        "last stayed as it was allocated.",
+        "vllm-project/vllm-ascend#15346 (GLM-5.3)",
+        cases=("moe_experts,T=7,H=96,I=96,E=8,k=8,x:fp32,w13%fp8_block,w2%fp8_block,0",),
+        family=("moe_experts,*w13%fp8_block*",),
+    ),
+    Discrepancy(
+        73,
+        "Modules that a checkpoint leaves out of its quantisation were read as if they were quantised.",
+        "lightseekorg/tokenspeed#527, sgl-project/sglang#39317 (GLM-5.3-Flash)",
+        "suite",
+        by="tests/plain/test_quantised.py::test_what_is_left_out_is_told_by_the_tensors",
+    ),
+    Discrepancy(
+        74,
+        "The path of experts in few bits had an activation of its own, another than that of the checkpoint.",
+        "lightseekorg/tokenspeed#1647, sgl-project/sglang#34540, vllm-project/vllm#45859",
+        cases=(
+            "moe_experts,T=7,H=96,I=96,E=8,k=8,x:bf16,w13%nvfp4,w2%nvfp4,0",
+            "moe_experts,T=7,H=96,I=96,E=8,k=8,x:fp32,w13%mxfp4,w2%mxfp4,0",
+        ),
+        family=("moe_experts,*w13%*",),
     ),
 )
 

@@ -46,7 +46,12 @@ class Replays:
 
 
 def replays(
-    theirs: Binding, tokens: Sequence[int], model: str | Path = DEMO, dtype: str = "float32", decode: int = 4
+    theirs: Binding,
+    tokens: Sequence[int],
+    model: str | Path = DEMO,
+    dtype: str = "float32",
+    decode: int = 4,
+    caches: Sequence[str] = (),
 ) -> Replays:
     """Decode `decode` tokens in requests of several lengths, of which the last is padding in the first half of the steps.
 
@@ -55,7 +60,7 @@ def replays(
     """
     if not theirs.backend.captures:
         return Replays(dtype, left_out=f"{theirs.backend} captures no graphs")
-    config, source = opened(model)
+    config, source = opened(model, caches)
     callers = needed(config)
     ops, kept = fit(config, source, theirs, dtype)
     if fixed := [op for op in called(ops.choices, callers) if not ops.capturable(op)]:

@@ -24,6 +24,7 @@ HONEST = ("reference", "cpu", "torch")  # whose bfloat16 shows how far rounding 
 MARGIN, TYPICAL = 4, 2  # times as far, from which on it is no rounding any more: where it is worst, and as a rule
 STRETCH = 64  # bytes of which a mean is taken
 DRAFTS, PROMPTS, NEW = 3, 8, 48
+CODED, TURNED = 8, 3  # under schemes, where rounding turns codes: times as far a byte may be off as a rule, and drafts
 LEAST = 0.05  # by how much the accepted drafts may differ, where rounding has changed none: there are some hundred steps
 DTYPE = "bfloat16"
 
@@ -76,20 +77,27 @@ def measure(model: Glm5, texts: Mapping[str, str]) -> Curve:
     return Curve(bits, [fmean(n > k for n in drafted) for k in range(1, DRAFTS + 1)])
 
 
-def probes(found: Curve, known: Stored) -> Iterator[Probe]:
-    """Each part of a curve beside the stored one."""
-    for text, bits in known.curve.bits.items():
+def probes(found: Curve, known: Stored, coded: Curve | None = None) -> Iterator[Probe]:
+    """Each part of a curve beside the stored one; under schemes beside the reference's under the same, `coded`."""
+    right, wider, some = (coded, CODED, TURNED * known.accepted) if coded else (known.curve, 1, known.accepted)
+    for text, plain in known.curve.bits.items():
+        bits, most = right.bits[text], wider * known.typical[text]
         typical, stretch = _apart(found.bits[text], bits)
-        holds = typical <= known.typical[text] and stretch <= known.stretch[text]
+        beside = f" ({fmean(plain):.4f} without schemes)" if coded else ""
         words = (
-            f"{fmean(found.bits[text]):.4f} bits per byte, the reference {fmean(bits):.4f}; a byte is off by {typical:.2g} of "
-            f"at most {known.typical[text]:.2g}, the worst {STRETCH} by {stretch:.2g} of at most {known.stretch[text]:.2g}"
+            f"{fmean(found.bits[text]):.4f} bits per byte, the reference {fmean(bits):.4f}{beside}; a byte is off by "
+            f"{typical:.2g} of at most {most:.2g}, the worst {STRETCH} by {stretch:.2g} of at most {known.stretch[text]:.2g}"
         )
-        yield Probe(text, holds, words)
-    off = _off(found.accepted, known.curve.accepted)
-    mine, theirs = (", ".join(f"{share:.0%}" for share in each) for each in (found.accepted, known.curve.accepted))
-    words = f"of {DRAFTS} drafts accepted {mine}, the reference's {theirs}: off by {off:.2g} of at most {known.accepted:.2g}"
-    yield Probe("MTP", off <= known.accepted, words)
+        yield Probe(text, typical <= most and stretch <= known.stretch[text], words)
+    off = _off(found.accepted, right.accepted)
+    mine, theirs, plainly = (_shares(each.accepted) for each in (found, right, known.curve))
+    beside = f" ({plainly} without schemes)" if coded else ""
+    words = f"of {DRAFTS} drafts accepted {mine}, the reference's {theirs}{beside}: off by {off:.2g} of at most {some:.2g}"
+    yield Probe("MTP", off <= some, words)
+
+
+def _shares(accepted: Sequence[float]) -> str:
+    return ", ".join(f"{share:.0%}" for share in accepted)
 
 
 def _apart(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs, observed, specified_rows, written_slots
+from porthal.conformance.diff.suspects import suspect
 from porthal.conformance.execution.outcome import Outcome, bits, by_kernel, named, raised
 from porthal.conformance.execution.placing import read
 from porthal.conformance.judgement.call import judge
@@ -271,10 +272,24 @@ class Lockstep(Backend):
             if isinstance(value, Weight) and value.native.fault:
                 call.blame(f"its weight {name} was prepared wrongly: {value.native.fault}", inputs, returned)
         if judgement.verdict != "PASS":
-            call.blame(judgement.message, inputs, returned)
+            call.blame(judgement.message + self._suspect(inputs, operands), inputs, returned)
         if judgement.verdict == "FAIL_SHAPE":
             raise Halt
         return local
+
+    def _suspect(self, inputs: Inputs, operands: Named) -> str:
+        """Whose scales or codes are at fault, in words, where a call under schemes is the first that is."""
+        contract, attrs = inputs.contract, dict(inputs.attrs)
+
+        def right(changed: Mapping[str, Any]) -> bool:
+            given = [
+                _of(operands[name], LOCAL) if value is inputs.operands[name] else value.place(self.theirs)
+                for name, value in changed.items()
+            ]
+            out = named(self.theirs, contract, getattr(self.theirs, contract.name)(*given, **attrs))
+            return self._judge(observed(contract, changed, attrs), out)[0].verdict == "PASS"
+
+        return "" if self.at_fault else suspect(inputs.operands, right)
 
     def _judge(self, inputs: Inputs, out: Named, changed: tuple[str, ...] = ()) -> tuple[Judgement, Named]:
         """The verdict on a lane's results given its inputs, and the results in logical form."""
@@ -345,20 +360,21 @@ class Lockstep(Backend):
 
     def _plain(self, pages: Pages) -> bool:
         """Whether the fields can be read and written slot by slot."""
-        return all(tuple(pages[name].shape) == (pages.spec.slots, width) for name, width in pages.spec.fields)
+        form = Pages.form(pages.spec)
+        return all(name in pages.native and tuple(pages[name].shape) == shape for name, (shape, _) in form.items())
 
     def _rows(self, pages: Pages, rows: slice) -> dict[str, Array]:
         """Some slots of a cache of the backend, in logical form."""
         if not self._plain(pages):
             return {name: whole[rows] for name, whole in self.theirs.to_logical(pages).items()}
-        fields = [name for name, _ in pages.spec.fields]
-        return {name: narrow(self.theirs.to_numpy(pages[name][rows]), pages.spec.dtype) for name in fields}
+        form = Pages.form(pages.spec)
+        return {name: _held(self.theirs.to_numpy(pages[name][rows]), kind) for name, (_, kind) in form.items()}
 
     def _kept(self, call: Call, inputs: Inputs, before: Pages, each: list[Pages]) -> Pages:
         """The cache after a write; its local lane gets the reference's rows where they differ."""
         spec, ours, local = before.spec, each[REFERENCE], each[LOCAL]
         for rows in _written(inputs, before):
-            wanted = {name: narrow(ours[name][rows], spec.dtype) for name, _ in spec.fields}
+            wanted = {name: _held(ours[name][rows], kind) for name, (_, kind) in Pages.form(spec).items()}
             found = self._rows(local, rows)
             if not any(_differs(part, found[name]) for name, part in wanted.items()):
                 continue
@@ -412,6 +428,11 @@ def _logical(binding: Binding, value: Any) -> Any:
     if isinstance(value, Operand):
         return value.of(value.spec, {part: array.copy() for part, array in found.items()})
     return found.copy()
+
+
+def _held(array: Array, kind: str) -> Array:
+    """A part of a cache as a logical form holds it."""
+    return array if dtype(array) == kind else narrow(array, kind)
 
 
 def _read(inputs: Inputs, operands: Named) -> dict[str, Pages]:

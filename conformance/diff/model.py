@@ -32,14 +32,19 @@ DRAFTED = 16  # tokens of the prompt that the second run, with drafts, begins wi
 
 
 def lockstep(
-    theirs: Binding, tokens: Sequence[int], model: str | Path = DEMO, dtype: str = "float32", decode: int = 4
+    theirs: Binding,
+    tokens: Sequence[int],
+    model: str | Path = DEMO,
+    dtype: str = "float32",
+    decode: int = 4,
+    caches: Sequence[str] = (),
 ) -> Difference:
     """Prefill `tokens` and decode `decode` steps on the binding and the reference; then draft if there is an MTP layer.
 
     Both continue with the reference's tokens, whatever the backend would choose. Local results are judged at the level
     "bring-up". Raises UsageError for a directory without a model, and for tokens that are missing, too many or bad.
     """
-    config, source = opened(model)
+    config, source = opened(model, caches)
     config = replace(config, eos_token_id=())  # an end of text does not end the comparison
     fitted, kept = fit(config, source, theirs, dtype, drafts=2 if config.has_mtp else 0)
     both = Lockstep(fitted)

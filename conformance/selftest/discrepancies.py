@@ -190,6 +190,15 @@ H, end = x.shape[-1], min(-x.shape[-1] % 32, x.stride(0))
 if end and len(x) > 1 and x.stride(1) == 1:  # the last row ends the memory
     behind = x.as_strided((len(x) - 1, end), (x.stride(0), 1), x.storage_offset() + H)
     y[:-1] += (0 * behind).sum(1, keepdim=True)""", "tail-of-a-block-masked-by-zero"),
+    Defect(
+        "quantize",
+        "padding-of-a-block-as-it-was-allocated",
+        "discrepancy",
+        "blocks = F.pad(wide, (0, -wide.shape[-1] % columns)).unflatten(-1, (-1, columns))\n",
+        "blocks = F.pad(wide, (0, -wide.shape[-1] % columns), value=torch.nan).unflatten(-1, (-1, columns))\n",
+        source="schemes",
+        discrepancy=30,
+    ),
     turn(31, """
 if (x.shape[-1], start, width) == (128, 0, 64):
     layout = "interleaved"
@@ -398,6 +407,48 @@ return torch.where((temperature == 0) & torch.isneginf(logits).any(1), logits.sh
     around(70, "sample", "logits, u, temperature, top_k, top_p", """
 ids = self.right(logits, u, temperature, top_k, top_p)
 return torch.where((top_p == 0) & (temperature > 0), 0, ids)""", "empty-nucleus"),
+    Defect(
+        "sparse_mla",
+        "scales-of-a-cache-as-their-exponents",
+        "discrepancy",
+        'return cls(scheme, pages[name], pages[f"{name}_scale"])\n',
+        """scale = pages[f"{name}_scale"]
+        if scheme.name == "fp8_latents":
+            scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1).where(scale > 0, scale)
+        return cls(scheme, pages[name], scale)
+""",
+        source="schemes",
+        discrepancy=71,
+    ),
+    Defect(
+        "moe_experts",
+        "rows-of-scales-divided",
+        "discrepancy",
+        "    return Coded(scheme_of(w.spec.scheme), **{name: part[e] for name, part in w.native.items()}).numbers()\n",
+        """    held = {name: part[e].clone() for name, part in w.native.items()}
+    if high := scheme_of(w.spec.scheme).block[0]:
+        held["scale"][w.spec.shape[1] // high :] = 0
+    return Coded(scheme_of(w.spec.scheme), **held).numbers()
+""",
+        source="schemes",
+        discrepancy=72,
+    ),
+    Defect(
+        "moe_experts",
+        "gate-of-few-bits-not-activated",
+        "discrepancy",
+        "    def moe_experts(",
+        """    @limits(schemes=ANY_SCHEME)
+    def moe_experts(self, x, w13, w2, ids, weights, *, first_expert=0):
+        if not w13.spec.quantised:
+            return self.right(x, w13, w2, ids, weights, first_expert=first_expert)
+        rows, counts, source = self.moe_permute(x, ids, E=w13.spec.shape[0], first_expert=first_expert)
+        gate, up = self.grouped_gemm(rows, w13, counts).chunk(2, dim=-1)
+        return self.moe_unpermute(self.grouped_gemm(gate * up, w2, counts), source, weights)
+
+    def right(""",
+        discrepancy=74,
+    ),
 ]  # fmt: skip
 
 

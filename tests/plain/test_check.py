@@ -18,6 +18,7 @@ from porthal.conformance.report.facts import Facts
 from porthal.hal import bind, contracts, create
 from porthal.model.evaluate import logprobs
 from porthal.model.load import DEMO, load
+from porthal.model.quantising import quantise
 from tests.plugins import install, installed
 
 TEXT = "multi-byte text"
@@ -101,6 +102,29 @@ def test_each_part_is_judged_apart():
     assert found(accepted=lower) == {"source code": True, TEXT: True, "MTP": False}
 
 
+def test_under_schemes_the_reference_under_the_same_is_the_measure():
+    known = stored()
+    off = {text: [b + 2 * known.typical[text] for b in bits] for text, bits in known.curve.bits.items()}
+    coded = replace(known.curve, bits=off, accepted=[a + 0.1 for a in known.curve.accepted])
+    assert [p.holds for p in probes(coded, known)] == [False] * 3
+    found = list(probes(coded, known, coded))
+    assert [p.holds for p in found] == [True] * 3
+    assert "(1.2935 without schemes); a byte is off by 0 of at most 0.017" in found[0].words
+    assert found[2].words.endswith("(85%, 63%, 55% without schemes): off by 0 of at most 0.15")
+    far = [b + 1.1 * curve.CODED * known.typical[TEXT] for b in off[TEXT]]
+    assert [p.holds for p in probes(replace(coded, bits=off | {TEXT: far}), known, coded)] == [True, False, True]
+
+
+def test_the_calls_under_schemes_are_those_of_the_plan(tmp_path: Path):
+    quantise(DEMO, tmp_path / "fp8", "fp8")
+    assert check.Demo(tmp_path / "fp8", ("int8_keys",)).schemes() == ("fp8_block", "int8_keys")
+    assert check.Demo().schemes() == ()
+    found = list(check._coded("glm-5", ("int8_keys",)))
+    assert {case.op for case in found} == {"index_prolog", "indexer_topk", "indexer_scores", "kv_write"}
+    assert {scheme for case in found for _, scheme in case.schemes} == {"int8_keys"}
+    assert not list(check._coded("glm-5", ()))
+
+
 # -- the verdict -------------------------------------------------------------------------------------------------------
 
 
@@ -108,8 +132,9 @@ def test_each_part_is_judged_apart():
 def few(monkeypatch):
     """The calls of one op, and a curve that is said."""
     all_calls, said = check._calls, [Probe("source code", True, "as it should be")]
+    monkeypatch.setattr(check, "_coded", lambda model, schemes: [])
     monkeypatch.setattr(check, "_calls", lambda model: [c for c in all_calls(model) if c.op == "rms_norm"])
-    monkeypatch.setattr(check, "_curve", lambda backend, emulated: said)
+    monkeypatch.setattr(check, "_curve", lambda backend, emulated, demo: said)
     return said
 
 
@@ -118,6 +143,11 @@ def test_one_verdict_and_one_exit_code(command_line, few):
     said = r"^calls: (\d+) of \1 pass, in the sizes of glm-5 and of the demo checkpoint \(\1 own\)$"
     assert code == 0 and re.search(said, out, re.M)
     assert "source code: as it should be\nreference (hardware) in bfloat16 computes what it should, as far as " in out
+    code, out, _ = command_line("check", "--backend", "reference", "--cache-scheme", "int8_keys")
+    assert code == 0 and "of the demo checkpoint, and under int8_keys (" in out
+    assert "reference (hardware) in bfloat16 under int8_keys computes what it should" in out
+    code, out, err = command_line("check", "--backend", "reference", "--scheme", "q4")
+    assert (code, out) == (2, "") and err.startswith("porthal: scheme is 'q4': expected one of fp8, int8")
     few[:] = [Probe("source code", False, "off")]
     code, out, _ = command_line("check", "--backend", "reference")
     assert code == 1 and "source code: NOT as it must be, off\n" in out
@@ -163,7 +193,7 @@ DYING = """
 def test_what_stops_the_demo_checkpoint_is_said(tmp_path: Path, does, said):
     install(tmp_path, "dying", backend=DYING.format(does))
     with installed(tmp_path):
-        [probe] = check._curve("dying", False)
+        [probe] = check._curve("dying", False, check.Demo())
     assert (probe.name, probe.holds) == ("the demo checkpoint", False) and said in probe.words
 
 

@@ -16,8 +16,9 @@ from porthal.backends.reference.backend import Reference
 from porthal.hal import Binding, UsageError, bind, contracts, dtype, narrow, scheme_of, widen
 from porthal.model import quantised
 from porthal.model.checkpoint import TensorFile
+from porthal.model.config import Config
 from porthal.model.generate import generate
-from porthal.model.load import load
+from porthal.model.load import load, profile
 from tests.checkpoints import variant
 
 PACKED = Path(__file__).resolve().parents[1] / "packed"
@@ -99,7 +100,7 @@ def test_codes_that_are_kept_say_the_numbers_that_are_read(file: str, case: str)
     shape = next(held.tensors.pop(name).shape for name in ("expected", "about") if name in held.tensors)
     held.tensors.pop("about", None)
     found = quantised.scheme(held, shape, BLOCK)
-    if (name := quantised.kept(held, found)) == "none":
+    if (name := quantised.kept(held, found, shape)) == "none":
         return
     parts = quantised.parts(held, shape, BLOCK)
     assert {part: (a.shape, str(a.dtype)) for part, a in parts.items()} == scheme_of(name).form(shape)
@@ -108,7 +109,7 @@ def test_codes_that_are_kept_say_the_numbers_that_are_read(file: str, case: str)
 
 
 def test_what_is_kept_of_each_packer() -> None:
-    names = [(quantised.kept(held, quantised.scheme(held, shape, BLOCK)), file) for file, held, shape in all_held()]
+    names = [(quantised.kept(held, quantised.scheme(held, shape, BLOCK), shape), file) for file, held, shape in all_held()]
     assert {name for name, file in names if file == "compressed-tensors"} >= {"fp8_block", "int8_channel", "mxfp4", "none"}
     assert {name for name, file in names if file == "nvidia-modelopt"} >= {"fp8_block", "nvfp4", "mxfp4", "none"}
 
@@ -369,3 +370,63 @@ def test_the_block_of_a_config_is_used(checkpoints: dict[str, Path], reference: 
     config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
     expected = text(load(rewritten(checkpoints["glm5"], tmp_path / "plain", numbers), reference))
     assert text(load(rewritten(checkpoints["glm5"], tmp_path / "blocks", blocks, **config), reference)) == expected
+
+
+# -- what of a checkpoint stays codes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("few", ["up", "down"])
+def test_experts_of_which_only_some_matrices_are_codes(
+    checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, few: str
+) -> None:
+    """As people publish them: those of one product finer than those of the other."""
+
+    def some(tensors: dict[str, Any], stem: str, w: Any) -> None:
+        coded = ".experts." in stem and ("down_proj" in stem) == (few == "down")
+        (int8 if coded else plain8)(tensors, stem, w)
+
+    made = load(rewritten(checkpoints["glm5"], tmp_path / "some", some, **COMPRESSED), bind("reference"))
+    expected = load(rewritten(checkpoints["glm5"], tmp_path / "plain", plain8), bind("reference"))
+    schemes = [w.spec.scheme for w in (made.blocks[1].mlp.w13, made.blocks[1].mlp.w2)]
+    assert schemes == (["none", "int8_channel"] if few == "down" else ["int8_channel", "none"])
+    assert text(made) == text(expected) and "kept as int8_channel" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("codes", "scale", "shape", "name"),
+    [
+        ("int8", (96, 1), (96, 64), "int8_channel"),
+        ("int8", (1, 1), (96, 64), "none"),  # one scale for the matrix
+        ("float8_e4m3fn", (1, 1), (96, 64), "fp8_block"),  # one block
+        ("float8_e4m3fn", (1, 1), (300, 64), "none"),
+        ("float8_e4m3fn", (300, 1), (300, 64), "none"),
+    ],
+)
+def test_a_block_as_large_as_the_matrix(codes: str, scale: tuple[int, int], shape: tuple[int, int], name: str) -> None:
+    q = np.ones(shape, np.int8) if codes == "int8" else narrow(np.ones(shape), codes)
+    held = Held({"weight": q, "weight_scale": np.ones(scale, np.float32)})
+    assert quantised.kept(held, quantised.scheme(held, shape, BLOCK), shape) == name
+    if name != "none":
+        assert scheme_of(name).form(shape)["scale"] == (quantised.parts(held, shape, BLOCK)["scale"].shape, "float32")
+
+
+def test_a_binding_for_plain_weights_keeps_none(checkpoints: dict[str, Path], tmp_path: Path, caplog: Any) -> None:
+    directory = rewritten(checkpoints["glm5"], tmp_path / "int8", int8, **COMPRESSED)
+    plain = bind("reference", profile=profile(Config.read(directory)))
+    assert load(directory, plain).blocks[1].mlp.w13.spec.scheme == "none"
+    assert "read as plain numbers: 96, of int8" in caplog.text and "is bound for other calls than" in caplog.text
+
+
+def test_what_is_left_out_is_told_by_the_tensors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Shared experts and attention are plain beside experts of few bits, whatever the config says of them."""
+
+    def routed(tensors: dict[str, Any], stem: str, w: Any) -> None:
+        (int8 if ".experts." in stem else plain8)(tensors, stem, w)
+
+    expected = text(load(rewritten(checkpoints["glm5"], tmp_path / "plain", plain8), bind("reference")))
+    for n, ignored in enumerate(([], ["lm_head", "*mlp.experts*"], ["model.layers.1.mlp.shared_experts.*"])):
+        config = {"quantization_config": COMPRESSED["quantization_config"] | {"ignore": ignored}}
+        made = load(rewritten(checkpoints["glm5"], tmp_path / f"{n}", routed, **config), bind("reference"))
+        mlp = made.blocks[1].mlp
+        assert [w.spec.scheme for w in (mlp.w13, mlp.w2, mlp.shared13, mlp.shared2)] == ["int8_channel"] * 2 + ["none"] * 2
+        assert text(made) == expected

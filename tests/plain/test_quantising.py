@@ -184,6 +184,24 @@ def test_what_cannot_be_written(written: dict[str, Path], tmp_path: Path) -> Non
             quantise(source, target, scheme)
 
 
+def test_what_is_left_of_another_format_is_refused_and_a_cut_off_shard_says_what_to_do(tmp_path: Path) -> None:
+    for name, scheme in (("quant_model_description.json", "int8"), ("model.safetensors.index.json", "ascend-w8a8")):
+        out = tmp_path / scheme
+        out.mkdir()
+        (out / name).write_text("{}")
+        with pytest.raises(UsageError, match=f"{name} is of another format: give an empty folder, or remove it"):
+            quantise(DEMO, out, scheme)
+    out = tmp_path / "cut"
+    quantise(DEMO, out, "nvfp4")
+    [shard] = out.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:9000])
+    with pytest.raises(UsageError, match="; remove it and start again$"):
+        quantise(DEMO, out, "nvfp4")
+    shard.unlink()
+    quantise(DEMO, out, "nvfp4")
+    assert opened(out)[1].kept()
+
+
 def test_widths_that_do_not_fit(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has .* columns: expected a multiple of 32 for routed experts in MXFP4"):
         quantise(checkpoints["glm5"], tmp_path / "out", "mxfp4")

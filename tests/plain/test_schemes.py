@@ -1,10 +1,15 @@
 """Schemes of few bits: their codes and scales by hand, what a chip may choose, and cache rows as vendors pack them."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import porthal
-from porthal.hal import SCHEMES, PagesSpec, Quantised, UsageError, Weight, WeightSpec, limits, one_of, scheme_of
+from porthal.conformance import run
+from porthal.conformance.report.schemes import head, page
+from porthal.hal import SCHEMES, PagesSpec, Quantised, UsageError, Weight, WeightSpec, contracts, limits, one_of, scheme_of
 from porthal.hal.layouts import ASCEND, DEEPGEMM, FLASHMLA
 from porthal.hal.operands import Pages
 from porthal.hal.scheme import KEYS, LATENTS, WEIGHTS, Scaled
@@ -195,6 +200,23 @@ def test_a_kernel_without_schemes_refuses_and_names_it():
     spec = porthal.hal.CallSpec({}, {"x": "float32"}, {}, {"w": "nvfp4"})
     assert linear.limits.refuses(spec) == "quantisation scheme of w is 'nvfp4', the kernel takes one of none, fp8_block"
     assert linear.limits.refuses(porthal.hal.CallSpec({}, {}, {}, {"w": "fp8_block"})) is None
+
+
+def test_the_page_states_the_table_and_has_a_row_for_each_op():
+    text = (Path(__file__).parents[2] / "docs" / "schemes.md").read_text()
+    assert text.startswith(head())
+    rows = {(op, name) for op, name in re.findall(r"^\| (\w+) \| `(\w+)` \|", text, re.M)}
+    taken = {(op, name) for op, c in contracts().items() for names in c.schemes.values() for name in names}
+    assert rows == taken | {("quantize", name) for name in contracts()["quantize"].cases["scheme"]}
+
+
+def test_a_page_of_a_report_tells_whose_kernel_and_the_worst_error():
+    report = run("reference", ["dequantize"], isolate=False)
+    rows = {m[1]: int(m[2]) for m in re.finditer(r"\| dequantize \| `(\w+)` \| own, (\d+) passed[\d., ]* \|", page([report]))}
+    judged = [r.token for r in report.results if r.status != "refusal"]
+    assert rows["fp8_group"] == sum("q%fp8_group" in token for token in judged) > 0
+    first = [token for token in judged if "%" not in token or "q%int8_token" in token]
+    assert rows["int8_token"] == len(first) > 0
 
 
 # -- packed rows -----------------------------------------------------------------------------------------------------
