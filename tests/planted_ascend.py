@@ -19,7 +19,7 @@ from porthal.conformance.selftest.run import first_failing
 from porthal.hal import Backend, contracts
 from tests.planted_adapters import remade
 
-MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "backend"  # each imports from its left alone
+MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "int8", "int8_caches", "backend"  # each imports from its left alone
 LARGE = 2**20  # elements of a case that is left out
 # Planned cases are smaller than what the fused prolog takes.
 PROLOG = tuple(
@@ -41,7 +41,7 @@ DEFECTS = [
     Defect("rows", "rms_norm", "a keyword of another release", "epsilon=eps)[0]", "eps=eps)[0]"),
     Defect("rows", "rms_norm", "epsilon left to its default", "gamma=weight, epsilon=eps)[0]", "gamma=weight)[0]"),
     Defect("rows", "rms_norm", "the second result", "epsilon=eps)[0]", "epsilon=eps)[1]"),
-    Defect("rows", "add_rms_norm", "the residual is the reciprocal root", "y, _, r = ADD", "y, r, _ = ADD"),
+    Defect("rows", "add_rms_norm", "the residual is the reciprocal root", "y, _, r = NPU", "y, r, _ = NPU"),
     Defect("rows", "add_rms_norm", "the residual is the input", "        return y, r\n", "        return y, x\n"),
     Defect("rows", "silu_mul", "the second half is activated", "input=x.contiguous()", "input=x.roll(x.shape[1] // 2, 1)"),
     Defect("rows", "silu_mul", "views as they are", "input=x.contiguous()", "input=x"),
@@ -108,8 +108,8 @@ DEFECTS = [
     Defect("experts", "moe_experts", "without weights", "weights)  # -1", "weights * 0 + 1)  # -1"),
     Defect("experts", "moe_experts", "weights rounded to the dtype of rows", "return y.add_(rest)", "return y"),
     Defect("experts", "moe_experts", "sources for places", "first_expert, PLACES, ENDS)", "first_expert, SOURCES, ENDS)"),
-    Defect("experts", "moe_experts", "the second half is activated", "SWIGLU(input=_grouped(rows, w13, groups)",
-           "SWIGLU(input=_grouped(rows, w13, groups).roll(w2.spec.shape[2], 1)"),
+    Defect("experts", "moe_experts", "the second half is activated", "npu_swiglu(input=_grouped(rows, w13, groups)",
+           "npu_swiglu(input=_grouped(rows, w13, groups).roll(w2.spec.shape[2], 1)"),
     Defect("prolog", "mla_prolog", "the cache's rotated keys as they are", "_in_pairs(kp.index_select(0, plan.rows[:, 0]))",
            "kp.index_select(0, plan.rows[:, 0])"),
     Defect("prolog", "mla_prolog", "rotated queries as they are",
@@ -118,7 +118,7 @@ DEFECTS = [
     Defect("prolog", "mla_prolog", "sine before cosine", "rope_sin=turn.sin[:, 0],\n            rope_cos=turn.cos[:, 0]",
            "rope_sin=turn.cos[:, 0],\n            rope_cos=turn.sin[:, 0]"),
     Defect("prolog", "mla_prolog", "no query norm", "query_norm_flag=True", "query_norm_flag=False"),
-    Defect("prolog", "mla_prolog", "matrices in rows", "_in_tiles(rows)\n", "rows\n"),
+    Defect("prolog", "mla_prolog", "matrices in rows", "in_tiles(rows)\n", "rows\n"),
     Defect("prolog", "mla_prolog", "epsilons left to their defaults", "rmsnorm_epsilon_cq=eps", "rmsnorm_epsilon_cq=1.0"),
     Defect("prolog", "mla_prolog", "slots of the fields in their memory", "cache_index=plan.rows[:, 0]",
            "cache_index=plan.slots.clamp(min=0)"),

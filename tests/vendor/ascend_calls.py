@@ -46,21 +46,25 @@ def main(where: str) -> dict[str, Any]:
     import torch
     import torch_npu
 
-    from porthal.backends.ascend.calls import Call
+    from porthal.backends.ascend.calls import NPU
     from porthal.conformance.cases.case import Case
     from porthal.conformance.cases.copies import build
     from porthal.hal import bind, create
 
     backend, seen = create("ascend"), []
     ops = bind(backend=backend, overrides={}, fallback="error", check=False)
-    plain = Call.__call__
 
-    def noted(call: Call, **given: Any) -> Any:
-        made = plain(call, **given)
-        seen.append([call.name, list(forms(made))])
-        return made
+    def noted(name: str) -> Any:
+        call = getattr(NPU, name)
 
-    Call.__call__ = noted  # type: ignore[method-assign]
+        def run(**given: Any) -> Any:
+            made = call(**given)
+            seen.append([name, list(forms(made))])
+            return made
+
+        return run
+
+    vars(NPU).update({name: noted(name) for name in NPU.calls})
     contracts = {}
     for token in TOKENS:
         seen.clear()

@@ -1,0 +1,131 @@
+"""Products of int8 codes: rows quantised one by one (int8_token), weights with a scale for each output (int8_channel)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from porthal.backends.ascend.calls import HALVES, NPU
+from porthal.backends.ascend.experts import ENDS, GROUPS, INNER, PLACES, combined, groups_of, routed
+from porthal.backends.ascend.prolog import in_tiles
+from porthal.backends.ascend.rows import SOME
+from porthal.hal import Quantised, QuantisedSpec, Weight, WeightSpec, at_most, limits, one_of
+from porthal.hal.backend import Read
+
+CHANNEL = "int8_channel"
+TILES = "tiles"
+GROUPED = "torch_npu.npu_dynamic_quant+npu_grouped_matmul"
+EXPERTS = (
+    "torch_npu.npu_moe_init_routing_v2+npu_grouped_matmul_swiglu_quant_v2+npu_format_cast+npu_grouped_matmul"
+    "+npu_moe_token_unpermute"
+)
+
+
+class Int8:
+    def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
+        """Codes lie as [in, out], of which they are a view [out, in]; those of the experts' first product in tiles."""
+        if spec.scheme != CHANNEL or (into is not None and TILES not in into.native):
+            weight: Weight = super().prepare(spec, read, into)  # type: ignore[misc]
+            return weight
+        native = super().prepare(spec, read).native  # type: ignore[misc]
+        lying = native["codes"].transpose(-1, -2).contiguous()
+        if (spec.op, spec.operand) != ("moe_experts", "w13"):
+            return Weight(spec, {**native, "codes": lying.transpose(-1, -2)})
+        packed = {TILES: in_tiles(lying), "scale": native["scale"]}
+        if into is None:
+            return Weight(spec, packed)
+        for name, part in packed.items():
+            into.native[name].copy_(part)
+        return into
+
+    def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:
+        if isinstance(operand, Weight) and operand.spec.quantised and TILES in operand.native:
+            codes, scale = (self.to_numpy(part) for part in operand.native.values())  # type: ignore[attr-defined]
+            return {"codes": codes.swapaxes(-1, -2), "scale": scale}
+        logical: dict[str, np.ndarray[Any, Any]] = super().to_logical(operand)  # type: ignore[misc]
+        return logical
+
+    @limits(provider="torch_npu.npu_dynamic_quant", dtypes={"x": HALVES}, T=SOME, scheme="int8_token")
+    def quantize(self, x: Tensor, *, scheme: str) -> Quantised:
+        codes, scale = quantised(x)
+        return Quantised(QuantisedSpec(tuple(x.shape), scheme), {"codes": codes, "scale": scale[:, None]})
+
+    @limits(
+        provider="torch_npu.npu_dynamic_quant+npu_quant_matmul",
+        schemes=CHANNEL,
+        dtypes={"x": HALVES},
+        T=SOME,
+        K=INNER,
+        N=INNER,
+        out=one_of("x", "bfloat16", "float16"),
+    )
+    def linear(self, x: Tensor, w: Weight, *, out: str = "x") -> Tensor:
+        codes, scale = quantised(x)
+        y: Tensor = NPU.npu_quant_matmul(
+            x1=codes,
+            x2=w.native["codes"].transpose(0, 1),
+            scale=w.native["scale"][:, 0],
+            pertoken_scale=scale,
+            output_dtype=x.dtype if out == "x" else getattr(torch, out),
+        )
+        return y
+
+    @limits(provider=GROUPED, schemes=CHANNEL, dtypes={"x": HALVES}, T=SOME, N=GROUPS, K=INNER, M=INNER)
+    def head_linear(self, x: Tensor, w: Weight) -> Tensor:
+        """A head is a group, and all have as many rows."""
+        T, heads, _ = x.shape
+        codes, scale = quantised(x.transpose(0, 1).flatten(0, 1))
+        ends = torch.arange(T, (heads + 1) * T, T, device=x.device)
+        return _grouped(codes, scale, w, ends, x.dtype).unflatten(0, (heads, T)).transpose(0, 1)
+
+    @limits(provider=GROUPED, schemes=CHANNEL, dtypes={"x": HALVES}, M=SOME, E=GROUPS, K=INNER, N=INNER)
+    def grouped_gemm(self, x: Tensor, w: Weight, counts: Tensor) -> Tensor:
+        return _grouped(*quantised(x), w, groups_of(counts.cumsum(0), len(x)), x.dtype)
+
+    @limits(provider=EXPERTS, schemes=CHANNEL, dtypes={"x": HALVES}, T=SOME, E=GROUPS, H=INNER, I=at_most(5120))
+    def moe_experts(
+        self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
+    ) -> Tensor:
+        rows, places, ends, scale = routed(x, ids, w13.spec.shape[0], first_expert, PLACES, ENDS, quantised=True)
+        M = len(rows)
+        nobodys = torch.arange(M, device=x.device) >= ends[-1]
+        groups = groups_of(ends, M)
+        h, each = NPU.npu_grouped_matmul_swiglu_quant_v2(
+            x=rows,
+            weight=[w13.native[TILES]],
+            weight_scale=[w13.native["scale"][..., 0]],
+            x_scale=scale,
+            group_list=groups,
+            dequant_mode=0,
+            dequant_dtype=0,  # float32; the schema's default is what another product has, and that of the next as well
+            quant_mode=0,
+            quant_dtype=0,
+            group_list_type=ENDS,
+        )
+        made = _grouped(h, each, w2, groups, x.dtype).masked_fill_(nobodys[:, None], 0)
+        return combined(made, places % M, weights)
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of rows and their float32 scales; the op leaves codes of a row of zeros undefined."""
+    codes, scale = NPU.npu_dynamic_quant(input=x.contiguous())
+    return codes.masked_fill_((scale == 0)[..., None], 0), scale
+
+
+def _grouped(codes: Tensor, scale: Tensor, w: Weight, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    [y] = NPU.npu_grouped_matmul(
+        x=[codes],
+        weight=[w.native["codes"].transpose(1, 2)],
+        scale=[w.native["scale"][..., 0].to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)],
+        per_token_scale=[scale],
+        group_list=ends,
+        split_item=2,
+        group_type=0,
+        group_list_type=ENDS,
+        output_dtype=dtype,
+    )
+    made: Tensor = y
+    return made
