@@ -19,7 +19,8 @@ from porthal.conformance.selftest.run import first_failing
 from porthal.hal import Backend, contracts
 from tests.planted_adapters import remade
 
-MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "int8", "int8_caches", "backend"  # each imports from its left alone
+# each imports from its left alone
+MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "int8", "int8_caches", "backend"
 LARGE = 2**20  # elements of a case that is left out
 # Planned cases are smaller than what the fused prolog takes.
 PROLOG = tuple(

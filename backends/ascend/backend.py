@@ -25,7 +25,7 @@ from porthal.hal import Batch, Pages, PagesSpec, Place, Unavailable
 EAGER = "written", "targets"  # of a plan: read by the base's cache write alone, which is never captured
 
 
-class Ascend(Int8, Int8Caches, Rows, Prolog, Experts, Attention, Vendor):
+class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
     kind, engine = "npu", "hccl"

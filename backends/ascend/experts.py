@@ -72,8 +72,9 @@ class Experts:
 def routed(
     x: Tensor, ids: Tensor, E: int, first_expert: int, idx_type: int, num_type: int, quantised: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows by expert, their indices, the experts' rows, and scales of the rows where these are to be int8. The op takes no id -1: others' are given experts of their own,
-    one before the local ones and one behind."""
+    """Rows by expert, their indices, the experts' rows, and the rows' scales where they are to be int8.
+
+    The op takes no id -1: others' are given experts of their own, one before the local ones and one behind."""
     made: tuple[Tensor, Tensor, Tensor, Tensor] = NPU.npu_moe_init_routing_v2(
         x=x,
         expert_idx=(ids - (first_expert - 1)).clamp_(0, E + 1),

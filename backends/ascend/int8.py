@@ -27,14 +27,17 @@ EXPERTS = (
 class Int8:
     def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
         """Codes lie as [in, out], of which they are a view [out, in]; those of the experts' first product in tiles."""
-        if spec.scheme != CHANNEL or (into is not None and TILES not in into.native):
+        if spec.scheme != CHANNEL:
             weight: Weight = super().prepare(spec, read, into)  # type: ignore[misc]
             return weight
         native = super().prepare(spec, read).native  # type: ignore[misc]
         lying = native["codes"].transpose(-1, -2).contiguous()
-        if (spec.op, spec.operand) != ("moe_experts", "w13"):
-            return Weight(spec, {**native, "codes": lying.transpose(-1, -2)})
-        packed = {TILES: in_tiles(lying), "scale": native["scale"]}
+        if (spec.op, spec.operand) == ("moe_experts", "w13"):
+            packed = {TILES: in_tiles(lying), "scale": native["scale"]}
+        else:
+            packed = {"codes": lying.transpose(-1, -2), "scale": native["scale"]}
+        if len(spec.shape) == 3 and spec.dtype == "bfloat16":
+            packed |= _parted(native["codes"], native["scale"][..., 0])
         if into is None:
             return Weight(spec, packed)
         for name, part in packed.items():
@@ -42,10 +45,10 @@ class Int8:
         return into
 
     def to_logical(self, operand: Any) -> dict[str, np.ndarray[Any, Any]]:
-        if isinstance(operand, Weight) and operand.spec.quantised and TILES in operand.native:
-            codes, scale = (self.to_numpy(part) for part in operand.native.values())  # type: ignore[attr-defined]
-            return {"codes": codes.swapaxes(-1, -2), "scale": scale}
         logical: dict[str, np.ndarray[Any, Any]] = super().to_logical(operand)  # type: ignore[misc]
+        if isinstance(operand, Weight) and operand.spec.scheme == CHANNEL:
+            codes = logical[TILES].swapaxes(-1, -2) if TILES in logical else logical["codes"]
+            return {"codes": codes, "scale": logical["scale"]}
         return logical
 
     @limits(provider="torch_npu.npu_dynamic_quant", dtypes={"x": HALVES}, T=SOME, scheme="int8_token")
@@ -85,7 +88,7 @@ class Int8:
     def grouped_gemm(self, x: Tensor, w: Weight, counts: Tensor) -> Tensor:
         return _grouped(*quantised(x), w, groups_of(counts.cumsum(0), len(x)), x.dtype)
 
-    @limits(provider=EXPERTS, schemes=CHANNEL, dtypes={"x": HALVES}, T=SOME, E=GROUPS, H=INNER, I=at_most(5120))
+    @limits(provider=EXPERTS, schemes=CHANNEL, dtypes={"x": "bfloat16"}, T=SOME, E=GROUPS, H=INNER, I=at_most(5120))
     def moe_experts(
         self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
     ) -> Tensor:
@@ -115,17 +118,29 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.masked_fill_((scale == 0)[..., None], 0), scale
 
 
+def _parted(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Scales [groups, out] as a column's largest, times what a float16 result has room for."""
+    used = torch.where((codes == 0).all(-1), 0.0, scale)  # a column of zeros has any scale
+    largest = torch.where(used.amax(0) > 0, used.amax(0), 1.0)
+    return {"largest": largest, "part": (scale / largest).clamp(max=1.0) * (2 / codes.shape[-1])}
+
+
 def _grouped(codes: Tensor, scale: Tensor, w: Weight, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """For bfloat16 results the op wants scales in bfloat16, which is too little: they are made of float16 ones, within whose
+    range 2 / K keeps sums of K products."""
+    wide = dtype == torch.bfloat16
     [y] = NPU.npu_grouped_matmul(
         x=[codes],
         weight=[w.native["codes"].transpose(1, 2)],
-        scale=[w.native["scale"][..., 0].to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)],
-        per_token_scale=[scale],
+        scale=[w.native["part"] if wide else w.native["scale"][..., 0]],
+        per_token_scale=None if wide else [scale],
         group_list=ends,
         split_item=2,
         group_type=0,
         group_list_type=ENDS,
-        output_dtype=dtype,
+        output_dtype=torch.float16,
     )
     made: Tensor = y
+    if wide:
+        made = y.float().mul_(codes.shape[1] / 2).mul_(w.native["largest"]).mul_(scale[:, None]).to(dtype)
     return made

@@ -11,6 +11,7 @@ from porthal.backends.ascend.calls import HALVES, NPU
 from porthal.backends.ascend.int8 import quantised
 from porthal.backends.ascend.plan import memory, paged
 from porthal.backends.ascend.rows import SOME
+from porthal.backends.torch import schemes
 from porthal.hal import Batch, Pages, PagesSpec, Selection, any_of, at_most, limits, one_of, same_as
 
 PACKED = "packed"  # in a cache of such rows
@@ -38,15 +39,18 @@ class Int8Caches:
         T=SOME,
     )
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
-        """A packed row is written as bytes, at once."""
+        """A packed row is written as bytes, at once. Codes by a float16 scale are not those by the op's float32 one."""
         assert pages.spec.quantised
         (name, scheme), width = pages.spec.quantised, first.shape[1]
-        tile = scheme.block[1] or width
-        codes, scale = quantised(F.pad(first, (0, -width % tile)).unflatten(1, (-1, tile)))
+        if scheme.scale == "float16":
+            codes, scale = schemes.quantised(scheme, first).values()
+        else:
+            tile = scheme.block[1] or width
+            codes, scale = quantised(F.pad(first, (0, -width % tile)).unflatten(1, (-1, tile)))
         parts = {name: codes.flatten(1)[:, :width]}
         if second is not None:
             parts[pages.spec.fields[1][0]] = second
-        parts[f"{name}_scale"] = scale.to(pages[f"{name}_scale"].dtype)
+        parts[f"{name}_scale"] = scale
         if PACKED in pages.native:
             parts = {PACKED: torch.cat([part.contiguous().view(torch.int8) for part in parts.values()], dim=1)}
         for name, rows in parts.items():
