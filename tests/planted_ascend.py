@@ -126,6 +126,69 @@ DEFECTS = [
     Defect("backend", "rope", "turns of the captured step", "            made.renew()\n", "", True),
     Defect("backend", "kv_write", "rows of the captured step",
            "rows = self.write(held.rows, made.rows)", "rows = held.rows", True),
+    Defect("int8", "quantize", "codes of rows of zeros as they are", "codes.masked_fill_((scale == 0)[..., None], 0), scale",
+           "codes, scale"),
+    Defect("int8", "quantize", "the scale's reciprocal", '"scale": scale[:, None]}', '"scale": 1 / scale[:, None]}'),
+    Defect("int8", "linear", "without the rows' scales", "pertoken_scale=scale,", "pertoken_scale=None,"),
+    Defect("int8", "linear", "the first output's scale for all", '"scale"][:, 0],', '"scale"][:1, 0],'),
+    Defect("int8", "linear", "a result of int8", 'output_dtype=x.dtype if out == "x" else getattr(torch, out)',
+           "output_dtype=None"),
+    Defect("int8", "linear", "[N, K] for [K, N]", 'x2=w.native["codes"].transpose(0, 1)', 'x2=w.native["codes"]'),
+    Defect("int8", "head_linear", "rows by token", "quantised(x.transpose(0, 1).flatten(0, 1))", "quantised(x.flatten(0, 1))"),
+    Defect("int8", "head_linear", "heads begin one too late", "torch.arange(T, (heads + 1) * T, T",
+           "torch.arange(0, heads * T, T"),
+    Defect("int8", "head_linear", "results by token", ".unflatten(0, (heads, T)).transpose(0, 1)", ".unflatten(0, (T, heads))"),
+    Defect("int8", "head_linear", "scales in bfloat16", "(scale / largest).clamp(max=1.0)",
+           "(scale / largest).bfloat16().float()"),
+    Defect("int8", "grouped_gemm", "without a column's largest", '.mul_(w.native["largest"])', ""),
+    Defect("int8", "grouped_gemm", "without the room for sums", ".mul_(codes.shape[1] / 2)", ""),
+    Defect("int8", "grouped_gemm", "without the rows' scales", ".mul_(scale[:, None])", ""),
+    Defect("int8", "grouped_gemm", "counts for their sums", "groups_of(counts.cumsum(0), len(x))",
+           "groups_of(counts.long(), len(x))"),
+    Defect("int8", "grouped_gemm", "scales of another expert",
+           'scale=[w.native["part"] if', 'scale=[w.native["part"].roll(1, 0) if'),
+    Defect("int8", "moe_experts", "the dtype left to its default", "dequant_dtype=0,", "dequant_dtype=6,"),
+    Defect("int8", "moe_experts", "matrices in rows", "in_tiles(lying)", "lying"),
+    Defect("int8", "moe_experts", "scales of another expert", 'weight_scale=[w13.native["scale"][..., 0]]',
+           'weight_scale=[w13.native["scale"][..., 0].roll(1, 0)]'),
+    Defect("int8", "moe_experts", "the second half is activated", "in_tiles(lying)",
+           "in_tiles(lying.roll(lying.shape[-1] // 2, -1))"),
+    Defect("int8", "moe_experts", "what is behind as it is", "groups, x.dtype).masked_fill_(nobodys[:, None], 0)",
+           "groups, x.dtype)"),
+    Defect("int8", "moe_experts", "choices that went nowhere at row 1", "places % M,", "places.abs(),"),
+    Defect("int8", "moe_experts", "the rows' scales for the activations'", "_grouped(h, each, w2", "_grouped(h, scale, w2"),
+    Defect("int8_caches", "kv_write", "codes by the op's scale", "codes, scale = schemes.quantised(scheme, first).values()",
+           "codes, scale = quantised(first)\n            scale = scale[:, None].half()"),
+    Defect("int8_caches", "kv_write", "scales before rotated keys", "    parts[pages.spec.fields[1][0]] = second\n",
+           '    parts |= {f"{name}_scale": scale, pages.spec.fields[1][0]: second}\n'),
+    Defect("int8_caches", "kv_write", "one scale for a row", "tile = scheme.block[1] or width", "tile = width"),
+    Defect("int8_caches", "kv_write", "slots of the fields in their memory", "indices=batch.native.rows",
+           "indices=batch.native.slots[:, None].clamp(min=0)"),
+    Defect("int8_caches", "indexer_topk", "without the queries' scales", "w.float() * each", "w.float()"),
+    Defect("int8_caches", "indexer_topk", "weights in one float16", "(exact - high).half()", "(exact - high).half() * 0"),
+    Defect("int8_caches", "indexer_topk", "the halves apart", "torch.cat([codes, codes], dim=1)",
+           "codes.repeat_interleave(2, 1)"),
+    Defect("int8_caches", "indexer_topk", "weights beyond float16", "2.0**15 /", "2.0**17 /"),
+    Defect("int8_caches", "indexer_topk", "the keys' scales in float32", "keys.spec.block_size, 1),",
+           "keys.spec.block_size, 1).float(),"),
+    Defect("int8_caches", "indexer_topk", "scales by slot, then page", ".view(keys.spec.n_blocks, keys.spec.block_size, 1),",
+           ".view(keys.spec.block_size, keys.spec.n_blocks, 1).transpose(0, 1).contiguous(),"),
+    Defect("int8_caches", "indexer_topk", "key lengths summed", "lengths_key=plan.kv_len",
+           "lengths_key=plan.kv_len.cumsum(0).int()"),
+    Defect("int8_caches", "indexer_topk", "rows see what comes after them", "sparse_count=k,\n            sparse_mode=3",
+           "sparse_count=k,\n            sparse_mode=0"),
+    Defect("int8_caches", "sparse_mla", "rotated before latent", "torch.cat([q_latent, q_rope]",
+           "torch.cat([q_rope, q_latent]"),
+    Defect("int8_caches", "sparse_mla", "scales before rotated keys",
+           "codes, rotated, scales = rows.split([width, 128, 16], dim=1)",
+           "codes, scales, rotated = rows.split([width, 16, 128], dim=1)"),
+    Defect("int8_caches", "sparse_mla", "unscaled", "scale_value=scale", "scale_value=1.0"),
+    Defect("int8_caches", "sparse_mla", "mode left to its default", "            attention_mode=2,\n", ""),
+    Defect("int8_caches", "sparse_mla", "key lengths summed", "lengths_kv=plan.kv_len",
+           "lengths_kv=plan.kv_len.cumsum(0).int()"),
+    Defect("int8_caches", "sparse_mla", "rows without keys as they are", "return only_of_rows_with_keys(o, rows)", "return o"),
+    Defect("int8_caches", "sparse_mla", "slots for positions", "sparse_indices=rows.indices[:, None].contiguous()",
+           "sparse_indices=(rows.indices + plan.block_table[plan.row_request, :1] * kv.spec.block_size)[:, None].contiguous()"),
 ]  # fmt: skip
 
 
@@ -143,6 +206,8 @@ def chosen(defect: Defect) -> list[Case]:
         return [Case.from_token(token) for token in PROLOG]
     plan = captured if defect.capture else cases
     found = [c for c in plan(contracts()[defect.op], STANDARD.name, ["bfloat16"]) if not c.fault and elements(c) <= LARGE]
+    if defect.module.startswith("int8"):
+        found = [c for c in found if "int8" in c.token]
     return sorted(found, key=elements)
 
 
@@ -159,4 +224,4 @@ def missed(defects: list[Defect]) -> list[str]:
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]
-    print(*missed([d for d in DEFECTS if not wanted or d.op in wanted]), sep="\n")
+    print(*missed([d for d in DEFECTS if not wanted or {d.op, d.module} & {*wanted}]), sep="\n")

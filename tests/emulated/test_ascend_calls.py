@@ -15,11 +15,11 @@ from porthal.backends.ascend import emulated
 from porthal.hal import PagesSpec, Unavailable, bind, contracts, create, running
 
 torch_npu = emulated.install()  # before what imports it
-from porthal.backends.ascend import attention, experts, prolog, rows  # noqa: E402
+from porthal.backends.ascend import attention, experts, int8, int8_caches, prolog, rows  # noqa: E402
 from porthal.backends.ascend.calls import NPU  # noqa: E402
 from porthal.backends.torch.interfaces.library import Library  # noqa: E402
 
-FAMILIES = (attention, experts, prolog, rows)
+FAMILIES = (attention, experts, int8, int8_caches, prolog, rows)
 
 
 def made(family):
@@ -78,7 +78,8 @@ def test_a_torch_npu_without_sparse_attention_runs_it_on_the_base(monkeypatch):
     choices = bind("ascend", profile=profile).choices
     assert choices["rms_norm"].status == "own" and choices["sparse_mla"].status == "inherited"
     why = "has no npu_sparse_flash_attention: kernels are written for torch-npu 2.13, for CANN 8.5 or later"
-    assert choices["sparse_mla"].reason == f"ascend: this torch_npu 2.13.0+emulated {why}"
+    name = "torch_npu.npu_sparse_flash_attention"
+    assert choices["sparse_mla"].reason.startswith(f"{name}: this torch_npu 2.13.0+emulated {why}; ")
 
 
 @pytest.mark.parametrize("device", ["1", "-1", "cpu"])
