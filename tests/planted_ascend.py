@@ -22,6 +22,20 @@ from tests.planted_adapters import remade
 # each imports from its left alone
 MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "int8", "int8_caches", "backend"
 LARGE = 2**20  # elements of a case that is left out
+# Under schemes every planned choice is of a local expert, every row has keys, and no cache is as wide as a packed row.
+INT8 = {
+    "moe_experts": (
+        "moe_experts,T=7,H=96,I=96,E=8,k=8,first_expert=3,x:bf16,ids~away,w13%int8_channel,w2%int8_channel,0",
+        "moe_experts,T=7,H=96,I=96,E=8,k=2,x:bf16,ids~holes,w13%int8_channel,w2%int8_channel,0",
+    ),
+    "kv_write": ("kv_write,T=5,A=512,B=64,pages:bf16,pages%int8_tile_latents,batch=1/5+3/130+1/0,block_size=64,0",),
+    "indexer_topk": (
+        "indexer_topk,T=5,G=32,D=128,k=16,scale=0.015625,iq:bf16,keys%int8_half_keys,batch=1/5+3/130+1/0,block_size=64,0",
+    ),
+    "sparse_mla": (
+        "sparse_mla,T=5,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,kv%int8_tile_latents,batch=1/5+3/130+1/0,block_size=64,0",
+    ),
+}
 # Planned cases are smaller than what the fused prolog takes.
 PROLOG = tuple(
     f"mla_prolog,T={T},H=1024,Q=1536,N=2,D=128,C=512,R=64,theta=10000.0,eps=1e-05,h:bf16,batch={batch},block_size=64,0"
@@ -126,8 +140,6 @@ DEFECTS = [
     Defect("backend", "rope", "turns of the captured step", "            made.renew()\n", "", True),
     Defect("backend", "kv_write", "rows of the captured step",
            "rows = self.write(held.rows, made.rows)", "rows = held.rows", True),
-    Defect("int8", "quantize", "codes of rows of zeros as they are", "codes.masked_fill_((scale == 0)[..., None], 0), scale",
-           "codes, scale"),
     Defect("int8", "quantize", "the scale's reciprocal", '"scale": scale[:, None]}', '"scale": 1 / scale[:, None]}'),
     Defect("int8", "linear", "without the rows' scales", "pertoken_scale=scale,", "pertoken_scale=None,"),
     Defect("int8", "linear", "the first output's scale for all", '"scale"][:, 0],', '"scale"][:1, 0],'),
@@ -158,16 +170,15 @@ DEFECTS = [
     Defect("int8", "moe_experts", "choices that went nowhere at row 1", "places % M,", "places.abs(),"),
     Defect("int8", "moe_experts", "the rows' scales for the activations'", "_grouped(h, each, w2", "_grouped(h, scale, w2"),
     Defect("int8_caches", "kv_write", "codes by the op's scale", "codes, scale = schemes.quantised(scheme, first).values()",
-           "codes, scale = quantised(first)\n            scale = scale[:, None].half()"),
+           "codes, scale = coded(first)\n            scale = scale[:, None].half()"),
     Defect("int8_caches", "kv_write", "scales before rotated keys", "    parts[pages.spec.fields[1][0]] = second\n",
            '    parts |= {f"{name}_scale": scale, pages.spec.fields[1][0]: second}\n'),
     Defect("int8_caches", "kv_write", "one scale for a row", "tile = scheme.block[1] or width", "tile = width"),
     Defect("int8_caches", "kv_write", "slots of the fields in their memory", "indices=batch.native.rows",
            "indices=batch.native.slots[:, None].clamp(min=0)"),
     Defect("int8_caches", "indexer_topk", "without the queries' scales", "w.float() * each", "w.float()"),
-    Defect("int8_caches", "indexer_topk", "weights in one float16", "(exact - high).half()", "(exact - high).half() * 0"),
-    Defect("int8_caches", "indexer_topk", "the halves apart", "torch.cat([codes, codes], dim=1)",
-           "codes.repeat_interleave(2, 1)"),
+    Defect("int8_caches", "indexer_topk", "queries' scales twice", "torch.ones_like(weights)", "each.half()"),
+    Defect("int8_caches", "indexer_topk", "weights too small for float16", "2.0**15 /", "2.0**-20 /"),
     Defect("int8_caches", "indexer_topk", "weights beyond float16", "2.0**15 /", "2.0**17 /"),
     Defect("int8_caches", "indexer_topk", "the keys' scales in float32", "keys.spec.block_size, 1),",
            "keys.spec.block_size, 1).float(),"),
@@ -207,7 +218,7 @@ def chosen(defect: Defect) -> list[Case]:
     plan = captured if defect.capture else cases
     found = [c for c in plan(contracts()[defect.op], STANDARD.name, ["bfloat16"]) if not c.fault and elements(c) <= LARGE]
     if defect.module.startswith("int8"):
-        found = [c for c in found if "int8" in c.token]
+        found = [c for c in found if "int8" in c.token] + [Case.from_token(token) for token in INT8.get(defect.op, ())]
     return sorted(found, key=elements)
 
 

@@ -53,7 +53,7 @@ class Int8:
 
     @limits(provider="torch_npu.npu_dynamic_quant", dtypes={"x": HALVES}, T=SOME, scheme="int8_token")
     def quantize(self, x: Tensor, *, scheme: str) -> Quantised:
-        codes, scale = quantised(x)
+        codes, scale = coded(x)
         return Quantised(QuantisedSpec(tuple(x.shape), scheme), {"codes": codes, "scale": scale[:, None]})
 
     @limits(
@@ -113,8 +113,14 @@ class Int8:
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of rows and their float32 scales; the op leaves codes of a row of zeros undefined."""
+    """int8 codes of rows and their float32 scales, for products: codes of a row of zeros are undefined, its scale is 0."""
     codes, scale = NPU.npu_dynamic_quant(input=x.contiguous())
+    return codes, scale
+
+
+def coded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same to be kept: codes of a row of zeros are 0."""
+    codes, scale = quantised(x)
     return codes.masked_fill_((scale == 0)[..., None], 0), scale
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from porthal.backends.ascend.attention import HEADS, PAGE, only_of_rows_with_keys, selected
 from porthal.backends.ascend.calls import HALVES, NPU
-from porthal.backends.ascend.int8 import quantised
+from porthal.backends.ascend.int8 import coded, quantised
 from porthal.backends.ascend.plan import memory, paged
 from porthal.backends.ascend.rows import SOME
 from porthal.backends.torch import schemes
@@ -46,7 +46,7 @@ class Int8Caches:
             codes, scale = schemes.quantised(scheme, first).values()
         else:
             tile = scheme.block[1] or width
-            codes, scale = quantised(F.pad(first, (0, -width % tile)).unflatten(1, (-1, tile)))
+            codes, scale = coded(F.pad(first, (0, -width % tile)).unflatten(1, (-1, tile)))
         parts = {name: codes.flatten(1)[:, :width]}
         if second is not None:
             parts[pages.spec.fields[1][0]] = second
@@ -62,22 +62,20 @@ class Int8Caches:
         tie="any",
         schemes="int8_half_keys",
         dtypes={"iq": HALVES, "w": any_of(same_as("iq"), one_of("float32")), "keys": same_as("iq")},
-        G=at_most(32),
+        G=at_most(64),
         D=128,
         block_size=PAGE,
         k=at_most(2048),
     )
     def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
-        """The op takes head weights and the queries' scales in float16. Their product goes as the sum of two, so each head
-        goes twice. The ReLU lets positive factors pass: the queries' scales are 1, and a row's largest weight is 2^15."""
+        """The op takes head weights and the queries' scales in float16. Their product is rounded to it once: the ReLU lets
+        positive factors pass, so the queries' scales are 1, and a row's largest weight is 2^15, far from where float16 ends."""
         plan = batch.native
         codes, each = quantised(iq)
         exact = w.float() * each
-        exact = exact * (2.0**15 / exact.abs().amax(-1, keepdim=True).clamp(min=2.0**-100))
-        high = exact.half()
-        weights = torch.cat([high, (exact - high).half()], dim=-1)
+        weights = (exact * (2.0**15 / exact.abs().amax(-1, keepdim=True).clamp(min=2.0**-100))).half()
         found = NPU.npu_quant_lightning_indexer(
-            query=torch.cat([codes, codes], dim=1),
+            query=codes,
             key=paged(keys, 0),
             weights=weights,
             query_dequant_scale=torch.ones_like(weights),
