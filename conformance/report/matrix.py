@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from porthal.hal import Backend, Contract, Kernel, create, operators
 from porthal.hal.discovery import emulatable
+from porthal.hal.limits import Limit
 from porthal.hal.scheme import NONE
 
 BACKENDS = ("reference", "cpu", "torch", "onnxruntime", "cuda", "ascend", "moore_threads", "cambricon", "kunlunxin")
@@ -57,13 +58,17 @@ def _of(backend: Backend, contract: Contract) -> list[Row]:
 
 def _own(contract: Contract, kernel: Kernel) -> Row:
     stated = kernel.limits
-    conditions = [f"{name}: {limit.text}" for name, limit in (*stated.dtypes.items(), *stated.facts.items())]
+    conditions = [f"{name}: {_worded(limit)}" for name, limit in (*stated.dtypes.items(), *stated.facts.items())]
     conditions += [f"{name}: {need.text}" for name, need in stated.needs.items()]
     known = list(dict.fromkeys(name for names in contract.schemes.values() for name in names))
     taken = [name for name in known if stated.schemes.holds(name, {})]
     schemes = "all" if taken and taken == known else ", ".join(taken)
     only = "" if stated.schemes.holds(NONE, {}) else ONLY
     return Row(kernel.op, "own", kernel.provider, only + schemes, "; ".join(conditions))
+
+
+def _worded(limit: Limit) -> str:
+    return limit.text if "," in limit.text else limit.text.removeprefix("one of ")
 
 
 def section(name: str, place: str, found: Sequence[Row]) -> str:

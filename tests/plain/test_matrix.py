@@ -17,7 +17,7 @@ def test_of_an_op_all_own_kernels_are_told_and_what_else_there_is():
 
     found = {op: [row for row in rows(Chip()) if row.op == op] for op in ("linear", "rms_norm", "moe_layer")}
     assert found["linear"] == [
-        Row("linear", "own", "lib.gemm", "int8_channel", "x: one of float32; K: at most 8"),
+        Row("linear", "own", "lib.gemm", "int8_channel", "x: float32; K: at most 8"),
         Row("linear", "inherited from reference"),
     ]
     assert found["rms_norm"] == [Row("rms_norm", "inherited from reference")]
@@ -26,4 +26,4 @@ def test_of_an_op_all_own_kernels_are_told_and_what_else_there_is():
     apart = Row("linear", "own", "lib.bits", "only int8_channel"), Row("linear", "inherited from reference")
     assert cells(apart) == {"linear": "own int8_channel; inherited"} and cells([*apart, *found["linear"]]) == cells(apart)
     told = section("chip", "hardware", found["linear"])
-    assert told.endswith("| linear | `lib.gemm` | int8_channel | x: one of float32; K: at most 8 |\n")
+    assert told.endswith("| linear | `lib.gemm` | int8_channel | x: float32; K: at most 8 |\n")
