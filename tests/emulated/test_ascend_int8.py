@@ -12,7 +12,8 @@ from porthal.model import DEMO, load
 from porthal.model.quantising import quantise
 
 emulated.install()  # before what imports torch_npu
-from porthal.backends.ascend.int8_caches import PACKED  # noqa: E402
+from porthal.backends.ascend.int8 import Int8  # noqa: E402
+from porthal.backends.ascend.int8_caches import PACKED, Int8Caches  # noqa: E402
 from porthal.backends.ascend.plan import memory  # noqa: E402
 
 LATENTS = PagesSpec((("c", 512), ("kp", 64)), "bfloat16", 4, 64, "int8_tile_latents")
@@ -94,6 +95,39 @@ def test_columns_of_zeros_do_not_take_the_room_of_float16():
     y, wanted = (made.grouped_gemm(x, made.prepare(spec, lambda index: parts), counts) for made in (ops, base))
     torch.testing.assert_close(y.float().cpu(), wanted.float().cpu(), rtol=2**-7, atol=1e-12)
     assert bool((y[:2, 3] == 0).all())
+
+
+def test_int8_kernels_stand_in_a_captured_graph():
+    chip, x, heads = create("ascend"), normal(3, 64), normal(3, 2, 64)
+    matrices = {}
+    for op, operand, *shape in (("linear", "w", 8, 64), ("head_linear", "w", 2, 8, 64),
+                                ("moe_experts", "w13", 4, 32, 64), ("moe_experts", "w2", 4, 64, 16)):  # fmt: skip
+        spec, parts = coded(op, operand, *shape)
+        matrices[op, operand] = chip.prepare(spec, lambda index, parts=parts: parts)
+    ids, weights = torch.tensor([[0, 3], [1, -1], [9, 2]], dtype=torch.int32).npu(), torch.rand(3, 2).npu()
+    keys = chip.alloc_pages(PagesSpec((("k", 128),), "bfloat16", 4, 64, "int8_half_keys"))
+    kv, batch = chip.alloc_pages(LATENTS), chip.plan(Batch.build([2, 1], [70, 9], [[3, 1], [2]], 64))
+    rows, queries, head_weights = normal(3, 128), normal(3, 8, 128), torch.randn(3, 8).npu()
+    latents, rotated, q_latent, q_rope = normal(3, 512), normal(3, 64), normal(3, 8, 512), normal(3, 8, 64)
+
+    def step():
+        Int8Caches.kv_write(chip, keys, batch, rows)
+        Int8Caches.kv_write(chip, kv, batch, latents, rotated)
+        selection = Int8Caches.indexer_topk(chip, queries, head_weights, keys, batch, k=16, scale=0.1)
+        return (
+            Int8.linear(chip, x, matrices["linear", "w"]),
+            Int8.head_linear(chip, heads, matrices["head_linear", "w"]),
+            Int8.moe_experts(chip, x, matrices["moe_experts", "w13"], matrices["moe_experts", "w2"], ids, weights),
+            Int8Caches.sparse_mla(chip, q_latent, q_rope, kv, selection, batch, scale=0.0625),
+        )
+
+    now = [y.clone() for y in step()]
+    replay = chip.capture(step)
+    x.mul_(2)
+    assert torch.equal(replay()[0], now[0] * 2)
+    x.div_(2)
+    for got, wanted in zip(replay(), now):
+        assert torch.equal(got, wanted) and bool(wanted.isfinite().all())
 
 
 def test_a_quantised_checkpoint_runs_on_int8_calls(tmp_path):
