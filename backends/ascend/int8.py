@@ -36,8 +36,8 @@ class Int8:
             packed = {TILES: in_tiles(lying), "scale": native["scale"]}
         else:
             packed = {"codes": lying.transpose(-1, -2), "scale": native["scale"]}
-        if len(spec.shape) == 3 and spec.dtype == "bfloat16":
-            packed |= _parted(native["codes"], native["scale"][..., 0])
+            if len(spec.shape) == 3 and spec.dtype == "bfloat16":
+                packed |= _parted(native["codes"], native["scale"][..., 0])
         if into is None:
             return Weight(spec, packed)
         for name, part in packed.items():
@@ -103,7 +103,7 @@ class Int8:
             x_scale=scale,
             group_list=groups,
             dequant_mode=0,
-            dequant_dtype=0,  # float32; the schema's default is what another product has, and that of the next as well
+            dequant_dtype=0,  # this and the next: the schema's defaults are another product's
             quant_mode=0,
             quant_dtype=0,
             group_list_type=ENDS,
@@ -125,7 +125,8 @@ def coded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parted(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Scales [groups, out] as a column's largest, times what a float16 result has room for."""
+    """Scales [groups, out] as a column's largest, times what a float16 result has room for. A group whose scale is less than a
+    millionth of another's in its column loses bits."""
     used = torch.where((codes == 0).all(-1), 0.0, scale)  # a column of zeros has any scale
     largest = torch.where(used.amax(0) > 0, used.amax(0), 1.0)
     return {"largest": largest, "part": (scale / largest).clamp(max=1.0) * (2 / codes.shape[-1])}
