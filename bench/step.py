@@ -12,7 +12,7 @@ import numpy as np
 
 from porthal.conformance.cases.compositions import Request
 from porthal.hal import Backend, bind, narrow
-from porthal.hal.binding import Function
+from porthal.hal.several import Function
 from porthal.model.config import Config
 from porthal.model.generate import step
 from porthal.model.glm5 import Glm5

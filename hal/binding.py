@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +22,9 @@ from porthal.hal.errors import DataNotTaken, NotClaimed, Unavailable, UsageError
 from porthal.hal.operands import Batch, Operand, Weight, WeightSpec
 from porthal.hal.scheme import NONE
 from porthal.hal.services import Services
+from porthal.hal.several import Chosen, Function, by_scheme, by_shape
 from porthal.hal.together import together
 
-Function = Callable[..., Any]
 Wrap = Callable[[str, Function], Function]
 Profile = Mapping[str, Sequence[CallSpec]]
 Callers = Mapping[str, Collection[str]]
@@ -221,7 +220,7 @@ class Policy:
 
 def _choose(
     binding: Binding, contract: Contract, specs: Sequence[CallSpec], policy: Policy, left: Sequence[Kernel] | None
-) -> tuple[Function, Choice, Kernel | None]:
+) -> Chosen:
     """Function, choice and kernel for an op, of all that the backend has, or of those that are `left`."""
     chosen, op, rule, fallback = binding.backend, contract.name, policy.rule, policy.fallback
     if rule == "composed":
@@ -229,7 +228,7 @@ def _choose(
     via = rule.removeprefix(VIA) if rule and rule.startswith(VIA) else ""
     if rule is not None and not via and rule not in (chosen.name, str(chosen)):
         return _elsewhere(chosen, contract, specs, rule, "by policy")
-    kernels = list(chosen.candidates(contract) if left is None else left)
+    listed = kernels = list(chosen.candidates(contract) if left is None else left)
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
         providers = ", ".join(k.provider for k in chosen.candidates(contract) if k.provider) or "none"
         raise NotClaimed(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
@@ -238,9 +237,12 @@ def _choose(
     own = [k for k in kernels if k.owner == chosen.name]
     if shared := by_shape(chosen, contract, own, specs):
         return shared
+    apart = replace(policy, rule=None)
+    if by_scheme_of_weight := by_scheme(contract, own, specs, lambda alike: _choose(binding, contract, alike, apart, listed)):
+        return by_scheme_of_weight
     refusals, inherited = [], None
     for kernel in kernels:
-        if reason := next((r for s in specs if (r := kernel.refuses(s))), None):
+        if reason := next((r for s in specs if (r := kernel.refuses(s))), None if specs else _only_quantised(kernel)):
             named = via or (kernel in own and len(own) > 1)
             refusals.append(f"{kernel.provider or kernel.owner if named else kernel.owner}: {reason}")
             continue
@@ -266,6 +268,12 @@ def _choose(
         raise NotClaimed(f"{chosen} does not claim {op} ({why}){policy.advice}")
 
     return refuse, Choice(op, "missing", "", "", why), None
+
+
+def _only_quantised(kernel: Kernel) -> str | None:
+    """Why it is not chosen where nothing is known of the calls, which then are of plain numbers, or None."""
+    taken = kernel.limits.schemes
+    return None if taken.holds(NONE, {}) else f"no profile has calls under {taken.text}, which alone the kernel takes"
 
 
 def _diverting(
@@ -311,7 +319,7 @@ def _elsewhere(
     name: str,
     why: str,
     status: Status = "fallback",
-) -> tuple[Function, Choice, Kernel | None]:
+) -> Chosen:
     """A kernel of another backend, with the operands carried there and back through their logical forms."""
     other = _shared(name)
     for kernel in other.candidates(contract):
@@ -350,63 +358,6 @@ def checked(
     spec = contract.spec(operands, attrs)
     contract.check_values(operands, spec, backend.to_numpy)
     return spec
-
-
-# -- several kernels for one op --------------------------------------------------------------------------------------
-
-
-CUTS = 64  # of a range of rows at most
-Classes = list[tuple[CallSpec, Kernel]]  # calls that are alike, and the kernel that takes them
-
-
-def by_shape(
-    backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec]
-) -> tuple[Function, Choice, Kernel] | None:
-    """One function made of several own kernels, where each shape of the profile goes to the first kernel that takes it.
-
-    None where that is one kernel for all, or where none takes a shape. A weight has one packed form: kernels that pack
-    differently are not combined.
-    """
-    op = contract.name
-    found = [_classes(kernels, spec) for spec in specs] if len(kernels) > 1 else []
-    classes = [pair for each in found for pair in each]
-    used = [k for k in kernels if any(k is chosen for _, chosen in classes)]
-    if len(used) < 2 or not all(found):
-        return None
-    if contract.signature.of_kind("Weight") and not all(k.packs_like(used[0]) for k in used):
-        return None
-
-    def call(*args: Any, **attrs: Any) -> Any:
-        spec = contract.spec(*contract.arrange(args, attrs))
-        kernel = next((k for s, k in classes if s.covers(spec)), None)
-        if kernel is None:
-            raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
-        return kernel.function(*args, **attrs)
-
-    reason = "each shape goes to the first that takes it"
-    tie = "any" if any(k.tie == "any" for k in used) else "lowest"
-    return call, Choice(op, "own", used[0].owner, " or ".join(k.provider for k in used), reason, tie), used[0]
-
-
-def _classes(kernels: Sequence[Kernel], spec: CallSpec) -> Classes:
-    """The calls of a spec by the first kernel that takes them, cut where that changes with the rows T.
-
-    [] where some have none, or where it changes more often than a table of kernels is worth.
-    """
-    low, high = rows if isinstance(rows := spec.dims.get("T"), tuple) else (0, 0)
-
-    def part(start: int, end: int) -> CallSpec:
-        return replace(spec, dims={**spec.dims, "T": (start, end)}) if high else spec
-
-    classes: Classes = []
-    while low <= high and len(classes) < CUTS:
-        kernel = next((k for k in kernels if not k.refuses(part(low, low))), None)
-        if kernel is None:
-            return []
-        end = low + bisect_left(range(low, high), True, key=lambda last: bool(kernel.refuses(part(low, last + 1))))
-        classes.append((part(low, end), kernel))
-        low = end + 1
-    return classes if low > high else []
 
 
 # -- policy ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from porthal.hal.abstract import Abstract
-from porthal.hal.binding import Binding, Function, bind
+from porthal.hal.binding import Binding, bind
 from porthal.hal.contract import CallSpec, contracts, operators
+from porthal.hal.several import Function
 
 Heard = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from porthal.backends.torch.probing import DEVICES, beside_another
 from porthal.hal import Probe
 
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+
 requires = ("torch", "torch_npu")
 rank = 100
+variables = (VISIBLE, "TORCH_DEVICE_BACKEND_AUTOLOAD", "HCCL_BUFFSIZE", "ASCEND_LAUNCH_BLOCKING")
 
-VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 LIBRARIES = Path("/etc/ld.so.cache")  # what the loader finds by itself
 RUNTIME = "libascendcl.so"
 

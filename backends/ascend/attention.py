@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from porthal.backends.ascend.calls import HALVES, Call, calling
+from porthal.backends.ascend.calls import HALVES, NPU
 from porthal.backends.ascend.plan import paged
-from porthal.hal import Batch, Pages, Rows, Selection, SelectionSpec, any_of, at_most, multiple_of, one_of, same_as
+from porthal.hal import (
+    Batch,
+    Pages,
+    Rows,
+    Selection,
+    SelectionSpec,
+    any_of,
+    at_most,
+    limits,
+    multiple_of,
+    one_of,
+    same_as,
+)
 
-LENGTHS = "actual_seq_lengths_query", "block_table", "layout_query", "sparse_mode"
-INDEXER = Call(
-    "npu_lightning_indexer",
-    *("query", "key", "weights", "actual_seq_lengths_key", "layout_key", "sparse_count", *LENGTHS),
-)
-ATTENTION = Call(
-    "npu_sparse_flash_attention",
-    *("query", "key", "value", "sparse_indices", "scale_value", "actual_seq_lengths_kv", "query_rope", "key_rope"),
-    *("sparse_block_size", "layout_kv", "attention_mode", *LENGTHS),
-)
 HEADS = one_of(1, 2, 4, 8, 16, 32, 64, 128)
 PAGE = multiple_of(16, at_most=1024)  # slots per page, of every op that takes a block table
 
 
 class Attention:
-    @calling(
-        INDEXER,
+    @limits(
+        provider="torch_npu.npu_lightning_indexer",
         tie="any",
         dtypes={"iq": HALVES, "w": any_of(same_as("iq"), one_of("float32")), "keys": same_as("iq")},
         G=at_most(64),
@@ -35,7 +37,7 @@ class Attention:
     def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
         """Positions only, so the positive scale is left out: it cannot change their order."""
         plan = batch.native
-        found, _ = INDEXER(
+        found, _ = NPU.npu_lightning_indexer(
             query=iq.contiguous(),
             key=paged(keys, 0),
             weights=w.contiguous(),
@@ -47,11 +49,10 @@ class Attention:
             sparse_count=k,
             sparse_mode=3,
         )
-        indices = found[:, 0].masked_fill_((plan.visible == 0)[:, None], -1)  # rows without keys are undefined
-        return Selection(SelectionSpec(batch.T, k), Rows(indices, plan.visible.clamp(max=k)))
+        return selected(found, batch, k)
 
-    @calling(
-        ATTENTION,
+    @limits(
+        provider="torch_npu.npu_sparse_flash_attention",
         dtypes={"q_latent": HALVES, "q_rope": same_as("q_latent"), "kv": same_as("q_latent")},
         N=HEADS,
         C=512,
@@ -62,7 +63,7 @@ class Attention:
         self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
     ) -> Tensor:
         plan, rows, latents = batch.native, sel.native, paged(kv, 0)
-        o = ATTENTION(
+        o = NPU.npu_sparse_flash_attention(
             query=q_latent.contiguous(),
             key=latents,
             value=latents,
@@ -79,5 +80,17 @@ class Attention:
             sparse_mode=3,
             attention_mode=2,
         )[0]
-        made: Tensor = o.masked_fill_((rows.length == 0)[:, None, None], 0)  # rows that select nothing are undefined
-        return made
+        return only_of_rows_with_keys(o, rows)
+
+
+def selected(found: Tensor, batch: Batch, k: int) -> Selection:
+    """The indexer's result, which is undefined in rows without keys."""
+    visible = batch.native.visible
+    indices = found[:, 0].masked_fill_((visible == 0)[:, None], -1)
+    return Selection(SelectionSpec(batch.T, k), Rows(indices, visible.clamp(max=k)))
+
+
+def only_of_rows_with_keys(o: Tensor, rows: Rows) -> Tensor:
+    """Attention's result, which is undefined in rows that select nothing."""
+    made: Tensor = o.masked_fill_((rows.length == 0)[:, None, None], 0)
+    return made

@@ -13,17 +13,19 @@ import torch_npu
 from porthal.backends.ascend import VISIBLE
 from porthal.backends.ascend.attention import Attention
 from porthal.backends.ascend.experts import Experts
+from porthal.backends.ascend.int8 import Int8
+from porthal.backends.ascend.int8_caches import ROW, Int8Caches, packs, unpacked
 from porthal.backends.ascend.plan import NpuPlan
 from porthal.backends.ascend.prolog import Prolog
 from porthal.backends.ascend.rows import Rows
 from porthal.backends.torch.backend import Plan
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, CallSpec, Kernel, Pages, PagesSpec, Place, Unavailable
+from porthal.hal import Batch, Pages, PagesSpec, Place, Unavailable
 
 EAGER = "written", "targets"  # of a plan: read by the base's cache write alone, which is never captured
 
 
-class Ascend(Rows, Prolog, Experts, Attention, Vendor):
+class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
     kind, engine = "npu", "hccl"
@@ -44,17 +46,13 @@ class Ascend(Rows, Prolog, Experts, Attention, Vendor):
             return "vendor package on a stub runtime"
         return super().place
 
-    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
-        for call in getattr(kernel.function, "calls", ()):
-            if missing := call.missing():
-                return str(missing)
-        return super().refuses(op, kernel, spec)
-
     # -- operands ----------------------------------------------------------------------------------------------------
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         """With a page in front, see `memory`."""
         page = spec.block_size
+        if packs(spec):
+            return Pages(spec, unpacked(spec, self._zeros((page + spec.slots, ROW), "int8")[page:]))
         form = Pages.form(spec).items()
         return Pages(spec, {n: self._zeros((page + slots, width), dtype)[page:] for n, ((slots, width), dtype) in form})
 

@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 from porthal.backends.ascend.attention import HEADS, PAGE
-from porthal.backends.ascend.calls import Call, calling
+from porthal.backends.ascend.calls import NPU
 from porthal.backends.ascend.plan import memory
-from porthal.backends.ascend.rows import SCATTER, SOME
-from porthal.hal import Batch, Pages, Weight, WeightSpec, one_of, same_as
+from porthal.backends.ascend.rows import SOME
+from porthal.hal import Batch, Pages, Weight, WeightSpec, limits, one_of, same_as
 from porthal.hal.backend import Read
 
-PROLOG = Call(
-    "npu_mla_prolog_v3",
-    *("token_x", "weight_dq", "weight_uq_qr", "weight_uk", "weight_dkv_kr", "rmsnorm_gamma_cq", "rmsnorm_gamma_ckv"),
-    *("rope_sin", "rope_cos", "kv_cache", "kr_cache", "cache_index", "rmsnorm_epsilon_cq", "rmsnorm_epsilon_ckv"),
-    *("cache_mode", "query_norm_flag"),
-)
-FORMAT = Call("npu_format_cast", "input", "acl_format")
+PROLOG = "torch_npu.npu_mla_prolog_v3+npu_format_cast+npu_scatter_nd_update_"
 NZ = 29  # FRACTAL_NZ, the order of the matrix unit's tiles
 
 
@@ -32,7 +26,7 @@ class Prolog:
             weight: Weight = super().prepare(spec, read, into)  # type: ignore[misc]
             return weight
         rows = super().prepare(spec, read).native.transpose(-1, -2).contiguous()  # type: ignore[misc]
-        packed = rows if spec.operand == "w_uk" else _in_tiles(rows)
+        packed = rows if spec.operand == "w_uk" else in_tiles(rows)
         if into is None:
             return Weight(spec, packed)
         into.native.copy_(packed)
@@ -44,10 +38,8 @@ class Prolog:
             return {"w": logical["w"].swapaxes(-1, -2)}
         return logical
 
-    @calling(
-        PROLOG,
-        FORMAT,
-        SCATTER,
+    @limits(
+        provider=PROLOG,
         dtypes={"h": one_of("bfloat16"), "q_norm": same_as("h"), "kv_norm": same_as("h")},
         T=SOME,
         H=one_of(1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192),
@@ -77,7 +69,7 @@ class Prolog:
         plan, page = batch.native, (-1, kv.spec.block_size, 1)
         c, kp = (memory(kv, name) for name, _ in kv.spec.fields)
         turn = plan.turn(theta, kp.shape[1], "half", h.dtype)
-        q_latent, q_rope, _, qr, _ = PROLOG(
+        q_latent, q_rope, _, qr, _ = NPU.npu_mla_prolog_v3(
             token_x=h.contiguous(),
             weight_dq=q_a.native,
             weight_uq_qr=q_b.native,
@@ -95,15 +87,15 @@ class Prolog:
             cache_mode="PA_BSND",
             query_norm_flag=True,
         )
-        SCATTER(input=kp, indices=plan.rows, updates=_in_pairs(kp.index_select(0, plan.rows[:, 0])))
+        NPU.npu_scatter_nd_update_(input=kp, indices=plan.rows, updates=_in_pairs(kp.index_select(0, plan.rows[:, 0])))
         return q_latent, _in_pairs(q_rope), qr, kv
 
 
-def _in_tiles(rows: Tensor) -> Tensor:
+def in_tiles(rows: Tensor) -> Tensor:
     """Without the setting the cast gives back rows, with a warning alone."""
     if config := getattr(torch.npu, "config", None):
         config.allow_internal_format = True
-    made: Tensor = FORMAT(input=rows, acl_format=NZ)
+    made: Tensor = NPU.npu_format_cast(input=rows, acl_format=NZ)
     return made
 
 

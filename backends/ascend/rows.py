@@ -5,46 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from porthal.backends.ascend.calls import FLOATS, Call, calling
+from porthal.backends.ascend.calls import FLOATS, NPU
 from porthal.backends.ascend.plan import memory
-from porthal.hal import Batch, Pages, any_of, at_least, at_most, one_of, same_as
+from porthal.hal import Batch, Pages, any_of, at_least, at_most, limits, one_of, same_as
 
-RMS_NORM = Call("npu_rms_norm", "input", "gamma", "epsilon")
-ADD_RMS_NORM = Call("npu_add_rms_norm", "x1", "x2", "gamma", "epsilon")
-ROTARY = Call("npu_rotary_mul", "input", "r1", "r2", "rotary_mode")
-SWIGLU = Call("npu_swiglu", "input", "dim")
-SCATTER = Call("npu_scatter_nd_update_", "input", "indices", "updates")
 MODES = {"interleaved": "interleave", "half": "half"}
 SOME = at_least(1)  # rows: the pages of these ops do not take empty tensors
 
 
 class Rows:
-    @calling(RMS_NORM, dtypes={"x": FLOATS, "weight": any_of(same_as("x"), one_of("float32"))})
+    @limits(provider="torch_npu.npu_rms_norm", dtypes={"x": FLOATS, "weight": any_of(same_as("x"), one_of("float32"))})
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
-        y: Tensor = RMS_NORM(input=x, gamma=weight, epsilon=eps)[0]
+        y: Tensor = NPU.npu_rms_norm(input=x, gamma=weight, epsilon=eps)[0]
         return y
 
-    @calling(ADD_RMS_NORM, dtypes={"x": FLOATS, "weight": same_as("x")}, T=SOME)
+    @limits(provider="torch_npu.npu_add_rms_norm", dtypes={"x": FLOATS, "weight": same_as("x")}, T=SOME)
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-        y, _, r = ADD_RMS_NORM(x1=x, x2=residual, gamma=weight, epsilon=eps)
+        y, _, r = NPU.npu_add_rms_norm(x1=x, x2=residual, gamma=weight, epsilon=eps)
         return y, r
 
-    @calling(SWIGLU, dtypes={"x": FLOATS}, T=SOME)
+    @limits(provider="torch_npu.npu_swiglu", dtypes={"x": FLOATS}, T=SOME)
     def silu_mul(self, x: Tensor) -> Tensor:
-        y: Tensor = SWIGLU(input=x.contiguous(), dim=-1)
+        y: Tensor = NPU.npu_swiglu(input=x.contiguous(), dim=-1)
         return y
 
-    @calling(ROTARY, dtypes={"x": FLOATS}, T=SOME, N=at_most(999), width=at_most(894))
+    @limits(provider="torch_npu.npu_rotary_mul", dtypes={"x": FLOATS}, T=SOME, N=at_most(999), width=at_most(894))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, as tables in bfloat16 are no better than its 8 bits."""
         turn, end = batch.native.turn(theta, width, layout), start + width
         part = x[..., start:end].float().contiguous()
-        y: Tensor = ROTARY(input=part, r1=turn.cos, r2=turn.sin, rotary_mode=MODES[layout]).to(x.dtype)
+        y: Tensor = NPU.npu_rotary_mul(input=part, r1=turn.cos, r2=turn.sin, rotary_mode=MODES[layout]).to(x.dtype)
         return y if width == x.shape[-1] else torch.cat([x[..., :start], y, x[..., end:]], dim=-1)
 
-    @calling(SCATTER, dtypes={"pages": FLOATS}, T=SOME)
+    @limits(provider="torch_npu.npu_scatter_nd_update_", dtypes={"pages": FLOATS}, T=SOME)
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         """The op takes no index -1: rows that are not written go to the page in front, so shapes do not follow padding."""
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
-            SCATTER(input=memory(pages, name), indices=batch.native.rows, updates=rows)
+            NPU.npu_scatter_nd_update_(input=memory(pages, name), indices=batch.native.rows, updates=rows)
         return pages

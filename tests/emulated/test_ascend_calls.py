@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+import sys
 import types
 from pathlib import Path
 
@@ -10,28 +12,28 @@ import torch
 
 import porthal
 from porthal.backends.ascend import emulated
-from porthal.hal import PagesSpec, Unavailable, bind, create, running
+from porthal.hal import PagesSpec, Unavailable, bind, contracts, create, running
 
-emulated.install()  # before what imports torch_npu
-from porthal.backends.ascend import attention, experts, prolog, rows  # noqa: E402
-from porthal.backends.ascend.calls import Call  # noqa: E402
+torch_npu = emulated.install()  # before what imports it
+from porthal.backends.ascend import attention, experts, int8, int8_caches, prolog, rows  # noqa: E402
+from porthal.backends.ascend.calls import NPU  # noqa: E402
+from porthal.backends.torch.interfaces.library import Library  # noqa: E402
 
-FAMILIES = (attention, experts, prolog, rows)
-CALLS = {name: call for family in FAMILIES for name, call in vars(family).items() if isinstance(call, Call)}
+FAMILIES = (attention, experts, int8, int8_caches, prolog, rows)
 
 
 def made(family):
-    """(name, positional arguments, keywords) of each place where a Call is called."""
+    """(name, positional arguments, keywords) of each place where an op of torch_npu is called."""
     for node in ast.walk(ast.parse(Path(inspect.getfile(family)).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
-            yield node.func.id, node.args, [k.arg for k in node.keywords]
+        if isinstance(node, ast.Call) and re.fullmatch(r"NPU\.\w+", ast.unparse(node.func)):
+            yield node.func.attr, node.args, {k.arg for k in node.keywords}
 
 
-def test_every_call_names_all_its_arguments_and_no_others():
+def test_every_call_names_its_arguments_and_what_is_listed_is_what_is_passed():
     seen = [call for family in FAMILIES for call in made(family)]
-    assert {name for name, _, _ in seen} == set(CALLS)
-    for name, positional, keywords in seen:
-        assert positional == [] and set(keywords) == CALLS[name].arguments, name
+    assert all(positional == [] for _, positional, _ in seen)
+    passed = {name: set().union(*(keywords for n, _, keywords in seen if n == name)) for name, _, _ in seen}
+    assert passed == {name: set(arguments) for name, arguments in NPU.calls.items()}
 
 
 def test_no_call_goes_past_the_list():
@@ -39,26 +41,45 @@ def test_no_call_goes_past_the_list():
         assert "torch_npu" not in vars(family) and "torch.ops" not in inspect.getsource(family)
 
 
-def test_what_this_torch_npu_lacks_is_told_in_one_sentence():
-    version = "this torch_npu (2.13.0+emulated)"
-    assert Call("npu_rms_norm", "input", "gamma").missing() is None  # epsilon has a default
-    assert Call("npu_x", "input").missing() == f"{version} has no npu_x: install one for CANN 8.5 or later"
-    written = "the adapter is written for the schema of torch-npu 2.13"
-    assert Call("npu_rms_norm", "input", "gamma", "eps").missing() == f"npu_rms_norm of {version} takes no eps: {written}"
-    assert Call("npu_rms_norm", "input").missing() == f"npu_rms_norm of {version} asks for more arguments: {written}"
+def test_each_kernel_names_all_that_it_calls():
+    known = {f"torch_npu.{name}" for name in NPU.calls}
+    kernels = [k for op in contracts().values() for k in create("ascend").candidates(op) if k.owner == "ascend"]
+    named = {part if "." in part else f"torch_npu.{part}" for k in kernels for part in k.provider.split("+")}
+    assert len(kernels) >= 11 and named == known
+
+
+def test_what_this_torch_npu_lacks_is_told_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(Library, "known", {})
+    written, this = "kernels are written for torch-npu 2.13", "this torch_npu 2.13.0+emulated"
+
+    def lacks(name, arguments):
+        return Library("torch_npu", wanted="torch-npu 2.13", **{name: arguments}).lacks(name)
+
+    assert lacks("npu_rms_norm", "input gamma") is None  # epsilon has a default
+    assert lacks("npu_x", "input") == f"{this} has no npu_x: {written}"
+    assert lacks("npu_rms_norm", "input gamma eps") == f"npu_rms_norm of {this} takes no argument 'eps': {written}"
+    missing = f"npu_rms_norm of {this} wants an argument 'gamma', which kernels do not pass: {written}"
+    assert lacks("npu_rms_norm", "input") == missing
+
+
+def test_of_an_op_with_several_overloads_any_will_do(monkeypatch):
+    """Post releases of one version differ so."""
+    monkeypatch.setattr(Library, "known", {})
+    monkeypatch.setitem(sys.modules, "aten", types.ModuleType("aten"))
+    assert Library("aten", sum="self dim keepdim").lacks("sum") is None  # not of the first, which sums all
+    assert Library("aten", sum="self axis").lacks("sum") == "sum of this aten takes no argument 'axis'"
 
 
 def test_a_torch_npu_without_sparse_attention_runs_it_on_the_base(monkeypatch):
     """2.7.1 has neither op of DSA; all others of the adapter are there."""
-    old = types.SimpleNamespace(**{n: getattr(torch.ops.npu, n) for n in dir(torch.ops.npu) if n.startswith("npu_")})
     for name in ("npu_lightning_indexer", "npu_sparse_flash_attention"):
-        delattr(old, name)
-    monkeypatch.setattr(torch.ops, "npu", old)
+        monkeypatch.delattr(torch_npu, name)
     profile = porthal.model.profile(porthal.model.Config.read(porthal.model.DEMO), "bfloat16")
     choices = bind("ascend", profile=profile).choices
     assert choices["rms_norm"].status == "own" and choices["sparse_mla"].status == "inherited"
-    why = "has no npu_sparse_flash_attention: install one for CANN 8.5 or later"
-    assert choices["sparse_mla"].reason == f"ascend: this torch_npu (2.13.0+emulated) {why}"
+    why = "has no npu_sparse_flash_attention: kernels are written for torch-npu 2.13, for CANN 8.5 or later"
+    name = "torch_npu.npu_sparse_flash_attention"
+    assert choices["sparse_mla"].reason.startswith(f"{name}: this torch_npu 2.13.0+emulated {why}; ")
 
 
 @pytest.mark.parametrize("device", ["1", "-1", "cpu"])

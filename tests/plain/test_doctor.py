@@ -29,7 +29,7 @@ def test_a_vendors_page_lists_them_and_what_they_must_print(page):
 
 
 def test_pages_are_found():
-    assert {"cambricon", "kunlunxin", "moore_threads"} <= {page.stem for page in PAGES}
+    assert {"ascend", "cambricon", "kunlunxin", "moore_threads"} <= {page.stem for page in PAGES}
 
 
 def test_a_step_is_judged_by_its_exit_code_and_by_what_it_prints():

@@ -254,3 +254,55 @@ def test_providers_of_one_op_have_names_of_their_own() -> None:
             chip()
     with pytest.raises(UsageError, match=r"^nameless has 2 kernels for add: give each a provider of its own$"):
         twice()
+
+
+# -- kernels for one scheme of a weight ------------------------------------------------------------------------------
+
+
+class OfCodes:
+    """A library that takes int8 codes alone, [in, out]."""
+
+    def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
+        made = Reference.prepare(self, spec, read, into)  # type: ignore[arg-type]
+        return made if not spec.quantised else Weight(spec, {**made.native, "codes": made.native["codes"].T})
+
+    @limits(provider="few.bits", schemes="int8_channel")
+    def linear(self, x: Any, w: Weight, *, out: str = "x") -> Any:
+        CALLED.append(("bits", len(x)))
+        return narrow(widen(x) @ (w.native["codes"] * w.native["scale"][:, 0]), dtype(x))
+
+
+class Coding(OfCodes, Reference):
+    name = "coding"
+
+
+CODES = replace(spec(2), schemes={"w": "int8_channel"})
+
+
+def test_each_weight_goes_to_the_kernel_of_its_scheme_and_is_packed_for_it() -> None:
+    ops = bind(backend=Coding(), profile={"linear": [spec(2), CODES]}, overrides={})
+    choice = ops.choices["linear"]
+    assert (choice.status, choice.owner, choice.reason) == ("inherited", "reference", "few.bits where w is int8_channel")
+    plain = ops.prepare(WeightSpec("linear", "w", (3, 4), "float32"), np.ones((3, 4), np.float32).__getitem__)
+    parts = {"codes": np.full((3, 4), 2, np.int8), "scale": np.ones((3, 1), np.float32)}
+    coded = ops.prepare(WeightSpec("linear", "w", (3, 4), "float32", "int8_channel"), lambda index: parts)
+    assert plain.native.shape == (3, 4) and coded.native["codes"].shape == (4, 3)
+    CALLED.clear()
+    x = np.ones((2, 4), np.float32)
+    assert ops.linear(x, plain, out="x").tolist() == [[4.0] * 3] * 2 and CALLED == []
+    assert ops.linear(x, coded, out="x").tolist() == [[8.0] * 3] * 2 and CALLED == [("bits", 2)]
+
+
+def test_one_scheme_alone_needs_no_sharing() -> None:
+    def choice(*specs: CallSpec) -> tuple[str, str]:
+        made = bind(backend=Coding(), profile={"linear": specs}, overrides={}).choices["linear"]
+        return made.status, made.provider
+
+    assert choice(CODES) == ("own", "few.bits") and choice(spec(2)) == ("inherited", "")
+    assert choice(spec(2), replace(CODES, schemes={"w": "int4_g32"})) == ("inherited", "")
+
+
+def test_where_no_calls_are_known_a_kernel_of_codes_alone_is_not_taken() -> None:
+    choice = bind(backend=Coding(), overrides={}).choices["linear"]
+    assert choice.status == "inherited"
+    assert choice.reason == "coding: no profile has calls under one of int8_channel, which alone the kernel takes"

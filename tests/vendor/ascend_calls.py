@@ -29,6 +29,17 @@ TOKENS = (
     "indexer_topk,T=7,G=8,D=128,k=16,scale=0.015625,iq:bf16,batch=mixed,block_size=64,0",
     "sparse_mla,T=7,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=mixed,block_size=64,0",
     "mla_prolog,T=7,H=1024,Q=1536,N=2,D=128,C=512,R=64,theta=10000.0,eps=1e-05,h:bf16,batch=1/5+4/130+2/0,block_size=64,0",
+    "quantize,T=7,K=96,scheme=int8_token,x:bf16,0",
+    "linear,T=7,K=96,N=256,x:bf16,w%int8_channel,0",
+    "linear,T=7,K=96,N=256,x:fp16,w%int8_channel,0",
+    "head_linear,T=7,N=8,K=192,M=256,x:bf16,w%int8_channel,0",
+    "grouped_gemm,M=33,K=96,N=96,E=8,x:bf16,w%int8_channel,0",
+    "grouped_gemm,M=33,K=96,N=96,E=8,x:fp16,w%int8_channel,0",
+    "moe_experts,T=5,H=128,I=64,E=8,k=2,first_expert=2,x:bf16,w13%int8_channel,w2%int8_channel,0",
+    "kv_write,T=9,A=512,B=64,pages:bf16,pages%int8_tile_latents,batch=3/41+3/70+3/9,block_size=64,0",
+    "kv_write,T=9,A=128,B=64,pages:bf16,pages%int8_half_keys,batch=3/41+3/70+3/9,block_size=64,0",
+    "indexer_topk,T=7,G=8,D=128,k=16,scale=0.015625,iq:bf16,keys%int8_half_keys,batch=mixed,block_size=64,0",
+    "sparse_mla,T=7,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,kv%int8_tile_latents,batch=mixed,block_size=64,0",
 )
 
 
@@ -46,34 +57,42 @@ def main(where: str) -> dict[str, Any]:
     import torch
     import torch_npu
 
-    from porthal.backends.ascend.calls import Call
+    from porthal.backends.ascend.calls import NPU
     from porthal.conformance.cases.case import Case
     from porthal.conformance.cases.copies import build
     from porthal.hal import bind, create
 
     backend, seen = create("ascend"), []
-    ops = bind(backend=backend, overrides={}, fallback="error", check=False)
-    plain = Call.__call__
 
-    def noted(call: Call, **given: Any) -> Any:
-        made = plain(call, **given)
-        seen.append([call.name, list(forms(made))])
-        return made
+    def noted(name: str) -> Any:
+        call = getattr(NPU, name)
 
-    Call.__call__ = noted  # type: ignore[method-assign]
-    contracts = {}
+        def run(**given: Any) -> Any:
+            made = call(**given)
+            seen.append([name, list(forms(made))])
+            return made
+
+        return run
+
+    vars(NPU).update({name: noted(name) for name in NPU.calls})
+    contracts, formats = {}, {}
     for token in TOKENS:
         seen.clear()
         inputs = build(Case.from_token(token))
+        op = inputs.contract.name
+        ops = bind(backend=backend, profile={op: [inputs.spec]}, overrides={}, fallback="error", check=False)
         placed = {name: _placed(ops, value) for name, value in inputs.operands.items()}
-        made = getattr(ops, inputs.contract.name)(*placed.values(), **inputs.attrs)
-        own = ops.choices[inputs.contract.name].status == "own"
-        contracts[token] = {"own": own, "results": list(forms(made)), "calls": list(seen)}
+        made = getattr(ops, op)(*placed.values(), **inputs.attrs)
+        contracts[token] = {"own": ops.choices[op].status == "own", "results": list(forms(made)), "calls": list(seen)}
+        for name in placed.keys() & {"q_a", "w_uk", "w13"}:
+            native = placed[name].native
+            held = native.get("tiles") if isinstance(native, dict) else native
+            formats[f"{name} of {op}, {placed[name].scheme}"] = str(torch_npu.get_npu_format(held))
     return {
         "place": backend.place,
         "schemas": [text for s in torch._C._jit_get_all_schemas() if (text := str(s)).startswith("npu::")],
         "contracts": contracts,
-        "formats": {name: str(torch_npu.get_npu_format(placed[name].native)) for name in ("q_a", "w_uk")},
+        "formats": formats,
         "errors": dict(errors()),
     }
 

@@ -57,5 +57,6 @@ def test_wrong_calls_raise_what_the_vendor_raises():
     assert ran("emulated")["errors"] == theirs
 
 
-def test_matrices_lie_in_tiles_as_the_fused_prolog_asks():
-    assert ran("vendor")["formats"] == {"q_a": "FRACTAL_NZ", "w_uk": "ND"}
+def test_matrices_lie_in_tiles_where_the_fused_calls_ask_for_them():
+    formats = {"q_a of mla_prolog, none": "FRACTAL_NZ", "w_uk of mla_prolog, none": "ND", "w13 of moe_experts, none": "ND"}
+    assert ran("vendor")["formats"] == formats | {"w13 of moe_experts, int8_channel": "FRACTAL_NZ"}

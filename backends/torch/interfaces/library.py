@@ -10,20 +10,23 @@ from typing import Any, ClassVar
 
 import torch
 
+Form = dict[str, bool]  # names of the parameters, and whether each must be given
+
 
 class Library:
     """The functions of a module with the arguments that kernels pass: by name, or by place where a "/" stands behind them,
     because the names differ by version or nobody published them. `TMO = Library("torch_mlu_ops", matmul="a b / bias")`, then
     `TMO.matmul(x, w, bias=b)`.
 
-    A function is looked for in the module, then among the operators that its import registers with PyTorch. `proof` is a
-    module that tells the library from another one of this name.
+    A function is looked for in the module, then among the operators that its import registers with PyTorch. Its signature
+    decides, never a version: schemas drift between post releases of one. `proof` is a module that tells the library from
+    another one of this name, `wanted` the release that kernels are written for, in words.
     """
 
     known: ClassVar[dict[str, Library]] = {}
 
-    def __init__(self, module: str, proof: str = "", **calls: str) -> None:
-        self.module, self.proof = module, proof
+    def __init__(self, module: str, proof: str = "", wanted: str = "", **calls: str) -> None:
+        self.module, self.proof, self.wanted = module, proof, wanted
         self.calls = {name: arguments.split() for name, arguments in calls.items()}  # a "/" among them
         self.known[module] = self
 
@@ -34,30 +37,35 @@ class Library:
 
     def takes(self, name: str, argument: str) -> bool:
         """Whether the function of this installation has an argument that others lack."""
-        parameters = _parameters(_function(self.module, name))
-        return parameters is None or argument in parameters
+        forms = _forms(_function(self.module, name))
+        return forms is None or any(argument in form for form in forms)
 
     def lacks(self, name: str) -> str | None:
         """Why the function cannot be called here as kernels call it, or None."""
         for needed in filter(None, (self.module, self.proof)):
             if (error := _absent(needed)) is not None:
                 return f"needs the Python module {needed}: {error}"
+        version = getattr(import_module(self.module), "__version__", "")
+        this = f"this {self.module} {version}".rstrip()
+        written = f": kernels are written for {self.wanted}" if self.wanted else ""
         try:
-            function = _function(self.module, name)
+            forms = _forms(_function(self.module, name))
         except AttributeError:
-            return f"this {self.module} has no {name}"
-        parameters = _parameters(function)
-        if parameters is None:
-            return None
+            return f"{this} has no {name}{written}"
+        wrong = [self._misfit(name, form) for form in forms or ()]  # of one operator, any overload will do
+        return f"{name} of {this} {wrong[0]}{written}" if wrong and all(wrong) else None
+
+    def _misfit(self, name: str, form: Form) -> str | None:
+        """Why a function of this form does not take what kernels pass, or None."""
         given = self.calls[name]
         places = given.index("/") if "/" in given else 0
-        if places > len(parameters):
-            return f"{name} of this {self.module} takes {len(parameters)} arguments, kernels pass {places}"
+        if places > len(form):
+            return f"takes {len(form)} arguments, kernels pass {places}"
         by_name = given[places + 1 :] if places else given
-        if unknown := next((a for a in by_name if a not in parameters), None):
-            return f"{name} of this {self.module} takes no argument {unknown!r}"
-        if missing := next((a for a in list(parameters)[places:] if parameters[a] and a not in by_name), None):
-            return f"{name} of this {self.module} wants an argument {missing!r}, which kernels do not pass"
+        if unknown := next((a for a in by_name if a not in form), None):
+            return f"takes no argument {unknown!r}"
+        if missing := next((a for a in list(form)[places:] if form[a] and a not in by_name), None):
+            return f"wants an argument {missing!r}, which kernels do not pass"
         return None
 
 
@@ -89,15 +97,15 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, bool] | None:
-    """Names of the parameters and whether each must be given; None where that cannot be read, or any name is taken."""
-    overload = getattr(function, "default", None)
-    if (schema := getattr(overload, "_schema", None)) is not None:
-        return {a.name: not a.has_default_value() for a in schema.arguments}
+def _forms(function: Callable[..., Any]) -> list[Form] | None:
+    """One for each overload; None where that cannot be read, or any name is taken."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        schemas = [getattr(function, name)._schema for name in function.overloads()]
+        return [{a.name: not a.has_default_value() for a in schema.arguments} for schema in schemas]
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # compiled code
         return None
     if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
         return None
-    return {p.name: p.default is p.empty for p in parameters}
+    return [{p.name: p.default is p.empty for p in parameters}]
