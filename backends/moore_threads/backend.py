@@ -10,7 +10,8 @@ import torch_musa  # noqa: F401  gives torch its device
 from torch import Tensor
 
 from porthal.backends.torch.interfaces.deep_gemm import DeepGemm
-from porthal.backends.torch.interfaces.flash_mla import FlashMla
+from porthal.backends.torch.interfaces.deep_gemm_fp8 import DeepGemmFp8
+from porthal.backends.torch.interfaces.flash_mla import FlashMla, FlashMlaPacked
 from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
@@ -30,7 +31,7 @@ PATCHED = Library(
 EXPERTS = any_of(one_of(160, 256, 384), multiple_of(32, at_most=128))
 
 
-class MooreThreads(FlashMla, DeepGemm, Vendor):
+class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     """An S5000. Products and the write to the cache are aten's."""
 
     kind, engine = "musa", "mccl"

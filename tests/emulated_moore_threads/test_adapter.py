@@ -11,7 +11,7 @@ from porthal.hal import CallSpec, Unavailable, contracts, create, probe
 from tests import demo
 from tests.adapters import engine_asked_for, missing, unlike_contracts
 
-OWN = {"grouped_gemm", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+OWN = {"grouped_gemm", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
 
 @pytest.fixture

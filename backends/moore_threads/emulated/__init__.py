@@ -63,6 +63,7 @@ def install(count: int = 1) -> types.ModuleType:
         **vars(emulated), major=3, minor=1, multi_processor_count=indexer.PROCESSORS)
     deep_gemm = {name: on_device(name, f) for name, f in _DEEP_GEMM.items()}
     deep_gemm["get_mk_alignment_for_contiguous_layout"] = products.get_mk_alignment_for_contiguous_layout
+    deep_gemm["get_num_sms"] = indexer.get_num_sms
     gate_of_mate = on_device("moe_fused_gate", gate.moe_fused_gate)
     mate = publish("mate", __doc__, {"__version__": "0.2.2+emulated"})
     publish("mate.moe_fused_gate", __doc__, {"moe_fused_gate": gate_of_mate})
