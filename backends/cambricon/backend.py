@@ -14,6 +14,7 @@ import torch_mlu  # noqa: F401  gives torch its device
 from torch import Tensor
 
 from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.interfaces.packed import Packed
 from porthal.backends.torch.interfaces.slots import Physical, Slots, joint, slots_of
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
@@ -56,7 +57,7 @@ HALF = one_of("bfloat16", "float16")
 HEADS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}  # of one call of the attention, as vllm-mlu splits them
 
 
-class Cambricon(Physical, Vendor):
+class Cambricon(Physical, Packed, Vendor):
     """An MLU. A cache lies as [pages, 1, size, width], of which the base's fields are views."""
 
     kind, engine = "mlu", "cncl"
@@ -111,7 +112,7 @@ class Cambricon(Physical, Vendor):
         M, filled = source.shape[0], source >= 0
         place = torch.where(filled, source, M).long()
         spare = (~filled).to(torch.int32).argmax().to(source.dtype)
-        combine = spare.expand(M + 1).clone()
+        combine = spare.repeat(M + 1)
         combine[place] = torch.where(filled, torch.arange(M, dtype=source.dtype, device=source.device), spare)
         rows = torch.where(filled[:, None], sorted, 0)
         return TMO.moe_combine_result(
@@ -136,14 +137,11 @@ class Cambricon(Physical, Vendor):
 
     # -- paged cache -------------------------------------------------------------------------------------------------
 
-    @limits(provider="torch_mlu_ops.reshape_paged_cache")
+    @limits(provider="torch_mlu_ops.reshape_paged_cache", T=at_least(1))
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
-        plan = batch.native
+        """Slots below 0 are passed over."""
         rows = first if second is None else torch.cat([first, second], dim=-1)
-        if len(plan.written) < batch.T:
-            rows = rows.index_select(0, plan.written)
-        if len(rows):
-            TMO.reshape_paged_cache(rows[:, None].contiguous(), None, _blocks(pages), None, plan.int32_targets)
+        TMO.reshape_paged_cache(rows[:, None].contiguous(), None, _blocks(pages), None, batch.native.int32_slots)
         return pages
 
     # -- sparse attention --------------------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ class Cambricon(Physical, Vendor):
             **precise,
         )
         length = torch.minimum(length, plan.visible.clamp(max=k))  # what it says of a row without keys is not known
-        return Selection(SelectionSpec(batch.T, k), Slots(slots[:, 0], length, plan.page_place, batch.block_size))
+        return Selection(SelectionSpec(batch.T, k), Slots(slots[:, 0], length, plan.row_table, batch.block_size))
 
     @limits(provider="torch_mlu_ops.single_query_cached_kv_attn", C=512, R=64)
     def sparse_mla(

@@ -63,6 +63,7 @@ class Kunlunxin(Joint, Vendor):
     """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
 
     kind, engine = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+    captures = False  # its attention wants lengths on the host
 
     def __init__(self, device: str = "") -> None:
         if EMULATED:  # a CPU build of PyTorch has no "cuda" to give

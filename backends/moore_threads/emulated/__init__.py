@@ -14,6 +14,7 @@ import torch
 
 from porthal.backends.moore_threads.emulated import attention, elementwise, gate, indexer, products
 from porthal.backends.torch.emulation import device
+from porthal.backends.torch.emulation.graphs import add_graphs
 from porthal.backends.torch.emulation.stand_in import calls, on_device, publish
 
 __all__ = ["CONFIDENCE", "calls", "install"]
@@ -58,6 +59,7 @@ def install(count: int = 1) -> types.ModuleType:
     if _installed is not None:
         return _installed
     musa = device.install("musa", count)
+    add_graphs(musa, "musa")
     emulated = musa.get_device_properties()
     musa.get_device_properties = lambda device=None: types.SimpleNamespace(
         **vars(emulated), major=3, minor=1, multi_processor_count=indexer.PROCESSORS)
