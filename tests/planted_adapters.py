@@ -21,12 +21,13 @@ from porthal.hal import Backend
 from porthal.hal.discovery import defined
 
 FILES = "packed", "slots", "flash_mla", "deep_gemm", "deep_gemm_fp8"
+OWN = {"cambricon": ("calls", "int8"), "kunlunxin": ("calls", "int8")}  # beside `backend`, as they import each other
 SHARED = tuple(f"porthal.backends.torch.interfaces.{name}" for name in FILES)  # as they import
 
 
 class Mistake(NamedTuple):
-    """An edit in the adapter's `backend`, or in a shared file named by `where`; `old` stands there exactly once. `token` is the
-    case that must notice it, "" where a planned one of the dtype does."""
+    """An edit in a file of the chip's folder, or of the shared ones, named by `where`; `old` stands there exactly once. `token`
+    is the case that must notice it, "" where a planned one of the dtype does."""
 
     op: str
     what: str
@@ -59,9 +60,9 @@ def remade(names: Sequence[str], edited: str, what: str, old: str, new: str) -> 
 
 def planted(vendor: str, mistake: Mistake) -> Backend:
     """The vendor's backend, with the mistake in it."""
-    adapter = f"porthal.backends.{vendor}.backend"
-    edited = adapter if mistake.where == "backend" else f"porthal.backends.torch.interfaces.{mistake.where}"
-    [kind] = defined(remade((*SHARED, adapter), edited, mistake.what, mistake.old, mistake.new))
+    own = [f"porthal.backends.{vendor}.{name}" for name in (*OWN.get(vendor, ()), "backend")]
+    [edited] = [name for name in (*SHARED, *own) if name.rpartition(".")[2] == mistake.where]
+    [kind] = defined(remade((*SHARED, *own), edited, mistake.what, mistake.old, mistake.new))
     return kind()
 
 

@@ -100,5 +100,5 @@ def test_a_captured_call_follows_what_is_written_over_its_operands(chip, token):
 
 def test_the_decode_step_is_a_graph_and_its_text_the_same():
     model = load(DEMO, porthal.bind("cambricon"), dtype="bfloat16")
-    assert model.ops.captures and not demo.model("cambricon", "bfloat16").ops.captures  # whose profile asks for the scores too
+    assert model.ops.captures and not demo.model("cambricon", "bfloat16").ops.captures  # which asks for scores
     assert model.generate(demo.PROMPT, 24) == demo.text("cambricon", "bfloat16", 24)

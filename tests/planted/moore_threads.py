@@ -75,7 +75,7 @@ FP8 = (
         ("scales not written", "in values.items():", "in list(values.items())[:1]:"),
     ),
     *edits("packed", PADDING)(("padding written to slot 0", "torch.where(kept, value, field[at])", "value"),),
-    *edits("packed", KEYS)(("scales beside the codes of each slot", "size = spec.block_size if layout.by_page else 1", "size = 1"),),
+    *edits("packed", KEYS)(("scales beside each slot's codes", "size = spec.block_size if layout.by_page else 1", "size = 1"),),
     *edits("flash_mla", SELECTED)(
         ("scales last, as Ascend has them", "return FLASHMLA if", 'return Layout(("c", "kp", "c_scale")) if'),
         ("the scale left to the default", "softmax_scale=scale", "softmax_scale=None"),
