@@ -235,11 +235,14 @@ def _choose(
     if policy.divert and not via:
         kernels = [_diverting(binding, contract, specs, policy, kernels[i:]) for i in range(len(kernels))]
     own = [k for k in kernels if k.owner == chosen.name]
-    if shared := by_shape(chosen, contract, own, specs):
-        return shared
+    rest = next((k for k in kernels if k not in own), None)
+    if own and rest and not (same_library(chosen, rest.owner, _shared) and rest.packs_like(own[0])):
+        rest = None
     apart = replace(policy, rule=None)
     if by_scheme_of_weight := by_scheme(contract, own, specs, lambda alike: _choose(binding, contract, alike, apart, listed)):
         return by_scheme_of_weight
+    if shared := by_shape(chosen, contract, own, specs, None if via else rest):
+        return shared
     refusals, inherited = [], None
     for kernel in kernels:
         if reason := next((r for s in specs if (r := kernel.refuses(s))), None if specs else _only_quantised(kernel)):

@@ -20,17 +20,21 @@ Classes = list[tuple[CallSpec, Kernel]]  # calls that are alike, and the kernel 
 
 
 def by_shape(
-    backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec]
+    backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec], rest: Kernel | None = None
 ) -> tuple[Function, Choice, Kernel] | None:
-    """One function made of several own kernels, where each shape of the profile goes to the first kernel that takes it.
+    """One function made of several own kernels, where each shape of the profile goes to the first kernel that takes it; calls
+    under schemes that they do not take go to `rest`, an inherited one.
 
     None where that is one kernel for all, or where none takes a shape. A weight has one packed form: kernels that pack
     differently are not combined.
     """
-    op = contract.name
-    found = [_classes(kernels, spec) for spec in specs] if len(kernels) > 1 else []
+    op, found = contract.name, [_classes(kernels, spec) for spec in specs] if rest or len(kernels) > 1 else []
+    if rest and kernels:
+        taken = [spec.schemes for spec, classes in zip(specs, found) if classes]
+        left = [spec.schemes not in taken and not rest.refuses(spec) for spec in specs]
+        found = [[(spec, rest)] if other else classes for spec, classes, other in zip(specs, found, left)]
     classes = [pair for each in found for pair in each]
-    used = [k for k in kernels if any(k is chosen for _, chosen in classes)]
+    used = [k for k in (*kernels, rest) if k and any(k is chosen for _, chosen in classes)]
     if len(used) < 2 or not all(found):
         return None
     if contract.signature.of_kind("Weight") and not all(k.packs_like(used[0]) for k in used):
@@ -45,7 +49,9 @@ def by_shape(
 
     reason = "each shape goes to the first that takes it"
     tie = "any" if any(k.tie == "any" for k in used) else "lowest"
-    return call, Choice(op, "own", used[0].owner, " or ".join(k.provider for k in used), reason, tie), used[0]
+    providers = " or ".join(k.provider or k.owner for k in used)
+    told = next((k for k in used if not k.capturable), used[0])
+    return call, Choice(op, "own", used[0].owner, providers, reason, tie), told
 
 
 def _classes(kernels: Sequence[Kernel], spec: CallSpec) -> Classes:

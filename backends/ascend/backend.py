@@ -71,24 +71,10 @@ class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
 
     # -- graph capture -----------------------------------------------------------------------------------------------
 
-    @property
-    def captures(self) -> bool:
-        return hasattr(torch.npu, "NPUGraph")
-
-    @torch.no_grad()
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        run()  # compiles what is not compiled yet, and makes what plans keep from its first use on
-        graph = torch.npu.NPUGraph()
         try:
-            with torch.npu.graph(graph):
-                results = run()
+            return super().capture(run)
         except RuntimeError as error:
             if "207008" in str(error):  # Insufficient_Stream_Resources
                 raise Unavailable(f"{self} has no stream left for another graph (error 207008): capture fewer") from None
             raise
-
-        def replay() -> Any:
-            graph.replay()
-            return results
-
-        return replay

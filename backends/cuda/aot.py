@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from porthal.backends.cuda.backend import Cuda
+from porthal.backends.cuda.own import Own
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, Weight, WeightSpec
 
 
@@ -100,7 +100,7 @@ class _Absent(DriverBase):
         raise NotImplementedError
 
 
-class _Shapes(Cuda):
+class _Shapes(Own):
     """The backend with tensors that have no memory."""
 
     def __init__(self, chip: Chip) -> None:
@@ -169,7 +169,7 @@ def _number(pattern: str, text: str) -> int:
     return max(map(int, re.findall(pattern, text)))
 
 
-def calls(b: Cuda) -> Iterator[Any]:
+def calls(b: Own) -> Iterator[Any]:
     """Every operator as GLM-5 calls it in decode and prefill, and at sizes that fill no tile, 1 among them."""
     for kind in ("bfloat16", "float32", "float16"):
         for T, requests, wide in ((8, 8, True), (4096, 1, True), (5, 2, False)):
@@ -182,7 +182,7 @@ def calls(b: Cuda) -> Iterator[Any]:
     yield from _ones(b, "bfloat16")
 
 
-def _rows(b: Cuda, kind: str, T: int, wide: bool) -> Iterator[Any]:
+def _rows(b: Own, kind: str, T: int, wide: bool) -> Iterator[Any]:
     H = 6144 if wide else 97
     x, weight = b.empty((T, H), kind), b.empty((H,), kind)
     yield b.rms_norm(x, weight)
@@ -190,7 +190,7 @@ def _rows(b: Cuda, kind: str, T: int, wide: bool) -> Iterator[Any]:
     yield b.silu_mul(b.empty((T, 2 * (2048 if wide else 7)), kind))
 
 
-def _experts(b: Cuda, kind: str, T: int, wide: bool) -> Iterator[Any]:
+def _experts(b: Own, kind: str, T: int, wide: bool) -> Iterator[Any]:
     E, H, I, k = (256, 6144, 2048, 8) if wide else (3, 97, 33, 2)
     x, ids, weights = b.empty((T, H), kind), b.empty((T, k), "int32"), b.empty((T, k), "float32")
     yield b.moe_route(b.empty((T, E), "float32"), b.empty((E,), "float32"), k=k, scale=2.5)
@@ -202,7 +202,7 @@ def _experts(b: Cuda, kind: str, T: int, wide: bool) -> Iterator[Any]:
     yield b.moe_experts(x, w13, w2, ids, weights)
 
 
-def _attention(b: Cuda, kind: str, T: int, requests: int, wide: bool) -> Iterator[Any]:
+def _attention(b: Own, kind: str, T: int, requests: int, wide: bool) -> Iterator[Any]:
     (C, R, D), N, G, k = (512, 64, 128) if wide else (24, 24, 24), 64 if wide else 3, 32 if wide else 5, 2048 if wide else 16
     pages = 131072 // 64
     table = np.zeros((requests, pages), np.int32)
@@ -222,7 +222,7 @@ def _attention(b: Cuda, kind: str, T: int, requests: int, wide: bool) -> Iterato
         yield b.sparse_mla(q, qr, kv, Selection(SelectionSpec(T, k), Rows(*sel.native)), batch, scale=0.0625)
 
 
-def _ones(b: Cuda, kind: str) -> Iterator[Any]:
+def _ones(b: Own, kind: str) -> Iterator[Any]:
     """Every size is 1, which Triton makes a constant of."""
     x, heads, floats, ints = b.empty((1, 1), kind), b.empty((1, 1, 1), kind), b.empty((1,), "float32"), b.empty((1,), "int32")
     weight, ids, weights = b.empty((1,), kind), b.empty((1, 1), "int32"), b.empty((1, 1), "float32")
@@ -246,11 +246,11 @@ def _ones(b: Cuda, kind: str) -> Iterator[Any]:
     yield b.sample(x, floats, floats, ints, floats)
 
 
-def _weight(b: Cuda, shape: tuple[int, ...], kind: str) -> Weight:
+def _weight(b: Own, shape: tuple[int, ...], kind: str) -> Weight:
     return Weight(WeightSpec("grouped_gemm", "w", shape, kind), b.empty(shape, kind))
 
 
-def _pages(b: Cuda, widths: tuple[int, ...], kind: str, blocks: int = 2048, size: int = 64) -> Pages:
+def _pages(b: Own, widths: tuple[int, ...], kind: str, blocks: int = 2048, size: int = 64) -> Pages:
     spec = PagesSpec(tuple((f"field{i}", width) for i, width in enumerate(widths)), kind, blocks, size)
     return Pages(spec, {name: b.empty((spec.slots, width), kind) for name, width in spec.fields})
 

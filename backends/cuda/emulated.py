@@ -1,6 +1,7 @@
 """Triton's interpreter on CPU tensors: kernels run program by program in NumPy, in float32 and float16.
 
-It says nothing about bfloat16, whose bit patterns it takes for integers, nor about what a compiler makes of a kernel.
+It says nothing about bfloat16, whose bit patterns it takes for integers, nor about what a compiler makes of a kernel. Stand-ins
+of DeepGEMM and FlashMLA, of which bfloat16 is the dtype, are beside it: see `emulated_libraries`.
 """
 
 import os
@@ -15,6 +16,13 @@ _turn = RLock()
 
 
 def install() -> None:
+    _interpreter()
+    from porthal.backends.cuda import emulated_libraries  # with PyTorch, which takes seconds
+
+    emulated_libraries.install()
+
+
+def _interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
         return
     if "triton" in sys.modules:

@@ -10,8 +10,10 @@ import torch
 import torch_xmlir
 from torch import Tensor
 
+from porthal.backends.kunlunxin.calls import GATE, HALF, OPS, SORTED, UNITS, experts
+from porthal.backends.kunlunxin.int8 import Int8
 from porthal.backends.torch.backend import Torch
-from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.interfaces.packed import Packed
 from porthal.backends.torch.interfaces.slots import Joint, joint
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
@@ -32,37 +34,15 @@ from porthal.hal import (
     same_as,
 )
 
-OPS = Library(
-    "kunlun_ops",
-    rmsnorm="x weight output eps /",
-    add_rmsnorm="x y / residual_output weight eps output",
-    swiglu="x y",
-    rotary_embedding="positions query key head_size cos_sin_cache is_neox",
-    moe_sigmoid_group_topk_norm="x norm_score topk_index block_static bias n_group topk_group scale",
-    gen_block_statistic="topk_ids block_statistic /",
-    moe_pre_sorted="x topk_index block_statistic moe_expand moe_index expert_m sorted_tokens_num_lod /",
-    moe_fc="x weight sorted_tokens_num_lod sorted_tokens_idx moe_topk y",
-    moe_post="x moe_index normed_scale dequant_scale y /",
-    concat_and_cache_mla="kv_c k_pe slot_mapping kv_cache",
-    fast_topkv2="score lengths topk",
-    fwd_kvcache_mla="q_c kv_cache indices kv_lod_cpu out max_logits p_sums softmax_scale max_seq_kv kv_lod_xpu",
-)
-GATE = Library(
-    "xspeedgate_ops",
-    moe_pre_small="topk_ids global_num_experts / index_have_neg sort_mode x",
-    convert_req_index_to_global_index="req_id block_table token_indices block_size num_topk_tokens",
-)
-HALF = one_of("bfloat16", "float16")
 NO_NAN = Need("no NaN, of which nobody published where it is ranked", lambda x: x == x)
-UNITS = 12  # of a chip, each of which counts the rows per expert for itself
-SMALL = 768  # rows up to which one call sorts them
 EMULATED = "emulated" in getattr(torch_xmlir, "__version__", "")
 
 
-class Kunlunxin(Joint, Vendor):
+class Kunlunxin(Int8, Joint, Vendor):
     """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
 
     kind, engine = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+    captures = False  # its attention wants lengths on the host
 
     def __init__(self, device: str = "") -> None:
         if EMULATED:  # a CPU build of PyTorch has no "cuda" to give
@@ -141,39 +121,24 @@ class Kunlunxin(Joint, Vendor):
         return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
 
     @limits(
-        provider="kunlun_ops.gen_block_statistic+moe_pre_sorted+xspeedgate_ops.moe_pre_small+kunlun_ops.moe_fc+moe_post",
+        provider=f"{SORTED}.moe_fc+moe_post",
         dtypes={"x": HALF, "w13": same_as("x"), "w2": same_as("x")},
         T=at_least(1),
     )
     def moe_experts(
         self, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor, *, first_expert: int = 0
     ) -> Tensor:
-        """Every place goes to an expert, as in vLLM-Kunlun: rows of an id of -1 would not be written. Places of other ranks
-        are spread over the local ones and count nothing. The gate is a call of its own: act="SWISH_GLU" is wrong."""
-        (T, k), E = ids.shape, w13.native.shape[0]
-        local = ids - first_expert
-        kept = (local >= 0) & (local < E)
-        spread = torch.arange(T * k, dtype=torch.int32, device=x.device).view(T, k) % E
-        local = torch.where(kept, local, spread).contiguous()
-        place, ends, rows = _sorted(x.contiguous(), local, E)
-        h = _product(rows, w13, ends, place, k)
-        y = _product(self.silu_mul(h), w2, ends, place, k)
-        counted = torch.zeros_like(kept.flatten()).index_copy_(0, place.long(), kept.flatten())
-        y = torch.where(counted[:, None], y, 0).view(T, k, -1)
-        out = torch.zeros_like(x)
-        OPS.moe_post(y, place.view(T, k), weights.contiguous(), torch.ones_like(weights), out)
-        return out
+        return experts(self, x, w13, w2, ids - first_expert, weights)
 
     # -- paged cache and sparse attention ----------------------------------------------------------------------------
 
-    @limits(provider="kunlun_ops.concat_and_cache_mla+aten.index_copy_", dtypes={"pages": HALF, "first": same_as("pages")})
+    @limits(provider="kunlun_ops.concat_and_cache_mla+aten.index_put_", dtypes={"pages": HALF, "first": same_as("pages")})
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         if second is None:  # a cache of keys, for which the vendor's op quantises
-            return super().kv_write(pages, batch, first)
+            return Packed.kv_write(self, pages, batch, first)
         plan = batch.native
-        if len(plan.written) < batch.T:  # what it makes of slot -1 is not said
+        if (batch.slots >= 0).any():  # what it makes of slot -1 is not said: the first row that is written stands in for such
             first, second = (rows.index_select(0, plan.written) for rows in (first, second))
-        if len(plan.written):
             OPS.concat_and_cache_mla(
                 kv_c=first.contiguous(),
                 k_pe=second.contiguous(),
@@ -235,22 +200,3 @@ class Kunlunxin(Joint, Vendor):
 def _ordered(scores: Tensor) -> Tensor:
     """Dense float32 without NaN, of which nobody published what the top-k makes."""
     return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
-
-
-def _sorted(x: Tensor, ids: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int32 [T*k], the sorted place of each choice; int32 [E+1], where an expert's rows begin; the rows by expert."""
-    if ids.numel() <= SMALL:
-        place, ends, rows = GATE.moe_pre_small(ids, E, index_have_neg=False, sort_mode=True, x=x)
-        return place, ends, rows.reshape(ids.numel(), x.shape[1])
-    statistic = ids.new_zeros(UNITS, E)
-    OPS.gen_block_statistic(ids, statistic)
-    rows = x.new_empty(ids.numel(), x.shape[1])
-    place, per_expert, ends = ids.new_zeros(ids.numel()), ids.new_zeros(E), ids.new_zeros(E + 1)
-    OPS.moe_pre_sorted(x, ids, statistic, rows, place, per_expert, ends)
-    return place, ends, rows
-
-
-def _product(rows: Tensor, w: Weight, ends: Tensor, place: Tensor, k: int) -> Tensor:
-    y = rows.new_zeros(rows.shape[0] // k, k, w.native.shape[1])
-    OPS.moe_fc(x=rows, weight=w.native, sorted_tokens_num_lod=ends, sorted_tokens_idx=place, moe_topk=k, y=y)
-    return y.flatten(0, 1)

@@ -9,12 +9,28 @@ import torch
 import torch_musa  # noqa: F401  gives torch its device
 from torch import Tensor
 
+from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.capture import Capturing
 from porthal.backends.torch.interfaces.deep_gemm import DeepGemm
-from porthal.backends.torch.interfaces.flash_mla import FlashMla
+from porthal.backends.torch.interfaces.deep_gemm_fp8 import DeepGemmFp8
+from porthal.backends.torch.interfaces.flash_mla import FlashMla, FlashMlaPacked
 from porthal.backends.torch.interfaces.library import Library
+from porthal.backends.torch.ranking import highest
 from porthal.backends.torch.tables import angles
 from porthal.backends.torch.vendor import Vendor
-from porthal.hal import Batch, any_of, limits, multiple_of, one_of, same_as
+from porthal.hal import (
+    Batch,
+    Pages,
+    Rows,
+    Selection,
+    SelectionSpec,
+    UsageError,
+    any_of,
+    limits,
+    multiple_of,
+    one_of,
+    same_as,
+)
 
 # `import mate` finds a package of this name that is another one; only Moore Threads' has mate.deep_gemm.
 MATE = Library(
@@ -26,14 +42,27 @@ MATE = Library(
 PATCHED = Library(
     "torch.nn.functional", swish_glu="input", rope="input freq_cis rotary_interleaved batch_first multi_latent_attention"
 )
+STEP = 256  # rows of a step that may be captured
 # Experts of one group for which MATE compiles its gate; another kernel has room for 128.
 EXPERTS = any_of(one_of(160, 256, 384), multiple_of(32, at_most=128))
 
 
-class MooreThreads(FlashMla, DeepGemm, Vendor):
+class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     """An S5000. Products and the write to the cache are aten's."""
 
     kind, engine = "musa", "mccl"
+
+    _scores = Capturing._scores
+
+    @limits(provider="aten.bmm")
+    def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
+        """Of a step over the whole planned table, so that it can be captured. A prefill would read its keys for each row."""
+        if batch.T > STEP:
+            if torch.musa.is_current_stream_capturing():
+                raise UsageError(f"the captured batch has {batch.T} rows, the indexer takes at most {STEP}: capture fewer")
+            return Torch.indexer_topk(self, iq, w, keys, batch, k=k, scale=scale)
+        scores = self._scores(iq, w, keys, batch, scale)
+        return Selection(SelectionSpec(batch.T, k), Rows(*highest(scores, batch.native.visible, k)))
 
     @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:

@@ -443,7 +443,7 @@ def _combine(sorted: Tensor, source: Tensor, weights: Tensor) -> Tensor:
 
 def _blocks(pages: Pages, name: str) -> Tensor:
     """A field as [n_blocks, block_size, width], a view."""
-    return pages[name].unflatten(0, (pages.spec.n_blocks, pages.spec.block_size))
+    return pages[name].view(pages.spec.n_blocks, pages.spec.block_size, -1)
 
 
 def _candidates(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -483,7 +483,7 @@ def _indexer_scores(iq: Tensor, w: Tensor, keys: Pages, table: Tensor, seen: int
     [(name, _)] = keys.spec.fields
     blocks, size = _blocks(keys, name), keys.spec.block_size
     if keys.spec.quantised:
-        iq, blocks = taken(keys.spec.quantised[1], iq), Coded.cached(keys).unflatten(0, blocks.shape[:2])
+        iq, blocks = taken(keys.spec.quantised[1], iq), Coded.cached(keys).view(*blocks.shape[:2])
     query, weight = iq.float().flatten(0, 1), w.float()[:, None]
 
     def score(pages: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class Coded(NamedTuple):
     def index_select(self, axis: int, at: Tensor) -> Tensor:
         return Coded(self.scheme, *(x.index_select(axis, at) for x in (self.codes, self.scale))).numbers()
 
-    def unflatten(self, axis: int, sizes: torch.Size) -> Coded:
-        return Coded(self.scheme, *(x.unflatten(axis, sizes) for x in (self.codes, self.scale)))
+    def view(self, *sizes: int) -> Coded:
+        return Coded(self.scheme, *(x.view(*sizes, -1) for x in (self.codes, self.scale)))
 
     def numbers(self) -> Tensor:
         scale = _said(self.scheme.scale, self.scale)

@@ -30,6 +30,26 @@ class Vendor(Torch):
     def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
         return lacks(kernel.provider) or super().refuses(op, kernel, spec)
 
+    # -- graph capture -----------------------------------------------------------------------------------------------
+
+    @property
+    def captures(self) -> bool:
+        return hasattr(getattr(torch, self.kind), f"{self.kind.upper()}Graph")
+
+    @torch.no_grad()
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        device = getattr(torch, self.kind)
+        run()  # compiles what is not compiled yet, and makes what plans keep from its first use on
+        graph = getattr(device, f"{self.kind.upper()}Graph")()
+        with device.graph(graph):
+            results = run()
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
     def device_facts(self) -> Mapping[str, Callable[[], Any]]:
         module, device = getattr(torch, self.kind), torch.device(self.device)
         return {

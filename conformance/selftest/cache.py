@@ -34,7 +34,7 @@ DEFECTS = [
     write("strides-ignored", "strides", put,
           "pages[name].index_copy_(0, plan.targets, rows.as_strided(rows.shape, (rows.shape[1], 1)))\n", discrepancy=27),
     write("written-twice-late", "off by one", put, "pages[name].index_copy_(0, plan.targets, rows.roll(1, 0))\n"),
-    copy("pages-of-64", "block size", "return pages[name].unflatten(0, (pages.spec.n_blocks, pages.spec.block_size))\n",
+    copy("pages-of-64", "block size", "return pages[name].view(pages.spec.n_blocks, pages.spec.block_size, -1)\n",
          "return pages[name].unflatten(0, (-1, 64))\n"),
     copy("one-page-after-the-other", "order", moved, """for a, b in zip(source.tolist(), target.tolist()):
                 blocks[b] = blocks[a]\n"""),

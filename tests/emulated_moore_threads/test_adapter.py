@@ -6,12 +6,15 @@ import types
 import pytest
 import torch
 
+import porthal
 from porthal.backends.torch.interfaces.library import Library
+from porthal.conformance import replay
 from porthal.hal import CallSpec, Unavailable, contracts, create, probe
+from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import engine_asked_for, missing, unlike_contracts
 
-OWN = {"grouped_gemm", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+OWN = {"grouped_gemm", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_own_kernels_serve_the_model_in_bfloat16():
     assert choices["moe_route"].reason.startswith("moore_threads: E = 4, the kernel takes one of 160, 256, 384, or a multiple")
     wide = demo.model("moore_threads", "float32").ops.choices["sparse_mla"]
     assert wide.status == "inherited"
-    assert wide.reason == "moore_threads: q_latent is float32, the kernel takes one of bfloat16"
+    assert wide.reason.endswith("flash_mla.flash_mla_sparse_fwd: q_latent is float32, the kernel takes one of bfloat16")
 
 
 def test_the_gate_takes_what_is_compiled_or_small(chip):
@@ -69,3 +72,23 @@ def test_it_is_here_and_says_where_it_ran(chip):
 
 def test_ranks_meet_by_the_vendors_own_engine(chip, monkeypatch):
     assert engine_asked_for(chip, monkeypatch) == "mccl"
+
+
+CAPTURED = (
+    "kv_write,T=5,A=512,B=64,pages:bf16,batch=1/70+1/9+1/131+2/150,block_size=64,capture,0",
+    "indexer_topk,T=5,G=8,D=128,k=16,scale=0.0156,iq:bf16,batch=1/200+1/9+3/70,block_size=64,capture,0",
+    "sparse_mla,T=5,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=1/70+1/9+1/131+2/150,block_size=64,capture,0",
+    "moe_experts,T=5,H=96,I=96,E=8,k=8,x:bf16,capture,0",
+)
+
+
+@pytest.mark.parametrize("token", CAPTURED)
+def test_a_captured_call_follows_what_is_written_over_its_operands(chip, token):
+    result = replay(token, chip)
+    assert (result.verdict, result.owner) == ("PASS", "moore_threads"), result.message
+
+
+def test_the_decode_step_is_a_graph_and_its_text_the_same():
+    model = load(DEMO, porthal.bind("moore_threads"), dtype="bfloat16")
+    assert model.ops.captures and not demo.model("moore_threads", "bfloat16").ops.captures  # which asks for scores
+    assert model.generate(demo.PROMPT, 24) == demo.text("moore_threads", "bfloat16", 24)

@@ -157,6 +157,20 @@ def test_rows_that_no_kernel_takes_or_that_alternate_leave_the_op_to_its_base() 
     assert choice.provider == "few.gemv"
 
 
+def test_calls_under_a_scheme_that_no_own_kernel_takes_are_the_bases() -> None:
+    """One kernel would else be chosen for all that a model calls, and a chip's own for one scheme never."""
+    claim = limits(provider="coded", schemes="fp8_block", N=at_most(9))
+    coded = type("Coded", (), {"linear": claim(lambda self, x, w, *, out="x": x)})
+    both = type("Both", (coded, Reference), {"name": "both"})
+    held = replace(DECODE, schemes={"w": "fp8_block"})
+    profiles = [{"linear": [DECODE, held]}, {"linear": [held]}]
+    choices = [bind(backend=both(), profile=profile, overrides={}).choices["linear"] for profile in profiles]
+    assert [(c.status, c.provider) for c in choices] == [("own", "coded or reference"), ("own", "coded")]
+    wide = replace(held, dims={**held.dims, "N": 10})
+    choice = bind(backend=both(), profile={"linear": [DECODE, held, wide]}, overrides={}).choices["linear"]
+    assert (choice.status, choice.owner) == ("inherited", "reference")
+
+
 def test_a_provider_can_be_asked_for() -> None:
     ops = bind(backend=Chip(), profile={"linear": [spec(4)]}, overrides={"linear": "via=many.gemm"})
     assert ops.choices["linear"].provider == "many.gemm"

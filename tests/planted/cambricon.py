@@ -1,7 +1,13 @@
 """Mistakes in the adapter of Cambricon."""
 
-from tests.planted_adapters import Mistake
+from tests.planted_adapters import Mistake, edits
 
+LINEAR = "linear,T=7,K=96,N=256,x:bf16,w%int8_channel,0"
+GROUPS = "grouped_gemm,M=33,K=150,N=200,E=8,x:bf16,w%int8_channel,0"
+EXPERTS = "moe_experts,T=7,H=96,I=96,E=8,k=8,first_expert=3,x:fp16,w13%int8_channel,w2%int8_channel,0"
+PLAIN = "moe_experts,T=7,H=96,I=96,E=8,k=8,first_expert=3,x:bf16,ids~away,0"
+LATENTS = "kv_write,T=7,A=128,B=64,pages:fp16,first~uneven,pages%int8_latents,batch=padded,block_size=64,0"
+KEYS = "indexer_topk,T=7,G=40,D=128,k=16,scale=0.0156,iq:bf16,w:fp32,keys%int8_keys,batch=mixed,block_size=64,0"
 MISTAKES = (
     Mistake("add_rms_norm", "the residual left out", "(x, residual, weight", "(x, torch.zeros_like(x), weight"),
     Mistake("layer_norm", "no bias", "weight, bias, None", "weight, torch.zeros_like(bias), None"),
@@ -14,33 +20,51 @@ MISTAKES = (
     Mistake("moe_route", "the scale left out", "scale * s /", "s /", dtype=""),
     Mistake("moe_route", "no bias", "score_bias=bias", "score_bias=None", dtype=""),
     Mistake(
-        "grouped_gemm", "sums for counts", "_product(x, w, counts)\n", "_product(x, w, counts.cumsum(0, dtype=torch.int32))\n"
+        "grouped_gemm", "sums for counts", "product(x, w, counts)\n", "product(x, w, counts.cumsum(0, dtype=torch.int32))\n"
     ),
-    Mistake("grouped_gemm", "weights the other way", "x.contiguous(), w.native,", "x.contiguous(), w.native.transpose(1, 2),"),
+    Mistake("grouped_gemm", "weights the other way", "x.contiguous(), w.native,",
+             "x.contiguous(), w.native.transpose(1, 2),", "calls"),
     Mistake("moe_unpermute", "weights left out", "rows, weights, combine", "rows, torch.ones_like(weights), combine"),
     Mistake("moe_unpermute", "the order of rows for their places", "combine[:-1], None", "source, None"),
     Mistake("moe_unpermute", "rows that stand for none left as they are", "torch.where(filled[:, None], sorted, 0)", "sorted"),
-    Mistake("moe_experts", "ids of other ranks kept", "local = ids - first_expert", "local = ids + 0"),
-    Mistake("moe_experts", "no expert behind the last", "(local < E), local, E)", "(local < E), local, E - 1)"),
-    Mistake("moe_experts", "the other weight twice", "_product(h, w2, counts", "_product(h, w13, counts"),
-    Mistake("moe_experts", "rows for places", "weights, combine, None, ends", "weights, expand, None, ends"),
-    Mistake("kv_write", "all slots, in the order of rows", "plan.int32_targets", "plan.int32_targets.sort().values"),
-    Mistake("kv_write", "padded rows not left out", "rows.index_select(0, plan.written)", "rows[: len(plan.written)]"),
+    Mistake("moe_experts", "ids of other ranks kept", "ids - first_expert", "ids + 0"),
+    Mistake("moe_experts", "no expert behind the last", "(ids < E), ids, E)", "(ids < E), ids, E - 1)", "calls"),
+    Mistake("moe_experts", "the other weight twice", "product(h, w2, counts", "product(h, w13, counts", "calls"),
+    Mistake("moe_experts", "rows for places", "weights, combine, None, ends", "weights, expand, None, ends", "calls"),
+    Mistake("kv_write", "all slots, in the order of rows", "native.int32_slots", "native.int32_slots.sort().values"),
+    Mistake("kv_write", "padded rows written to slot 0", "native.int32_slots", "native.int32_slots.clamp(min=0)"),
     Mistake("kv_write", "the fields swapped", "torch.cat([first, second]", "torch.cat([second, first]"),
-    Mistake("indexer_topk", "all keys of a request", "_lens=plan.visible", "_lens=plan.kv_len[plan.row_request]"),
-    Mistake("indexer_topk", "another table for slots", "kv_cache_block_table=plan", "kv_cache_block_table=1 + plan"),
-    Mistake("indexer_topk", "no weights", "weights=F.pad(w,", "weights=F.pad(torch.ones_like(w),"),
-    Mistake(
-        "indexer_topk",
-        "pages for their places",
-        "native.page_place[(slots // native.size).long()]",
-        "(slots // native.size)",
-        "slots",
-    ),
+    Mistake("indexer_topk", "all keys of a request", "_lens=plan.visible", "_lens=plan.kv_len[plan.row_request]", "calls"),
+    Mistake("indexer_topk", "another table for slots", "kv_cache_block_table=plan", "kv_cache_block_table=1 + plan", "calls"),
+    Mistake("indexer_topk", "no weights", "weights=F.pad(w,", "weights=F.pad(torch.ones_like(w),", "calls"),
+    Mistake("indexer_topk", "pages for their places", "(place.gather(1, found) *", "(slots // native.size *", "slots"),
     Mistake("sparse_mla", "all of the table", "into, slots, length,", "into, slots, torch.full_like(length, slots.shape[1]),"),
     Mistake("sparse_mla", "the scale left out", "-1, -1, scale, False", "-1, -1, 1.0, False"),
     Mistake(
         "sparse_mla", "rows without keys left as they are", "length[:, None, None] > 0, out", "length[:, None, None] >= -1, out"
     ),
     Mistake("sparse_mla", "positions for slots", "page * size + position % size, -1)", "position, -1)", "slots"),
+    *edits("calls", LINEAR)(
+        ("codes of float8", "quant_type=torch.int8", "quant_type=torch.float8_e4m3fn"),
+        ("no scales of rows", "    return codes, scale", "    return codes, torch.ones_like(scale)"),
+    ),
+    *edits("int8", LINEAR)(("scales of the weight backwards", "scale, per_row, x.dtype", "scale, per_row.flip(0), x.dtype"),),
+    *edits("calls", GROUPS)(
+        ("scales of the experts backwards", "scale, held[1], x.dtype", "scale, held[1].flip(0), x.dtype"),
+        ("sums for counts", "held[0], counts, None", "held[0], counts.cumsum(0, dtype=torch.int32), None"),
+    ),
+    *edits("int8", EXPERTS)(
+        ("ids of all ranks", "ids - first_expert", "ids + 0"),
+        ("the first product twice", "x, w13, w2, ids", "x, w13, w13, ids"),
+    ),
+    *edits("int8", LATENTS)(
+        ("codes in the order of slots", "scale, None, slots)", "scale, None, slots.sort().values)"),
+        ("rows of padding", "first.index_select(0, plan.written)", "first.roll(1, 0)"),
+        ("padding's second part to slot 0", "held, None, plan.int32_slots", "held, None, plan.int32_slots.clamp(min=0)"),
+    ),
+    *edits("calls", KEYS)(
+        ("scales of the queries left out", "q_scale=query_scale", "q_scale=torch.ones_like(query_scale)"),
+        ("scales of heads backwards", "query_scale = query_scale[..., None]", "query_scale = query_scale.flip(-1)[..., None]"),
+    ),
+    *edits("int8", KEYS)(("scales of other slots", 'by_block(keys, keys["k_scale"]', 'by_block(keys, keys["k_scale"].roll(1, 0)'),),
 )

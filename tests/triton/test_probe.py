@@ -56,7 +56,7 @@ def test_what_pytorch_says(driver, monkeypatch, cuda, here, state, said):
 
 
 def test_a_cache_that_cannot_be_written_is_named(cuda, tmp_path, monkeypatch):
-    from porthal.backends.cuda.backend import closed_cache
+    from porthal.backends.cuda.own import closed_cache
 
     file = tmp_path / "file"
     file.touch()

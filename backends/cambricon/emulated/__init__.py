@@ -11,6 +11,7 @@ import types
 
 from porthal.backends.cambricon.emulated import attention, cache, experts, vectors
 from porthal.backends.torch.emulation import device
+from porthal.backends.torch.emulation.graphs import add_graphs
 from porthal.backends.torch.emulation.stand_in import calls, on_device, publish
 
 __all__ = ["CONFIDENCE", "KERNELS", "calls", "install"]
@@ -33,6 +34,7 @@ def install(count: int = 1) -> types.ModuleType:
     global _installed
     if _installed is None:
         mlu = device.install("mlu", count)
+        add_graphs(mlu, "mlu")
         emulated = mlu.get_device_properties()
         mlu.get_device_properties = lambda device=None: types.SimpleNamespace(
             **vars(emulated), major=5, minor=0, multi_processor_count=48, cluster_count=12, core_num_per_cluster=4)

@@ -14,6 +14,7 @@ import torch
 
 from porthal.backends.moore_threads.emulated import attention, elementwise, gate, indexer, products
 from porthal.backends.torch.emulation import device
+from porthal.backends.torch.emulation.graphs import add_graphs
 from porthal.backends.torch.emulation.stand_in import calls, on_device, publish
 
 __all__ = ["CONFIDENCE", "calls", "install"]
@@ -58,11 +59,13 @@ def install(count: int = 1) -> types.ModuleType:
     if _installed is not None:
         return _installed
     musa = device.install("musa", count)
+    add_graphs(musa, "musa")
     emulated = musa.get_device_properties()
     musa.get_device_properties = lambda device=None: types.SimpleNamespace(
         **vars(emulated), major=3, minor=1, multi_processor_count=indexer.PROCESSORS)
     deep_gemm = {name: on_device(name, f) for name, f in _DEEP_GEMM.items()}
     deep_gemm["get_mk_alignment_for_contiguous_layout"] = products.get_mk_alignment_for_contiguous_layout
+    deep_gemm["get_num_sms"] = indexer.get_num_sms
     gate_of_mate = on_device("moe_fused_gate", gate.moe_fused_gate)
     mate = publish("mate", __doc__, {"__version__": "0.2.2+emulated"})
     publish("mate.moe_fused_gate", __doc__, {"moe_fused_gate": gate_of_mate})

@@ -79,6 +79,11 @@ def _schedule(lengths: list[int], processors: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def get_num_sms():
+    """The processors, for `num_mps`."""
+    return PROCESSORS
+
+
 def _largest(context_lens: torch.Tensor) -> list[int]:
     return (context_lens if context_lens.dim() == 1 else context_lens[:, -1]).tolist()
 

@@ -5,14 +5,16 @@ A replay issues the same operations on the same memory, with the numbers of the 
 may be copied between host and device, wait for a value, or clone a tensor (vllm-ascend#9736).
 """
 
+import copy
 import math
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from porthal.backends.torch.emulation.device import copies, on_host
 
@@ -35,6 +37,28 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
         self.made: list[torch.Tensor] = []
         self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.inside = False  # an operator, which is recorded as a whole
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A vendor's function that is no operator of PyTorch, as one. What it is given that is no tensor, a schedule say, is in
+        each replay as it was before."""
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.before += [(x, on_host(x).clone()) for x in given if not x.is_cpu]
+        frozen = tree_map(_frozen, (args, kwargs))
+        self.inside = True
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            self.inside = False
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.made += [x for x in made if not any(x is y for y in given)]
+
+        def again(*held: Any, **named: Any) -> Any:
+            fresh_args, fresh_kwargs = tree_map(_fresh, (held, named))
+            return function(*fresh_args, **fresh_kwargs)
+
+        self.calls.append((again, *frozen, made))
+        return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,11 +67,15 @@ class _Recorder(TorchDispatchMode):
         written = [given[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in given]
         for x in (x for x in tree_leaves(written) if isinstance(x, torch.Tensor) and not x.is_cpu):
             self.before.append((x, on_host(x).clone()))
-        out = func(*args, **kwargs)
+        outer, self.inside = self.inside, True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.inside = outer
         aliases = [r.alias_info for r in schema.returns if r.alias_info]
         new = [] if aliases else [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         device = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and not x.is_cpu]
-        if device and all(alias.is_write for alias in aliases):  # views stay what they are
+        if device and not self.inside and all(alias.is_write for alias in aliases):  # views stay what they are
             self.made += new
             if func.overloadpacket.__name__ not in _NOT_COMPUTED:
                 frozen = tree_map_only(torch.Tensor, lambda x: x.clone() if x.is_cpu else x, (args, kwargs))
@@ -60,6 +88,25 @@ class _Recorder(TorchDispatchMode):
         for x in self.made:
             if not x.is_cpu:
                 on_host(x).fill_(math.nan if x.is_floating_point() else 85)
+
+
+def _fresh(x: Any) -> Any:
+    return x if isinstance(x, torch.Tensor) else copy.copy(x)
+
+
+def _frozen(x: Any) -> Any:
+    """As it is now: numbers of the host do not change any more."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_cpu else _fresh(x)
+
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A vendor's function, which a capture records."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        recorder = _capturing[0]._recorder if _capturing else None
+        return function(*args, **kwargs) if recorder is None or recorder.inside else recorder.call(function, args, kwargs)
+
+    return run
 
 
 class Graph:

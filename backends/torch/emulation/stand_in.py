@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from porthal.backends.torch.emulation import device
+from porthal.backends.torch.emulation.graphs import recorded
 
 calls: Counter[str] = Counter()
 _published: dict[str, types.ModuleType] = {}
@@ -90,6 +91,7 @@ def on_device(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(kernel)
+    @recorded
     def run(*args: Any, **kwargs: Any) -> Any:
         calls[name] += 1
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +16,13 @@ class Slots(NamedTuple):
 
     slots       int32 [T, k]: row t selects the first length[t] of them; what stands behind is undefined
     length      int32 [T]
-    page_place  int32 [pages]: the place of a page in the table of its request, which is the same in every table that has it
+    table       int32 [T, B]: the pages of each row's request, in their order; a page id behind the end is 0
     size        slots per page
     """
 
     slots: Tensor
     length: Tensor
-    page_place: Tensor
+    table: Tensor
     size: int
 
 
@@ -60,26 +59,25 @@ class Joint(Torch):
 
 
 class SlotPlan(Plan):
-    """A plan that can find the positions of slots again, and has the table of each row."""
+    """A plan that has the table of each row."""
 
-    page_place: Tensor  # int32 [pages], see Slots
-    row_table: Tensor  # int32 [T, max(B, 1)]: a page id behind the end is 0
-    int32_targets: Tensor  # int32 [W], of calls that take no other
+    row_table: Tensor  # int32 [T, max(B, 1)], see Slots
+    int32_slots: Tensor  # int32 [T], of calls that take no other
 
 
 class Physical(Joint):
     """Of a chip whose indexer gives slots."""
 
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
-        plan = SlotPlan(*super().plan(batch, into).native)
-        table = batch.block_table
-        place = np.zeros(table.max(initial=0) + 1, np.int32)
-        where = np.broadcast_to(np.arange(table.shape[1], dtype=np.int32), table.shape)
-        place[table[table >= 0]] = where[table >= 0]
-        plan.page_place = self.from_numpy(place)
+        planned = super().plan(batch, into)
+        plan = SlotPlan(*planned.native)
         plan.row_table = plan.block_table.clamp(min=0)[plan.row_request]
-        plan.int32_targets = plan.targets.to(torch.int32)
-        return batch.with_native(plan)
+        plan.int32_slots = plan.slots.to(torch.int32)
+        if into is not None:
+            held: SlotPlan = into.native
+            plan.row_table = self.write(held.row_table, plan.row_table)
+            plan.int32_slots = self.write(held.int32_slots, plan.int32_slots)
+        return planned.with_native(plan)
 
     def rows(self, selection: Selection) -> Rows:
         native = selection.native
@@ -87,7 +85,9 @@ class Physical(Joint):
             return super().rows(selection)
         valid = _valid(native)
         slots = torch.where(valid, native.slots, 0)
-        position = native.page_place[(slots // native.size).long()] * native.size + slots % native.size
+        pages, place = native.table.sort(dim=-1, stable=True)  # page 0 of a row lies before what is behind its end
+        found = torch.searchsorted(pages, slots // native.size).clamp(max=pages.shape[1] - 1)
+        position = (place.gather(1, found) * native.size + slots % native.size).to(torch.int32)
         return Rows(torch.where(valid, position, -1), native.length)
 
     def select_rows(self, sel: Selection, rows: Tensor) -> Selection:
@@ -95,5 +95,5 @@ class Physical(Joint):
         native = sel.native
         if not isinstance(native, Slots):
             return super().select_rows(sel, rows)
-        slots, length = (x.index_select(0, rows) for x in native[:2])
-        return Selection(SelectionSpec(len(rows), sel.spec.k), native._replace(slots=slots, length=length))
+        slots, length, table = (x.index_select(0, rows) for x in native[:3])
+        return Selection(SelectionSpec(len(rows), sel.spec.k), Slots(slots, length, table, native.size))
