@@ -42,6 +42,7 @@ from porthal.cli.options import (
     WorkersOption,
     dtype_of,
 )
+from porthal.cli.plan import plan
 from porthal.cli.quantize import quantize
 from porthal.cli.ranks import LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
@@ -333,6 +334,7 @@ def self_test(
 app.command()(check)
 app.command()(export)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
+app.command()(plan)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)

@@ -65,6 +65,14 @@ class Wire:
         lengths = [int.from_bytes(each[:8], "little") for each in heard]
         yield [np.frombuffer(e[8:], x.dtype).reshape(n, *x.shape[1:]) for n, e in zip(lengths, heard)]
 
+    def pull(self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array) -> None:
+        """Fill the first rows of y, which is dense, with counts[r] rows of each rank r's x, from row starts[r] on."""
+        at = 0
+        with self.lent(what, x) as everyone:
+            for theirs, start, count in zip(everyone, starts, counts):
+                y[at : at + count] = theirs[start : start + count]
+                at += count
+
     def group(self, members: Sequence[int]) -> Wire | None:
         """The wire of some of these ranks; None on the others. Every rank calls it, with the same members."""
         chosen = tuple(members)

@@ -170,14 +170,20 @@ def trace(
 
 
 def stepped(
-    config: Config, requests: Sequence[tuple[int, int]], dtype: str = "float32", drafts: int = 0, block_size: int = 64
+    config: Config,
+    requests: Sequence[tuple[int, int]],
+    dtype: str = "float32",
+    drafts: int = 0,
+    block_size: int = 64,
+    layout: Layout | None = None,
 ) -> list[tuple[str, CallSpec]]:
-    """Every call of one step of generation, see `porthal.model.generate.step`, without weights or values."""
+    """Every call of one step of generation, see `porthal.model.generate.step`, without weights or values; of the first rank
+    of a layout, whose communicator has no wire."""
     longest = max(kv for _, kv in requests) + 2 * (drafts + 1)  # so that no text ends there
     endless = replace(config, eos_token_id=(), max_position_embeddings=longest)
 
     def made(ops: Binding) -> Callable[[], None]:
-        return step(_blank(endless, ops, dtype, block_size), requests, drafts)
+        return step(_blank(endless, ops, dtype, block_size, layout), requests, drafts)
 
     before = recorded(made, ())
     return recorded(lambda ops: made(ops)(), ())[len(before) :]

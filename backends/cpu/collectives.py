@@ -28,31 +28,28 @@ class Collectives(Reference):
     @OWN
     def all_to_all(self, x: Array, comm: Communicator) -> Array:
         y, n = self.empty(x.shape, dtype(x)), x.shape[0] // comm.size
-        with comm.native.lent("all_to_all", x) as everyone:
-            for rank, theirs in enumerate(everyone):
-                y[rank * n : (rank + 1) * n] = theirs[comm.rank * n : (comm.rank + 1) * n]
+        comm.native.pull("all_to_all", x, [comm.rank * n] * comm.size, [n] * comm.size, y)
         return y
 
     @OWN
     def all_to_all_v(self, x: Array, send: Array, comm: Communicator, *, M: int) -> tuple[Array, Array]:
         counts = comm.told[:, :-1]
+        starts = np.cumsum(counts, axis=1) - counts
         y = self.empty((M, x.shape[1]), dtype(x))
-        _pull("all_to_all_v", x, comm, counts, y)
+        comm.native.pull("all_to_all_v", x, starts[:, comm.rank].tolist(), counts[:, comm.rank].tolist(), y)
         return y, self._counts(counts[:, comm.rank])
 
     @OWN
     def all_gather(self, x: Array, comm: Communicator) -> Array:
         y = self.empty((comm.size * x.shape[0], x.shape[1]), dtype(x))
-        with comm.native.lent("all_gather", x) as everyone:
-            np.concatenate(everyone, out=y)
+        comm.native.pull("all_gather", x, [0] * comm.size, [x.shape[0]] * comm.size, y)
         return y
 
     @OWN
     def all_gather_v(self, x: Array, comm: Communicator, *, M: int) -> tuple[Array, Array]:
-        y = self.empty((M, x.shape[1]), dtype(x))
-        with comm.native.lent("all_gather_v", x) as everyone:
-            np.concatenate(everyone, out=y[: comm.told.sum()])
-        return y, self._counts(comm.told[:, 0])
+        y, rows = self.empty((M, x.shape[1]), dtype(x)), comm.told[:, 0]
+        comm.native.pull("all_gather_v", x, [0] * comm.size, rows.tolist(), y)
+        return y, self._counts(rows)
 
     @OWN
     def all_reduce(self, x: Array, comm: Communicator) -> Array:
@@ -71,9 +68,9 @@ class Collectives(Reference):
 
     @OWN
     def broadcast(self, x: Array, comm: Communicator, *, root: int = 0) -> Array:
-        y = self.empty(x.shape, dtype(x))
-        with comm.native.lent("broadcast", x if comm.rank == root else x[:0]) as everyone:
-            y[...] = everyone[root]
+        y, n = self.empty(x.shape, dtype(x)), x.shape[0]
+        counts = [n * (rank == root) for rank in range(comm.size)]
+        comm.native.pull("broadcast", x if comm.rank == root else x[:0], [0] * comm.size, counts, y)
         return y
 
     @OWN
@@ -83,50 +80,36 @@ class Collectives(Reference):
     @OWN
     def ep_dispatch(self, x: Array, ids: Array, comm: Communicator, *, E: int, M: int) -> tuple[Array, Array]:
         first, last = (r * E // comm.size for r in (comm.rank, comm.rank + 1))
-        order = _by_expert(ids)
-        sent = comm.native.empty((len(order), x.shape[1]), dtype(x))
-        np.take(x, order // max(ids.shape[1], 1), axis=0, out=sent)
-        rows, expert = self.empty((M, x.shape[1]), dtype(x)), self.empty((M, 1), "int32")
-        count = _pull("ep_dispatch", sent, comm, _per_rank(comm, E), rows)
+        counts = _per_rank(comm, E)
+        starts = np.cumsum(counts, axis=1) - counts
+        tokens = (_by_expert(ids) // max(ids.shape[1], 1)).astype(np.int32)
+        rows, expert, at = self.empty((M, x.shape[1]), dtype(x)), self.empty((M, 1), "int32"), 0
+        with comm.native.lent("ep_dispatch", tokens) as sent, comm.native.lent("ep_dispatch", x) as everyone:
+            for r, theirs in enumerate(everyone):
+                start, count = starts[r, comm.rank], counts[r, comm.rank]
+                if count:
+                    np.take(theirs, sent[r][start : start + count], axis=0, out=rows[at : at + count], mode="clip")
+                at += count
         here = [np.repeat(np.arange(first, last), counts[first:last]) for counts in comm.told]
-        expert[:count, 0] = np.concatenate(here)
-        expert[count:] = -1
+        expert[:at, 0] = np.concatenate(here)
+        expert[at:] = -1
         return rows, expert
 
     @OWN
     def ep_combine(self, rows: Array, ids: Array, weights: Array, comm: Communicator, *, E: int) -> Array:
         counts, order = _per_rank(comm, E), _by_expert(ids)
         starts = np.cumsum(counts, axis=0) - counts  # [rank, s]: where rank's rows begin among those of s
-        back = np.zeros((ids.size, rows.shape[1]), np.float32)
-        with comm.native.lent("ep_combine", rows[: counts[:, comm.rank].sum()]) as everyone:
-            at = 0
-            for s, theirs in enumerate(everyone):
-                start, count = starts[comm.rank, s], counts[comm.rank, s]
-                back[order[at : at + count]] = theirs[start : start + count]
-                at += count
-        y = np.zeros((ids.shape[0], rows.shape[1]), np.float32)
-        for j in range(ids.shape[1]):
-            y += back[j :: ids.shape[1]] * weights[:, j : j + 1]
-        out = self.empty(y.shape, dtype(rows))
-        out[...] = y
-        return out
+        back = self.empty((ids.size, rows.shape[1]), dtype(rows))
+        mine = rows[: counts[:, comm.rank].sum()]
+        comm.native.pull("ep_combine", mine, starts[comm.rank].tolist(), counts[comm.rank].tolist(), back)
+        source = np.full(ids.size, -1, np.int32)
+        source[: len(order)] = order
+        return self.moe_unpermute(back, source, weights)
 
     def _counts(self, counts: Array) -> Array:
         made = self.empty(counts.shape, "int32")
         made[...] = counts
         return made
-
-
-def _pull(what: str, x: Array, comm: Communicator, counts: Array, y: Array) -> int:
-    """Fill y with the rows that are for this rank, where rank r sends counts[r, s] rows to s, one behind the other."""
-    starts = np.cumsum(counts, axis=1) - counts
-    at = 0
-    with comm.native.lent(what, x) as everyone:
-        for r, theirs in enumerate(everyone):
-            start, count = starts[r, comm.rank], counts[r, comm.rank]
-            y[at : at + count] = theirs[start : start + count]
-            at += count
-    return at
 
 
 def _per_rank(comm: Communicator, E: int) -> Array:

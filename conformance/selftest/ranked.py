@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from porthal.backends.cpu.backend import Cpu
 from porthal.backends.cpu.collectives import Collectives
+from porthal.backends.cpu.routing import Routing
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.ranked import world
 from porthal.conformance.execution.bindings import Bindings
@@ -26,11 +28,11 @@ right = Collectives
 _runs = count()
 
 
-class Planted(Collectives):
+class Planted(Collectives, Routing):
     """Right kernels, one of which a mistake replaces."""
 
     name = "planted"
-    native = None
+    native = Cpu.native
 
 
 DEFECTS: dict[str, tuple[str, Kernel]] = {}  # what is wrong -> the op, and its kernel
