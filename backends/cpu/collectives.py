@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from porthal.backends.cpu.ranks import SharedMemory
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Communicator, dtype, limits
+from porthal.hal import Communicator, dtype, limits, scheme_of
+from porthal.hal.scheme import NONE
 from porthal.hal.wire import joined
 
 Array = np.ndarray[Any, Any]
@@ -20,6 +22,7 @@ class Collectives(Reference):
     """Sums are made in float32, in the order of ranks, and rounded once."""
 
     native: Any
+    moe_unpermute: Any
 
     def communicator(self, timeout: float = 60.0) -> Communicator:
         sockets = joined(timeout)
@@ -78,38 +81,78 @@ class Collectives(Reference):
         return self._counts(np.ones(comm.size))
 
     @OWN
-    def ep_dispatch(self, x: Array, ids: Array, comm: Communicator, *, E: int, M: int) -> tuple[Array, Array]:
+    def ep_dispatch(
+        self, x: Array, ids: Array, comm: Communicator, *, E: int, M: int, payload: str = NONE
+    ) -> tuple[Array, Array]:
         first, last = (r * E // comm.size for r in (comm.rank, comm.rank + 1))
         counts = _per_rank(comm, E)
-        starts = np.cumsum(counts, axis=1) - counts
+        starts = (np.cumsum(counts, axis=1) - counts)[:, comm.rank].tolist()
+        arriving = counts[:, comm.rank].tolist()
         tokens = (_by_expert(ids) // max(ids.shape[1], 1)).astype(np.int32)
-        rows, expert, at = self.empty((M, x.shape[1]), dtype(x)), self.empty((M, 1), "int32"), 0
-        with comm.native.lent("ep_dispatch", tokens) as sent, comm.native.lent("ep_dispatch", x) as everyone:
-            for r, theirs in enumerate(everyone):
-                start, count = starts[r, comm.rank], counts[r, comm.rank]
-                if count:
-                    np.take(theirs, sent[r][start : start + count], axis=0, out=rows[at : at + count], mode="clip")
-                at += count
+        rows, expert = self.empty((M, x.shape[1]), dtype(x)), self.empty((M, 1), "int32")
+        total = sum(arriving)
+        with comm.native.lent("ep_dispatch", tokens) as sent:
+            wanted = [each[start : start + count] for each, start, count in zip(sent, starts, arriving)]
+            if payload == NONE:
+                _take(comm, x, wanted, rows)
+            else:
+                parts = [(part, np.empty((total, part.shape[1]), part.dtype)) for part in _coded(payload, x)]
+                for part, there in parts:
+                    _take(comm, part, wanted, there)
+                rows[:total] = _numbers(payload, *(there for _, there in parts))
         here = [np.repeat(np.arange(first, last), counts[first:last]) for counts in comm.told]
-        expert[:at, 0] = np.concatenate(here)
-        expert[at:] = -1
+        expert[:total, 0] = np.concatenate(here)
+        expert[total:] = -1
         return rows, expert
 
     @OWN
-    def ep_combine(self, rows: Array, ids: Array, weights: Array, comm: Communicator, *, E: int) -> Array:
+    def ep_combine(
+        self, rows: Array, ids: Array, weights: Array, comm: Communicator, *, E: int, payload: str = NONE
+    ) -> Array:
         counts, order = _per_rank(comm, E), _by_expert(ids)
-        starts = np.cumsum(counts, axis=0) - counts  # [rank, s]: where rank's rows begin among those of s
-        back = self.empty((ids.size, rows.shape[1]), dtype(rows))
+        starts = (np.cumsum(counts, axis=0) - counts)[comm.rank].tolist()  # of the rows on each rank, where this one's begin
+        arriving = counts[comm.rank].tolist()
         mine = rows[: counts[:, comm.rank].sum()]
-        comm.native.pull("ep_combine", mine, starts[comm.rank].tolist(), counts[comm.rank].tolist(), back)
+        parts = [mine] if payload == NONE else _coded(payload, mine)
+        back = [self.empty((ids.size, part.shape[1]), dtype(part)) for part in parts]
+        for part, there in zip(parts, back):
+            comm.native.pull("ep_combine", part, starts, arriving, there)
         source = np.full(ids.size, -1, np.int32)
         source[: len(order)] = order
-        return self.moe_unpermute(back, source, weights)
+        if payload == NONE:
+            return self.moe_unpermute(*back, source, weights)
+        y = self.empty((len(ids), rows.shape[1]), dtype(rows))
+        wide = np.zeros((ids.size, rows.shape[1]), np.float32)
+        wide[: len(order)] = _numbers(payload, *(part[: len(order)] for part in back))
+        y[...] = self.moe_unpermute(wide, source, weights)
+        return y
 
     def _counts(self, counts: Array) -> Array:
         made = self.empty(counts.shape, "int32")
         made[...] = counts
         return made
+
+
+def _take(comm: Communicator, x: Array, wanted: Sequence[Array], y: Array) -> None:
+    """Fill y with the wanted rows of each rank's x, one behind the other."""
+    at = 0
+    with comm.native.lent("ep_dispatch", x) as everyone:
+        for theirs, rows in zip(everyone, wanted):
+            if len(rows):
+                np.take(theirs, rows, axis=0, out=y[at : at + len(rows)], mode="clip")
+            at += len(rows)
+
+
+def _coded(payload: str, x: Array) -> tuple[Array, Array]:
+    """Codes and scales of rows."""
+    scheme, x = scheme_of(payload), x.astype(np.float32)
+    scale = scheme.scales(x)["scale"].astype(np.float32)
+    return scheme.coded(x / scheme.spread(scale, x.shape)), scale
+
+
+def _numbers(payload: str, codes: Array, scale: Array) -> Array:
+    scheme = scheme_of(payload)
+    return scheme.decoded(codes).astype(np.float32) * scheme.spread(scale, codes.shape)
 
 
 def _per_rank(comm: Communicator, E: int) -> Array:
