@@ -44,7 +44,7 @@ from porthal.cli.options import (
 )
 from porthal.cli.plan import plan
 from porthal.cli.quantize import quantize
-from porthal.cli.ranks import LayoutOption, launch, ranked
+from porthal.cli.ranks import ExpertsOption, LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -118,12 +118,15 @@ def generate(
     backend: BackendOption = None,
     emulated: EmulatedFlag = False,
     layout: LayoutOption = None,
+    experts: ExpertsOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="say how many rows each expert and each rank was given")] = False,
     json: JsonFlag = False,
 ) -> int:
     """Continue a text. Stdout is exactly the text, prompt included, so that two backends can be compared with diff.
 
     Exit code 1 where logits are NaN or infinite: the text ends before them.
     """
+    from porthal.cli.experts import Chosen
     from porthal.cli.stream import Printer, result, summary
     from porthal.hal import NotFinite, bind, create, running
     from porthal.model.generate import generate as run
@@ -139,9 +142,11 @@ def generate(
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
     chosen = create(named(backend, emulated), emulated)
-    with running(chosen), ranked(chosen, layout) as part:
-        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part)
-        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, seed=seed))
+    count = Chosen(chosen, config.n_routed_experts)
+    with running(chosen), ranked(chosen, layout, experts) as part:
+        loaded = load(directory, bind(backend=chosen, wrap=[count] * stats), dtype=dtype.value, layout=part)
+        drawn = {**asdict(sampling), "eos": list(config.eos_token_id), "seed": seed}
+        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, **drawn))
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json or others)
         start = time.perf_counter()
         try:
@@ -159,11 +164,12 @@ def generate(
         except NotFinite as error:
             made, failed = error.done, str(error)
         seconds = time.perf_counter() - start
+        given = count.told(part) if stats else {}
     printer.close()
     if others:
         return int(bool(failed))
-    found = result(loaded, made, sampling, prompt, printer.text, seconds)
-    text.as_json(found) if json else text.note(summary(found))
+    found = result(loaded, made, sampling, prompt, printer.text, seconds) | given
+    text.as_json(found) if json else text.note("\n".join([summary(found), *count.words(given)]))
     count = len(found["tokens"])
     if failed:
         text.note(f"porthal: {failed}")

@@ -25,7 +25,7 @@ class Collectives(Reference):
     moe_unpermute: Any
 
     def communicator(self, timeout: float = 60.0) -> Communicator:
-        sockets = joined(timeout)
+        sockets = joined(timeout, self.name)
         return Communicator.over(SharedMemory(self.native, sockets) if sockets.size > 1 else sockets)
 
     @OWN

@@ -69,11 +69,12 @@ class Collectives:
     """Sums are made in float32 and rounded once."""
 
     engine: ClassVar[str] = "nccl"  # of devices; the CPU has gloo
+    name: str
     device: str
     empty: Any
 
     def communicator(self, timeout: float = 60.0) -> Communicator:
-        sockets = joined(timeout)
+        sockets = joined(timeout, self.name)
         if sockets.rank:
             (port, *_) = map(int, sockets.gather("start", b"0"))
             store = dist.TCPStore("localhost", port, sockets.size, False, timedelta(seconds=timeout))

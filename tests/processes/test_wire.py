@@ -10,11 +10,11 @@ from tests.ranks import ran, started
 
 ADVICE = "see what that rank printed, and start all ranks again"
 MEET = """
-import sys
+import os, sys
 from porthal.hal import PorthalError
 from porthal.hal.wire import joined
 try:
-    wire = joined({timeout})
+    wire = joined({timeout}, os.environ.get("BACKEND", "cpu"))
     {body}
 except PorthalError as error:
     print(type(error).__name__, error)
@@ -74,6 +74,7 @@ wire.gather("barrier", b"")
         ({0: {"MASTER_ADDR": None}, 1: {"MASTER_ADDR": None}}, "MASTER_ADDR is not set: expected RANK"),
         ({0: {"RANK": "2"}, 1: {"RANK": "3"}}, "with WORLD_SIZE 2: expected 0 to 1"),
         ({0: {"MASTER_ADDR": "192.0.2.1"}, 1: {"MASTER_ADDR": "192.0.2.1"}}, "expected this machine"),
+        ({1: {"BACKEND": "torch"}}, "rank 1 runs on torch, rank 0 on cpu: start them alike"),
         ({0: {"WORLD_SIZE": "two"}, 1: {"WORLD_SIZE": "two"}}, "WORLD_SIZE is 'two': expected a whole number of at least 1"),
     ],
 )
