@@ -1,8 +1,8 @@
 """How a model would lie on many devices, and what a decode step would take there: on paper, from stated or measured figures.
 
-A step is the calls that the model records, each as long as its contract's cost takes at the device's rates, or as long as any
-call takes. A layout has groups of `tp` devices that share attention heads and dense layers, `dp` of them, each with requests of
-its own, and experts on groups of `ep` devices. Nothing overlaps.
+A step is the calls that the model records: each takes what its contract's cost takes at the device's rates, and what any call
+takes beside. A layout has groups of `tp` devices that share attention heads and dense layers, `dp` of them, each with requests
+of its own, and experts on groups of `ep` devices. Nothing overlaps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from porthal.model.load import stepped
 DEVICES = Path(__file__).parent / "devices.json"
 HERE = "here"  # a thread of this machine, whose rates are measured; where there are more than processors they take turns
 BURSTS = 5  # of each rate
-LATENCY, CALL = 60e-6, 15e-6  # of ranks on this machine, and of a call from Python: docs/results/collectives.md
+LATENCY, CALL = 60e-6, 40e-6  # of ranks on this machine, and of a call from Python: docs/results/plan.md
 FASTER = {"int8": "int8", "float8_e4m3fn": "fp8"}  # codes that are multiplied as they are, and the rate of these
 SUMS = {"all_reduce": 2, "all_gather_v": 1}  # how often a ring moves what they are given
 
@@ -43,7 +43,7 @@ class Device:
     memory     bytes that it holds; `bandwidth` those that it reads
     rates      operations, by dtype or "int8", "fp8"
     node       how many devices a node has, between which `link` carries bytes in one direction; `network` those to other nodes
-    latency    seconds of an exchange of nothing; `call` those of a call that does nothing
+    latency    seconds of an exchange of nothing; `call` what a call takes beside its work
     """
 
     name: str
@@ -69,8 +69,8 @@ class Device:
         return cls(name, **{**known[name], "sources": tuple(known[name]["sources"])})
 
     def seconds(self, flops: float, moved: float, rate: str) -> tuple[float, str]:
-        """What a call takes, and what binds it."""
-        times = {"arithmetic": flops / self.rates[rate], "memory": moved / self.bandwidth, "calls": self.call}
+        """What a call's work takes, and what binds it."""
+        times = {"arithmetic": flops / self.rates[rate], "memory": moved / self.bandwidth}
         bound = max(times, key=lambda each: times[each])
         return times[bound], bound
 
@@ -90,18 +90,18 @@ class Device:
 
 
 def _here(devices: int) -> Device:
-    """A rank of so many on this machine, which share its processors, by the limits that the cpu backend measures."""
-    threads = min(devices, len(os.sched_getaffinity(0)))
-    with closing(Backstage("cpu", threads)) as worker:
+    """A rank of so many on this machine, by the limits that the cpu backend measures for one thread."""
+    with closing(Backstage("cpu", 1)) as worker:
         peaks = [peak for peak in worker.side.holds if peak in ("dram", "copy", *ARITHMETIC.values())]
-        found = {peak: median(worker.ask("peak", peak) for _ in range(BURSTS)) / devices for peak in peaks}
-    turns = max(1.0, devices / threads)
+        found = {peak: median(worker.ask("peak", peak) for _ in range(BURSTS)) for peak in peaks}
+    turns = max(1.0, devices / len(os.sched_getaffinity(0)))
+    found = {peak: rate / turns for peak, rate in found.items()}
     rates = {rate: found[rate] for rate in ARITHMETIC.values() if rate in found}
-    what = f"a thread of this machine, of {devices}"
+    what = f"a thread of this machine, {devices} of which take turns" if turns > 1 else "a thread of this machine"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-    copied = found["copy"] / 2  # of which half is read
-    facts = (what, memory, found["dram"], rates, devices, copied, copied, LATENCY * turns, CALL * turns)
-    return Device(HERE, *facts, ("rates, bandwidth, link: measured now", "latency, call: docs/results/collectives.md"))
+    link = found["copy"] / 2  # of which half is read
+    facts = (what, memory, found["dram"], rates, devices, link, link, LATENCY * turns, CALL * turns)
+    return Device(HERE, *facts, ("rates, bandwidth, link: measured now", "latency, call: docs/results/plan.md"))
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ class _Step:
                 flops, moved = (a + (each - 1) * (b - a) for a, b in zip(first, second))
                 seconds, bound = device.seconds(flops, moved, self._rate(op, one))
                 parts[bound] += times * seconds
+                parts["calls"] += times * device.call
                 weights += times * self._held(op, one)
         row = c.hidden_size * itemsize(asked.dtype)
         group = each * self.tp * row
@@ -242,6 +243,7 @@ class _Step:
         size = 3 * c.hidden_size * c.moe_intermediate_size
         seconds, bound = device.seconds(2 * size * sent, met * size * asked.width + 2 * sent * row, asked.rate)
         parts[bound] += self.experts * seconds
+        parts["calls"] += self.experts * device.call
         weights += self.experts * ceil(mine) * size * asked.width
         keys = sum(kind == "full" for kind in c.indexer_types) * c.index_head_dim
         cached = c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim) + keys

@@ -115,6 +115,12 @@ class Layout:
         return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
+def owner_of(page: int, ranks: int) -> int:
+    """The rank of a request whose first page this is: by multiples of the golden ratio, which are spread evenly whatever the
+    distance from one request's pages to the next's."""
+    return (page * 0x9E3779B9 % 2**32) * ranks >> 32
+
+
 @dataclass(frozen=True)
 class Part:
     """The rows of a batch that are a rank's own: those of its requests. `batch` is None where it has none."""
@@ -128,7 +134,7 @@ class Part:
         """A request belongs to the rank of its first page, which it keeps while it lasts."""
         ranks, rank = layout.comm.size, layout.comm.rank
         firsts = batch.block_table[:, 0].tolist() if batch.block_table.shape[1] else [-1] * batch.R
-        owners = [max(page, 0) % ranks for page in firsts]
+        owners = [owner_of(max(page, 0), ranks) for page in firsts]
         if layout.comm.native is None:  # calls are recorded as of a rank that has all requests
             owners = [rank] * batch.R
         starts, lengths = batch.cu_q.tolist(), batch.q_len.tolist()
