@@ -196,6 +196,7 @@ class Sockets(Wire):
                 _send(self.peers[0], message, end)
             answer = _receive(self.peers[0], end)
         except TimeoutError:
+            self.peers[0].close()  # so that rank 0, should it come, does not go on alone
             raise self.lost(what, 0, self.late()) from None
         except OSError:
             raise self.lost(what, 0, "is gone") from None

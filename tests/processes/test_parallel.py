@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from porthal.cli.app import app
 from porthal.cli.experts import Chosen
 from porthal.cli.ranks import listed, ranked
 from porthal.hal import Communicator, UsageError, bind, create, simulated
 from porthal.model.generate import generate
 from porthal.model.layout import Layout, owner_of
 from porthal.model.load import DEMO, load
-from tests.ranks import ROOT, ran
+from tests.ranks import ROOT, environment, ran
 
 PROMPTS = [list(b"    def get(self, name):\n"), list(b"import os\n"), list(b"class A")]
 TEXT = "import os\n"
@@ -166,6 +170,49 @@ def test_launch_writes_the_text_once():
 def test_launch_runs_nothing_else():
     done = subprocess.run([sys.executable, "-m", "porthal", "launch", "conform"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "launch runs generate, not 'conform'" in done.stderr
+
+
+def test_launch_ends_with_the_code_of_a_rank_that_fails():
+    command = [sys.executable, "-m", "porthal", "launch", "--ranks", "3", "generate", TEXT, "--backend", "cpu"]
+    done = subprocess.run([*command, "--layout", "tp+ep"], cwd=ROOT, capture_output=True, timeout=100)
+    assert done.returncode == 2 and b"num_attention_heads is 4 on 3 ranks" in done.stderr
+
+
+def test_ranks_end_with_the_process_that_started_them():
+    arguments = ["launch", "--ranks", "2", "generate", TEXT, "--backend", "cpu", "--max-new", "2000"]
+    command = [sys.executable, "-m", "porthal", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+        ranks = awaited(lambda: len(found := children(launcher.pid)) == 2 and found)
+        launcher.kill()
+    assert awaited(lambda: not any(os.path.exists(f"/proc/{rank}") for rank in ranks))
+
+
+def children(parent: int) -> list[int]:
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        return list(map(int, file.read().split()))
+
+
+def awaited(seen: Any) -> Any:
+    end = time.monotonic() + 60
+    while not (found := seen()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
+
+
+def test_ranks_compare_all_that_a_text_depends_on(monkeypatch):
+    compared: dict[str, Any] = {}
+
+    def agreed(self: Layout, **facts: Any) -> int:
+        compared.update(facts)
+        return 0
+
+    monkeypatch.setattr(Layout, "agreed", agreed)
+    for name, value in environment(0, 1, 19000).items():
+        monkeypatch.setenv(name, value)
+    made = CliRunner().invoke(app, ["generate", "x", "--max-new", "2", "--temperature", "1", "--seed", "3", "--backend", "cpu"])
+    assert made.exit_code == 0
+    expected = {"max_new": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3, "speculative": 0, "prompt": "x"}
+    assert {name: compared[name] for name in expected} == expected and compared["eos"]
 
 
 def test_ranks_that_draw_otherwise_are_refused():

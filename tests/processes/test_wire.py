@@ -67,6 +67,20 @@ wire.gather("barrier", b"")
         assert (code, out) == (2, f"PeerLost barrier on rank {rank}: rank 1 did not answer within 0.5 s: {ADVICE}\n")
 
 
+def test_a_rank_0_that_comes_too_late_does_not_go_on_alone():
+    body = """
+import time
+wire.gather("start", b""); wire.timeout = 0.5
+if wire.rank == 0:
+    time.sleep(4)
+wire.gather("barrier", b"")
+"""
+    first, *others = ran(3, program(body))
+    assert first[:2] == (2, f"PeerLost barrier on rank 0: rank 1 is gone: {ADVICE}\n")
+    for rank, (code, out, _) in enumerate(others, 1):
+        assert (code, out) == (2, f"PeerLost barrier on rank {rank}: rank 0 did not answer within 0.5 s: {ADVICE}\n")
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
