@@ -32,6 +32,7 @@ class Measured:
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     calls: int = 1  # in a row, of which each sample is the mean
     holds: Mapping[str, float] = field(default_factory=dict)  # bytes that the device's caches have room for
+    apart: float = 0.0  # of several ranks: how much sooner the first is done, of what the last one takes
 
     @property
     def summary(self) -> Summary:

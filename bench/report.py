@@ -253,6 +253,7 @@ def extra(row: Row, m: Measured) -> dict[str, Any]:
         "p10": found.p10,
         "ci95": list(found.ci95),
         "noise": found.noise,
+        "ranks_apart": m.apart,
         "limit_noise": m.limit_noise,
         "verdict": m.verdict,
         "scaled": row.scaled,

@@ -223,7 +223,7 @@ class _Stage:
         calls = dict.fromkeys(judged, 1)
         failed: dict[str, Judgement] = {}
         until = time.monotonic() + min(max(seconds, SHORTEST), LONGEST)
-        while samples and not _enough(samples, until):
+        while samples and not enough(samples, until):
             for name in list(samples):
                 took = self._ask(name, cache, self._largest(name) if cache == COLD else calls[name])
                 if not isinstance(took, float):
@@ -252,7 +252,7 @@ class _Stage:
         return max((h for h in self._holds(name).values() if h < inf), default=0.0)
 
 
-def _enough(samples: Mapping[str, Sequence[float]], until: float) -> bool:
+def enough(samples: Mapping[str, Sequence[float]], until: float) -> bool:
     """Whether every backend's samples tell enough, or the time is over and there are the least that mean something."""
     least = min(map(len, samples.values()))
     if least < ROWS:

@@ -18,7 +18,7 @@ from porthal.bench.step import Whole
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, spelled
 from porthal.conformance.cases.profiles import MODEL, profile_of
-from porthal.hal import FLOATS, CallSpec, UsageError, contracts, note
+from porthal.hal import FLOATS, CallSpec, UsageError, collectives, contracts, note
 from porthal.hal.scheme import NONE
 from porthal.model.config import Config
 from porthal.model.load import DEMO, stepped
@@ -84,6 +84,8 @@ class Workload:
         """The rows of these ops; of one that no step calls, as that model's parts call it, or in the first listed sizes."""
         known = contracts()
         for op in ops:
+            if op in collectives():
+                raise UsageError(f"{op} is a call of several ranks: give --ranks N, too")
             if op not in known:
                 raise UsageError(f"unknown op {op!r}: known are {', '.join(known)}")
         called = {row.case.op for row in self.rows}

@@ -43,8 +43,9 @@ from porthal.cli.options import (
     WorkersOption,
     dtype_of,
 )
+from porthal.cli.plan import plan
 from porthal.cli.quantize import quantize
-from porthal.cli.ranks import LayoutOption, launch, ranked
+from porthal.cli.ranks import ExpertsOption, LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
@@ -118,6 +119,8 @@ def generate(
     backend: BackendOption = None,
     emulated: EmulatedFlag = False,
     layout: LayoutOption = None,
+    experts: ExpertsOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="say how many rows each expert and each rank was given")] = False,
     cache_scheme: CacheOption = None,
     json: JsonFlag = False,
 ) -> int:
@@ -125,6 +128,7 @@ def generate(
 
     Exit code 1 where logits are NaN or infinite: the text ends before them.
     """
+    from porthal.cli.experts import Chosen
     from porthal.cli.stream import Printer, result, summary
     from porthal.hal import NotFinite, bind, create, running
     from porthal.model.generate import generate as run
@@ -140,9 +144,12 @@ def generate(
     sampling = config.sampling.but(heat, top_p, top_k)  # refused before anything large is read
     ids, failed = words.encode(prompt), ""
     chosen = create(named(backend, emulated), emulated)
-    with running(chosen), ranked(chosen, layout) as part:
-        loaded = load(directory, bind(backend=chosen), dtype=dtype.value, layout=part, caches=cache_scheme or ())
-        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, seed=seed))
+    count, caches = Chosen(chosen, config.n_routed_experts), cache_scheme or ()
+    with running(chosen), ranked(chosen, layout, experts) as part:
+        bare = bind(backend=chosen, wrap=[count] * stats)
+        loaded = load(directory, bare, dtype=dtype.value, layout=part, caches=caches)
+        drawn = {**asdict(sampling), "eos": list(config.eos_token_id), "seed": seed, "caches": list(caches)}
+        others = bool(part and part.agreed(prompt=prompt, max_new=max_new, speculative=speculative, **drawn))
         printer = Printer(words, prompt, without=config.eos_token_id, silent=json or others)
         start = time.perf_counter()
         try:
@@ -160,11 +167,12 @@ def generate(
         except NotFinite as error:
             made, failed = error.done, str(error)
         seconds = time.perf_counter() - start
+        given = count.told(part) if stats else {}
     printer.close()
     if others:
         return int(bool(failed))
-    found = result(loaded, made, sampling, prompt, printer.text, seconds)
-    text.as_json(found) if json else text.note(summary(found))
+    found = result(loaded, made, sampling, prompt, printer.text, seconds) | given
+    text.as_json(found) if json else text.note("\n".join([summary(found), *count.words(given)]))
     count = len(found["tokens"])
     if failed:
         text.note(f"porthal: {failed}")
@@ -337,6 +345,7 @@ def self_test(
 app.command()(check)
 app.command()(export)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
+app.command()(plan)
 app.command()(quantize)
 app.command()(compare)
 app.command()(verify)

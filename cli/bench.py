@@ -37,6 +37,9 @@ def bench(
     curve: Annotated[
         bool, typer.Option("--curve", help="cost of a token against its context, sparse and dense, as Markdown")
     ] = False,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", metavar="N", min=2, help="time calls of so many processes: all-to-all and its like")
+    ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="of each backend; default: all processors")] = None,
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="about how long to measure in all")] = 240,
     memory: Annotated[float, typer.Option(metavar="GIB", help="for the operands of one call, on each backend")] = 0.5,
@@ -52,6 +55,7 @@ def bench(
     Exit code 1 when a call is wrong or faster than the limit permits, 2 when nothing was timed.
     """
     from porthal.bench import curve as curves
+    from porthal.bench import ranked
     from porthal.bench.compare import comparison
     from porthal.bench.report import Report, check_format
     from porthal.bench.run import bench as run
@@ -72,23 +76,32 @@ def bench(
     bounds = Bounds(memory=memory * GIB)
     if curve and (op or step or cache_scheme or workload != "glm5"):
         raise UsageError("--curve has calls of its own: give it without --op, --step, --workload and --cache-scheme")
+    if ranks and (curve or workload != "glm5" or step or dtype or threads or resume or peers or cache_scheme):
+        raise UsageError("--ranks has calls of its own, with one thread each: give it with --backend, --op and --seconds alone")
     kind = dtype.value if dtype else ""
-    if curve:
+    if ranks:
+        calls = ranked.collective(ranks, op or ())
+    elif curve:
         calls = curves.curve(kind or "bfloat16", bounds)
     else:
         calls = named(workload, step or ["decode"], kind, bounds, cache_scheme or ())
-    if op:
+    if op and not ranks:
         calls = calls.only(op, bounds)
     if not calls.rows:
         raise UsageError(f"{workload} has no call to time: choose other steps or ops")
 
     def advice() -> str:
+        if ranks:
+            return "give more --seconds, or fewer ops"
         kept = journal and journal.exists()
         return f"run the same command with --resume {journal} to continue" if kept else "nothing is kept without --resume FILE"
 
     with stoppable(advice), text.progress() as advance:
         names = (backend or selected()[0]).split(",")
-        found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance, known))
+        if ranks:
+            found = Report(ranked.bench(calls, names, ranks, seconds, advance))
+        else:
+            found = Report(run(calls, names, threads or here, seconds, journal, resume is not None, advance, known))
     if curve:
         for line in (*curves.markdown(found.run), "", *found.said()):
             print(line)
@@ -100,7 +113,7 @@ def bench(
         text.save(html, comparison(Speeds.of_object(found.document)).html())
     if journal and found.run.late:
         text.note(f"porthal: there was no time left for some calls: {advice()}")
-    elif journal and not resume:  # the report has all of it
+    elif journal and not resume and not ranks:  # the report has all of it
         journal.unlink()
     if found.exit_code == 2:
         print("nothing was timed: what stood against it is said above")

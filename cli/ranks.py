@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,18 +35,39 @@ LayoutOption = Annotated[
 ]
 
 
+ExpertsOption = Annotated[
+    Path | None,
+    typer.Option("--experts", metavar="FILE.json", help="of several ranks: the experts of each, as [[0, 1], [1, 2]]"),
+]
+
+
+def listed(file: Path) -> tuple[tuple[int, ...], ...]:
+    """The experts of each rank, as a file lists them; UsageError where it does not."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the table of experts {file}: {error}") from None
+    if not (isinstance(found, list) and found and all(isinstance(row, list) for row in found)):
+        raise UsageError(f"{file} is no table of experts: expected a list of experts for each rank, as [[0, 1], [1, 2]]")
+    for number in (n for row in found for n in row):
+        if type(number) is not int:
+            raise UsageError(f"{file} lists {number!r} among the experts of a rank: expected numbers, as [[0, 1], [1, 2]]")
+    return tuple(map(tuple, found))
+
+
 @contextmanager
-def ranked(backend: Backend, layout: str | None) -> Iterator[Layout | None]:
+def ranked(backend: Backend, layout: str | None, experts: Path | None = None) -> Iterator[Layout | None]:
     """This rank's part where the environment says that there are ranks (torchrun and `porthal launch` do), else None."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        if layout:
-            raise UsageError(f"--layout {layout} is for several ranks: start them with porthal launch or torchrun")
+        for name, given in (("--layout", layout), ("--experts", experts)):
+            if given:
+                raise UsageError(f"{name} {given} is for several ranks: start them with porthal launch or torchrun")
         yield None
         return
     from porthal.model.layout import Layout
 
     with backend.communicator() as comm:
-        yield Layout(comm, layout or "ep")
+        yield Layout(comm, layout or "ep", listed(experts) if experts else ())
 
 
 def launch(
@@ -56,6 +79,11 @@ def launch(
     Experts lie on ranks in blocks. With --layout ep all else is on every rank; with dp+ep each rank computes requests of its
     own; with tp+ep attention heads and dense layers are shared. The text does not depend on it.
     """
+    if command[0] != "generate":
+        raise UsageError(
+            f"launch runs generate, not {command[0]!r}: porthal conform --profile distributed tests calls of several ranks, "
+            "porthal bench --ranks N times them"
+        )
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     common = {"OMP_NUM_THREADS": str(threads), **os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_port())}
     started: list[subprocess.Popen[bytes]] = []

@@ -272,7 +272,7 @@ class Backend:
         """All ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. No call on it waits longer than `timeout`
         seconds for another rank. Here they are processes of one machine.
         """
-        return Communicator.over(joined(timeout))
+        return Communicator.over(joined(timeout, self.name))
 
     # -- time --------------------------------------------------------------------------------------------------------
 

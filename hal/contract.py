@@ -76,7 +76,7 @@ class Contract:
     independent the symbols along which results do not depend on each other, rows first: a call of some of the places along
                 one gives these places of its results. Rows of a Batch are then requests of their own, and what counts
                 rows counts those that are left
-    exact       the result is a copy or an integer: judged bit for bit
+    exact       the result is a copy or an integer: judged bit for bit; or the attribute at whose default it is one
     choice      the result that is a discrete choice, judged by recomputed scores (`@op.scored`, `@op.finished`) or by
                 what could have been drawn (`@op.admitted`)
     writes      of an op that changes pages without a batch: the operand that lists them

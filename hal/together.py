@@ -10,11 +10,23 @@ from typing import Any
 import numpy as np
 
 from porthal.hal.backend import Backend
-from porthal.hal.contract import Contract
+from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.errors import PorthalError, UsageError
 from porthal.hal.operands import Communicator
 
 Function = Callable[..., Any]
+RIGHT, REFUSED = b"+", b"-"  # begins what a rank says of its call
+MOST = 1024  # calls of which what is said is kept
+
+
+class _Known:
+    """What is said of every call of these static facts: `head`, the same on all ranks, before what each tells."""
+
+    def __init__(self, contract: Contract, spec: CallSpec) -> None:
+        dims = {name: size for name, size in spec.dims.items() if name not in contract.uneven}
+        head = json.dumps([contract.name, contract.version, dims, dict(spec.dtypes), dict(spec.attrs)]).encode()
+        self.spec, self.facts = spec, SimpleNamespace(**spec.dims, **spec.attrs)
+        self.head = RIGHT + len(head).to_bytes(4, "little") + head
 
 
 def together(contract: Contract, backend: Backend, function: Function) -> Function:
@@ -23,55 +35,83 @@ def together(contract: Contract, backend: Backend, function: Function) -> Functi
     Before anything is sent a wrong call is a UsageError on every rank that names the rank at fault, and a rank that is gone or
     late is a PeerLost. The kernel is given the communicator with what was told.
     """
+    known: dict[Any, _Known] = {}
+    reads = bool(contract.told or contract.ranges)
 
     def call(*args: Any, **attrs: Any) -> Any:
-        operands, full = contract.arrange(args, attrs)
-        comm = operands[contract.collective]
-        if not isinstance(comm, Communicator):
-            raise UsageError(f"{contract.name}: {contract.collective} is {type(comm).__name__}, expected Communicator")
+        comm = next((value for value in (*args, *attrs.values()) if isinstance(value, Communicator)), None)
+        if comm is None:
+            given = contract.arrange(args, attrs)[0][contract.collective]
+            raise UsageError(f"{contract.name}: {contract.collective} is {type(given).__name__}, expected Communicator")
         if comm.native is None:  # where calls are only recorded
             return function(*args, **attrs)
         try:
-            said = _said(contract, backend, operands, full)
+            form = tuple([_form(backend, v) for v in args]), tuple([(name, _form(backend, v)) for name, v in attrs.items()])
+            if (right := known.get(form)) is None:
+                if len(known) == MOST:
+                    known.clear()
+                right = known[form] = _Known(contract, _spec(contract, backend, *contract.arrange(args, attrs)))
+            said = right.head
+            if reads:
+                said += _told(contract, backend, right, contract.arrange(args, attrs)[0])
         except PorthalError as error:
-            said = {"refused": str(error)}
-        heard = [json.loads(message) for message in comm.gather(contract.name, json.dumps(said).encode())]
-        told = _agreed(contract, heard, comm.size)
-        operands[contract.collective] = comm.knowing(told)
-        return function(*operands.values(), **full)
+            said = REFUSED + str(error).encode()
+        heard = comm.gather(contract.name, said)
+        if not reads and said[:1] == RIGHT and heard.count(said) == comm.size:
+            return function(*args, **attrs)
+        knowing = comm.knowing(_agreed(contract, heard))
+        named = {name: knowing if value is comm else value for name, value in attrs.items()}
+        return function(*(knowing if value is comm else value for value in args), **named)
 
     return call
 
 
-def _said(contract: Contract, backend: Backend, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """What this rank says about its call; raises what is wrong with it."""
+def _form(backend: Backend, value: Any) -> Any:
+    """All static facts of an argument, and why the backend refuses it."""
+    if isinstance(value, Communicator):
+        return value.spec.rank, value.spec.size
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else (shape, value.dtype, backend.refuses_array(value))
+
+
+def _spec(contract: Contract, backend: Backend, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> CallSpec:
+    """The static facts of this rank's call; raises what is wrong with it."""
     for operand in contract.signature.of_kind("array"):
         if operands[operand.name] is not None and (why := backend.refuses_array(operands[operand.name])):
             raise UsageError(f"{contract.name}: {operand.name} is {why}")
-    spec = contract.spec(operands, attrs)
+    return contract.spec(operands, attrs)
+
+
+def _told(contract: Contract, backend: Backend, right: _Known, operands: Mapping[str, Any]) -> bytes:
+    """The numbers that this rank tells; raises where its values are out of range."""
     host = {name: backend.to_numpy(operands[name]) for name in contract.ranges if name in operands}
-    contract.check_values(host, spec, np.asarray)
-    facts = SimpleNamespace(**spec.dims, **attrs)
-    told = contract.told(**host, facts=facts) if contract.told else []
-    dims = {name: size for name, size in spec.dims.items() if name not in contract.uneven}
-    return {"call": [contract.name, contract.version, dims, dict(spec.dtypes), dict(attrs)], "told": [int(n) for n in told]}
+    contract.check_values(host, right.spec, np.asarray)
+    told = contract.told(**host, facts=right.facts) if contract.told else []
+    return np.array(told, np.int64).tobytes()
 
 
-def _agreed(contract: Contract, heard: list[dict[str, Any]], ranks: int) -> np.ndarray[Any, Any]:
+def _agreed(contract: Contract, heard: list[bytes]) -> np.ndarray[Any, Any]:
     """What all ranks have told; UsageError where one refuses its call, where they differ, and where it cannot be done."""
     for rank, each in enumerate(heard):
-        if "refused" in each:
-            raise UsageError(f"{each['refused']} (on rank {rank}; nothing was sent on any)")
-    for rank, each in enumerate(heard):
-        if each["call"] != heard[0]["call"]:
-            first, other = (_worded(e["call"]) for e in (heard[0], each))
+        if each.startswith(REFUSED):
+            raise UsageError(f"{each[1:].decode()} (on rank {rank}; nothing was sent on any)")
+    heads, told = zip(*map(_cut, heard))
+    for rank, head in enumerate(heads):
+        if head != heads[0]:
+            first, other = (_worded(json.loads(each)) for each in (heads[0], head))
             raise UsageError(f"{contract.name}: rank {rank} calls {other} and rank 0 {first}, expected the same on all")
-    told = np.array([each["told"] for each in heard], np.int64).reshape(ranks, -1)
+    numbers = np.frombuffer(b"".join(told), np.int64).reshape(len(heard), -1)
     if contract.fits:
-        _, _, dims, _, attrs = heard[0]["call"]
-        if why := contract.fits(told, SimpleNamespace(**dims, **attrs)):
+        _, _, dims, _, attrs = json.loads(heads[0])
+        if why := contract.fits(numbers, SimpleNamespace(**dims, **attrs)):
             raise UsageError(f"{contract.name}: {why} (nothing was sent on any rank)")
-    return told
+    return numbers
+
+
+def _cut(message: bytes) -> tuple[bytes, bytes]:
+    """The call in a message, and what is told behind it."""
+    end = 5 + int.from_bytes(message[1:5], "little")
+    return message[5:end], message[end:]
 
 
 def _worded(call: list[Any]) -> str:

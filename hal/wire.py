@@ -65,6 +65,14 @@ class Wire:
         lengths = [int.from_bytes(each[:8], "little") for each in heard]
         yield [np.frombuffer(e[8:], x.dtype).reshape(n, *x.shape[1:]) for n, e in zip(lengths, heard)]
 
+    def pull(self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array) -> None:
+        """Fill the first rows of y, which is dense, with counts[r] rows of each rank r's x, from row starts[r] on."""
+        at = 0
+        with self.lent(what, x) as everyone:
+            for theirs, start, count in zip(everyone, starts, counts):
+                y[at : at + count] = theirs[start : start + count]
+                at += count
+
     def group(self, members: Sequence[int]) -> Wire | None:
         """The wire of some of these ranks; None on the others. Every rank calls it, with the same members."""
         chosen = tuple(members)
@@ -188,6 +196,7 @@ class Sockets(Wire):
                 _send(self.peers[0], message, end)
             answer = _receive(self.peers[0], end)
         except TimeoutError:
+            self.peers[0].close()  # so that rank 0, should it come, does not go on alone
             raise self.lost(what, 0, self.late()) from None
         except OSError:
             raise self.lost(what, 0, "is gone") from None
@@ -263,10 +272,10 @@ class Sockets(Wire):
             peer.close()
 
 
-def joined(timeout: float) -> Sockets:
+def joined(timeout: float, backend: str) -> Sockets:
     """The wire of all ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, on this machine.
 
-    UsageError where one of them is missing or wrong, PeerLost where a rank does not come.
+    UsageError where one of them is missing or wrong, or a rank runs on another backend, PeerLost where one does not come.
     """
     rank, size, host, port = described()
     if not _is_here(host):
@@ -275,7 +284,7 @@ def joined(timeout: float) -> Sockets:
     if size == 1:
         return Sockets(0, [0], timeout, {})
     if rank:
-        return _connected(name, rank, range(size), timeout)
+        return _connected(name, rank, range(size), timeout, backend)
     try:
         listener = _listening(name)
     except OSError:
@@ -283,7 +292,7 @@ def joined(timeout: float) -> Sockets:
             f"MASTER_PORT {port} is in use by other ranks on this machine, or RANK 0 was started twice: choose another port"
         ) from None
     with listener:
-        return _received(listener, range(size), timeout)
+        return _received(listener, range(size), timeout, backend)
 
 
 def described() -> tuple[int, int, str, int]:
@@ -326,7 +335,7 @@ def _listening(name: str) -> socket.socket:
     return listener
 
 
-def _received(listener: socket.socket, members: Sequence[int], timeout: float) -> Sockets:
+def _received(listener: socket.socket, members: Sequence[int], timeout: float, backend: str = "") -> Sockets:
     """Rank 0 of a group, once all others have come. A wrong one is told what is wrong, and so are all then."""
     size, end = len(members), time.monotonic() + timeout
     wire = Sockets(0, members, timeout, {})
@@ -339,9 +348,11 @@ def _received(listener: socket.socket, members: Sequence[int], timeout: float) -
             raise wire._told("start", missing, wire.late()) from None
         wrong = ""
         try:
-            rank, theirs = json.loads(_receive(peer, end, HELLO))
+            rank, theirs, other = json.loads(_receive(peer, end, HELLO))
             if theirs != size:
                 wrong = f"rank {rank} was started as one of {theirs} ranks, rank 0 as one of {size}: start them alike"
+            elif other != backend:  # before anything that backends do in ways of their own
+                wrong = f"rank {rank} runs on {other}, rank 0 on {backend}: start them alike"
             elif rank in wire.peers:
                 wrong = f"rank {rank} was started twice: give each process a RANK of its own"
         except (OSError, ValueError, TypeError):  # whoever it was, it is no rank
@@ -359,7 +370,7 @@ def _received(listener: socket.socket, members: Sequence[int], timeout: float) -
     return wire
 
 
-def _connected(name: str, rank: int, members: Sequence[int], timeout: float) -> Sockets:
+def _connected(name: str, rank: int, members: Sequence[int], timeout: float, backend: str = "") -> Sockets:
     """Another rank, once rank 0 has let it in."""
     end = time.monotonic() + timeout + GRACE
     peer = socket.socket(socket.AF_UNIX)
@@ -374,7 +385,7 @@ def _connected(name: str, rank: int, members: Sequence[int], timeout: float) -> 
                 raise wire.lost("start", 0, wire.late()) from None
             time.sleep(0.01)
     try:
-        _send(peer, json.dumps([rank, len(members)]).encode(), end)
+        _send(peer, json.dumps([rank, len(members), backend]).encode(), end)
         answer = _receive(peer, end)
     except TimeoutError:
         raise wire.lost("start", 0, wire.late()) from None

@@ -36,6 +36,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fl
 FILES = ("model", "quant_model_weights")  # the second is AscendV1's
 ALL = slice(None)
 SLICE = 4096  # rows that are compared at a time
+PIECES, PIECE = 64, 256  # of a file, and the bytes of each, by which checkpoints are told apart
 BLOCK = 2**18  # numbers that stay in a core's cache while they are looked at twice
 
 
@@ -87,6 +88,11 @@ class TensorFile:
             return self._data[begin:end].view(numpy_dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
         except (ValueError, TypeError, LookupError):
             raise UsageError(f"{self.path} is damaged: its header has {entry} for {name!r}") from None
+
+    def sample(self) -> bytes:
+        """Pieces of the data, the last bytes among them: what other weights of the same shapes hardly share."""
+        last = max(len(self._data) - PIECE, 0)
+        return b"".join(self._data[n * last // PIECES :][:PIECE].tobytes() for n in range(PIECES + 1))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -149,9 +155,11 @@ class Checkpoint:
         return files
 
     def digest(self) -> str:
-        """Of the names, shapes and dtypes of all tensors: whether two ranks read the same checkpoint."""
-        headers = {file.name: opened.header for file, opened in sorted(self._files.items())}
-        return hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest()[:16]
+        """Of names, shapes and dtypes of all tensors, and a sample of their numbers: do two ranks read the same checkpoint?"""
+        found = hashlib.sha256()
+        for file, opened in sorted(self._files.items()):
+            found.update(json.dumps([file.name, opened.header], sort_keys=True).encode() + opened.sample())
+        return found.hexdigest()[:16]
 
     def holds(self, prefix: str) -> bool:
         at = bisect_left(self._names, prefix)
@@ -410,6 +418,22 @@ def within(read: Reader, part: slice, size: int) -> Reader:
     def rows(index: slice) -> Array:
         chosen = inside[index]
         return read(slice(chosen.start, max(chosen.start, chosen.stop)))
+
+    return rows
+
+
+def chosen(read: Reader, which: Sequence[int]) -> Reader:
+    """What reads chosen rows as if they were all; neighbours at once."""
+
+    def rows(index: slice) -> Array:
+        runs: list[list[int]] = []
+        for row in which[index]:
+            if runs and runs[-1][-1] + 1 == row:
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        found = [read(slice(run[0], run[-1] + 1)) for run in runs]
+        return np.concatenate(found) if len(found) > 1 else found[0] if found else read(slice(0, 0))
 
     return rows
 

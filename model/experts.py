@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from porthal.hal import Binding, Weight
-from porthal.model.checkpoint import ALL, Loader, within
+from porthal.model.checkpoint import ALL, Loader, chosen
 from porthal.model.config import Config
 from porthal.model.layout import Layout
-from porthal.model.tokens import float_array
+from porthal.model.tokens import float_array, ids_array
 
 
 class DenseMlp:
@@ -39,6 +39,7 @@ class MoeMlp:
         self.gate = load.weight("linear.w", prefix + "gate.weight", n, hidden)
         self.bias = load.array(prefix + "gate.e_score_correction_bias", n, dtype="float32")
         self.mine = layout.experts(n) if layout else range(n)
+        self.places = layout.chosen(n, layout.comm.rank) if layout and layout.table else []  # of each expert
         op, linear = ("moe_experts", "linear.w") if layout else ("moe_layer", "")
         self.w13: Weight | None = None  # of a rank without experts
         self.w2: Weight | None = None
@@ -51,12 +52,12 @@ class MoeMlp:
 
     def _read_experts(self, load: Loader, prefix: str, op: str, n: int, hidden: int, width: int) -> None:
         """The experts of this rank, and no others."""
-        mine, count = slice(self.mine.start, self.mine.stop), len(self.mine)
+        count = len(self.mine)
         shapes = {"w13": (2 * width, hidden), "w2": (hidden, width)}
         apart = any(f"{prefix}experts.{self.mine.start}.{part}_proj.weight" in load.kept for part in ("gate", "up", "down"))
         if load.source.holds(prefix + "experts.gate_up_proj") and not apart:  # as transformers holds them, and may save them
             stored = {"w13": prefix + "experts.gate_up_proj", "w2": prefix + "experts.down_proj"}
-            reads = {name: within(load.rows(stored[name], (n, *shapes[name])), mine, n) for name in shapes}
+            reads = {name: chosen(load.rows(stored[name], (n, *shapes[name])), self.mine) for name in shapes}
             made = {name: load.build(f"{op}.{name}", (count, *shapes[name]), read) for name, read in reads.items()}
         else:
             each = [f"{prefix}experts.{e}." for e in self.mine]
@@ -89,11 +90,15 @@ class MoeMlp:
         """The results of these rows, whose experts are on other ranks; all ranks have `total` rows together."""
         c, ops = self.config, self.ops
         ids, weights = self._routed(x)
+        if self.places:  # by the host, as the exchange asks it for the numbers of rows anyway
+            ids = ops.from_numpy(ids_array(self.places)[ops.to_numpy(ids).astype(int)])
+        E = layout.total(c.n_routed_experts)
         most = max(1, total * min(c.num_experts_per_tok, layout.most(c.n_routed_experts)))
-        rows, expert = ops.ep_dispatch(x, ids, layout.comm, E=c.n_routed_experts, M=most)
+        rows, expert = ops.ep_dispatch(x, ids, layout.comm, E=E, M=most)
         if self.mine:
             if most not in self.ones:
                 self.ones = {most: ops.from_numpy(float_array([1.0] * most)).reshape(most, 1)}
-            rows = ops.moe_experts(rows, self.w13, self.w2, expert, self.ones[most], first_expert=self.mine.start)
-        y = ops.ep_combine(rows, ids, weights, layout.comm, E=c.n_routed_experts)
+            first = layout.places(c.n_routed_experts).start
+            rows = ops.moe_experts(rows, self.w13, self.w2, expert, self.ones[most], first_expert=first)
+        y = ops.ep_combine(rows, ids, weights, layout.comm, E=E)
         return ops.add(y, ops.linear(ops.silu_mul(ops.linear(x, self.shared13)), self.shared2))

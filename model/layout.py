@@ -15,7 +15,9 @@ KINDS = ("ep", "dp+ep", "tp+ep")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on the ranks of a group. Of E routed experts rank r has r*E//ranks to (r+1)*E//ranks - 1.
+    """How a model lies on the ranks of a group. Of E routed experts rank r has r*E//ranks to (r+1)*E//ranks - 1, or those that
+    `table` lists for it, in every layer: an expert that many rows choose may have copies on several ranks. What ranks exchange
+    counts places: rank r has as many as it has experts, behind those of the ranks before.
 
     ep     what is not a routed expert is on every rank and computed there for all rows, of which each dispatches its share
     dp+ep  a rank computes the main layers for its own requests; what ranks with no request do is take part in the experts
@@ -26,6 +28,7 @@ class Layout:
 
     comm: Communicator
     kind: str = "ep"
+    table: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,24 +58,67 @@ class Layout:
                 good = ", ".join(str(n) for n in range(1, 65) if not size % n)
                 raise UsageError(f"layout tp+ep: {name} is {size} on {ranks} ranks, expected a number of ranks from {good}")
 
+        if self.table:
+            self._fits_table(config.n_routed_experts)
+
+    def _fits_table(self, count: int) -> None:
+        ranks, lengths = self.comm.size, sorted({len(row) for row in self.table})
+        if len(self.table) != ranks or len(lengths) != 1:
+            raise UsageError(
+                f"the table of experts lists {len(self.table)} ranks with {', '.join(map(str, lengths))} experts: expected "
+                f"{ranks}, each with equally many"
+            )
+        listed = {expert for row in self.table for expert in row}
+        if wrong := sorted(listed ^ set(range(count))):
+            what = "has" if wrong[0] in listed else "lacks"
+            raise UsageError(f"the table of experts {what} expert {wrong[0]}: expected 0 to {count - 1}, each at least once")
+
     def agreed(self, **facts: Any) -> int:
         """This rank, once all are given the same: UsageError on each where they are not."""
         self.comm.agree("generate", facts)
         return self.comm.rank
 
-    def experts(self, count: int) -> range:
+    def experts(self, count: int) -> Sequence[int]:
+        """Those of this rank, in the order of their places."""
+        return self.table[self.comm.rank] if self.table else self.places(count)
+
+    def total(self, count: int) -> int:
+        """How many places all ranks have together."""
+        return sum(map(len, self.table)) or count
+
+    def places(self, count: int) -> range:
         """Those of this rank."""
-        rank, ranks = self.comm.rank, self.comm.size
-        return range(rank * count // ranks, (rank + 1) * count // ranks)
+        rank, ranks, total = self.comm.rank, self.comm.size, self.total(count)
+        return range(rank * total // ranks, (rank + 1) * total // ranks)
 
     def most(self, count: int) -> int:
-        """How many of the experts a rank has at most."""
-        return -(-count // self.comm.size)
+        """How many places a rank has at most."""
+        return -(-self.total(count) // self.comm.size)
+
+    def chosen(self, count: int, rank: int) -> list[int]:
+        """Of each expert the place to which a rank sends: its own copy, else one that differs from rank to rank."""
+        placed = [expert for row in self.table for expert in row] or list(range(count))
+        copies: list[list[int]] = [[] for _ in range(count)]
+        for place, expert in enumerate(placed):
+            copies[expert].append(place)
+        own = range(rank * len(placed) // self.comm.size, (rank + 1) * len(placed) // self.comm.size)
+        return [next((place for place in found if place in own), found[rank % len(found)]) for found in copies]
+
+    def owner(self, count: int, place: int) -> int:
+        """The rank that has a place."""
+        ranks, total = self.comm.size, self.total(count)
+        return next(rank for rank in range(ranks) if place < (rank + 1) * total // ranks)
 
     def share(self, size: int) -> slice:
         """This rank's part of so many rows, heads or columns."""
         rank, ranks = self.comm.rank, self.comm.size
         return slice(rank * size // ranks, (rank + 1) * size // ranks)
+
+
+def owner_of(page: int, ranks: int) -> int:
+    """The rank of a request whose first page this is: by multiples of the golden ratio, which are spread evenly whatever the
+    distance from one request's pages to the next's."""
+    return (page * 0x9E3779B9 % 2**32) * ranks >> 32
 
 
 @dataclass(frozen=True)
@@ -88,7 +134,7 @@ class Part:
         """A request belongs to the rank of its first page, which it keeps while it lasts."""
         ranks, rank = layout.comm.size, layout.comm.rank
         firsts = batch.block_table[:, 0].tolist() if batch.block_table.shape[1] else [-1] * batch.R
-        owners = [max(page, 0) % ranks for page in firsts]
+        owners = [owner_of(max(page, 0), ranks) for page in firsts]
         if layout.comm.native is None:  # calls are recorded as of a rank that has all requests
             owners = [rank] * batch.R
         starts, lengths = batch.cu_q.tolist(), batch.q_len.tolist()

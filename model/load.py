@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -60,6 +61,7 @@ def load(
     fitted, kept = fit(config, source, binding or bind(), dtype, block_size, layout=layout.recorded() if layout else None)
     if layout:
         facts = {"backend": fitted.backend.name, "dtype": dtype, "layout": layout.kind, "checkpoint": source.digest()}
+        facts["experts"] = json.dumps(layout.table)
         layout.comm.agree("load", {**facts, "config": hashlib.sha256(repr(config).encode()).hexdigest()[:16]})
     return Glm5(config, source, fitted, dtype, block_size, layout, kept)
 
@@ -194,14 +196,20 @@ def trace(
 
 
 def stepped(
-    config: Config, requests: Sequence[tuple[int, int]], dtype: str = "float32", drafts: int = 0, block_size: int = 64
+    config: Config,
+    requests: Sequence[tuple[int, int]],
+    dtype: str = "float32",
+    drafts: int = 0,
+    block_size: int = 64,
+    layout: Layout | None = None,
 ) -> list[tuple[str, CallSpec]]:
-    """Every call of one step of generation, see `porthal.model.generate.step`, without weights or values."""
+    """Every call of one step of generation, see `porthal.model.generate.step`, without weights or values; of the first rank
+    of a layout, whose communicator has no wire."""
     longest = max(kv for _, kv in requests) + 2 * (drafts + 1)  # so that no text ends there
     endless = replace(config, eos_token_id=(), max_position_embeddings=longest)
 
     def made(ops: Binding) -> Callable[[], None]:
-        return step(_blank(endless, ops, dtype, block_size), requests, drafts)
+        return step(_blank(endless, ops, dtype, block_size, layout), requests, drafts)
 
     before = recorded(made, ())
     return recorded(lambda ops: made(ops)(), ())[len(before) :]

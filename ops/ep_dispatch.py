@@ -4,32 +4,43 @@ from typing import Any
 
 import numpy as np
 
-from porthal.hal import FLOATS, contract
+from porthal.hal import FLOATS, contract, scheme_of
 from porthal.hal.numerics import Array
+from porthal.hal.scheme import NONE
 from porthal.hal.spans import EXPERTS
+
+PAYLOADS = (NONE, "int8_token", "fp8_group")
+
+
+def arrived(x: Array, payload: str) -> Array:
+    """Rows once they were sent: under a scheme what its codes and scales say."""
+    return x if payload == NONE else scheme_of(payload).rounded(x)
 
 
 @contract(
     "x[N, H], ids[N, k], comm: Communicator[ranks] -> rows[M, H], expert[M, 1]",
     dtypes={"x": FLOATS, "ids": "int32", "rows": "x", "expert": "int32"},
     cost=lambda d, b: (0, d.N * d.H * b.x * (1 + d.k) + d.M * d.H * b.x),
-    cases={"H": (6144, 5), "k": (8, 2, 1), "E": (256, 8, 3), "N": (16, 7, 0), "M": (1024, 128)},
-    legal={"E": EXPERTS},
+    cases={"H": (6144, 5), "k": (8, 2, 1), "E": (256, 8, 3), "N": (16, 7, 0), "M": (1024, 128), "payload": PAYLOADS},
+    legal={"E": EXPERTS, "payload": PAYLOADS},
     ranges={"ids": (-1, "E")},
     uneven=("N",),
-    exact=True,
+    exact="payload",
     values={"x": ("tagged", "normal", "special"), "ids": ("routed", "crowded", "nowhere", "deserted", "holes", "repeated")},
     profiles=("distributed",),
 )
-def ep_dispatch(x: Sequence[Array], ids: Sequence[Array], comm: Sequence[Any], *, E: int, M: int) -> list[tuple[Array, Array]]:
+def ep_dispatch(
+    x: Sequence[Array], ids: Sequence[Array], comm: Sequence[Any], *, E: int, M: int, payload: str = NONE
+) -> list[tuple[Array, Array]]:
     """Send each row of x to the ranks that have its experts, once per expert: rank r has experts r*E//ranks to
     (r+1)*E//ranks - 1. expert[m] is the expert that rows[m] is for.
 
     Rows arrive in the order of their ranks, of one rank in the order of expert, then of t*k + j; behind them expert is -1 and
-    rows may hold anything. Ids of -1 go nowhere. More than M rows for one rank are an error on all.
+    rows may hold anything. Ids of -1 go nowhere. More than M rows for one rank are an error on all. Under the scheme `payload`
+    a row is sent as its codes and scales, see `quantize`, and rows are what these say.
     Source: DeepEP dispatch; npu_moe_distribute_dispatch.
     """
-    ranks = len(x)
+    ranks, x = len(x), [arrived(each, payload) for each in x]
     found = []
     for r in range(ranks):
         rows, expert = np.zeros((M, x[r].shape[1]), x[r].dtype), np.full((M, 1), -1, np.int32)

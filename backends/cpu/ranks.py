@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from weakref import finalize
 
 import numpy as np
 
-from porthal.hal import UsageError, numpy_dtype
+from porthal.hal import PeerLost, UsageError, numpy_dtype
 from porthal.hal.wire import Sockets, Wire
 
 SEGMENT = 1 << 32  # bytes of a rank's part, of which only what was written takes memory
@@ -42,22 +43,18 @@ class SharedMemory(Wire):
             os.close(memory)  # the mapping keeps it
         finalize(self, _closed, lives)
         self.segments = [self.meeting.segment(rank) for rank in range(self.size)]
+        self.first = self.segments[self.rank].__array_interface__["data"][0]
+        self.room = native.Meeting.room  # bytes that are moved with the message itself
         self.free = [(0, SEGMENT)]
 
     def _gather(self, what: str, message: bytes) -> list[bytes]:
-        room = self.native.Meeting.room - 8
-        heard = self._round(what, len(message).to_bytes(8, "little") + message[:room])
-        lengths = [int.from_bytes(each[:8], "little") for each in heard]
-        found = [each[8:] for each in heard]
-        for at in range(room, max(lengths), room):  # all take part to the end
-            found = [begun + more[8:] for begun, more in zip(found, self._round(what, bytes(8) + message[at : at + room]))]
-        return found
+        return list(self._met(what, self.meeting.gather(message, self.timeout)))
 
-    def _round(self, what: str, message: bytes) -> list[bytes]:
-        found = self.meeting.gather(message, self.timeout)
+    def _met(self, what: str, found: Any) -> Any:
+        """What a meeting returned; PeerLost where that is a rank that is missing."""
         if isinstance(found, int):
             raise self.lost(what, found, self.late()) if found >= 0 else self.lost(what, -1 - found, "is gone")
-        return list(found)
+        return found
 
     @contextmanager
     def _opened(self, chosen: tuple[int, ...]) -> Iterator[Any]:
@@ -73,7 +70,7 @@ class SharedMemory(Wire):
     def empty(self, shape: Sequence[int], dtype: str) -> Array:
         """An array in this rank's segment, from which others copy without a copy before."""
         kind = numpy_dtype(dtype)
-        count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        count = math.prod(shape) * kind.itemsize
         taken = max(-(-count // LINE), 1) * LINE
         for i, (at, room) in enumerate(self.free):
             if room >= taken:
@@ -93,23 +90,36 @@ class SharedMemory(Wire):
                 merged.append((start, room))
         self.free = merged
 
+    def pull(self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array) -> None:
+        if self.broken:
+            raise PeerLost(self.broken)
+        if x.nbytes > self.room:
+            x, _ = self._placed(x)
+        elif not x.flags.c_contiguous:
+            x = np.ascontiguousarray(x)
+        self._met(what, self.meeting.pull(x, x.itemsize * math.prod(x.shape[1:]), starts, counts, y, self.timeout))
+
     @contextmanager
     def lent(self, what: str, x: Array) -> Iterator[list[Array]]:
         """The x of every rank while all of them read it: each is used where it lies, if that is a segment."""
-        mine = self.segments[self.rank]
-        at = x.__array_interface__["data"][0] - mine.__array_interface__["data"][0]
-        if not (x.flags.c_contiguous and 0 <= at < SEGMENT):
-            staged = self.empty(x.shape, str(x.dtype))
-            staged[...] = x
-            x, at = staged, staged.__array_interface__["data"][0] - mine.__array_interface__["data"][0]
+        x, at = self._placed(x)
         form = np.array([at, *x.shape], np.int64)
         theirs = [np.frombuffer(each, np.int64).tolist() for each in self.gather(what, form.tobytes())]
         found = []
         for segment, (first, *shape) in zip(self.segments, theirs):
-            count = int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+            count = math.prod(shape) * x.dtype.itemsize
             found.append(_over(segment[first : first + count], shape, x.dtype))
         yield found
         self.gather(what, b"")  # nobody may change what another has not read
+
+    def _placed(self, x: Array) -> tuple[Array, int]:
+        """x where others can read it, and where in the segment that is."""
+        at = x.__array_interface__["data"][0] - self.first
+        if x.flags.c_contiguous and 0 <= at < SEGMENT:
+            return x, at
+        staged = self.empty(x.shape, str(x.dtype))
+        staged[...] = x
+        return staged, staged.__array_interface__["data"][0] - self.first
 
 
 def _over(memory: Array, shape: Sequence[int], kind: np.dtype[Any]) -> Array:

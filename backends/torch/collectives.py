@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from porthal.hal import Communicator, PeerLost
+from porthal.backends.torch.schemes import Coded, quantised
+from porthal.hal import Communicator, PeerLost, scheme_of
 from porthal.hal.errors import message_of
+from porthal.hal.scheme import NONE
 from porthal.hal.wire import Sockets, Wire, joined
 
 # PyTorch 2.13 has new names for these two, and warns of the old ones, which vendors' releases have.
@@ -67,11 +69,12 @@ class Collectives:
     """Sums are made in float32 and rounded once."""
 
     engine: ClassVar[str] = "nccl"  # of devices; the CPU has gloo
+    name: str
     device: str
     empty: Any
 
     def communicator(self, timeout: float = 60.0) -> Communicator:
-        sockets = joined(timeout)
+        sockets = joined(timeout, self.name)
         if sockets.rank:
             (port, *_) = map(int, sockets.gather("start", b"0"))
             store = dist.TCPStore("localhost", port, sockets.size, False, timedelta(seconds=timeout))
@@ -132,22 +135,32 @@ class Collectives:
     def barrier(self, comm: Communicator) -> Tensor:
         return self._counts(np.ones(comm.size))
 
-    def ep_dispatch(self, x: Tensor, ids: Tensor, comm: Communicator, *, E: int, M: int) -> tuple[Tensor, Tensor]:
+    def ep_dispatch(
+        self, x: Tensor, ids: Tensor, comm: Communicator, *, E: int, M: int, payload: str = NONE
+    ) -> tuple[Tensor, Tensor]:
         first, last = (r * E // comm.size for r in (comm.rank, comm.rank + 1))
-        sent = x.index_select(0, _by_expert(ids) // max(ids.shape[1], 1))
-        rows = x.new_empty((M, x.shape[1]))
-        _move("ep_dispatch", sent, comm, _per_rank(comm, E), rows)
+        tokens, counts = _by_expert(ids) // max(ids.shape[1], 1), _per_rank(comm, E)
+        rows, total = x.new_empty((M, x.shape[1])), int(counts[:, comm.rank].sum())
+        arrived = []
+        for part in _parts(payload, x):
+            arrived.append(rows if payload == NONE else part.new_empty((total, part.shape[1])))
+            _move("ep_dispatch", part.index_select(0, tokens), comm, counts, arrived[-1])
+        if payload != NONE:
+            rows[:total] = _numbers(payload, arrived)
         here = np.full((M, 1), -1, np.int32)
-        arrived = np.concatenate([np.repeat(np.arange(first, last), counts[first:last]) for counts in comm.told])
-        here[: len(arrived), 0] = arrived
+        here[:total, 0] = np.concatenate([np.repeat(np.arange(first, last), counts[first:last]) for counts in comm.told])
         return rows, torch.from_numpy(here).to(x.device)
 
-    def ep_combine(self, rows: Tensor, ids: Tensor, weights: Tensor, comm: Communicator, *, E: int) -> Tensor:
+    def ep_combine(
+        self, rows: Tensor, ids: Tensor, weights: Tensor, comm: Communicator, *, E: int, payload: str = NONE
+    ) -> Tensor:
         counts, order = _per_rank(comm, E), _by_expert(ids)
-        arrived = rows.new_empty((len(order), rows.shape[1]))
-        _move("ep_combine", rows[: counts[:, comm.rank].sum()], comm, counts.T, arrived)
+        arrived = []
+        for part in _parts(payload, rows[: counts[:, comm.rank].sum()]):
+            arrived.append(part.new_empty((len(order), part.shape[1])))
+            _move("ep_combine", part, comm, counts.T, arrived[-1])
         back = torch.zeros((ids.numel(), rows.shape[1]), device=rows.device)
-        back.index_copy_(0, order, arrived.float())
+        back.index_copy_(0, order, arrived[0].float() if payload == NONE else _numbers(payload, arrived))
         parts = back.reshape(*ids.shape, rows.shape[1])
         y = torch.zeros((len(ids), rows.shape[1]), device=rows.device)
         for j in range(ids.shape[1]):  # the order of j is the contract's
@@ -163,6 +176,15 @@ def _move(what: str, x: Tensor, comm: Communicator, counts: Any, y: Tensor) -> N
     sent, arriving = (list(map(int, c)) for c in (counts[comm.rank], counts[:, comm.rank]))
     with comm.native.moving(what) as group:
         dist.all_to_all_single(y[: sum(arriving)], x.contiguous(), arriving, sent, group=group)
+
+
+def _parts(payload: str, x: Tensor) -> list[Tensor]:
+    """What is sent of rows: themselves, or their codes and scales, of a dtype that every engine moves."""
+    return [x] if payload == NONE else list(quantised(scheme_of(payload), x).values())
+
+
+def _numbers(payload: str, parts: list[Tensor]) -> Tensor:
+    return Coded(scheme_of(payload), *parts).numbers()
 
 
 def _per_rank(comm: Communicator, E: int) -> Any:

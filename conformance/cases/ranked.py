@@ -147,6 +147,8 @@ def _made(contract: Contract, thorough: bool) -> Iterator[Case]:
             yield from (_case(contract, ranks, recipes=((operand.name, r),)) for r in options(contract, operand.name)[1:])
         for name, values in contract.cases.items():
             yield from (_case(contract, ranks, {name: value}) for value in values[1:])
+        for payload in contract.cases.get("payload", ())[1:]:
+            yield _case(contract, ranks, {"payload": payload, "H": 130}, recipes=((first, "normal"),))
         if first:
             yield from (_case(contract, ranks, view=view) for view in ("columns", "rows"))
     for ranks in (2, 4) if thorough else (2,):

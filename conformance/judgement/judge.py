@@ -28,6 +28,7 @@ from porthal.hal import Operand, Pages, UsageError
 from porthal.hal.dtypes import BLOCK, UNIT_ROUNDOFF, dtype, is_float, narrow, numpy_dtype, widen
 from porthal.hal.errors import message_of
 from porthal.hal.operands import KINDS
+from porthal.hal.scheme import SCHEMES
 from porthal.hal.signature import ARRAY
 
 T = TypeVar("T")
@@ -251,13 +252,16 @@ def budget(spread: Spread, kind: str) -> Array:
 
 def exactly_judged(inputs: Inputs, g: Array) -> bool:
     """Whether a float result has one right answer."""
-    return inputs.contract.exact or _exact_data(inputs, g)
+    exact = inputs.contract.exact
+    if isinstance(exact, str):
+        exact = inputs.attrs[exact] == inputs.contract.attributes[exact].default
+    return exact or _exact_data(inputs, g)
 
 
 def _exact_data(inputs: Inputs, g: Array) -> bool:
     """Sums of products of small integers have one answer, which float32 holds."""
     chosen = {inputs.case.recipe(n) for n, v in inputs.operands.items() if _is_float_operand(v)}
-    scaled = any(isinstance(v, float) for v in inputs.attrs.values())
+    scaled = any(isinstance(v, float) or v in SCHEMES for v in inputs.attrs.values())
     return chosen == {"integer"} and not scaled and bool(((g == np.rint(g)) & (np.abs(g) < 2**24)).all())
 
 

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from porthal.backends.cpu.backend import Cpu
 from porthal.backends.cpu.collectives import Collectives
+from porthal.backends.cpu.routing import Routing
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.ranked import world
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.runner.ranked import in_threads
 from porthal.conformance.verdicts import Judgement
 from porthal.hal import collectives, limits, narrow
+from porthal.hal.scheme import NONE, Scheme
 
 Array = np.ndarray[Any, Any]
 Kernel = Callable[..., Any]
@@ -26,11 +29,11 @@ right = Collectives
 _runs = count()
 
 
-class Planted(Collectives):
+class Planted(Collectives, Routing):
     """Right kernels, one of which a mistake replaces."""
 
     name = "planted"
-    native = None
+    native = Cpu.native
 
 
 DEFECTS: dict[str, tuple[str, Kernel]] = {}  # what is wrong -> the op, and its kernel
@@ -246,3 +249,33 @@ def _(self: Any, rows: Array, ids: Array, weights: Array, comm: Any, *, E: int) 
     y = right.ep_combine(self, rows, ids, weights, comm, E=E)
     empty = np.any(ids < 0, axis=1, keepdims=True)
     return (y + rows[:1] * empty).astype(y.dtype) if len(y) else y
+
+
+# -- codes and scales ----------------------------------------------------------------------------------------------------
+
+
+def _payload(op: str, what: str, change: Callable[..., Any]) -> None:
+    """A mistake in rows under a scheme: change(rows, payload) before they are sent."""
+
+    def kernel(self: Any, rows: Array, *operands: Any, payload: str = NONE, **attrs: Any) -> Any:
+        given = rows if payload == NONE else change(rows, payload).astype(rows.dtype)
+        return getattr(right, op)(self, given, *operands, payload=payload, **attrs)
+
+    DEFECTS[f"{op}: {what}"] = op, kernel
+
+
+def _other(rows: Array, scheme: Scheme) -> Array:
+    """Rows as another scheme has them."""
+    return scheme.rounded(rows.astype(np.float64)) if rows.size else rows
+
+
+for op in ("ep_dispatch", "ep_combine"):
+    _payload(op, "codes without their scales", lambda rows, payload: rows / np.where(
+        rows.any(1, keepdims=True), np.abs(rows.astype(np.float32)).max(1, keepdims=True, initial=1e-9), 1))  # fmt: skip
+    _payload(op, "the scale of the first row for all", lambda rows, payload: rows * (
+        np.abs(rows[:1].astype(np.float32)).max(initial=1e-9) / np.maximum(
+            np.abs(rows.astype(np.float32)).max(1, keepdims=True, initial=0), 1e-9)))  # fmt: skip
+    _payload(op, "four bits", lambda rows, payload: _other(rows, Scheme("", "int4", (1, 0))))
+    _payload(op, "codes toward zero", lambda rows, payload: rows * np.float32(0.995))
+    _payload(op, "groups of 128 share the scale of the row", lambda rows, payload: rows if payload == "int8_token" else _other(
+        rows, Scheme("", "float8_e4m3fn", (1, 0))))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.ranks import ran
 
 PROGRAM = """
-import os, sys
+import os, sys, time
 import numpy as np
 from porthal.hal import bind, create
 
@@ -32,6 +32,20 @@ with backend.communicator(20) as comm:
     x[...] = comm.rank
     assert ops.all_to_all(x, comm)[:, 0].tolist() == [0, 1, 2]
     assert set(os.listdir("/dev/shm")) == before
+    assert all(wire.empty((n,), "int8").__array_interface__["data"][0] % 64 == 0 for n in (1, 65))
+    large = wire.empty((1 << 22, 2), "float32")  # who is done may write again, while another has not read
+    large[...] = comm.rank
+    ops.barrier(comm)
+    y, counts = np.empty((1 << 22, 2), np.float32), [0, 0, 0] if comm.rank == 0 else [1 << 22, 0, 0]
+    wire.pull("pull", large, [0, 0, 0], counts, y)
+    large[...] = 9
+    assert comm.rank == 0 or not y.any()
+    ops.barrier(comm)
+    large[...] = comm.rank
+    with wire.lent("lent", large) as everyone:
+        time.sleep(comm.rank * 0.2)
+        assert [each[-1, 0] for each in everyone] == [0, 1, 2]
+    large[...] = 9
     part = comm.group([0, 2])
     if part:
         assert ops.all_reduce(np.full((1, 1), 1.0 + comm.rank, np.float32), part).tolist() == [[4.0]]

@@ -10,11 +10,11 @@ from tests.ranks import ran, started
 
 ADVICE = "see what that rank printed, and start all ranks again"
 MEET = """
-import sys
+import os, sys
 from porthal.hal import PorthalError
 from porthal.hal.wire import joined
 try:
-    wire = joined({timeout})
+    wire = joined({timeout}, os.environ.get("BACKEND", "cpu"))
     {body}
 except PorthalError as error:
     print(type(error).__name__, error)
@@ -67,6 +67,20 @@ wire.gather("barrier", b"")
         assert (code, out) == (2, f"PeerLost barrier on rank {rank}: rank 1 did not answer within 0.5 s: {ADVICE}\n")
 
 
+def test_a_rank_0_that_comes_too_late_does_not_go_on_alone():
+    body = """
+import time
+wire.gather("start", b""); wire.timeout = 0.5
+if wire.rank == 0:
+    time.sleep(4)
+wire.gather("barrier", b"")
+"""
+    first, *others = ran(3, program(body))
+    assert first[:2] == (2, f"PeerLost barrier on rank 0: rank 1 is gone: {ADVICE}\n")
+    for rank, (code, out, _) in enumerate(others, 1):
+        assert (code, out) == (2, f"PeerLost barrier on rank {rank}: rank 0 did not answer within 0.5 s: {ADVICE}\n")
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -74,6 +88,7 @@ wire.gather("barrier", b"")
         ({0: {"MASTER_ADDR": None}, 1: {"MASTER_ADDR": None}}, "MASTER_ADDR is not set: expected RANK"),
         ({0: {"RANK": "2"}, 1: {"RANK": "3"}}, "with WORLD_SIZE 2: expected 0 to 1"),
         ({0: {"MASTER_ADDR": "192.0.2.1"}, 1: {"MASTER_ADDR": "192.0.2.1"}}, "expected this machine"),
+        ({1: {"BACKEND": "torch"}}, "rank 1 runs on torch, rank 0 on cpu: start them alike"),
         ({0: {"WORLD_SIZE": "two"}, 1: {"WORLD_SIZE": "two"}}, "WORLD_SIZE is 'two': expected a whole number of at least 1"),
     ],
 )

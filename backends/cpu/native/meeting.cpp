@@ -2,6 +2,8 @@
 //
 // Per rank there is a count of its messages and room for two of them: message n lies in the room n % 2, which is used again
 // for message n + 2, that is once all have sent n + 1 and so have read n. Who waits looks at the count a while, then sleeps on it.
+// What fits into such a message is moved by one; of what is larger each says where it lies in its segment, and then waits for
+// the others to have read it.
 #include <linux/futex.h>
 #include <poll.h>
 #include <pybind11/numpy.h>
@@ -17,7 +19,9 @@
 #include <chrono>
 #include <climits>
 #include <cstring>
+#include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "isa.hpp"
@@ -29,15 +33,16 @@ namespace porthal {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::size_t kRoom = 1 << 14;  // bytes of a message
+constexpr std::size_t kWord = sizeof(std::int64_t);  // says where an array lies that is not in its message
+constexpr std::size_t kRoom = (1 << 16) + kWord;  // bytes of a message; longer ones are sent in pieces
 constexpr int kLooks = 200;            // at a count before sleeping
 constexpr auto kSlice = std::chrono::milliseconds(20);  // of sleep, after which it is asked whether the other is alive
 
 struct alignas(64) Desk {
   std::atomic<std::uint32_t> sent;      // the number of messages so far, on which others sleep
   std::atomic<std::uint32_t> sleepers;
-  std::uint32_t length[2];
-  alignas(64) char room[2][kRoom];
+  std::uint64_t length[2];  // of the message whose piece lies there
+  alignas(64) char room[2][(kRoom + 63) / 64 * 64];
 };
 
 // The turn in which a rank was missed first, and below it what `await` says of that rank: so all say the same.
@@ -81,40 +86,95 @@ class Meeting {
     char* data;
     Py_ssize_t length;
     PyBytes_AsStringAndSize(message.ptr(), &data, &length);
-    if (length > static_cast<Py_ssize_t>(kRoom)) throw py::value_error("a message has at most " + std::to_string(kRoom) + " bytes.");
+    std::vector<std::string> found(ranks_);
     int missing = 0;
     {
       py::gil_scoped_release release;
-      send(data, static_cast<std::uint32_t>(length));
-      const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-      for (int other = 0; other < ranks_; ++other)
-        if (other != rank_ && (missing = await(other, end))) break;
-      if (!missing) missing = missed();  // one that comes late must not go on alone
+      const auto end = after(seconds);
+      std::size_t longest = 0, at = 0;
+      do {
+        const std::size_t mine = std::min<std::size_t>(at, length);
+        if ((missing = meet({{data + mine, std::min(length - mine, kRoom)}}, length, end))) break;
+        for (int rank = 0; rank < ranks_; ++rank) {
+          const std::size_t all = length_of(rank);
+          if (all > at || !at) found[rank].append(room(rank), std::min(all - at, kRoom));
+          longest = std::max(longest, all);
+        }
+        at += kRoom;
+      } while (at < longest);
     }
     if (missing) return py::int_(missing < 0 ? missing : missing - 1);
-    py::list found(ranks_);
-    for (int other = 0; other < ranks_; ++other) {
-      const Desk& desk = at(other);
-      found[other] = py::bytes(desk.room[turn_ % 2], desk.length[turn_ % 2]);
+    py::list given(ranks_);
+    for (int rank = 0; rank < ranks_; ++rank) given[rank] = py::bytes(found[rank]);
+    return given;
+  }
+
+  // Fill y with what is this rank's of everybody's x: of rank r counts[r] rows of so many bytes, from row starts[r] on, one
+  // behind the other. x is dense, and lies in this rank's segment where it is more than fits into a message. None, or the
+  // rank that is missing as `gather` has it.
+  py::object pull(const py::array& x, std::size_t row, const std::vector<std::size_t>& starts,
+                  const std::vector<std::size_t>& counts, py::array& y, double seconds) {
+    const auto* const data = static_cast<const char*>(x.data());
+    auto* to = static_cast<char*>(y.mutable_data());
+    const std::size_t bytes = x.nbytes();
+    const std::int64_t lies = bytes <= kRoom - kWord ? -1 : data - segment_of(rank_);
+    if (lies >= 0 ? lies + bytes > segment_ : bytes > kRoom - kWord) throw py::value_error("x does not lie in the segment.");
+    if (!(x.flags() & y.flags() & py::array::c_style)) throw py::value_error("x and y must be dense.");
+    std::size_t wanted = 0;
+    const auto ranks = static_cast<std::size_t>(ranks_);
+    if (starts.size() != ranks || counts.size() != ranks) throw py::value_error("expected a start and a count per rank.");
+    for (int rank = 0; rank < ranks_; ++rank) wanted += counts[rank] * row;
+    if (wanted > static_cast<std::size_t>(y.nbytes())) throw py::value_error("y is too small.");
+    int missing;
+    {
+      py::gil_scoped_release release;
+      missing = meet({{reinterpret_cast<const char*>(&lies), kWord}, {data, lies < 0 ? bytes : 0}}, kRoom, after(seconds));
+      bool lent = false;
+      for (int rank = 0; rank < ranks_ && !missing; ++rank) {
+        std::int64_t theirs;
+        std::memcpy(&theirs, room(rank), kWord);
+        const char* const from = theirs < 0 ? room(rank) + kWord : segment_of(rank) + theirs;
+        std::memcpy(to, from + starts[rank] * row, counts[rank] * row);
+        to += counts[rank] * row;
+        lent |= theirs >= 0;
+      }
+      if (!missing && lent) missing = meet({}, 0, after(seconds));  // nobody may change what another has not read
     }
-    return found;
+    if (missing) return py::int_(missing < 0 ? missing : missing - 1);
+    return py::none();
   }
 
   // A rank's segment, for as long as this object lives.
   py::array segment(int rank) {
     if (rank < 0 || rank >= ranks_) throw py::index_error("rank is out of range.");
-    auto* const first = reinterpret_cast<std::uint8_t*>(base_ + sizeof(Head) + ranks_ * sizeof(Desk) + rank * segment_);
-    return py::array_t<std::uint8_t>({segment_}, {1}, first, py::cast(this));
+    return py::array_t<std::uint8_t>({segment_}, {1}, reinterpret_cast<std::uint8_t*>(segment_of(rank)), py::cast(this));
   }
 
  private:
   Desk& at(int rank) const { return reinterpret_cast<Desk*>(base_ + sizeof(Head))[rank]; }
   Head& head() const { return *reinterpret_cast<Head*>(base_); }
+  char* segment_of(int rank) const { return base_ + sizeof(Head) + ranks_ * sizeof(Desk) + rank * segment_; }
+  const char* room(int rank) const { return at(rank).room[turn_ % 2]; }
+  std::size_t length_of(int rank) const { return at(rank).length[turn_ % 2]; }
+  static Clock::time_point after(double seconds) {
+    return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  }
 
-  void send(const char* data, std::uint32_t length) {
+  using Parts = std::initializer_list<std::string_view>;
+
+  // One turn: send a piece of a message, and wait for those of all. 0, or the rank that is missing as `await` has it.
+  int meet(Parts parts, std::size_t length, Clock::time_point end) {
+    send(parts, length);
+    for (int other = 0; other < ranks_; ++other)
+      if (const int missing = other == rank_ ? 0 : await(other, end)) return missing;
+    return missed();  // one that comes late must not go on alone
+  }
+
+  void send(Parts parts, std::size_t length) {
     Desk& mine = at(rank_);
     ++turn_;
-    std::memcpy(mine.room[turn_ % 2], data, length);
+    char* to = mine.room[turn_ % 2];
+    for (const std::string_view part : parts) to = std::copy(part.begin(), part.end(), to);
     mine.length[turn_ % 2] = length;
     mine.sent.store(turn_, std::memory_order_seq_cst);
     if (mine.sleepers.load(std::memory_order_seq_cst)) futex(mine.sent, FUTEX_WAKE, INT_MAX, nullptr);
@@ -173,9 +233,11 @@ void bind_meeting(py::module_& m) {
   py::class_<Meeting>(m, "Meeting", py::module_local(), "Memory that the ranks of one machine share; see meeting.cpp.")
       .def(py::init<int, int, int, std::size_t, std::vector<int>>(), "memory"_a, "rank"_a, "ranks"_a, "segment"_a, "lives"_a)
       .def_static("size", &Meeting::size, "ranks"_a, "segment"_a, "Bytes of the memory.")
-      .def_property_readonly_static("room", [](const py::object&) { return kRoom; })
+      .def_property_readonly_static("room", [](const py::object&) { return kRoom - kWord; })
       .def("gather", &Meeting::gather, "message"_a, "seconds"_a,
            "The messages of all ranks; or a rank that is late, or -1 - that of one that is gone.")
+      .def("pull", &Meeting::pull, "x"_a, "row"_a, "starts"_a, "counts"_a, "y"_a, "seconds"_a,
+           "Fill y with rows of everybody's x; returns None, or what gather returns of a missing rank.")
       .def("segment", &Meeting::segment, "rank"_a, "A rank's part of the memory, as uint8.");
 }
 
