@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from porthal.hal import Pages, UsageError, bind, contracts, create
+from porthal.hal import Pages, UsageError, bind, create
 from porthal.model.attention import LayerCache
 from porthal.model.checkpoint import Source
 from porthal.model.config import Config
@@ -31,11 +31,10 @@ def export(
     graph: Any = create("onnxruntime:graph")
     data = out.with_name(out.name + ".data")
     part = data.with_name(data.name + ".part")
-    composed = {op: "composed" for op, contract in contracts().items() if contract.decomposition}
     try:
         with part.open("wb") as file:
             graph.weights_in(file, data.name)
-            ops = bind(backend=graph, overrides=composed, fallback="error", check=False)
+            ops = bind(backend=graph, overrides={}, fallback="error", check=False)
             model = Glm5(config, source, ops, dtype, block_size)
         os.replace(part, data)
     except OSError as error:
