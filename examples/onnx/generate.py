@@ -17,7 +17,6 @@ def main(path: str, text: str, count: int) -> None:
     pages = -(-(len(ids) + count) // PAGE)
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     cache = {i.name: np.zeros((pages * PAGE, i.shape[1]), types[i.type]) for i in session.get_inputs() if "cache" in i.name}
-    names = [o.name for o in session.get_outputs()]
     seen, step = 0, ids
     for _ in range(count):
         position = np.arange(seen, seen + len(step))
@@ -32,9 +31,14 @@ def main(path: str, text: str, count: int) -> None:
             "kv_len": np.array([seen], np.int32),
             "block_table": np.arange(pages, dtype=np.int32)[None],
         }
-        found = dict(zip(names, session.run(None, {**batch, **cache})))
-        cache = {name: found[name + "_after"] for name in cache}
-        step = [int(found["logits"][0].argmax())]
+        binding = session.io_binding()
+        binding.bind_output("logits")
+        for name, array in {**batch, **cache}.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in cache.items():  # written in place
+            binding.bind_output(name + "_after", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        session.run_with_iobinding(binding)
+        step = [int(binding.get_outputs()[0].numpy().argmax())]
         ids += step
     sys.stdout.buffer.write(bytes(i for i in ids if i < 256) + b"\n")
 

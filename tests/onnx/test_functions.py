@@ -17,7 +17,7 @@ from porthal.hal import contracts  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = sorted(path.stem for path in FOLDER.glob("*.txt"))
 HELPERS = {
-    "angles", "best_experts", "candidates", "copy_pages", "distributions", "sigmoid", "slice_of", "turn", "verified",
+    "best_experts", "candidates", "columns", "copy_pages", "distributions", "gated", "sigmoid", "slots_of", "turned", "verified",
     "without_nan", "write_rows",
 }  # fmt: skip
 
