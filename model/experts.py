@@ -53,7 +53,7 @@ class MoeMlp:
         """The experts of this rank, and no others."""
         mine, count = slice(self.mine.start, self.mine.stop), len(self.mine)
         shapes = {"w13": (2 * width, hidden), "w2": (hidden, width)}
-        apart = f"{prefix}experts.0.down_proj.weight" in load.kept
+        apart = any(f"{prefix}experts.0.{part}_proj.weight" in load.kept for part in ("gate", "down"))
         if load.source.holds(prefix + "experts.gate_up_proj") and not apart:  # as transformers holds them, and may save them
             stored = {"w13": prefix + "experts.gate_up_proj", "w2": prefix + "experts.down_proj"}
             reads = {name: within(load.rows(stored[name], (n, *shapes[name])), mine, n) for name in shapes}

@@ -30,6 +30,7 @@ from porthal.hal import (
     numpy_dtype,
     one_of,
 )
+from porthal.hal.backend import Read
 from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
@@ -103,6 +104,13 @@ class Onnxruntime(Reference):
         self._run(f, {name: held[name] for name in f.input}, {name: outputs[name] for name in f.output}, attributes)
         return found[0] if len(found) == 1 else tuple(found)
 
+    def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
+        return self.packed(spec, read, into)
+
+    def packed(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
+        """What `prepare` gives: apart, as a kernel has the `prepare` of the class that defines it, also in a derived one."""
+        return super().prepare(spec, read, into)
+
     def overwritten(self, pages: Pages) -> Pages:
         """The pages that a kernel gives back: these, as it writes into them."""
         return pages
@@ -162,7 +170,11 @@ class Onnxruntime(Reference):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         model = functions.model(f, *values, attributes).SerializeToString()
-        self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=self.providers)
+        try:
+            self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=self.providers)
+        except Exception as error:  # onnxruntime's have no class in common but this
+            what = f"{self} does not take {functions.DOMAIN}.{f.name}, of opset {functions.OPSET}"
+            raise Unavailable(f"{what}: {str(error).strip()}; expected an onnxruntime of today, or another provider") from None
         if len(self.sessions) > SESSIONS:
             self.sessions.popitem(last=False)
         return self.sessions[key]

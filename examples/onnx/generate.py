@@ -12,7 +12,12 @@ PAGE = 64  # tokens
 
 
 def main(path: str, text: str, count: int) -> None:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    onnxruntime.set_default_logger_severity(4)  # what fails is said below
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's have no class in common but this
+        why = str(error).splitlines()[0].rpartition("] ")[2]
+        sys.exit(f"{path} cannot be run: {why}; expected it and {path}.data as they were exported, in one folder")
     ids = list(text.encode())
     pages = -(-(len(ids) + count) // PAGE)
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
