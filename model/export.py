@@ -28,8 +28,8 @@ def export(
     have the same cache, and with `inline` no functions. Matrices that the checkpoint holds under a scheme stay codes. Files are
     written beside their names, and take them when all are whole. UsageError for what graphs cannot hold, or nobody can write.
     """
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f"{out} cannot be written: expected a file in a folder that exists")
+    if not out.parent.is_dir() or out.is_dir() or out.suffix != ".onnx":
+        raise UsageError(f"{out} cannot be written: expected a file that ends in .onnx, in a folder that exists")
     data, draft = out.with_name(out.name + ".data"), out.with_name(out.stem + ".draft" + out.suffix)
     parts = {path.with_name(path.name + ".part"): path for path in (out, data, draft)}
     step_part, data_part, draft_part = parts

@@ -135,7 +135,7 @@ class Graph(Onnxruntime):
         return {"codes": self._written(spec.shape, of, [codes]), "scale": self.from_numpy(parts["scale"])}
 
     def _experts(self, spec: WeightSpec, read: Read) -> dict[str, Traced]:
-        """Codes in bytes, as these are gathered: ONNX gathers neither float8 nor less than bytes. One matrix is held at once."""
+        """Codes in bytes, as these are gathered: ONNX gathers neither float8 nor less than bytes. One matrix is in memory."""
         form, scales = Weight.form(spec), []
 
         def codes() -> Iterator[Array]:

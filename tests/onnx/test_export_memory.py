@@ -12,13 +12,13 @@ import pytest
 pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[dev]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
 
-from porthal.backends.onnxruntime import graph  # noqa: E402
-from porthal.hal import recorded  # noqa: E402
-from porthal.model.checkpoint import Blank  # noqa: E402
-from porthal.model.config import Config  # noqa: E402
-from porthal.model.export import export  # noqa: E402
-from porthal.model.glm5 import Glm5  # noqa: E402
-from porthal.model.load import DEMO, opened  # noqa: E402
+from porthal.backends.onnxruntime import graph
+from porthal.hal import recorded
+from porthal.model.checkpoint import Blank
+from porthal.model.config import Config
+from porthal.model.export import export
+from porthal.model.glm5 import Glm5
+from porthal.model.load import DEMO, opened
 
 SIZES = {"hidden_size": 512, "vocab_size": 8192, "n_routed_experts": 32, "moe_intermediate_size": 512}
 WITHOUT = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}

@@ -39,6 +39,15 @@ def test_a_function_has_standard_operators_alone(text):
         onnx.checker.check_function(f, context())
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_a_function_makes_is_used(text):
+    """Else a runtime warns of what it removes; of a node with several results one is enough."""
+    made = function(*text.split(".")[:1], text.partition(".")[2])
+    used = {name for node in nodes(made) for name in node.input} | set(made.output)
+    used |= {result.name for node in nodes(made) for a in node.attribute for result in a.g.output}
+    assert [node.output for node in nodes(made) if not used & set(node.output)] == []
+
+
 def context():
     made = onnx.checker.C.CheckerContext()
     made.ir_version, made.opset_imports = 10, {"": 21, DOMAIN: 1}
