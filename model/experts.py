@@ -54,7 +54,7 @@ class MoeMlp:
         """The experts of this rank, and no others."""
         count = len(self.mine)
         shapes = {"w13": (2 * width, hidden), "w2": (hidden, width)}
-        apart = any(f"{prefix}experts.{self.mine.start}.{part}_proj.weight" in load.kept for part in ("gate", "up", "down"))
+        apart = any(f"{prefix}experts.{self.mine[0]}.{part}_proj.weight" in load.kept for part in ("gate", "up", "down"))
         if load.source.holds(prefix + "experts.gate_up_proj") and not apart:  # as transformers holds them, and may save them
             stored = {"w13": prefix + "experts.gate_up_proj", "w2": prefix + "experts.down_proj"}
             reads = {name: chosen(load.rows(stored[name], (n, *shapes[name])), self.mine) for name in shapes}

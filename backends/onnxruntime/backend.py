@@ -15,16 +15,23 @@ from porthal.backends.reference.backend import Reference
 from porthal.hal import (
     Backend,
     Batch,
+    CallSpec,
     Contract,
+    Kernel,
     Pages,
     Rows,
     Selection,
     SelectionSpec,
     Unavailable,
     Weight,
+    WeightSpec,
     dtype,
     limits,
+    numpy_dtype,
+    one_of,
 )
+from porthal.hal.backend import Read
+from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 SESSIONS = 256  # that are kept, each of some 100 KB without its weights, which calls hand over
@@ -60,11 +67,17 @@ class Onnxruntime(Reference):
         if not functions.variants(contract.name):
             return None
 
-        @limits(provider=f"onnxruntime, {functions.DOMAIN}.{contract.name}")
+        schemes = one_of(NONE, *(v for v in functions.variants(contract.name) if v in functions.SCHEMES))
+
+        @limits(provider=f"onnxruntime, {functions.DOMAIN}.{contract.name}", schemes=schemes)
         def kernel(*args: Any, **kwargs: Any) -> Any:
             return self._call(contract, *contract.arrange(args, kwargs))
 
         return kernel
+
+    def refuses(self, op: str, kernel: Kernel, spec: CallSpec) -> str | None:
+        mixed = kernel.owner == self.name and len(set(spec.schemes.values())) > 1
+        return f"weights are under {spec.schemes}, a function takes them alike" if mixed else super().refuses(op, kernel, spec)
 
     def _call(self, contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
         spec = contract.spec(operands, attrs)
@@ -91,9 +104,20 @@ class Onnxruntime(Reference):
         self._run(f, {name: held[name] for name in f.input}, {name: outputs[name] for name in f.output}, attributes)
         return found[0] if len(found) == 1 else tuple(found)
 
+    def prepare(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
+        return self.packed(spec, read, into)
+
+    def packed(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
+        """What `prepare` gives: apart, as a kernel has the `prepare` of the class that defines it, also in a derived one."""
+        return super().prepare(spec, read, into)
+
     def overwritten(self, pages: Pages) -> Pages:
         """The pages that a kernel gives back: these, as it writes into them."""
         return pages
+
+    def typed(self, spec: WeightSpec, codes: Array) -> Array:
+        """Codes in their dtype; of experts in bytes, as these are gathered, which ONNX cannot do with float8."""
+        return codes.view(numpy_dtype("float8_e4m3fn")) if spec.scheme == "fp8_block" and spec.shape[2:] == () else codes
 
     def rows_of(self, batch: Batch) -> Mapping[str, Any]:
         """What functions take of a batch: of its rows, and of its requests."""
@@ -105,7 +129,10 @@ class Onnxruntime(Reference):
         """The arrays of operands by the names that functions have for them."""
         for declared in contract.signature.operands:
             value = operands.get(declared.name)
-            if isinstance(value, Weight):
+            if isinstance(value, Weight) and value.spec.quantised:
+                for part, array in value.native.items():
+                    yield f"{declared.name}_{part}", self.typed(value.spec, array) if part == "codes" else array
+            elif isinstance(value, Weight):
                 yield declared.name, value.native
             elif isinstance(value, Pages):
                 for (field, *_), (name, _) in zip(declared.fields, value.spec.fields):
@@ -143,7 +170,11 @@ class Onnxruntime(Reference):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         model = functions.model(f, *values, attributes).SerializeToString()
-        self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=self.providers)
+        try:
+            self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=self.providers)
+        except Exception as error:  # onnxruntime's have no class in common but this
+            what = f"{self} does not take {functions.DOMAIN}.{f.name}, of opset {functions.OPSET}"
+            raise Unavailable(f"{what}: {str(error).strip()}; expected an onnxruntime of today, or another provider") from None
         if len(self.sessions) > SESSIONS:
             self.sessions.popitem(last=False)
         return self.sessions[key]
@@ -153,6 +184,7 @@ def _variant(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str
     """The variant of the function for these optional operands, words, and attributes that are not as usual."""
     signature = contract.signature
     words = {str(value) for value in attrs.values()} | {o.name for o in signature.operands if operands[o.name] is not None}
+    words |= {operands[o.name].spec.scheme for o in signature.of_kind("Weight")}
     words |= {name for name, value in attrs.items() if value != contract.attributes[name].default}
     for declared in signature.of_kind("Pages"):
         words |= {field for (field, *_), _ in zip(declared.fields, operands[declared.name].spec.fields)}

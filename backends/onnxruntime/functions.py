@@ -4,7 +4,9 @@ A function has the name and the attributes of its contract, and takes the arrays
 of the pages kv, `sel_length` the lengths of the selection sel, `visible` what a batch says of its rows. A compiler that knows
 an operator by this name may put its own kernel in the place of the function's body.
 
-Where a word or an optional operand changes the body, a text is a variant, NAME.VARIANT, which is its overload in ONNX.
+Where a word or an optional operand changes the body, a text is a variant, NAME.VARIANT, which is its overload in ONNX. A text
+NAME.SCHEME is one for each scheme of weights: its name stands where the text says SCHEME, and where it says FORM the attributes
+of DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -21,8 +23,15 @@ DOMAIN, VERSION = "porthal", 1
 OPSET, IR = 21, 10  # overloads are from IR 10 on; onnx of today writes newer ones, which runtimes of today refuse
 HEAD = f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>\n'
 FOLDER = Path(__file__).parent / "functions"
-DTYPES = ("float32", "bfloat16", "float16", "int32", "int64")
-CODES = {name: onnx.TensorProto.DataType.Value({"float32": "FLOAT"}.get(name, name.upper())) for name in DTYPES}
+SCHEMES = {  # of the others a graph of this opset has no codes
+    "int8_channel": "axis = 0",
+    "fp8_block": "axis = 1, block_size = 128",
+    "int4_g128": "axis = 1, block_size = 128",
+    "int4_g32": "axis = 1, block_size = 32",
+}
+DTYPES = ("float32", "bfloat16", "float16", "int32", "int64", "int8", "int4", "uint8", "float8_e4m3fn")
+SPELLED = {"float32": "FLOAT", "float8_e4m3fn": "FLOAT8E4M3FN"}
+CODES = {name: onnx.TensorProto.DataType.Value(SPELLED.get(name, name.upper())) for name in DTYPES}
 
 Value = tuple[str, str, int]  # name, dtype and rank of an input or output
 
@@ -30,14 +39,18 @@ Value = tuple[str, str, int]  # name, dtype and rank of an input or output
 @cache
 def variants(name: str) -> tuple[str, ...]:
     """The variants of an operator's function, "" for the plain one; none where it has no function."""
-    return tuple(sorted(path.stem.partition(".")[2] for path in FOLDER.glob(f"{name}*.txt") if _named(path) == name))
+    found = {path.stem.partition(".")[2] for path in FOLDER.glob(f"{name}*.txt") if _named(path) == name}
+    return tuple(sorted(found - {"SCHEME"} | set(SCHEMES if "SCHEME" in found else ())))
 
 
 @cache
 def function(name: str, variant: str = "") -> FunctionProto:
     """One function; what it calls are others."""
-    path = FOLDER / (f"{name}.{variant}.txt" if variant else f"{name}.txt")
-    made = onnx.parser.parse_function(HEAD + path.read_text(encoding="utf-8"))
+    stem = f"{name}.{variant}" if variant else name
+    scheme = next((s for s in SCHEMES if stem.endswith(s)), "")
+    paths = FOLDER / f"{stem}.txt", FOLDER / f"{stem.removesuffix(scheme)}SCHEME.txt"
+    text = next(path for path in paths if path.exists()).read_text(encoding="utf-8")
+    made = onnx.parser.parse_function(HEAD + text.replace("SCHEME", scheme).replace("FORM", SCHEMES.get(scheme, "")))
     made.overload = variant
     return made
 

@@ -5,8 +5,7 @@ Rows, requests, slots and columns of tables are free sizes; the first axis of an
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +15,10 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from porthal.backends.onnxruntime.backend import Onnxruntime
-from porthal.backends.onnxruntime.functions import CODES, DOMAIN, IR, OPSET, VERSION, needed
-from porthal.hal import Batch, Pages, PagesSpec, UsageError, Weight, WeightSpec, dtype
+from porthal.backends.onnxruntime.functions import CODES, DOMAIN, IR, OPSET, SCHEMES, VERSION, needed
+from porthal.hal import Batch, Pages, PagesSpec, UsageError, Weight, WeightSpec, dtype, scheme_of
 from porthal.hal.abstract import AbstractArray
+from porthal.hal.backend import Read
 from porthal.hal.dtypes import itemsize
 
 Array = np.ndarray[Any, Any]
@@ -57,6 +57,8 @@ class Traced(AbstractArray):
 
 class Graph(Onnxruntime):
     """Enters calls. `weights_in` says where weights go, which are written as they are read."""
+
+    schemes = tuple(SCHEMES)
 
     def __init__(self, device: str = "") -> None:
         super().__init__()
@@ -97,13 +99,19 @@ class Graph(Onnxruntime):
 
     def _stored(self, shape: tuple[int, ...], of: str, read: Callable[[slice], Array]) -> Traced:
         """A tensor that is written to the file of weights, a piece at a time."""
+        width = int(np.prod(shape[1:])) * itemsize(of)
+        step = max(1, PIECE // max(width, 1))
+        starts = range(0, shape[0], step)
+        return self._written(shape, of, (read(slice(first, min(first + step, shape[0]))) for first in starts))
+
+    def _written(self, shape: tuple[int, ...], of: str, pieces: Iterable[Array]) -> Traced:
+        """A tensor whose bytes these are, one after the other."""
         if self.data is None:
             raise UsageError("the graph has no file for its weights: call weights_in first")
         self.data.write(bytes(-self.data.tell() % PAGE))
-        start, width = self.data.tell(), int(np.prod(shape[1:])) * itemsize(of)
-        step = max(1, PIECE // max(width, 1))
-        for first in range(0, shape[0], step):
-            self.data.write(np.ascontiguousarray(read(slice(first, min(first + step, shape[0])))).tobytes())
+        start = self.data.tell()
+        for piece in pieces:
+            self.data.write(np.ascontiguousarray(piece).tobytes())
         name = self.fresh("w")
         tensor = TensorProto(name=name, data_type=CODES[of], dims=shape, data_location=TensorProto.EXTERNAL)
         facts = {"location": self.data_name, "offset": start, "length": self.data.tell() - start}
@@ -113,8 +121,34 @@ class Graph(Onnxruntime):
 
     # -- operands ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, spec: WeightSpec, read: Any, into: Weight | None = None) -> Weight:
-        return Weight(spec, self._stored(spec.shape, spec.dtype, read))
+    def packed(self, spec: WeightSpec, read: Read, into: Weight | None = None) -> Weight:
+        if not spec.quantised:
+            return Weight(spec, self._stored(spec.shape, spec.dtype, read))
+        return Weight(spec, self._experts(spec, read) if spec.shape[2:] else self._matrix(spec, read(slice(None))))
+
+    def _matrix(self, spec: WeightSpec, parts: Mapping[str, Array]) -> dict[str, Traced]:
+        """Codes in the dtype that they are of, of 4 bits two in a byte."""
+        codes, of = parts["codes"], scheme_of(spec.scheme).codes
+        if of == "int4":
+            flat = np.pad(codes.reshape(-1).view(np.uint8), (0, codes.size % 2))
+            codes = flat[::2] & 15 | flat[1::2] << 4
+        return {"codes": self._written(spec.shape, of, [codes]), "scale": self.from_numpy(parts["scale"])}
+
+    def _experts(self, spec: WeightSpec, read: Read) -> dict[str, Traced]:
+        """Codes in bytes, as these are gathered: ONNX gathers neither float8 nor less than bytes. One matrix is in memory."""
+        form, scales = Weight.form(spec), []
+
+        def codes() -> Iterator[Array]:
+            for e in range(spec.shape[0]):
+                parts = read(e)
+                scales.append(np.array(parts["scale"]))
+                yield parts["codes"]
+
+        written = self._written(*form["codes"], codes())
+        return {"codes": written, "scale": self.from_numpy(np.stack(scales))}
+
+    def typed(self, spec: WeightSpec, codes: Any) -> Any:
+        return codes
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         name, free = f"cache_{self.caches}", {0: "slots"}
@@ -166,7 +200,5 @@ class Graph(Onnxruntime):
         model = helper.make_model(graph, functions=needed(self.functions.values()), opset_imports=opsets, ir_version=IR)
         if inline:
             model = onnx.inliner.inline_local_functions(model)
-        beside = path.with_name(path.name + ".part")
-        beside.write_bytes(model.SerializeToString())
-        os.replace(beside, path)
+        path.write_bytes(model.SerializeToString())
         self.nodes, self.functions = [], {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porthal.backends.onnxruntime.functions import DOMAIN, IR, OPSET, function, nodes, variants
+from porthal.backends.onnxruntime.functions import DOMAIN, IR, OPSET, SCHEMES, function, nodes, variants
 from porthal.hal import contracts
 
 HEAD = """# Operators in ONNX
@@ -24,17 +24,28 @@ most operators on bfloat16, and computes chains of float16 in float32 without ro
 
 Why some bodies are as they are, with onnxruntime 1.31.1: its Sigmoid is wrong below -8, so it is spelled with Exp;
 reductions of no rows keep the axis that they reduce, so nothing is run where no result has an element; ReduceMax
-drops a NaN, so it is looked for apart; an index of -1 is the last row, by which rows that stand for none read zeros.
+drops a NaN, so it is looked for apart; an index of -1 is the last row, by which rows that stand for none read zeros;
+its LayerNormalization loses a small deviation beside a large mean, so the mean is taken off before. Loops are over
+rows of attention and over the experts that have rows, so that memory does not grow with both.
+
+A weight under one of {schemes} is codes and scales, NAME_codes and
+NAME_scale, in a function of the scheme's name. In it stand DequantizeLinear before a product, by rows or by blocks, and
+where the scheme quantises the other side too, QuantizeLinear and DequantizeLinear there, by scales of the step. In an
+exported model codes are tensors of int8, int4 or float8e4m3fn; those of experts are bytes, as ONNX gathers neither float8
+nor less than bytes. Under other schemes a model is not exported: of e2m1 this opset has no codes.
 
 | operator | operands | attributes | nodes when inlined | the runtime has one kernel |
 |---|---|---|---|---|
 """
 TAIL = """
-Composites ({composites}) are called as the operators that they are made of. {others} and quantised weights and caches have no
-function: where they are called the reference's kernels run.
+Composites ({composites}) are called as the operators that they are made of. {others}, other schemes of
+weights and quantised caches have no function: where they are called the reference's kernels run.
 
 The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on
-[peers.md](peers.md). None is used here: a graph of standard operators is what every runtime takes.
+[peers.md](peers.md). None of a domain of its own is called: a graph of standard operators is what every runtime takes.
+It makes SimplifiedLayerNormalization of the body of rms_norm by itself. com.microsoft.MoE gave the same numbers to 1e-6 in
+half the time for one row, as it gathers no weights, and is not called: it takes logits of a router for weights, so that a
+weight below 0, an expert twice in a row and a place without one cannot be said. Attention selects keys by a mask over all.
 
 ## The exported model
 
@@ -43,14 +54,14 @@ The last column names operators of onnxruntime's CPU provider that do the same; 
 | ids | rows | token ids of the step, int32 |
 | positions, visible | rows | a row's place in its text, and how many keys it may see: one more; int32 |
 | slots | rows | where its key is written in the cache, -1: nowhere; int64 |
-| row_request | rows | which request it belongs to; int32 |
+| row_request | rows, at least one | which request it belongs to; int32 |
 | kv_len, block_table | requests (, columns) | keys of a request after this step, and its pages in order; int32 |
 | last_rows | requests | rows whose logits are wanted; int32 |
 | cache_N_FIELD | slots, width | the cache; of each comes back cache_N_FIELD_after |
 
 logits [requests, vocabulary] are float32. hidden [rows, H] goes to the draft of a model with an MTP layer, whose ids
 are those of the token after each row, and whose hidden_after goes to the next draft. Weights stand in FILE.onnx.data,
-which both graphs read."""
+which both graphs read. Bound to the memory of cache_N_FIELD, cache_N_FIELD_after is written in place."""
 KERNELS = {
     "add_rms_norm": "SkipSimplifiedLayerNormalization",
     "layer_norm": "LayerNormalization",
@@ -73,7 +84,7 @@ def page() -> str:
             rows.append(f"| {name} | {inputs} | {', '.join(f.attribute)} | {count(op, variant)} | {KERNELS.get(op, '')} |\n")
     without = {op: bool(contract.decomposition) for op, contract in contracts().items() if not variants(op)}
     composites, others = (", ".join(op for op, made in without.items() if made == kind) for kind in (True, False))
-    head = HEAD.format(domain=DOMAIN, opset=OPSET, ir=IR)
+    head = HEAD.format(domain=DOMAIN, opset=OPSET, ir=IR, schemes=", ".join(SCHEMES))
     return head + "".join(rows) + TAIL.format(composites=composites, others=others)
 
 

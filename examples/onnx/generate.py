@@ -9,15 +9,23 @@ import numpy as np
 import onnxruntime
 
 PAGE = 64  # tokens
+# Numbers of the cache: their code in ONNX, and what holds their bits. NumPy has no bfloat16.
+TYPES = {"tensor(float)": (1, np.float32), "tensor(float16)": (10, np.float16), "tensor(bfloat16)": (16, np.uint16)}
 
 
 def main(path: str, text: str, count: int) -> None:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    onnxruntime.set_default_logger_severity(4)  # what fails is said below
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's have no class in common but this
+        why = str(error).splitlines()[0].rpartition("] ")[2]
+        sys.exit(f"{path} cannot be run: {why}; expected it and {path}.data as they were exported, in one folder")
     ids = list(text.encode())
-    pages = -(-(len(ids) + count) // PAGE)
-    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    cache = {i.name: np.zeros((pages * PAGE, i.shape[1]), types[i.type]) for i in session.get_inputs() if "cache" in i.name}
-    names = [o.name for o in session.get_outputs()]
+    if not ids:
+        sys.exit("the text is empty: expected at least one byte, as a step has at least one row")
+    slots = -(-(len(ids) + count) // PAGE) * PAGE
+    cache = {i.name: (TYPES[i.type], (slots, i.shape[1])) for i in session.get_inputs() if "cache" in i.name}
+    memory = {name: np.zeros(shape, holder) for name, ((_, holder), shape) in cache.items()}
     seen, step = 0, ids
     for _ in range(count):
         position = np.arange(seen, seen + len(step))
@@ -30,11 +38,17 @@ def main(path: str, text: str, count: int) -> None:
             "row_request": np.zeros(len(step), np.int32),
             "last_rows": np.array([len(step) - 1], np.int32),
             "kv_len": np.array([seen], np.int32),
-            "block_table": np.arange(pages, dtype=np.int32)[None],
+            "block_table": np.arange(slots // PAGE, dtype=np.int32)[None],
         }
-        found = dict(zip(names, session.run(None, {**batch, **cache})))
-        cache = {name: found[name + "_after"] for name in cache}
-        step = [int(found["logits"][0].argmax())]
+        binding = session.io_binding()
+        binding.bind_output("logits")
+        for name, array in batch.items():
+            binding.bind_cpu_input(name, array)
+        for name, ((code, _), shape) in cache.items():  # written in place
+            binding.bind_input(name, "cpu", 0, code, shape, memory[name].ctypes.data)
+            binding.bind_output(name + "_after", "cpu", 0, code, shape, memory[name].ctypes.data)
+        session.run_with_iobinding(binding)
+        step = [int(binding.get_outputs()[0].numpy().argmax())]
         ids += step
     sys.stdout.buffer.write(bytes(i for i in ids if i < 256) + b"\n")
 

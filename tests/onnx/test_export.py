@@ -46,14 +46,18 @@ def arrays(batch):
     return {name: getattr(batch, name) for name in names}
 
 
-def test_the_script_without_porthal_writes_the_text_of_the_reference(exported, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_script_without_porthal_writes_the_text_of_the_reference(dtype, exported, tmp_path):
     script = ROOT / "examples/onnx/generate.py"
     assert "porthal" not in script.read_text(encoding="utf-8")
-    command = [sys.executable, "-I", str(script), str(exported), TEXT, "40"]
-    written = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
-    model = porthal.model.load(DEMO, porthal.bind("reference"))
-    tokens = model.generate(list(TEXT.encode()), 40)
+    model = exported if dtype == "float32" else export(*opened(DEMO), tmp_path / "model.onnx", dtype)[0]
+    command = [sys.executable, "-I", str(script), str(model)]
+    written = subprocess.run([*command, TEXT, "40"], cwd=tmp_path, capture_output=True, check=True).stdout
+    tokens = porthal.model.load(DEMO, porthal.bind("reference"), dtype=dtype).generate(list(TEXT.encode()), 40)
     assert written == TEXT.encode() + bytes(tokens) + b"\n"
+    empty = subprocess.run([*command, "", "4"], capture_output=True, text=True)
+    said = "the text is empty: expected at least one byte, as a step has at least one row\n"
+    assert (empty.returncode, empty.stdout, empty.stderr) == (1, "", said)
 
 
 def test_graphs_are_legal_and_inlined_ones_have_no_functions(exported, tmp_path):
@@ -117,8 +121,9 @@ def full(*_):
 
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     config, source = opened(DEMO)
-    with pytest.raises(UsageError, match="cannot be written: expected a file in a folder that exists"):
-        export(config, source, tmp_path / "missing" / "model.onnx")
+    for name in ("missing/model.onnx", "model.txt", "."):
+        with pytest.raises(UsageError, match=r"cannot be written: expected a file that ends in .onnx, in a folder that exists"):
+            export(config, source, tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"cannot write .*: No space left.*, give a writable"):
         patch.setattr(Graph, "weights_in", full)
         export(config, source, tmp_path / "model.onnx")

@@ -11,19 +11,21 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[dev]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
 
-from porthal.backends.onnxruntime.functions import DOMAIN, FOLDER, function, needed, nodes, variants  # noqa: E402
+from porthal.backends.onnxruntime.functions import DOMAIN, FOLDER, SCHEMES, function, needed, nodes, variants  # noqa: E402
 from porthal.hal import contracts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = sorted(path.stem for path in FOLDER.glob("*.txt"))
+STEMS = sorted(path.stem for path in FOLDER.glob("*.txt"))
+TEXTS = sorted({stem.replace("SCHEME", scheme) for stem in STEMS for scheme in SCHEMES})
 HELPERS = {
-    "angles", "best_experts", "candidates", "copy_pages", "distributions", "sigmoid", "slice_of", "turn", "verified",
-    "without_nan", "write_rows",
+    "best_experts", "candidates", "columns", "copy_pages", "distributions", "e4m3", "expert_SCHEME", "expert_fp8_block",
+    "gated", "gathered", "routed", "scales_SCHEME", "scales_fp8_block", "scales_int8_channel", "sent", "sigmoid", "slots_of",
+    "taken_SCHEME", "taken_fp8_block", "taken_int8_channel", "turned", "verified", "without_nan", "write_rows",
 }  # fmt: skip
 
 
 def test_every_operator_is_a_function_or_is_made_of_others():
-    named = {text.partition(".")[0] for text in TEXTS}
+    named = {text.partition(".")[0] for text in STEMS}
     assert named - set(contracts()) == HELPERS
     without = {op for op, contract in contracts().items() if not contract.decomposition} - named
     assert without == {"quantize", "dequantize"}
@@ -35,6 +37,15 @@ def test_a_function_has_standard_operators_alone(text):
     assert {node.domain for f in needed([made]) for node in nodes(f)} <= {"", DOMAIN}
     for f in needed([made]):
         onnx.checker.check_function(f, context())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_a_function_makes_is_used(text):
+    """Else a runtime warns of what it removes; of a node with several results one is enough."""
+    made = function(*text.split(".")[:1], text.partition(".")[2])
+    used = {name for node in nodes(made) for name in node.input} | set(made.output)
+    used |= {result.name for node in nodes(made) for a in node.attribute for result in a.g.output}
+    assert [node.output for node in nodes(made) if not used & set(node.output)] == []
 
 
 def context():
