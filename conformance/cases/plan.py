@@ -58,6 +58,7 @@ NARROW = 32  # widths of so many experts
 FAINT = "faint"
 BLOCKED, OF_ROWS = ("uneven", "pegged"), ("halfway", "dim")  # what quantised blocks are about, and rows that a call quantises
 RAGGED = (200, 150, 72)  # which no blocks fill
+BLOCKS = (712, 456, 328)  # several blocks, the last of which is not full
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
 LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PAGE = 64  # slots, where a case is about something else
@@ -161,7 +162,8 @@ class _Plan:
         yield from self._under_schemes()
 
     def _under_schemes(self) -> Iterator[Case]:
-        """Few rows and more, blocks that nothing fills, values that blocks are about."""
+        """Few rows and many, one block and several, the last not full, values that blocks are about; a model's own sizes; and
+        operands under different schemes."""
         signature, taken = self.contract.signature, self.contract.schemes
         for name in dict.fromkeys(name for names in taken.values() for name in names):
             schemes = tuple((operand, name) for operand, names in taken.items() if name in names)
@@ -184,6 +186,24 @@ class _Plan:
                     yield from self._made(dtypes=combo, schemes=schemes, recipes=given)
                     if self.level.thorough:
                         yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes, recipes=given)
+            page = {"block_size": PAGE // 4} if self.has_pages or self.has_batch else {}
+            several = dict(zip(sizes, cycle(BLOCKS)))
+            yield from self._made(several, rows=SOME_ROWS, dtypes=self._next(), schemes=schemes, **page)
+            if self.level.thorough:
+                whole = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
+                yield from self._made(whole, rows=5, dtypes=self._next(), schemes=schemes, most=MANY_ROWS * 256)
+        yield from self._mixed()
+
+    def _mixed(self) -> Iterator[Case]:
+        """Operands under schemes of their own: each beside others that are plain, and all in turn; as checkpoints have them."""
+        taken = self.contract.schemes
+        if len(taken) < 2:
+            return
+        for turn in range(max(map(len, taken.values()))):
+            each = [(operand, names[(turn + n) % len(names)]) for n, (operand, names) in enumerate(taken.items())]
+            one = each[turn % len(each)]
+            for schemes in (tuple(each), (one,)):
+                yield from self._made(rows=PICKED_ROWS, dtypes=self._next(), schemes=schemes)
 
     def captured(self) -> Iterator[Case]:
         """One call of few rows: requests that decode, one of them with two rows where there is a batch."""
@@ -279,10 +299,14 @@ class _Plan:
         yield from self._threads()
 
     def layouts(self, met: set[str]) -> Iterator[Case]:
-        """A small call in each layout that none has met: in pairs such calls may all have been too dear."""
+        """A small call in each layout that none has met, as in pairs such calls may all have been too dear; and in each a call
+        of one row, of which strides are easily mistaken."""
         for view in (*VIEWS, *LAYOUTS):
             if view not in met:
                 yield from self._made(view=view, dtypes=self._next())
+            if view != SAME:
+                for combo in self._each():
+                    yield from self._made(rows=1, view=view, dtypes=combo)
 
     def _threads(self) -> Iterator[Case]:
         """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as

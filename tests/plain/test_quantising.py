@@ -195,7 +195,7 @@ def test_what_is_left_of_another_format_is_refused_and_a_cut_off_shard_says_what
     quantise(DEMO, out, "nvfp4")
     [shard] = out.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:9000])
-    with pytest.raises(UsageError, match="; remove it and start again$"):
+    with pytest.raises(UsageError, match=r"; remove it and start again$"):
         quantise(DEMO, out, "nvfp4")
     shard.unlink()
     quantise(DEMO, out, "nvfp4")

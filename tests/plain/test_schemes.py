@@ -9,7 +9,18 @@ import pytest
 import porthal
 from porthal.conformance import run
 from porthal.conformance.report.schemes import head, page
-from porthal.hal import SCHEMES, PagesSpec, Quantised, UsageError, Weight, WeightSpec, contracts, limits, one_of, scheme_of
+from porthal.hal import (
+    SCHEMES,
+    PagesSpec,
+    Quantised,
+    UsageError,
+    Weight,
+    WeightSpec,
+    contracts,
+    limits,
+    one_of,
+    scheme_of,
+)
 from porthal.hal.layouts import ASCEND, DEEPGEMM, FLASHMLA
 from porthal.hal.operands import Pages
 from porthal.hal.scheme import KEYS, LATENTS, WEIGHTS, Scaled

@@ -66,5 +66,7 @@ MISTAKES = (
         ("scales of the queries left out", "q_scale=query_scale", "q_scale=torch.ones_like(query_scale)"),
         ("scales of heads backwards", "query_scale = query_scale[..., None]", "query_scale = query_scale.flip(-1)[..., None]"),
     ),
-    *edits("int8", KEYS)(("scales of other slots", 'by_block(keys, keys["k_scale"]', 'by_block(keys, keys["k_scale"].roll(1, 0)'),),
+    *edits("int8", KEYS)(
+        ("scales of other slots", 'by_block(keys, keys["k_scale"]', 'by_block(keys, keys["k_scale"].roll(1, 0)'),
+    ),
 )
