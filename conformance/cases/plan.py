@@ -187,7 +187,8 @@ class _Plan:
                     if self.level.thorough:
                         yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes, recipes=given)
             page = {"block_size": PAGE // 4} if self.has_pages or self.has_batch else {}
-            several = dict(zip(sizes, cycle(BLOCKS)))
+            several: dict[str, Any] = dict(zip(sizes, cycle(BLOCKS)))
+            several |= {"out": "float32"} if "out" in self.attrs else {}
             yield from self._made(several, rows=SOME_ROWS, dtypes=self._next(), schemes=schemes, **page)
             if self.level.thorough:
                 whole = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
