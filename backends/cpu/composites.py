@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from porthal.backends.cpu.products import Products
-from porthal.hal import Batch, Pages, Weight, limits
+from porthal.backends.cpu.products import ROWS, Products
+from porthal.hal import Batch, Pages, Weight
 
 Array = np.ndarray[Any, Any]
-ROWS = limits(provider="C++", batch_invariant=True)
 
 
 class Composites(Products):

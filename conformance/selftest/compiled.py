@@ -30,7 +30,7 @@ SOURCES = tuple(sorted(path.name for path in HERE.glob("*.[ch]pp")))  # those th
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden")
 # The loops are compiled for the instruction set that the real ones use, under the one name that is there on any CPU.
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-ISA = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
+ISA = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16"}
 ISA["amx"] = ISA["avx512bf16"]  # tiles need Linux's permission, for which such a module does not ask
 THREADS = 2  # of an edited module, however many this machine has: some mistakes need a second one
 

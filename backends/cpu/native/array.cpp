@@ -5,7 +5,7 @@
 namespace porthal {
 namespace {
 
-const char* const kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool", "another dtype"};
+const char* const kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool", "another dtype", "int8", "uint8"};
 
 std::string shape_text(const std::int64_t* shape, std::size_t dims) {
   std::string text = "[";

@@ -12,7 +12,7 @@
 
 namespace porthal {
 
-enum class Kind : std::uint8_t { f32, b16, f16, i32, i64, boolean, other };
+enum class Kind : std::uint8_t { f32, b16, f16, i32, i64, boolean, other, i8, u8 };
 
 constexpr std::int64_t kAny = -1;
 constexpr int kDims = 5;

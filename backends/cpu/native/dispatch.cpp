@@ -18,12 +18,12 @@ const char* isa_name(Isa isa) {
 namespace {
 
 #if defined(PORTHAL_AMX)
-// Whether there are tiles of bf16, and Linux lets this process use them: their registers are saved only for those who ask.
+// Whether there are tiles of bf16 and int8, and Linux lets this process use them: their registers are saved only for those who ask.
 bool tiles() {
   static const bool granted = [] {
     unsigned a, b, c, d = 0;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     constexpr long kAskPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
   }();
@@ -42,7 +42,7 @@ std::vector<Isa> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(Isa::avx512);
-      if (__builtin_cpu_supports("avx512bf16")) {
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
         found.push_back(Isa::avx512bf16);
 #if defined(PORTHAL_AMX)
         if (tiles()) found.push_back(Isa::amx);

@@ -23,7 +23,7 @@ struct fp16 {
   std::uint16_t bits;
 };
 
-// amx is avx512bf16, and products of bf16 in tiles.
+// avx512bf16 has products of int8 as well (VNNI); amx is that, and products of both in tiles.
 enum class Isa : int { baseline, avx2, avx512, avx512bf16, amx };
 
 // The one in use: the best that this CPU runs unless it was chosen.

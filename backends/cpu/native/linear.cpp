@@ -25,24 +25,23 @@ void append(std::vector<Work>& works, const Packed& w, std::int64_t expert, std:
 
 template <class T, class Y>
 void multiply(const Packed& w, const ReadyRows& rows, const std::vector<Work>& works, Y* y, std::int64_t stride) {
-  const PanelLoops<T>& loops = panel_loops(w.isa).of(static_cast<const T*>(nullptr));
-  const auto multiply = w.multiply<T>();
+  const Product<T> product = w.product<T>();
   const auto store = panel_loops(w.isa).of(y).store;
   const std::int64_t items = works.size() * w.panels;
   std::int64_t most = 0;
   for (const Work& work : works) most = std::max(most, work.rows);
   parallel_for(items, panels_at_a_time(items, w.panel_bytes(), most), [&](std::int64_t from, std::int64_t to) {
     thread_local Scratch<float> sums_of_thread;
-    float* const sums = sums_of_thread.at_least(most * w.panel * loops.together);
+    float* const sums = sums_of_thread.at_least(most * w.panel * product.together);
     const void* a[kMostRows];
     for (std::int64_t i = from, then; i < to; i = then) {
       const Work& work = works[i / w.panels];
-      const std::int64_t p = i % w.panels, count = std::min({to - i, w.panels - p, loops.together});
+      const std::int64_t p = i % w.panels, count = std::min({to - i, w.panels - p, product.together});
       then = i + count;
       for (std::int64_t m = 0; m < work.rows; ++m) a[m] = rows[work.first + m];
       const auto used = [&](std::int64_t at) { return std::min(w.panel, w.rows - at * w.panel); };
       const void* const following = then < to ? w.at(works[then / w.panels].expert, then % w.panels) : nullptr;
-      multiply(a, work.rows, w.at(work.expert, p), count, w.depth, used(p + count - 1), following, sums);
+      product.multiply(a, work.rows, w.at(work.expert, p), count, w.depth, used(p + count - 1), following, sums);
       for (std::int64_t j = 0; j < count; ++j)
         store(sums + j * work.rows * w.panel, work.rows, used(p + j), y + work.out + (p + j) * w.panel, stride);
     }
@@ -57,7 +56,7 @@ void run(const Packed& w, std::int64_t count, std::ptrdiff_t step, From from, co
   ReadyRows& rows = rows_of_caller;
   with_float(w.kind, [&](auto tag) {
     using T = decltype(tag);
-    rows.make(panel_loops(w.isa).of(static_cast<const T*>(nullptr)), w, count, step, from);
+    rows.make(w.product<T>(), w, count, step, from);
     with_float(kind, [&](auto result) {
       multiply<T>(w, rows, works, static_cast<decltype(result)*>(y), stride);
     });

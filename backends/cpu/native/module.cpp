@@ -43,6 +43,8 @@ Kind kind_of(PyObject* descr) {
     case api::NPY_INT_: return Kind::i32;
     case api::NPY_LONG_: case api::NPY_LONGLONG_: return Kind::i64;
     case api::NPY_BOOL_: return Kind::boolean;
+    case api::NPY_BYTE_: return Kind::i8;
+    case api::NPY_UBYTE_: return Kind::u8;
     default: return Kind::other;
   }
 }
@@ -59,7 +61,7 @@ Array array(const py::array& a, const char* name) {
 }
 
 std::unique_ptr<Packed> make_packed(std::int64_t experts, std::int64_t rows, std::int64_t columns,
-                                    const py::object& dtype, bool gated) {
+                                    const py::object& dtype, bool gated, const std::string& scheme) {
   const py::dtype wanted = py::dtype::from_args(dtype);
   const Kind kind = kind_of(wanted.ptr());
   if (kind != Kind::f32 && kind != Kind::b16 && kind != Kind::f16)
@@ -68,7 +70,12 @@ std::unique_ptr<Packed> make_packed(std::int64_t experts, std::int64_t rows, std
     throw py::value_error("shape is [" + std::to_string(experts) + ", " + std::to_string(rows) + ", " +
                           std::to_string(columns) + "], expected every size at least 1" +
                           (gated ? " and as many gate as up rows." : "."));
-  return std::make_unique<Packed>(experts, rows, columns, kind, gated);
+  int coding = 0;
+  while (coding <= kCodings && scheme != kForms[coding].scheme) ++coding;
+  if (coding > kCodings) refuse("scheme", "is '" + scheme + "'", "one that this module packs");
+  if (static_cast<Coding>(coding) == Coding::int8_channel && columns > kDeepest)
+    refuse("columns", "is " + std::to_string(columns), "at most " + std::to_string(kDeepest) + " under int8_channel");
+  return std::make_unique<Packed>(experts, rows, columns, kind, gated, static_cast<Coding>(coding));
 }
 
 void check_expert(const Packed& packed, std::int64_t expert) {
@@ -93,6 +100,20 @@ void get_expert(const Packed& packed, std::int64_t expert, const py::array& logi
   void* const out = a.output({packed.rows, packed.columns});
   py::gil_scoped_release release;
   packed.get(expert, out);
+}
+
+void set_codes(Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale) {
+  check_expert(packed, expert);
+  const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale");
+  py::gil_scoped_release release;
+  packed.set(expert, of_codes, of_scale);
+}
+
+void get_codes(const Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale) {
+  check_expert(packed, expert);
+  const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale");
+  py::gil_scoped_release release;
+  packed.get(expert, of_codes, of_scale);
 }
 
 py::object record(Recording& recording, const py::function& run) {
@@ -262,10 +283,14 @@ PYBIND11_MODULE(_native, m) {
   // Local to the module: a second build of it, as the suite's self-test makes, has a type of its own.
   py::class_<Packed>(m, "Packed", py::module_local(), py::buffer_protocol(),
                      "Matrices [experts, rows, columns] in the order in which kernels read them;\n"
-                     "gated=True for w13 (gate rows, then up rows). Zero until set. memoryview(packed) shows the bytes.")
-      .def(py::init(&make_packed), "experts"_a, "rows"_a, "columns"_a, "dtype"_a, "gated"_a = false)
+                     "gated=True for w13 (gate rows, then up rows). Zero until set. memoryview(packed) shows the bytes.\n"
+                     "Under a scheme dtype is that of the rows to multiply them with.")
+      .def(py::init(&make_packed), "experts"_a, "rows"_a, "columns"_a, "dtype"_a, "gated"_a = false,
+           "scheme"_a = "none")
       .def("set", &set_expert, "expert"_a, "logical"_a, "Packs logical[rows, columns], of any strides.")
       .def("get", &get_expert, "expert"_a, "logical"_a, "Unpacks into logical[rows, columns], bit for bit.")
+      .def("set_codes", &set_codes, "expert"_a, "codes"_a, "scale"_a, "Packs the parts of a matrix under the scheme.")
+      .def("get_codes", &get_codes, "expert"_a, "codes"_a, "scale"_a, "Unpacks them, bit for bit.")
       .def_property_readonly("shape", [](const Packed& p) { return py::make_tuple(p.experts, p.rows, p.columns); })
       .def_readonly("gated", &Packed::gated)
       .def_property_readonly("nbytes", &Packed::bytes, "Bytes in memory, padding included.")

@@ -132,12 +132,17 @@ template <class T>
 void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed& w13, const Packed& w2,
          std::int64_t first_expert, bool add, T* y) {
   thread_local Routing routing_of_caller;
-  thread_local ReadyRows hidden_of_caller;
+  thread_local ReadyRows tokens_of_caller, hidden_of_caller;
+  thread_local Scratch<float> values_of_caller;
   Routing& routing = routing_of_caller;
-  ReadyRows& hidden = hidden_of_caller;
-  const PanelLoops<T>& panels = panel_loops(w13.isa).of(y);
-  const auto up = w13.multiply<T>(), down = w2.multiply<T>();
+  ReadyRows &tokens = tokens_of_caller, &hidden = hidden_of_caller;
+  const std::int64_t item = panel_loops(w13.isa).of(y).item;  // of hidden rows that are not to be quantised
+  const bool coded13 = w13.coding != Coding::none, coded2 = w2.coding != Coding::none;
+  const Product<T> up = w13.product<T>(), down = w2.product<T>();
+  Product<T> down_of_float = down;
+  down_of_float.ready = down.ready_float;
   const ExpertLoops<T>& loops = experts_loops(w13.isa).of(y);
+  const auto gate = experts_loops(w13.isa).f32.gate;
   const std::int64_t width = w13.panel, half = width / 2;
   const std::int64_t model = w13.columns, inner = w2.columns, choices = ids ? ids->columns : 1;
 
@@ -148,35 +153,51 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
     const std::int64_t works = static_cast<std::int64_t>(routing.work.size());
     const std::int64_t most = ceil_div(routed, std::max<std::int64_t>(1, works));
 
-    hidden.make_room(routed, w2.depth * panels.item);
-    for (std::int64_t r = 0; r < routed && w2.depth != inner; ++r)
-      std::memset(hidden[r] + inner * panels.item, 0, (w2.depth - inner) * panels.item);
+    // Under a scheme a row is quantised as a whole: a token's once for all its experts, what is hidden after the first product.
+    if (coded13)
+      tokens.make(up, w13, end - begin, x.column_stride, [&](std::int64_t i) { return x.row<char>(begin + i); });
+    float* const values = coded2 ? values_of_caller.at_least(routed * inner) : nullptr;
+    if (!coded2) hidden.make_room(routed, down.row_bytes);
+    for (std::int64_t r = 0; r < routed && !coded2 && w2.depth != inner; ++r)
+      std::memset(hidden[r] + inner * item, 0, (w2.depth - inner) * item);
 
     const std::int64_t ups = works * w13.panels;
     parallel_for(ups, panels_at_a_time(ups, w13.panel_bytes(), most), [&](std::int64_t from, std::int64_t to) {
       thread_local ReadyRows rows_of_thread;
       thread_local Scratch<float> sums_of_thread;
       ReadyRows& rows = rows_of_thread;
-      float* const sums = sums_of_thread.at_least(w13.row_block * width * panels.together);
+      float* const sums = sums_of_thread.at_least(w13.row_block * width * up.together);
       const void* a[kMostRows];
       for (std::int64_t i = from, then; i < to; i = then) {
         const Routing::Work& work = routing.work[i / w13.panels];
-        const std::int64_t p = i % w13.panels, count = std::min({to - i, w13.panels - p, panels.together});
+        const std::int64_t p = i % w13.panels, count = std::min({to - i, w13.panels - p, up.together});
         then = i + count;
         if (i == from || p == 0) {  // the rows of an expert's tokens, side by side
-          rows.make_room(work.rows, w13.depth * panels.item);
+          rows.make_room(work.rows, up.row_bytes);
           for (std::int64_t m = 0; m < work.rows; ++m) {
-            panels.ready(x.row<char>(routing.tokens[work.first + m]), x.column_stride, model, w13.depth, rows[m]);
+            const std::int64_t token = routing.tokens[work.first + m];
+            if (coded13)
+              std::memcpy(rows[m], tokens[token - begin], up.row_bytes);
+            else
+              up.ready(x.row<char>(token), x.column_stride, model, w13.depth, rows[m]);
             a[m] = rows[m];
           }
         }
         const void* const following = then < to ? w13.at(routing.work[then / w13.panels].expert, then % w13.panels) : nullptr;
-        up(a, work.rows, w13.at(work.expert, p), count, w13.depth, width, following, sums);
+        up.multiply(a, work.rows, w13.at(work.expert, p), count, w13.depth, width, following, sums);
         for (std::int64_t j = 0; j < count; ++j)
-          loops.gate(sums + j * work.rows * width, work.rows, hidden[work.first] + (p + j) * half * panels.item,
-                     hidden.stride(), std::min(half, inner - (p + j) * half));
+          if (const std::int64_t at = (p + j) * half; coded2)
+            gate(sums + j * work.rows * width, work.rows, reinterpret_cast<char*>(values + work.first * inner + at),
+                 inner * sizeof(float), std::min(half, inner - at));
+          else
+            loops.gate(sums + j * work.rows * width, work.rows, hidden[work.first] + at * item, hidden.stride(),
+                       std::min(half, inner - at));
       }
     });
+
+    if (coded2)
+      hidden.make(down_of_float, w2, routed, sizeof(float),
+                  [&](std::int64_t i) { return reinterpret_cast<char*>(values + i * inner); });
 
     const std::int64_t chunk = panels_at_a_time(w2.panels * works, w2.panel_bytes(), most) == w2.panels * works ? w2.panels : 1;
     parallel_for(w2.panels, chunk, [&](std::int64_t from, std::int64_t to) {
@@ -189,7 +210,7 @@ void run(const Matrix& x, const Matrix* ids, const Matrix* weights, const Packed
           const Routing::Work& work = routing.work[i];
           for (std::int64_t m = 0; m < work.rows; ++m) a[m] = hidden[work.first + m];
           const void* const following = i + 1 < works ? w2.at(routing.work[i + 1].expert, p) : nullptr;
-          down(a, work.rows, w2.at(work.expert, p), 1, w2.depth, used, following, sums + work.first * width);
+          down.multiply(a, work.rows, w2.at(work.expert, p), 1, w2.depth, used, following, sums + work.first * width);
         }
         for (std::int64_t t = begin; t < end; ++t) {
           const std::int64_t slot = (t - begin) * choices;

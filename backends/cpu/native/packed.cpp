@@ -46,21 +46,31 @@ void* scratch_memory(std::size_t bytes) {
 
 void Packed::Unmap::operator()(char* memory) const { munmap(memory, bytes); }
 
-Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated)
+namespace {
+
+std::int64_t deepened(std::int64_t columns, Kind kind, Coding coding) {
+  const std::int64_t plain = kind == Kind::b16 ? kGroup<bf16> : 1;
+  const std::int64_t unit = coding == Coding::none ? plain : kForms[static_cast<int>(coding)].unit;
+  return ceil_div(columns, unit) * unit;
+}
+
+}  // namespace
+
+Packed::Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated, Coding coding)
     : experts(experts),
       rows(rows),
       columns(columns),
       kind(kind),
       gated(gated),
+      coding(coding),
       isa(porthal::isa()),
       panel(panel_loops(isa).f32.columns),
       row_block(kind == Kind::b16 ? panel_loops(isa).b16.row_block : panel_loops(isa).f32.row_block),
       item(kind == Kind::f32 ? 4 : 2),
-      depth(kind == Kind::b16 ? ceil_div(columns, kGroup<bf16>) * kGroup<bf16> : columns),
+      depth(deepened(columns, kind, coding)),
       panels(gated ? ceil_div(rows / 2, panel / 2) : ceil_div(rows, panel)),
-      upper_(kind == Kind::f32),
-      memory_(map_pages(mapped_size(experts * panels * panel * depth * item)),
-              Unmap{mapped_size(experts * panels * panel * depth * item)}) {}
+      upper_(kind == Kind::f32 && coding == Coding::none),
+      memory_(map_pages(mapped_size(bytes() << upper_)), Unmap{mapped_size(bytes() << upper_)}) {}
 
 // visit(half, row, count): the half's first `count` columns are logical rows from `row` on; those behind them are padding.
 // Halves in parallel.
@@ -97,6 +107,7 @@ bool Packed::pack(std::int64_t expert, const Matrix& logical, typename PanelLoop
 }
 
 void Packed::set(std::int64_t expert, const Matrix& logical) {
+  if (coding != Coding::none) throw std::invalid_argument("the weights are packed under a scheme: set their codes.");
   with_float(kind, [&](auto tag) {
     using T = decltype(tag);
     const PanelLoops<T>& loops = panel_loops(isa).of(static_cast<const T*>(nullptr));
@@ -120,6 +131,7 @@ void Packed::widen() {
 }
 
 void Packed::get(std::int64_t expert, void* logical) const {
+  if (coding != Coding::none) throw std::invalid_argument("the weights are packed under a scheme: get their codes.");
   const std::int64_t half = panel / 2, group = kind == Kind::b16 ? kGroup<bf16> : 1, size = upper_ ? 2 : item;
   each_half(expert, [&](const char* from, std::int64_t row, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
@@ -129,6 +141,61 @@ void Packed::get(std::int64_t expert, void* logical) const {
         std::memcpy(to + item - size, from + (k * half + i * group) * size, std::min(group, columns - k) * size);
       }
     }
+  });
+}
+
+// visit(words, scales, row): of a column of a panel its first word and scale, where others follow `panel` apart, and its
+// logical row, or -1. Panels in parallel.
+template <class Visit>
+void Packed::each_column(std::int64_t expert, const Array& codes, const Array& scale, Visit visit) const {
+  if (coding == Coding::none) throw std::invalid_argument("the weights are packed without a scheme: they have no codes.");
+  codes.has(coding == Coding::fp8_block ? Kind::u8 : Kind::i8);
+  scale.has(Kind::f32);
+  codes.is_shape({rows, columns});
+  scale.is_shape({ceil_div(rows, form().high), groups()});
+  const std::int64_t half = panel / 2, all = gated ? rows / 2 : rows;
+  parallel_for(panels, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p) {
+      auto* const words = reinterpret_cast<std::uint32_t*>(memory_.get() + (expert * panels + p) * panel_bytes());
+      for (std::int64_t c = 0; c < panel; ++c) {
+        const std::int64_t up = gated && c >= half, row = gated ? p * half + c - up * half : p * panel + c;
+        visit(words + c, reinterpret_cast<float*>(words + depth / form().unit * panel) + c, row < all ? up * all + row : -1);
+      }
+    }
+  });
+}
+
+void Packed::set(std::int64_t expert, const Array& codes, const Array& scale) {
+  const std::uint32_t mask = form().unit == 8 ? 0xf : 0xff;
+  const std::uint32_t more = coding == Coding::int8_channel ? 0x80808080u : 0;  // as products want them
+  const Matrix from = codes.matrix(), scales = scale.matrix();
+  each_column(expert, codes, scale, [&](std::uint32_t* words, float* of_groups, std::int64_t row) {
+    std::vector<std::uint8_t> copy;
+    const std::uint8_t* const code = row < 0 ? nullptr : from.dense_row<std::uint8_t>(row, copy);
+    for (std::int64_t k = 0; k < depth; k += form().unit, words += panel) {
+      std::uint32_t word = 0;
+      for (std::int64_t i = 0; code && i < std::min(form().unit, columns - k); ++i)
+        word |= (code[k + i] & mask) << code_shift(coding, static_cast<int>(i));
+      *words = word ^ more;
+    }
+    for (std::int64_t g = 0; g < groups(); ++g, of_groups += panel)
+      *of_groups = row < 0 ? 0.0f : scales.at<float>(row / form().high, g);
+  });
+}
+
+void Packed::get(std::int64_t expert, const Array& codes, const Array& scale) const {
+  auto* const to = static_cast<std::uint8_t*>(codes.output({rows, columns}));
+  auto* const scales = static_cast<float*>(scale.output({ceil_div(rows, form().high), groups()}));
+  const std::uint32_t more = coding == Coding::int8_channel ? 0x80808080u : 0;
+  each_column(expert, codes, scale, [&](const std::uint32_t* words, const float* of_groups, std::int64_t row) {
+    if (row < 0) return;
+    for (std::int64_t k = 0; k < columns; ++k) {
+      const std::uint32_t word = words[k / form().unit * panel] ^ more;
+      const auto byte = static_cast<std::uint8_t>(word >> code_shift(coding, static_cast<int>(k % form().unit)));
+      to[row * columns + k] = form().unit == 8 ? static_cast<std::uint8_t>(static_cast<std::int8_t>(byte << 4) >> 4) : byte;
+    }
+    for (std::int64_t g = 0; row % form().high == 0 && g < groups(); ++g)
+      scales[row / form().high * groups() + g] = of_groups[g * panel];
   });
 }
 

@@ -6,43 +6,68 @@
 #include <memory>
 
 #include "array.hpp"
-#include "panel.hpp"
+#include "coded.hpp"
 #include "threads.hpp"
 
 namespace porthal {
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// How rows of T are multiplied with a packed matrix.
+template <class T>
+struct Product {
+  void (*ready)(const char* x, std::ptrdiff_t step, std::int64_t n, std::int64_t depth, void* row);
+  void (*ready_float)(const char* x, std::ptrdiff_t step, std::int64_t n, std::int64_t depth, void* row);  // under a scheme
+  typename PanelLoops<T>::Multiply* multiply;
+  std::int64_t row_bytes;  // of a ready row
+  std::int64_t together;   // panels at most in a call of multiply
+};
+
 // Matrices [experts, rows, columns]; per expert panels of output columns (rows of the logical matrix), padded with zeros.
 // If gated, the first half of a panel holds gate rows (the first half of the matrix) and the second their up rows. Matrices of
-// float32 are kept in half of the bytes for as long as all their numbers are bfloat16.
+// float32 are kept in half of the bytes for as long as all their numbers are bfloat16; under a scheme codes and scales are,
+// and kind is that of the rows which the matrices are multiplied with.
 class Packed {
  public:
-  Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated);
+  Packed(std::int64_t experts, std::int64_t rows, std::int64_t columns, Kind kind, bool gated, Coding coding = Coding::none);
 
   void set(std::int64_t expert, const Matrix& logical);
   void get(std::int64_t expert, void* logical) const;
+  // The same of codes and scales in their logical form.
+  void set(std::int64_t expert, const Array& codes, const Array& scale);
+  void get(std::int64_t expert, const Array& codes, const Array& scale) const;
 
   const char* at(std::int64_t expert, std::int64_t i) const {
     return memory_.get() + (expert * panels + i) * panel_bytes();
   }
   template <class T>
-  typename PanelLoops<T>::Multiply* multiply() const {
+  Product<T> product() const {
     const PanelLoops<T>& loops = panel_loops(isa).of(static_cast<const T*>(nullptr));
-    return upper_ ? loops.multiply_upper : loops.multiply;
+    if (coding == Coding::none)
+      return {loops.ready, nullptr, upper_ ? loops.multiply_upper : loops.multiply, depth * loops.item, loops.together};
+    const CodedLoops<T>& coded = coded_loops(isa).of(static_cast<const T*>(nullptr)).by[static_cast<int>(coding) - 1];
+    const std::int64_t scales = groups() + 1;  // one more for what belongs to no group
+    return {coded.ready, coded.ready_float, coded.multiply, row_codes(depth, coded.item) + scales * 4, 1};
   }
-  std::int64_t panel_bytes() const { return panel * depth * (upper_ ? 2 : item); }
+  std::int64_t panel_bytes() const {
+    return coding == Coding::none ? panel * depth * (upper_ ? 2 : item) : panel * 4 * (depth / form().unit + groups());
+  }
   std::int64_t bytes() const { return experts * panels * panel_bytes(); }
 
   const std::int64_t experts, rows, columns;
   const Kind kind;
   const bool gated;
+  const Coding coding;
   const Isa isa;
   const std::int64_t panel, row_block, item, depth, panels;
 
  private:
+  const Form& form() const { return kForms[static_cast<int>(coding)]; }
+  std::int64_t groups() const { return form().group ? ceil_div(columns, form().group) : 1; }
   template <class Visit>
   void each_half(std::int64_t expert, Visit visit) const;
+  template <class Visit>
+  void each_column(std::int64_t expert, const Array& codes, const Array& scale, Visit visit) const;
   template <class T>
   bool pack(std::int64_t expert, const Matrix& logical, typename PanelLoops<T>::Pack* pack);
   void widen();
@@ -91,10 +116,10 @@ class ReadyRows {
   }
   // `count` rows for weights w: row i begins at from(i), its elements `step` bytes apart.
   template <class T, class From>
-  void make(const PanelLoops<T>& loops, const Packed& w, std::int64_t count, std::ptrdiff_t step, From from) {
-    make_room(count, w.depth * loops.item);
+  void make(const Product<T>& product, const Packed& w, std::int64_t count, std::ptrdiff_t step, From from) {
+    make_room(count, product.row_bytes);
     parallel_for(count, std::max<std::int64_t>(1, 262144 / stride_), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) loops.ready(from(i), step, w.columns, w.depth, (*this)[i]);
+      for (std::int64_t i = begin; i < end; ++i) product.ready(from(i), step, w.columns, w.depth, (*this)[i]);
     });
   }
   char* operator[](std::int64_t i) const { return rows_ + i * stride_; }

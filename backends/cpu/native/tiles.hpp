@@ -1,5 +1,6 @@
 // AMX: products of tiles, which are up to 16 rows of 64 bytes in eight registers. The order of a sum depends on depth alone:
-// even and odd elements of a step of 32 apart, then both, then the steps. Subnormal numbers count as 0, as in vdpbf16ps.
+// even and odd elements of a step of 32 apart, then both, then the steps. Subnormal numbers count as 0, as in vdpbf16ps. Of
+// bytes, rows with a sign times columns without, sums are whole numbers.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -10,14 +11,15 @@
 namespace porthal {
 namespace {
 
-constexpr std::int64_t kTile = 16;  // rows, and words of a row: pairs of bf16, or sums
+constexpr std::int64_t kTile = 16;  // rows, and words of a row: pairs of bf16, four bytes, or sums
 
 // Registers 0 to 3 are sums, of the rows in 4 and 5 with the pairs in 6 and 7: 0 1 += 4 . 6 7 and 2 3 += 5 . 6 7.
-class Tiles {
+template <bool Bytes>
+class TilesOf {
  public:
-  Tiles() = default;
-  Tiles(const Tiles&) = delete;
-  ~Tiles() { _tile_release(); }  // what is left in registers would be saved at every switch of threads
+  TilesOf() = default;
+  TilesOf(const TilesOf&) = delete;
+  ~TilesOf() { _tile_release(); }  // what is left in registers would be saved at every switch of threads
 
   // Up to 32 rows, 16 or 32 columns, and up to 16 words of a step in depth. A change empties the registers.
   void shape(std::int64_t rows, std::int64_t columns, std::int64_t words) {
@@ -43,7 +45,7 @@ class Tiles {
     if (both()) _tile_zero(2);
     if (both() && wide()) _tile_zero(3);
   }
-  void load(const float* sums, std::int64_t stride) const {
+  void load(const void* sums, std::int64_t stride) const {
     const char *const upper = reinterpret_cast<const char*>(sums), *const lower = upper + kTile * stride;
     asm volatile("" : : : "memory");  // loads of tiles do not say what they read
     _tile_loadd(0, upper, stride);
@@ -51,7 +53,7 @@ class Tiles {
     if (both()) _tile_loadd(2, lower, stride);
     if (both() && wide()) _tile_loadd(3, lower + 64, stride);
   }
-  void store(float* sums, std::int64_t stride) const {
+  void store(void* sums, std::int64_t stride) const {
     char *const upper = reinterpret_cast<char*>(sums), *const lower = upper + kTile * stride;
     _tile_stored(0, upper, stride);
     if (wide()) _tile_stored(1, upper + 64, stride);
@@ -79,6 +81,15 @@ class Tiles {
   bool both() const { return rows_ > kTile; }
   bool wide() const { return columns_ > kTile; }
 
+// Numbers of registers are part of an instruction.
+#define PORTHAL_TILE_PRODUCT(to, a, b)  \
+  do {                                  \
+    if constexpr (Bytes)                \
+      _tile_dpbsud(to, a, b);           \
+    else                                \
+      _tile_dpbf16ps(to, a, b);         \
+  } while (false)
+
   template <bool Both, bool Wide, class Beside>
   static void steps_of(const char* rows, std::int64_t stride, const char* pairs, std::int64_t pair, std::int64_t steps,
                        Beside& beside) {
@@ -87,10 +98,10 @@ class Tiles {
       _tile_loadd(4, rows, stride);
       if (Wide) _tile_loadd(7, pairs + 64, pair);
       if (Both) _tile_loadd(5, rows + kTile * stride, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      if (Wide) _tile_dpbf16ps(1, 4, 7);
-      if (Both) _tile_dpbf16ps(2, 5, 6);
-      if (Both && Wide) _tile_dpbf16ps(3, 5, 7);
+      PORTHAL_TILE_PRODUCT(0, 4, 6);
+      if (Wide) PORTHAL_TILE_PRODUCT(1, 4, 7);
+      if (Both) PORTHAL_TILE_PRODUCT(2, 5, 6);
+      if (Both && Wide) PORTHAL_TILE_PRODUCT(3, 5, 7);
       beside();
     }
   }
@@ -102,6 +113,7 @@ class Tiles {
   };
   std::int64_t rows_ = 0, columns_ = 0, words_ = 0;
 };
+using Tiles = TilesOf<false>;
 
 }  // namespace
 }  // namespace porthal

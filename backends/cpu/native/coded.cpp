@@ -1,0 +1,438 @@
+// Products with codes, which are decoded a block at a time, into L1, or multiplied as they are. Sums are scaled in float32.
+#include "coded.hpp"
+
+#include <type_traits>
+
+#include "simd.hpp"
+#include "tiles.hpp"
+
+namespace porthal {
+namespace {
+
+constexpr int kVectors = 4, kPanel = kVectors * kLanes;
+constexpr std::int64_t kBlock = 128;  // of depth
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 2;
+#endif
+#if defined(__AMX_BF16__)
+constexpr bool kPagesEndStreams = true;  // as in panel.cpp
+#else
+constexpr bool kPagesEndStreams = false;
+#endif
+
+inline void fetch(const void* p) {
+  if (kPagesEndStreams) __builtin_prefetch(static_cast<const char*>(p) + 4096, 0, 2);
+}
+
+typedef std::int8_t B __attribute__((vector_size(kLanes)));
+
+inline B narrow(I v) {
+#if defined(__AVX512F__)
+  return (B)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, B);
+#endif
+}
+inline F number(I v) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_cvtepi32_ps(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, F);
+#endif
+}
+
+// -- what a word of a row is, and how it is multiplied with words of a block ---------------------------------------------
+
+struct Singles {
+  using Sum = F;
+  static constexpr std::int64_t kPer = 1, kItem = 4;
+  static F dot(F sum, const char* x, U b) {
+    float one;
+    std::memcpy(&one, x, sizeof one);
+    return sum + one * (F)b;
+  }
+  static void put(char* row, F v, std::int64_t n) { std::memcpy(row, &v, n * sizeof(float)); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Sum = F;
+  static constexpr std::int64_t kPer = 2, kItem = 2;
+  static F dot(F sum, const char* x, U b) {
+    std::int32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  }
+  static void put(char* row, F v, std::int64_t n) {
+    if (n == kLanes)
+      store(reinterpret_cast<bf16*>(row), v);
+    else
+      store_some(reinterpret_cast<bf16*>(row), v, n);
+  }
+};
+using BestPairs = Pairs;
+#else
+using BestPairs = Singles;
+#endif
+
+#if defined(__AVX512VNNI__)
+// Of codes that are 128 more than they say, as the instruction takes one side without a sign.
+struct Bytes {
+  using Sum = I;
+  static constexpr std::int64_t kPer = 4, kItem = 1;
+  static I dot(I sum, const char* x, U b) {
+    std::int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, _mm512_set1_epi32(four));
+  }
+  static void put(char* row, F v, std::int64_t n) {
+    const B bytes = narrow((I)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v));
+    std::memcpy(row, &bytes, n);
+  }
+};
+using BestBytes = Bytes;
+#else
+using BestBytes = Singles;
+#endif
+
+// -- codes ---------------------------------------------------------------------------------------------------------------
+
+// Each has the numbers that its words say: the i-th in float32 and, for pairs, the i-th two. And the rule by which it rounds.
+struct Int8 {
+  static constexpr Coding kCoding = Coding::int8_channel;
+  static constexpr std::int64_t kGroup = 0;
+  static constexpr float kTop = 127.0f;
+  static F number_of(U w, int i) { return number((I)((w ^ 0x80808080u) << (24 - 8 * i)) >> 24); }
+  static F rounded(F x) {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+    return (at_least(F{} - 128.0f, at_most(F{} + 127.0f, x)) + kShift) - kShift;
+  }
+};
+
+struct E4m3 {
+  static constexpr Coding kCoding = Coding::fp8_block;
+  static constexpr std::int64_t kGroup = 128;
+  static constexpr float kTop = 448.0f;
+  static F number_of(U w, int i) {
+    const U byte = w >> code_shift(kCoding, i), size = byte & 0x7fu;
+    const U small = (U)(size < 8u), nan = (U)(size == 0x7fu);
+    const U normal = (size << 20) + (120u << 23), below = (U)(number((I)size) * 0x1p-9f);
+    return (F)((small & below) | (~small & normal) | (nan & 0x7fc00000u) | ((byte & 0x80u) << 24));
+  }
+#if defined(__AVX512BF16__)
+  static U pair_of(U w, int i) {
+    const __m512i word = i ? _mm512_srli_epi16((__m512i)w, 8) : (__m512i)w;
+    const __m512i size = _mm512_and_si512(word, _mm512_set1_epi16(0x7f));
+    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(word, _mm512_set1_epi16(0x80)), 8);
+    const __m512i below = _mm512_maskz_broadcast_i32x4(  // 0 to 7 times 2^-9, four times over
+      0xffff, _mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
+    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3c00));
+    const __mmask32 small = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+    const __m512i finite = _mm512_mask_permutexvar_epi16(normal, small, size, below);
+    return (U)_mm512_or_si512(_mm512_mask_mov_epi16(finite, nan, _mm512_set1_epi16(0x7fc0)), sign);
+  }
+#endif
+  static F rounded(F x) {
+    x = at_least(F{} - kTop, at_most(F{} + kTop, x));
+    constexpr float kShift = 24576.0f;  // 1.5 * 2^14, whose neighbours are 2^-9 apart
+    const U u = (U)x, near = (u + 0x7ffffu + ((u >> 20) & 1u)) & 0xfff00000u, below = (U)((x + kShift) - kShift);
+    const U small = (U)(magnitude(x) < 0x1p-6f);
+    return (F)((small & below) | (~small & near));
+  }
+};
+
+template <Coding C, std::int64_t Group>
+struct Int4 {
+  static constexpr Coding kCoding = C;
+  static constexpr std::int64_t kGroup = Group;
+  static constexpr float kTop = 0.0f;  // the other operand stays as it is
+  static F number_of(U w, int i) { return number((I)(w << (28 - code_shift(C, i))) >> 28); }
+#if defined(__AVX512BF16__)
+  static U pair_of(U w, int i) {
+    const __m512i table = _mm512_maskz_broadcast_i64x4(0xff, _mm256_set_epi16(
+      (short)0xbf80, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100,
+      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0));  // 0 to 7 and -8 to -1; of the index 5 bits count
+    return (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
+  }
+#endif
+};
+
+template <class Code, class Kind>
+inline U part(U w, int i) {
+  if constexpr (Kind::kPer == 1)
+    return (U)Code::number_of(w, i);
+  else
+    return Code::pair_of(w, i);
+}
+
+// -- rows ----------------------------------------------------------------------------------------------------------------
+
+template <class X>
+inline F some(const char* x, std::ptrdiff_t step, std::int64_t i, std::int64_t n) {
+  if (step == sizeof(X) && n - i >= kLanes) return load(reinterpret_cast<const X*>(x) + i);
+  X part[kLanes] = {};
+  for (std::int64_t j = 0; j < kLanes && j < n - i; ++j) std::memcpy(part + j, x + (i + j) * step, sizeof(X));
+  return load(part);
+}
+
+// Behind a row's codes its scales, NaN where a number is not finite; of bytes also what the 128 add to each of its products.
+template <class X, class Code, class Kind>
+void ready(const char* x, std::ptrdiff_t step, std::int64_t n, std::int64_t depth, void* row) {
+  char* const to = static_cast<char*>(row);
+  float* scales = reinterpret_cast<float*>(to + row_codes(depth, Kind::kItem));
+  const std::int64_t group = Code::kTop && Code::kGroup ? Code::kGroup : depth;
+  for (std::int64_t begin = 0, end; begin < depth; begin = end) {
+    end = depth - begin < group ? depth : begin + group;
+    F scale = F{} + 1.0f;
+    if constexpr (Code::kTop != 0.0f) {
+      U most = {};
+      for (std::int64_t i = begin; i < end && i < n; i += kLanes) {
+        const U size = (U)magnitude(some<X>(x, step, i, n));
+        most = size > most ? size : most;  // NaN is above all
+      }
+      std::uint32_t highest = 0;
+      for (int i = 0; i < kLanes; ++i) highest = most[i] > highest ? most[i] : highest;
+      float amax;
+      std::memcpy(&amax, &highest, sizeof amax);
+      *scales = highest >= 0x7f800000u ? __builtin_nanf("") : highest ? amax / Code::kTop : 1.0f;
+      scale = F{} + *scales++;
+    }
+    I sum = {};
+    for (std::int64_t i = begin; i < end; i += kLanes) {
+      F v = i < n ? some<X>(x, step, i, n) : F{};
+      if constexpr (Code::kTop != 0.0f) {
+        v = Code::rounded(v / scale);
+        v = v == v ? v : F{};
+      }
+      if constexpr (Kind::kPer == 4) sum += __builtin_convertvector(v, I);
+      Kind::put(to + i * Kind::kItem, v, end - i < kLanes ? end - i : kLanes);
+    }
+    if constexpr (Kind::kPer == 4) {
+      std::int32_t all = 0;
+      for (int i = 0; i < kLanes; ++i) all += sum[i];
+      all *= 128;
+      std::memcpy(scales, &all, sizeof all);
+    }
+  }
+}
+
+// -- products ------------------------------------------------------------------------------------------------------------
+
+// What rows add to sums[rows][kPanel]: `steps` of their words from byte `at` on, times a block. Sums of bytes are whole
+// numbers; all else is scaled, by what a row has at byte `scale`, if that is not 0, and by `columns`.
+struct Block {
+  std::int64_t at, steps;
+  const std::uint32_t* words;
+  std::int64_t scale;
+  const float* columns;
+  bool first;  // there are no sums yet
+
+  float scale_of(const char* row) const {
+    float found = 1.0f;
+    if (scale) std::memcpy(&found, row + scale, sizeof found);
+    return found;
+  }
+  void add(F sums, float of_row, std::int64_t column, float* to) const {
+    store(to, (first ? F{} : load(to)) + sums * (of_row * load(columns + column)));
+  }
+};
+
+template <class Kind, int Rows>
+void tile(const Block& b, const char* const* a, float* out) {
+  using Sum = typename Kind::Sum;
+  constexpr bool kWhole = Kind::kPer == 4;
+  Sum sums[Rows][kVectors];
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j)
+      sums[m][j] = kWhole && !b.first ? load_raw<Sum>(out + m * kPanel + j * kLanes) : Sum{};
+  const std::uint32_t* words = b.words;
+  for (std::int64_t at = b.at, end = b.at + 4 * b.steps; at < end; at += 4, words += kPanel) {
+    U column[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      column[j] = load_raw<U>(words + j * kLanes);
+      if (kWhole) fetch(words + j * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[m][j] = Kind::dot(sums[m][j], a[m] + at, column[j]);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* const to = out + m * kPanel + j * kLanes;
+      if constexpr (kWhole)
+        std::memcpy(to, &sums[m][j], sizeof sums[m][j]);
+      else
+        b.add(sums[m][j], b.scale_of(a[m]), j * kLanes, to);
+    }
+}
+
+template <class Kind>
+using Tile = decltype(&tile<Kind, 1>);
+template <class Kind>
+constexpr Tile<Kind> kTiles[] = {
+  tile<Kind, 1>, tile<Kind, 2>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+  tile<Kind, 3>, tile<Kind, 4>, tile<Kind, 5>, tile<Kind, 6>,
+#endif
+};
+
+// What products of one kind need beside their operands.
+template <class Kind>
+struct Space {};
+
+template <class Kind>
+void products(Space<Kind>&, const Block& b, const char* const* a, std::int64_t count, float* out) {
+  const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    const std::int64_t begin = count * t / tiles, height = count * (t + 1) / tiles - begin;
+    kTiles<Kind>[(height - 1) % kTileRows](b, a + begin, out + begin * kPanel);
+  }
+}
+
+#if defined(__AMX_BF16__)
+constexpr std::int64_t kColumns = 2 * kTile, kRows = 2 * kTile;  // of products in tiles
+
+template <>
+struct Space<Pairs> {
+  Tiles tiles;
+  alignas(64) float sums[kRows * kColumns];
+};
+
+// The same in tiles. Rows lie equally far apart.
+template <>
+void products<Pairs>(Space<Pairs>& space, const Block& b, const char* const* a, std::int64_t count, float* out) {
+  const std::int64_t stride = count > 1 ? a[1] - a[0] : 64, whole = b.steps / kTile * kTile;
+  for (std::int64_t m = 0; m < count; m += kRows)
+    for (std::int64_t c = 0; c < kPanel; c += kColumns) {
+      const std::int64_t rows = count - m < kRows ? count - m : kRows;
+      for (std::int64_t k = 0, end; k < b.steps; k = end) {  // what is left of the depth is a step of its own
+        end = k < whole ? whole : b.steps;
+        const std::int64_t words = k < whole ? kTile : b.steps - whole;
+        space.tiles.shape(rows, kColumns, words);
+        if (k)
+          space.tiles.load(space.sums, kColumns * sizeof(float));
+        else
+          space.tiles.zero();
+        space.tiles.add(a[m] + b.at + 4 * k, stride, b.words + k * kPanel + c, kPanel * 4, (end - k) / words, [] {});
+        space.tiles.store(space.sums, kColumns * sizeof(float));
+      }
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = 0; j < kColumns; j += kLanes)
+          b.add(load(space.sums + i * kColumns + j), b.scale_of(a[m + i]), c + j, out + (m + i) * kPanel + c + j);
+    }
+}
+
+constexpr std::int64_t kStream = 12;  // rows that read a panel as one stream of bytes faster than in tiles
+
+void bytes_in_tiles(const char* const* a, std::int64_t count, const std::uint32_t* words, std::int64_t all, float* sums) {
+  const std::int64_t stride = a[1] - a[0], whole = all / kTile * kTile;
+  TilesOf<true> tiles;
+  for (std::int64_t k = 0, end; k < all; k = end) {
+    const std::int64_t step = k < whole ? kTile : all - whole;
+    end = k == whole ? all : k + kBlock < whole ? k + kBlock : whole;
+    for (std::int64_t c = 0; c < kPanel; c += kColumns)
+      for (std::int64_t m = 0; m < count; m += kRows) {
+        float* const to = sums + m * kPanel + c;
+        tiles.shape(count - m < kRows ? count - m : kRows, kColumns, step);
+        if (k)
+          tiles.load(to, kPanel * 4);
+        else
+          tiles.zero();
+        tiles.add(a[m] + 4 * k, stride, words + k * kPanel + c, kPanel * 4, (end - k) / step, [] {});
+        tiles.store(to, kPanel * 4);
+      }
+  }
+}
+#endif
+
+template <class T, class Code, class Kind>
+void multiply(const void* const* rows, std::int64_t count, const void* panel, std::int64_t, std::int64_t depth, std::int64_t,
+              const void*, float* sums) {
+  constexpr std::int64_t kUnit = kForms[static_cast<int>(Code::kCoding)].unit, kPart = kUnit / Kind::kPer;
+  constexpr std::int64_t kGroup = Code::kGroup ? Code::kGroup : kBlock;
+  static_assert(kGroup <= kBlock, "a block is in L1");
+  const char* const* const a = reinterpret_cast<const char* const*>(rows);
+  const auto* const words = static_cast<const std::uint32_t*>(panel);
+  const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
+  const std::int64_t scales = Code::kTop ? row_codes(depth, Kind::kItem) : 0;
+  Space<Kind> space;
+  alignas(64) std::uint32_t block[kGroup / Kind::kPer * kPanel];
+  for (std::int64_t k = 0, g = 0; k < depth; k += kGroup, ++g) {
+    const std::int64_t units = (depth - k < kGroup ? depth - k : kGroup) / kUnit;
+    const std::uint32_t* from = words + k / kUnit * kPanel;
+    for (std::uint32_t* to = block; to < block + units * kPart * kPanel; to += kPart * kPanel, from += kPanel)
+      for (int j = 0; j < kVectors; ++j) {
+        const U w = load_raw<U>(from + j * kLanes);
+        fetch(from + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kPart; ++i) {
+          const U said = part<Code, Kind>(w, i);
+          std::memcpy(to + i * kPanel + j * kLanes, &said, sizeof said);
+        }
+      }
+    const std::int64_t which = Code::kGroup ? g : 0;
+    const Block now{k * Kind::kItem, units * kPart, block, scales ? scales + 4 * which : 0, columns + which * kPanel, k == 0};
+    products<Kind>(space, now, a, count, sums);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// Whole numbers until the end. A few rows read a panel as one stream, more pass over it in blocks that stay in L1.
+template <class T>
+void multiply_bytes(const void* const* rows, std::int64_t count, const void* panel, std::int64_t, std::int64_t depth,
+                    std::int64_t, const void*, float* sums) {
+  const char* const* const a = reinterpret_cast<const char* const*>(rows);
+  const auto* const words = static_cast<const std::uint32_t*>(panel);
+  const std::int64_t all = depth / 4, block = count <= kTileRows ? all : kBlock, scales = row_codes(depth, 1);
+  Space<Bytes> space;
+  std::int64_t k = 0;
+#if defined(__AMX_INT8__)
+  if (count > kStream) bytes_in_tiles(a, count, words, k = all, sums);
+#endif
+  for (; k < all; k += block)
+    products<Bytes>(space, {4 * k, all - k < block ? all - k : block, words + k * kPanel, 0, nullptr, k == 0}, a, count, sums);
+  const float* const columns = reinterpret_cast<const float*>(words + all * kPanel);
+  for (std::int64_t m = 0; m < count; ++m) {
+    float scale;
+    std::int32_t more;
+    std::memcpy(&scale, a[m] + scales, sizeof scale);
+    std::memcpy(&more, a[m] + scales + sizeof scale, sizeof more);
+    for (int j = 0; j < kVectors; ++j) {
+      float* const to = sums + m * kPanel + j * kLanes;
+      store(to, number((I)(load_raw<U>(to) - static_cast<std::uint32_t>(more))) * (scale * load(columns + j * kLanes)));
+    }
+  }
+}
+#endif
+
+template <class T, class Code, class Kind>
+constexpr CodedLoops<T> loops_of() {
+  return {Kind::kItem, ready<T, Code, Kind>, ready<float, Code, Kind>, multiply<T, Code, Kind>};
+}
+
+template <class T>
+constexpr Coded<T> loops() {
+  using Kept = typename std::conditional<std::is_same<T, bf16>::value, BestPairs, Singles>::type;
+  return {{
+#if defined(__AVX512VNNI__)
+    {1, ready<T, Int8, Bytes>, ready<float, Int8, Bytes>, multiply_bytes<T>},
+#else
+    loops_of<T, Int8, Singles>(),
+#endif
+    loops_of<T, E4m3, BestPairs>(), loops_of<T, Int4<Coding::int4_g128, 128>, Kept>(),
+    loops_of<T, Int4<Coding::int4_g32, 32>, Kept>()}};
+}
+
+}  // namespace
+
+PORTHAL_LOOPS(PerFloat<Coded>, coded_loops) = {loops<float>(), loops<bf16>(), loops<fp16>()};
+
+}  // namespace porthal

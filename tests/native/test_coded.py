@@ -1,0 +1,150 @@
+"""Products with codes under a scheme, in every instruction set that this CPU runs."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+try:
+    from porthal.backends.cpu import _native as native
+except ImportError as error:
+    pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
+
+from porthal.hal import scheme_of
+
+pytestmark = pytest.mark.usefixtures("isa")
+F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+SCHEMES = pytest.mark.parametrize("scheme", ["int8_channel", "fp8_block", "int4_g128", "int4_g32"])
+DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+CODE_BYTES = {"int8_channel": 1, "fp8_block": 1, "int4_g128": 0.5, "int4_g32": 0.5}
+
+
+def parts_of(scheme, w):
+    return scheme_of(scheme).quantised(w.astype(np.float64))
+
+
+def packed(scheme, w, dtype, gated=False):
+    matrices = w.reshape(-1, *w.shape[-2:])
+    made = native.Packed(*matrices.shape, dtype, gated, scheme)
+    for e, matrix in enumerate(matrices):
+        made.set_codes(e, **parts_of(scheme, matrix))
+    return made
+
+
+def linear(x, w, rows):
+    y = np.full((len(x), rows), 7, F32)
+    native.linear(x, w, y)
+    return y
+
+
+def whole(scheme, rng, *shape):
+    """Weights that the scheme says exactly, with scales that are powers of two; and the largest of a block among them."""
+    top = {"int8_channel": 127, "fp8_block": 448, "int4_g128": 7, "int4_g32": 7}[scheme]
+    w = rng.integers(-7, 8, shape).astype(np.float64)
+    w[..., ::2, ::32] = top * rng.choice([-1, 1], w[..., ::2, ::32].shape)
+    w[..., 1::2, ::32] = -top
+    return w / 8
+
+
+@SCHEMES
+@DTYPES
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [(1, 1, 1), (0, 8, 8), (3, 7, 33), (6, 257, 64), (7, 96, 130), (13, 300, 65), (33, 576, 96), (40, 515, 129), (70, 131, 34)],
+)
+def test_exact_products(scheme, dtype, rows, depth, columns):
+    """Where every sum is a whole number below 2**24 times a power of two nothing is rounded: the value is known."""
+    rng = np.random.default_rng(rows + depth)
+    x, w = rng.integers(-3, 4, (rows, depth)).astype(np.float64), whole(scheme, rng, columns, depth)
+    x[:, ::32] = 127 if scheme == "int8_channel" else 7  # so that the scales of rows are powers of two, or x stays exact
+    if scheme == "fp8_block":
+        x[:, ::32] = 448 / 64
+    y = linear(x.astype(dtype), packed(scheme, w, dtype), columns)
+    assert np.array_equal(y, (x @ w.T).astype(F32))
+
+
+@SCHEMES
+def test_a_row_has_the_same_bits_whatever_is_beside_it(scheme, threads):
+    rng = np.random.default_rng(3)
+    x, w = rng.standard_normal((230, 600)).astype(BF16), packed(scheme, rng.standard_normal((200, 600)), BF16)
+    threads(1)
+    all_rows = linear(x, w, 200)
+    for n in (1, 2, 5, 12, 13, 20, 40):
+        assert linear(x[7 : 7 + n], w, 200).tobytes() == all_rows[7 : 7 + n].tobytes()
+    threads(2)
+    assert linear(x, w, 200).tobytes() == all_rows.tobytes()
+    x[3, 1], x[4, 2] = np.nan, np.inf
+    beside = linear(x, w, 200)
+    assert not np.isfinite(beside[3:5]).any()
+    assert np.delete(beside, [3, 4], 0).tobytes() == np.delete(all_rows, [3, 4], 0).tobytes()
+
+
+@SCHEMES
+@DTYPES
+def test_parts_come_back_bit_for_bit_and_take_little_more_than_they_must(scheme, dtype):
+    """No dequantised copy: codes and scales take at most 1.05 times their own bytes, whatever the dtype beside them."""
+    rng = np.random.default_rng(4)
+    for gated, shape in ((False, (576, 1024)), (True, (640, 1152))):
+        parts = parts_of(scheme, rng.standard_normal(shape))
+        made = native.Packed(1, *shape, dtype, gated, scheme)
+        made.set_codes(0, **parts)
+        back = {name: np.zeros_like(part) for name, part in parts.items()}
+        made.get_codes(0, **back)
+        assert all(back[name].tobytes() == parts[name].tobytes() for name in parts)
+        assert made.nbytes <= 1.05 * (parts["codes"].size * CODE_BYTES[scheme] + parts["scale"].nbytes)
+    odd = parts_of(scheme, rng.standard_normal((130, 131)))
+    made = native.Packed(1, 130, 131, dtype, True, scheme)
+    made.set_codes(0, **{name: np.asfortranarray(part) for name, part in odd.items()})
+    back = {name: np.zeros_like(part) for name, part in odd.items()}
+    made.get_codes(0, **back)
+    assert all(back[name].tobytes() == odd[name].tobytes() for name in odd)
+
+
+def test_every_code_of_e4m3():
+    """Alone in a row of zeros each code is multiplied with 1: 256 numbers, of which two are NaN."""
+    codes = np.zeros((256, 256), np.uint8)
+    np.fill_diagonal(codes, np.arange(256))
+    made = native.Packed(1, 256, 256, F32, False, "fp8_block")
+    made.set_codes(0, codes, np.ones((2, 2), F32))
+    y = linear(np.full((1, 256), 448, F32), made, 256)[0] / 448
+    said = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(F32)
+    np.testing.assert_array_equal(y, said)
+
+
+@SCHEMES
+def test_experts_as_their_parts(scheme):
+    """The fused call gives what the two products and the gate between them give, but for one rounding in between."""
+    rng = np.random.default_rng(5)
+    x, ids = rng.standard_normal((37, 160)).astype(F32), rng.integers(-1, 4, (37, 2)).astype(np.int32)
+    mix, w13, w2 = rng.random((37, 2), F32), rng.standard_normal((4, 2 * 75, 160)), rng.standard_normal((4, 160, 75))
+    up, down, y = packed(scheme, w13, F32, True), packed(scheme, w2, F32), np.empty_like(x)
+    native.moe_experts(x, ids, mix, up, down, 0, False, y)
+    expected = np.zeros_like(x)
+    for e in range(4):
+        h = linear(x, packed(scheme, w13[e], F32), 150)
+        with np.errstate(over="ignore"):
+            gated = h[:, :75] / (1 + np.exp(-h[:, :75])) * h[:, 75:]
+        out = linear(gated, packed(scheme, w2[e], F32), 160)
+        for t, j in np.argwhere(ids == e):
+            expected[t] += mix[t, j] * out[t]
+    off = np.abs(y - expected)
+    assert (off <= 1e-5 * np.abs(expected).max()).mean() > 0.9  # where a code of what is hidden does not lie on a boundary
+    assert off.max() <= 0.02 * np.abs(expected).max()
+
+
+def test_bad_codes_are_refused_in_a_sentence():
+    made, plain = native.Packed(1, 5, 3, F32, False, "int8_channel"), native.Packed(1, 5, 3, F32)
+    codes, scale, w = np.zeros((5, 3), np.int8), np.ones((5, 1), F32), np.zeros((5, 3), F32)
+    for call, words in [
+        (lambda: made.set_codes(0, codes.view(np.uint8), scale), "codes has dtype uint8, expected native int8"),
+        (lambda: made.set_codes(0, codes[:4], scale), r"codes has shape \[4, 3\], expected \[5, 3\]"),
+        (lambda: made.set_codes(0, codes, scale.T), r"scale has shape \[1, 5\], expected \[5, 1\]"),
+        (lambda: made.set_codes(0, codes, scale.astype(F16)), "scale has dtype float16"),
+        (lambda: made.set(0, w), "packed under a scheme: set their codes"),
+        (lambda: made.get(0, w), "packed under a scheme: get their codes"),
+        (lambda: plain.set_codes(0, codes, scale), "packed without a scheme: they have no codes"),
+        (lambda: native.Packed(1, 5, 3, F32, False, "nvfp4"), "scheme is 'nvfp4', expected one that this module packs"),
+        (lambda: native.Packed(1, 1, 1 << 17, F32, False, "int8_channel"), "columns is 131072, expected at most 131071"),
+        (lambda: linear(np.ones((2, 3), BF16), made, 5), "x has dtype bfloat16, expected native float32"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
