@@ -17,13 +17,13 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 2;
 #endif
 #if defined(__AMX_BF16__)
-constexpr bool kPagesEndStreams = true;  // as in panel.cpp
+constexpr bool kHasTiles = true;  // and streams that end with a page, as in panel.cpp
 #else
-constexpr bool kPagesEndStreams = false;
+constexpr bool kHasTiles = false;
 #endif
 
 inline void fetch(const void* p) {
-  if (kPagesEndStreams) __builtin_prefetch(static_cast<const char*>(p) + 4096, 0, 2);
+  if (kHasTiles) __builtin_prefetch(static_cast<const char*>(p) + 4096, 0, 2);
 }
 
 typedef std::int8_t B __attribute__((vector_size(kLanes)));
@@ -122,17 +122,24 @@ struct E4m3 {
     return (F)((small & below) | (~small & normal) | (nan & 0x7fc00000u) | ((byte & 0x80u) << 24));
   }
 #if defined(__AVX512BF16__)
-  static U pair_of(U w, int i) {
-    const __m512i word = i ? _mm512_srli_epi16((__m512i)w, 8) : (__m512i)w;
-    const __m512i size = _mm512_and_si512(word, _mm512_set1_epi16(0x7f));
-    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(word, _mm512_set1_epi16(0x80)), 8);
+  static void pairs_of(U w, U (&said)[2]) {
+    const __m512i words[] = {_mm512_slli_epi16((__m512i)w, 8), (__m512i)w};
+    const __m512i sizes = _mm512_and_si512(words[1], _mm512_set1_epi8(0x7f));
+    const __mmask64 usual = _mm512_cmplt_epu8_mask(_mm512_sub_epi8(sizes, _mm512_set1_epi8(8)), _mm512_set1_epi8(0x77));
+    for (int i = 0; i < 2; ++i)  // sign and size as they are, the exponent with another bias
+      said[i] = (U)_mm512_add_epi16(_mm512_and_si512(_mm512_srai_epi16(words[i], 4), _mm512_set1_epi16((short)0x87f0)),
+                                    _mm512_set1_epi16(0x3c00));
+    if (__builtin_expect(~usual == 0, 1)) return;
     const __m512i below = _mm512_maskz_broadcast_i32x4(  // 0 to 7 times 2^-9, four times over
       0xffff, _mm_set_epi16(0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0));
-    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3c00));
-    const __mmask32 small = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
-    const __m512i finite = _mm512_mask_permutexvar_epi16(normal, small, size, below);
-    return (U)_mm512_or_si512(_mm512_mask_mov_epi16(finite, nan, _mm512_set1_epi16(0x7fc0)), sign);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i size = _mm512_and_si512(_mm512_srli_epi16(words[i], 8), _mm512_set1_epi16(0x7f));
+      const __m512i sign = _mm512_and_si512(words[i], _mm512_set1_epi16((short)0x8000));
+      const __mmask32 small = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+      const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+      const __m512i low = _mm512_or_si512(_mm512_permutexvar_epi16(size, below), sign);
+      said[i] = (U)_mm512_mask_mov_epi16(_mm512_mask_mov_epi16((__m512i)said[i], small, low), nan, _mm512_set1_epi16(0x7fc0));
+    }
   }
 #endif
   static F rounded(F x) {
@@ -151,21 +158,30 @@ struct Int4 {
   static constexpr float kTop = 0.0f;  // the other operand stays as it is
   static F number_of(U w, int i) { return number((I)(w << (28 - code_shift(C, i))) >> 28); }
 #if defined(__AVX512BF16__)
-  static U pair_of(U w, int i) {
+  static void pairs_of(U w, U (&said)[4]) {
     const __m512i table = _mm512_maskz_broadcast_i64x4(0xff, _mm256_set_epi16(
       (short)0xbf80, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100,
       0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0));  // 0 to 7 and -8 to -1; of the index 5 bits count
-    return (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
+    for (int i = 0; i < 4; ++i) said[i] = (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
   }
 #endif
 };
 
+// Words of a panel as words of a block.
 template <class Code, class Kind>
-inline U part(U w, int i) {
-  if constexpr (Kind::kPer == 1)
-    return (U)Code::number_of(w, i);
-  else
-    return Code::pair_of(w, i);
+inline void decode(const std::uint32_t* from, std::int64_t units, std::uint32_t* to) {
+  constexpr int kPart = kForms[static_cast<int>(Code::kCoding)].unit / Kind::kPer;
+  for (; units; --units, from += kPanel, to += kPart * kPanel)
+    for (int j = 0; j < kVectors; ++j) {
+      const U w = load_raw<U>(from + j * kLanes);
+      fetch(from + j * kLanes);
+      U said[kPart];
+      if constexpr (Kind::kPer == 1)
+        for (int i = 0; i < kPart; ++i) said[i] = (U)Code::number_of(w, i);
+      else
+        Code::pairs_of(w, said);
+      for (int i = 0; i < kPart; ++i) std::memcpy(to + i * kPanel + j * kLanes, &said[i], sizeof said[i]);
+    }
 }
 
 // -- rows ----------------------------------------------------------------------------------------------------------------
@@ -201,14 +217,15 @@ void ready(const char* x, std::ptrdiff_t step, std::int64_t n, std::int64_t dept
       scale = F{} + *scales++;
     }
     I sum = {};
-    for (std::int64_t i = begin; i < end; i += kLanes) {
+    const std::int64_t behind = end < depth ? end : row_codes(depth, Kind::kItem) / Kind::kItem;  // zeros, up to a cache line
+    for (std::int64_t i = begin; i < behind; i += kLanes) {
       F v = i < n ? some<X>(x, step, i, n) : F{};
       if constexpr (Code::kTop != 0.0f) {
         v = Code::rounded(v / scale);
         v = v == v ? v : F{};
       }
       if constexpr (Kind::kPer == 4) sum += __builtin_convertvector(v, I);
-      Kind::put(to + i * Kind::kItem, v, end - i < kLanes ? end - i : kLanes);
+      Kind::put(to + i * Kind::kItem, v, behind - i < kLanes ? behind - i : kLanes);
     }
     if constexpr (Kind::kPer == 4) {
       std::int32_t all = 0;
@@ -284,6 +301,10 @@ constexpr Tile<Kind> kTiles[] = {
 #endif
 };
 
+// Whether a block is read in whole steps of tiles.
+template <class Kind>
+constexpr bool kTiled = kHasTiles && Kind::kPer == 2;
+
 // What products of one kind need beside their operands.
 template <class Kind>
 struct Space {};
@@ -309,25 +330,45 @@ struct Space<Pairs> {
 // The same in tiles. Rows lie equally far apart.
 template <>
 void products<Pairs>(Space<Pairs>& space, const Block& b, const char* const* a, std::int64_t count, float* out) {
-  const std::int64_t stride = count > 1 ? a[1] - a[0] : 64, whole = b.steps / kTile * kTile;
+  const std::int64_t stride = count > 1 ? a[1] - a[0] : 64;
   for (std::int64_t m = 0; m < count; m += kRows)
     for (std::int64_t c = 0; c < kPanel; c += kColumns) {
       const std::int64_t rows = count - m < kRows ? count - m : kRows;
-      for (std::int64_t k = 0, end; k < b.steps; k = end) {  // what is left of the depth is a step of its own
-        end = k < whole ? whole : b.steps;
-        const std::int64_t words = k < whole ? kTile : b.steps - whole;
-        space.tiles.shape(rows, kColumns, words);
-        if (k)
-          space.tiles.load(space.sums, kColumns * sizeof(float));
-        else
-          space.tiles.zero();
-        space.tiles.add(a[m] + b.at + 4 * k, stride, b.words + k * kPanel + c, kPanel * 4, (end - k) / words, [] {});
-        space.tiles.store(space.sums, kColumns * sizeof(float));
-      }
+      space.tiles.shape(rows, kColumns, kTile);
+      space.tiles.zero();
+      space.tiles.add(a[m] + b.at, stride, b.words + c, kPanel * 4, b.steps / kTile, [] {});
+      space.tiles.store(space.sums, kColumns * sizeof(float));
       for (std::int64_t i = 0; i < rows; ++i)
         for (std::int64_t j = 0; j < kColumns; j += kLanes)
           b.add(load(space.sums + i * kColumns + j), b.scale_of(a[m + i]), c + j, out + (m + i) * kPanel + c + j);
     }
+}
+
+// Of a few rows each step is multiplied as soon as it is decoded, which hides how long a tile's sums take.
+template <class Code>
+void few_in_tiles(const char* const* a, std::int64_t count, const std::uint32_t* words, std::int64_t depth, float* sums) {
+  constexpr std::int64_t kUnit = kForms[static_cast<int>(Code::kCoding)].unit, kStep = 2 * kTile;
+  const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
+  const std::int64_t stride = count > 1 ? a[1] - a[0] : 64, scales = Code::kTop ? row_codes(depth, Pairs::kItem) : 0;
+  const FewRows tiles(count);
+  alignas(64) std::uint32_t steps[2][kTile * kPanel];
+  alignas(64) float found[kTile * kPanel];
+  std::int64_t turn = 0;
+  for (std::int64_t k = 0, g = 0; k < depth; k += Code::kGroup, ++g) {
+    const std::int64_t end = depth - k < Code::kGroup ? depth : k + Code::kGroup;
+    tiles.zero();
+    for (std::int64_t at = k; at < end; at += kStep, turn = 1 - turn) {
+      const std::int64_t units = (end - at < kStep ? end - at : kStep) / kUnit;
+      decode<Code, Pairs>(words + at / kUnit * kPanel, units, steps[turn]);
+      if (units < kStep / kUnit) std::memset(steps[turn] + units * kUnit / 2 * kPanel, 0, (kStep - units * kUnit) * kPanel * 2);
+      tiles.add(a[0] + at * Pairs::kItem, stride, steps[turn]);
+    }
+    tiles.store(found);
+    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, columns + g * kPanel, k == 0};
+    for (std::int64_t i = 0; i < count; ++i)
+      for (int j = 0; j < kPanel; j += kLanes)
+        now.add(load(found + i * kPanel + j), now.scale_of(a[i]), j, sums + i * kPanel + j);
+  }
 }
 
 constexpr std::int64_t kStream = 12;  // rows that read a panel as one stream of bytes faster than in tiles
@@ -363,23 +404,19 @@ void multiply(const void* const* rows, std::int64_t count, const void* panel, st
   const auto* const words = static_cast<const std::uint32_t*>(panel);
   const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
   const std::int64_t scales = Code::kTop ? row_codes(depth, Kind::kItem) : 0;
+#if defined(__AMX_BF16__)
+  if constexpr (Kind::kPer == 2)
+    if (count <= kTile) return few_in_tiles<Code>(a, count, words, depth, sums);
+#endif
   Space<Kind> space;
   alignas(64) std::uint32_t block[kGroup / Kind::kPer * kPanel];
   for (std::int64_t k = 0, g = 0; k < depth; k += kGroup, ++g) {
     const std::int64_t units = (depth - k < kGroup ? depth - k : kGroup) / kUnit;
-    const std::uint32_t* from = words + k / kUnit * kPanel;
-    for (std::uint32_t* to = block; to < block + units * kPart * kPanel; to += kPart * kPanel, from += kPanel)
-      for (int j = 0; j < kVectors; ++j) {
-        const U w = load_raw<U>(from + j * kLanes);
-        fetch(from + j * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kPart; ++i) {
-          const U said = part<Code, Kind>(w, i);
-          std::memcpy(to + i * kPanel + j * kLanes, &said, sizeof said);
-        }
-      }
+    decode<Code, Kind>(words + k / kUnit * kPanel, units, block);
+    std::int64_t steps = units * kPart;
+    for (; kTiled<Kind> && steps % 16; ++steps) std::memset(block + steps * kPanel, 0, kPanel * 4);
     const std::int64_t which = Code::kGroup ? g : 0;
-    const Block now{k * Kind::kItem, units * kPart, block, scales ? scales + 4 * which : 0, columns + which * kPanel, k == 0};
+    const Block now{k * Kind::kItem, steps, block, scales ? scales + 4 * which : 0, columns + which * kPanel, k == 0};
     products<Kind>(space, now, a, count, sums);
   }
 }

@@ -115,6 +115,52 @@ class TilesOf {
 };
 using Tiles = TilesOf<false>;
 
+// Up to 16 rows of bf16 times 64 columns, in steps of 32 of depth: registers 0 to 3 += 4 . 5 6 7 5.
+class FewRows {
+ public:
+  explicit FewRows(std::int64_t rows) {
+    const auto height = static_cast<std::uint8_t>(rows);
+    struct Layout {
+      std::uint8_t palette, start, reserved[14];
+      std::uint16_t bytes[8], none[8];
+      std::uint8_t rows[8], also_none[8];
+    };
+    const Layout layout{
+      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {}, {height, height, height, height, height, 16, 16, 16}, {}};
+    asm volatile("ldtilecfg %0" : : "m"(layout));
+  }
+  FewRows(const FewRows&) = delete;
+  ~FewRows() { _tile_release(); }
+
+  void zero() const {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  // Pairs lie 256 bytes apart.
+  void add(const void* rows, std::int64_t stride, const void* pairs) const {
+    const char* const b = static_cast<const char*>(pairs);
+    asm volatile("" : : : "memory");
+    _tile_loadd(4, rows, stride);
+    _tile_loadd(5, b, 256);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b + 64, 256);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(7, b + 128, 256);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, b + 192, 256);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  void store(float* sums) const {  // [rows][64]
+    _tile_stored(0, sums, 256);
+    _tile_stored(1, sums + 16, 256);
+    _tile_stored(2, sums + 32, 256);
+    _tile_stored(3, sums + 48, 256);
+    asm volatile("" : : : "memory");
+  }
+};
+
 }  // namespace
 }  // namespace porthal
 #endif
