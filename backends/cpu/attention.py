@@ -8,10 +8,20 @@ import numpy as np
 
 from porthal.backends.cpu import _native
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Backend, Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, limits, numpy_dtype
+from porthal.hal import Backend, Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec, limits, numpy_dtype, one_of
+from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 LINE = 64  # bytes of a cache line
+LATENTS = "int8_latents", "int8_tile_latents", "fp8_latents"
+
+
+def coded(pages: Pages) -> tuple[Array | None, int]:
+    """Of a cache under a scheme the scales, and how many codes share one, 0: all of a row; else nothing."""
+    if not pages.spec.quantised:
+        return None, 0
+    field, scheme = pages.spec.quantised
+    return pages[f"{field}_scale"], scheme.block[1]
 
 
 class Attention(Reference):
@@ -20,7 +30,7 @@ class Attention(Reference):
     native = _native
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        if spec.quantised:  # of codes and scales the reference has the kernels
+        if spec.quantised:  # codes and scales apart
             return super().alloc_pages(spec)
         dtype, width = numpy_dtype(spec.dtype), sum(width for _, width in spec.fields)
         memory = np.zeros(spec.slots * width * dtype.itemsize + LINE, np.uint8)
@@ -34,13 +44,14 @@ class Attention(Reference):
             return super().from_logical(spec, arrays, into)
         return Backend.from_logical(self, spec, arrays, into or self.alloc_pages(spec))
 
-    @limits(provider="C++", batch_invariant=True)
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, *LATENTS))
     def sparse_mla(
         self, q_latent: Array, q_rope: Array, kv: Pages, sel: Selection, batch: Batch, *, scale: float
     ) -> Array:
         o = self.empty(q_latent.shape, q_latent.dtype.name)
+        (c, _), (kp, _) = kv.spec.fields
         self.native.sparse_mla(
-            q_latent, q_rope, *kv.leaves(), *sel.native, batch.cu_q, batch.block_table, batch.block_size, scale, o
+            q_latent, q_rope, kv[c], *coded(kv), kv[kp], *sel.native, batch.cu_q, batch.block_table, batch.block_size, scale, o
         )
         return o
 

@@ -12,12 +12,13 @@ from porthal.backends.cpu.composites import Composites
 from porthal.backends.cpu.copies import Copies
 from porthal.backends.cpu.elementwise import Elementwise
 from porthal.backends.cpu.peaks import peaks
+from porthal.backends.cpu.quantising import Quantising
 from porthal.backends.cpu.routing import Routing
 from porthal.backends.cpu.tokens import Tokens
 from porthal.hal import Peak, Traits, UsageError
 
 
-class Cpu(Attention, Collectives, Copies, Elementwise, Composites, Routing, Tokens):
+class Cpu(Attention, Collectives, Copies, Elementwise, Composites, Quantising, Routing, Tokens):
     """Native kernels; what is not packed lies as in the reference."""
 
     def __init__(self, device: str = "") -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from porthal.backends.cpu.attention import LATENTS, coded
 from porthal.backends.reference.backend import Reference
-from porthal.hal import Batch, Pages, Rows, Selection, SelectionSpec, Weight, dtype, limits
+from porthal.hal import Batch, Pages, Rows, Selection, SelectionSpec, Weight, dtype, limits, one_of
+from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 ROWS = limits(provider="C++", batch_invariant=True)
@@ -62,10 +64,15 @@ class Copies(Reference):
         self.native.select_rows(indices, length, rows, out, out_length)
         return Selection(SelectionSpec(rows.shape[0], sel.spec.k), Rows(out, out_length))
 
-    @ROWS
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys", "fp8_keys", *LATENTS))
     def kv_write(self, pages: Pages, batch: Batch, first: Array, second: Array | None = None) -> Pages:
+        scale, group = coded(pages)
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
-            self.native.kv_write(pages.native[name], batch.slots, rows)
+            if scale is None:
+                self.native.kv_write(pages.native[name], batch.slots, rows)
+            else:
+                self.native.kv_write_codes(pages.native[name], scale, batch.slots, rows, group)
+            scale = None  # only the first field is codes
         return pages
 
     @WHOLE

@@ -81,13 +81,14 @@ def library(
 
 def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
     """Whether a source has loops, or, compiled without an instruction set, something else."""
-    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit != "panel.cpp"
+    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit not in ("coded.cpp", "panel.cpp")
 
 
 def _needed(texts: dict[str, str], op: str) -> list[str]:
     """The sources that the module of one operator is linked of: its own, and those whose headers they include."""
     found: list[str] = []
-    own = [unit for unit, text in texts.items() if unit.endswith(".cpp") and f"PORTHAL_OP({op}," in text]
+    names = [f"PORTHAL_OP({name}," for name in (op, f"{op}_codes")]  # the latter under a scheme
+    own = [unit for unit, text in texts.items() if unit.endswith(".cpp") and any(name in text for name in names)]
     left = ["module.cpp", "limits.cpp", "meeting.cpp", "panel.cpp", *own]
     while left:
         unit = left.pop()

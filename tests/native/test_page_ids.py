@@ -24,7 +24,7 @@ def test_a_page_behind_the_last_is_refused():
     for call in (
         lambda: native.indexer_scores(ones, weights, keys, visible, cu_q, table, size, 1.0, y),
         lambda: native.indexer_topk(ones, weights, keys, visible, cu_q, table, size, 1.0, 3, best),
-        lambda: native.sparse_mla(ones, ones, keys, keys, picks, visible, cu_q, table, size, 1.0, ones.copy()),
+        lambda: native.sparse_mla(ones, ones, keys, None, 0, keys, picks, visible, cu_q, table, size, 1.0, ones.copy()),
     ):
         call()
         table[0, 1] = 2

@@ -66,7 +66,7 @@ def test_products_read_subnormals_as_zero_where_it_is_stated_and_nowhere_else(mo
     native.linear(tiny[0], packed, y)
     native.indexer_scores(tiny, np.ones((1, 2), np.float32), large, np.array([4], i32), *requests, 1.0, scores)
     chosen = np.arange(4, dtype=i32)[None], np.array([4], i32)
-    native.sparse_mla(rows, rows[..., :2], np.repeat(tiny[0], 2, 0), large[:4, :2], *chosen, *requests, 1.0, o)
+    native.sparse_mla(rows, rows[..., :2], np.repeat(tiny[0], 2, 0), None, 0, large[:4, :2], *chosen, *requests, 1.0, o)
     kept = not (cpu.traits.flushes_denormals and dtype == "bfloat16")
     for result, factor in ((y, 32 * 2.0**10), (scores, 64 * 2.0**10), (o, 1)):
         assert (result.astype(np.float64) == kept * factor * size).all()

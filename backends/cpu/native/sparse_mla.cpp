@@ -386,11 +386,12 @@ PORTHAL_LOOPS(FloatsAndPairs<MlaLoops>, sparse_mla_loops) = {
 namespace porthal {
 namespace {
 
-void sparse_mla(const Array& q_latent, const Array& q_rope, const Array& c, const Array& kp, const Array& indices,
-                const Array& length, const Array& cu_q, const Array& block_table, std::int64_t block_size, double scale,
-                const Array& o) {
+void sparse_mla(const Array& q_latent, const Array& q_rope, const Array& c, const Array* c_scale, std::int64_t group,
+                const Array& kp, const Array& indices, const Array& length, const Array& cu_q, const Array& block_table,
+                std::int64_t block_size, double scale, const Array& o) {
   q_latent.is_float();
-  for (const Array* a : {&q_rope, &c, &kp, &o}) a->has(q_latent.kind);
+  for (const Array* a : {&q_rope, &kp, &o}) a->has(q_latent.kind);
+  const std::int64_t size = c_scale ? group_of(c, *c_scale, group) : (c.has(q_latent.kind), 0);
   indices.has(Kind::i32);
   length.has(Kind::i32);
   q_latent.is_shape({kAny, kAny, kAny});
@@ -406,19 +407,22 @@ void sparse_mla(const Array& q_latent, const Array& q_rope, const Array& c, cons
   if (heads == 0 || width == 0) return;
   with_float(q_latent.kind, [&](auto tag) {
     using T = decltype(tag);
-    if (!c_rows.packed<T>() || !kp_rows.packed<T>()) refuse("kv", "has fields with gaps inside a row", "rows of unit stride");
+    const bool dense = c_scale ? c_rows.packed<char>() && c_scale->matrix().packed<float>() : c_rows.packed<T>();
+    if (!dense || !kp_rows.packed<T>()) refuse("kv", "has fields with gaps inside a row", "rows of unit stride");
+    const RowCodes<T>* const codes = c_scale ? &row_codes<T>(c.kind) : nullptr;
     const MlaDims dims{heads, width, kp_rows.columns, static_cast<float>(scale)};
-    Mla<T>{q_latent, q_rope, c_rows, kp_rows, chosen, valid, requests, dims, static_cast<T*>(out)}.run(rows);
+    Mla<T>{q_latent, q_rope, c_rows, kp_rows, chosen, valid, c_scale ? c_scale->matrix() : Matrix{}, size, codes, requests,
+           dims, static_cast<T*>(out)}.run(rows);
   });
 }
 
 }  // namespace
 
-PORTHAL_OP(sparse_mla, "q_latent q_rope c kp indices length cu_q block_table block_size scale o",
+PORTHAL_OP(sparse_mla, "q_latent q_rope c c_scale group kp indices length cu_q block_table block_size scale o",
            "o[t, n] = sum_s softmax_s(scale * (q_latent[t, n] . c[s] + q_rope[t, n] . kp[s])) c[s] over the cache slots s of\n"
            "the positions indices[t, :length[t]] of row t's request; nothing selected gives 0. q_latent [T, N, C] and q_rope\n"
            "[T, N, R] of any strides, c [slots, C] and kp [slots, R] with unit stride inside a row, all of one dtype; o\n"
-           "contiguous. Sums in float32; in bfloat16 weights are rounded, and subnormal products may count as 0. A row of o\n"
+           "contiguous. With c_scale c is codes, as quantize gives them, and what they say is rounded to that dtype. Sums in float32; in bfloat16 weights are rounded, and subnormal products may count as 0. A row of o\n"
            "depends on its own inputs only, bit by bit, with any number of threads.")
 
 }  // namespace porthal

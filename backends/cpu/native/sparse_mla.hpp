@@ -15,6 +15,7 @@ struct MlaKeys {
   static constexpr std::int64_t kMost = 144;
   const T *c[kMost], *kp[kMost];
   std::int64_t count;
+  T* decoded;  // room for as many latents of a cache under a scheme
 };
 
 template <class T>
@@ -38,6 +39,7 @@ struct MlaLoops {
 #include <algorithm>
 #include <vector>
 
+#include "coded_rows.hpp"
 #include "packed.hpp"
 #include "requests.hpp"
 #include "threads.hpp"
@@ -53,7 +55,9 @@ constexpr std::int64_t kSplitFloats = 1 << 24;  // that their sums may take
 template <class T>
 struct Mla {
   const Array &q_latent, &q_rope;
-  const Matrix c, kp, indices, length;
+  const Matrix c, kp, indices, length, scales;  // of latents under a scheme, which are codes
+  const std::int64_t group;
+  const RowCodes<T>* const codes;  // null without one
   const Requests& requests;
   const MlaDims dims;
   T* const o;
@@ -71,9 +75,18 @@ struct Mla {
     to.count = std::min(keys(t) - begin, size);
     for (std::int64_t k = 0; k < to.count; ++k) {
       const std::int64_t slot = requests.slot(request, indices.at<std::int32_t>(t, begin + k));
-      to.c[k] = c.row<T>(slot);
+      to.c[k] = codes ? to.decoded + k * dims.c : c.row<T>(slot);
+      if (codes) codes->decode(c.row<char>(slot), scales.row<float>(slot), dims.c, group, to.decoded + k * dims.c);
       to.kp[k] = kp.row<T>(slot);
     }
+  }
+
+  // Two blocks of a thread: the one that is added, and the next.
+  MlaKeys<T>* keys_of_thread() const {
+    thread_local MlaKeys<T> keys[2];
+    thread_local Scratch<T> decoded[2];
+    for (int i = 0; codes && i < 2; ++i) keys[i].decoded = decoded[i].at_least(MlaKeys<T>::kMost * dims.c);
+    return keys;
   }
 
   void queries(std::int64_t t, float* space) const {
@@ -86,7 +99,7 @@ struct Mla {
 
   void rows(std::int64_t begin, std::int64_t end) const {
     thread_local Scratch<float> memory;
-    thread_local MlaKeys<T> keys[2];
+    MlaKeys<T>* const keys = keys_of_thread();
     float* const space = memory.at_least(loops.space(dims) + loops.state(dims));
     float* const state = space + loops.space(dims);
     int now = 0;
@@ -127,7 +140,7 @@ struct Mla {
     const auto first = [&](std::int64_t t) { return std::lower_bound(row.begin(), row.end(), t) - row.begin(); };
     parallel_for(all, ceil_div(all, 2 * num_threads()), [&](std::int64_t begin, std::int64_t end) {
       thread_local Scratch<float> memory;
-      thread_local MlaKeys<T> keys[2];
+      MlaKeys<T>* const keys = keys_of_thread();
       float* const space = memory.at_least(loops.space(dims));
       block(row[begin], begin - first(row[begin]), keys[begin % 2]);
       for (std::int64_t i = begin; i < end; ++i) {
