@@ -55,11 +55,11 @@ class Attention(Reference):
         )
         return o
 
-    @limits(provider="C++", batch_invariant=True)
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys"))
     def indexer_scores(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
-        scores = self.empty((batch.T, batch.max_kv), "float32")
+        scores, ((field, _),) = self.empty((batch.T, batch.max_kv), "float32"), keys.spec.fields
         self.native.indexer_scores(
-            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, scores
+            iq, w, keys[field], coded(keys)[0], batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, scores
         )
         return scores
 
@@ -69,12 +69,13 @@ class Attention(Reference):
         self.native.topk(scores, batch.visible, k, indices)
         return self._selection(indices, batch)
 
-    @limits(provider="C++", batch_invariant=True)
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys"))
     def indexer_topk(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
-        indices = self.empty((batch.T, k), "int32")
+        indices, ((field, _),) = self.empty((batch.T, k), "int32"), keys.spec.fields
         self.native.indexer_topk(
-            iq, w, *keys.leaves(), batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, k, indices
-        )
+            iq, w, keys[field], coded(keys)[0], batch.visible, batch.cu_q, batch.block_table, batch.block_size, scale, k,
+            indices,
+        )  # fmt: skip
         return self._selection(indices, batch)
 
     def _selection(self, indices: Array, batch: Batch) -> Selection:

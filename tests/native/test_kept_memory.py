@@ -59,7 +59,7 @@ def test_a_request_with_few_keys_gets_none_of_the_last_call(isa, threads):
         keys = np.repeat(np.float32(values), size)[:, None] * np.ones(width, np.float32)
         iq, w = np.ones((2, 1, width), np.float32), np.ones((2, 1), np.float32)
         table, indices = np.int32([[0, 1], [2, 3]]), np.full((2, k), 77, np.int32)
-        native.indexer_topk(iq, w, keys, np.int32(lengths), np.int32([0, 1, 2]), table, size, 1.0, k, indices)
+        native.indexer_topk(iq, w, keys, None, np.int32(lengths), np.int32([0, 1, 2]), table, size, 1.0, k, indices)
         return indices
 
     assert chosen([pages * size // 2] * 2, [1, 2, 3, 9]).tolist() == [list(range(size, size + k))] * 2

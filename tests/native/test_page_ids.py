@@ -22,8 +22,8 @@ def test_a_page_behind_the_last_is_refused():
     best = np.zeros((rows, 3), np.int32)  # fewer than there are, which would be chosen without a look at them
     picks = np.tile(np.arange(8, dtype=np.int32), (rows, 1))
     for call in (
-        lambda: native.indexer_scores(ones, weights, keys, visible, cu_q, table, size, 1.0, y),
-        lambda: native.indexer_topk(ones, weights, keys, visible, cu_q, table, size, 1.0, 3, best),
+        lambda: native.indexer_scores(ones, weights, keys, None, visible, cu_q, table, size, 1.0, y),
+        lambda: native.indexer_topk(ones, weights, keys, None, visible, cu_q, table, size, 1.0, 3, best),
         lambda: native.sparse_mla(ones, ones, keys, None, 0, keys, picks, visible, cu_q, table, size, 1.0, ones.copy()),
     ):
         call()

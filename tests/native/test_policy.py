@@ -64,7 +64,7 @@ def test_products_read_subnormals_as_zero_where_it_is_stated_and_nowhere_else(mo
     packed.set(0, large)
     requests = np.array([0, 1], i32), np.zeros((1, 1), i32), 4
     native.linear(tiny[0], packed, y)
-    native.indexer_scores(tiny, np.ones((1, 2), np.float32), large, np.array([4], i32), *requests, 1.0, scores)
+    native.indexer_scores(tiny, np.ones((1, 2), np.float32), large, None, np.array([4], i32), *requests, 1.0, scores)
     chosen = np.arange(4, dtype=i32)[None], np.array([4], i32)
     native.sparse_mla(rows, rows[..., :2], np.repeat(tiny[0], 2, 0), None, 0, large[:4, :2], *chosen, *requests, 1.0, o)
     kept = not (cpu.traits.flushes_denormals and dtype == "bfloat16")

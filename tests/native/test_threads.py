@@ -23,7 +23,7 @@ def score(pages):
     keys, iq = np.ones((SIZE * ROWS, WIDTH), np.float32), np.ones((ROWS, 1, WIDTH), np.float32)
     y = np.zeros((ROWS, SIZE), np.float32)
     visible, cu_q = np.full(ROWS, SIZE, np.int32), np.arange(ROWS + 1, dtype=np.int32)
-    native.indexer_scores(iq, np.ones((ROWS, 1), np.float32), keys, visible, cu_q, np.int32(pages)[:, None], SIZE, 1.0, y)
+    native.indexer_scores(iq, np.ones((ROWS, 1), np.float32), keys, None, visible, cu_q, np.int32(pages)[:, None], SIZE, 1.0, y)
     return y
 
 

@@ -270,7 +270,7 @@ constexpr std::int64_t kStream = 12;  // rows that read a panel as one stream of
 
 void bytes_in_tiles(const char* const* a, std::int64_t count, const std::uint32_t* words, std::int64_t all, float* sums) {
   const std::int64_t stride = a[1] - a[0], whole = all / kTile * kTile;
-  TilesOf<true> tiles;
+  TilesOf<Words::bytes> tiles;
   for (std::int64_t k = 0, end; k < all; k = end) {
     const std::int64_t step = k < whole ? kTile : all - whole;
     end = k == whole ? all : k + kBlock < whole ? k + kBlock : whole;

@@ -26,6 +26,13 @@ struct IndexerLoops {
                  std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride);
 };
 
+// The same for keys that are codes of int8: queries become such too, and their scales part of the weights. What is written is
+// to be multiplied with the keys' scales. For rows of any width, and of whole cache lines for more than a few heads.
+template <class T>
+struct CodedIndexer {
+  IndexerLoops<T> each, lines;
+};
+
 }  // namespace porthal
 
 #if !defined(PORTHAL_ISA)
@@ -40,6 +47,15 @@ struct IndexerLoops {
 namespace porthal {
 
 PORTHAL_TABLES_WITH_TILES(FloatsAndPairs<IndexerLoops>, indexer_loops)
+PORTHAL_TABLES_WITH_TILES(PerFloat<CodedIndexer>, coded_indexer_loops)
+
+template <class T>
+const IndexerLoops<T>& indexer_loops_of(const IndexerDims& d, bool coded) {
+  const T* const type = nullptr;
+  if (!coded) return indexer_loops(isa()).of(type, d.width);
+  const CodedIndexer<T>& found = coded_indexer_loops(isa()).of(type);
+  return d.width % 64 || d.heads < 16 ? found.each : found.lines;
+}
 
 // Rows of one request that share its keys.
 struct RowGroup {
@@ -52,9 +68,11 @@ class Scorer {
   using Element = T;
   static constexpr std::int64_t kMostRows = 16;
 
-  Scorer(const Array& iq, const Array& w, const Matrix& keys, const Requests& requests, const Matrix& visible, float scale)
-      : iq_(iq), w_(w), weights_(w.matrix(iq.shape[0], iq.shape[1])), keys_(keys), requests_(requests), visible_(visible), dims_{iq.shape[1], iq.shape[2], scale},
-        loops_(indexer_loops(isa()).of(static_cast<const T*>(nullptr), dims_.width)) {
+  Scorer(const Array& iq, const Array& w, const Matrix& keys, const Matrix& scales, const Requests& requests,
+         const Matrix& visible, float scale)
+      : iq_(iq), w_(w), weights_(w.matrix(iq.shape[0], iq.shape[1])), keys_(keys), scales_(scales), requests_(requests),
+        visible_(visible), dims_{iq.shape[1], iq.shape[2], scale},
+        loops_(indexer_loops_of<T>(dims_, scales.data)) {
     for (std::int64_t r = 0; r < requests.count(); ++r)
       for (std::int64_t t = requests.first_row(r); t < requests.first_row(r + 1); t += kMostRows)
         groups.push_back({r, t, std::min(kMostRows, requests.first_row(r + 1) - t)});
@@ -78,15 +96,18 @@ class Scorer {
     if (most == 0) return;
     if (fresh) pack(group, wide, packed);
     const char *keys[2][kIndexerKeys];
-    locate(group.request, begin, begin + most, keys[0]);
+    float scales[2][kIndexerKeys];
+    locate(group.request, begin, begin + most, keys[0], scales[0]);
     int now = 0;
     for (std::int64_t at = begin; at < begin + most; at += kIndexerKeys, now = 1 - now) {
       if (at + kIndexerKeys < begin + most)
-        locate(group.request, at + kIndexerKeys, begin + most, keys[1 - now]);
+        locate(group.request, at + kIndexerKeys, begin + most, keys[1 - now], scales[1 - now]);
       else
         std::copy_n(keys[now], kIndexerKeys, keys[1 - now]);
       for (std::int64_t i = 0; i < group.rows; ++i) sees[i] = std::min(visible(group.first + i), end) - at;
       loops_.scores(dims_, keys[now], keys[1 - now], wide, packed, group.rows, sees, out + (at - begin), stride);
+      for (std::int64_t i = 0; scales_.data && i < group.rows; ++i)
+        for (std::int64_t k = 0; k < std::min(sees[i], kIndexerKeys); ++k) out[at - begin + i * stride + k] *= scales[now][k];
     }
   }
 
@@ -109,20 +130,23 @@ class Scorer {
     }
   }
 
-  // The keys of a block of positions; the last fills the block.
-  void locate(std::int64_t request, std::int64_t begin, std::int64_t end, const char** to) const {
+  // The keys of a block of positions, and their scales if they have such; the last fills the block.
+  void locate(std::int64_t request, std::int64_t begin, std::int64_t end, const char** to, float* scales) const {
     std::int64_t k = 0;
     for (std::int64_t position = begin; position < std::min(end, begin + kIndexerKeys);) {
       const std::int64_t size = requests_.block_size(), slot = requests_.slot(request, position);
       const std::int64_t run = std::min({end, begin + kIndexerKeys, (position / size + 1) * size}) - position;
-      for (std::int64_t i = 0; i < run; ++i) to[k++] = reinterpret_cast<const char*>(keys_.row<T>(slot + i));
+      for (std::int64_t i = 0; i < run; ++i) {
+        if (scales_.data) scales[k] = *scales_.row<float>(slot + i);
+        to[k++] = keys_.row<char>(slot + i);
+      }
       position += run;
     }
     std::fill(to + k, to + kIndexerKeys, to[k - 1]);
   }
 
   const Array &iq_, &w_;
-  const Matrix weights_, keys_;
+  const Matrix weights_, keys_, scales_;
   const Requests& requests_;
   const Matrix visible_;
   const IndexerDims dims_;
@@ -131,19 +155,21 @@ class Scorer {
 
 // f(scorer) for operands that are checked.
 template <class F>
-void with_scorer(const Array& iq, const Array& w, const Array& keys, const Array& visible, const Array& cu_q,
-                 const Array& block_table, std::int64_t block_size, double scale, F&& f) {
+void with_scorer(const Array& iq, const Array& w, const Array& keys, const Array* key_scale, const Array& visible,
+                 const Array& cu_q, const Array& block_table, std::int64_t block_size, double scale, F&& f) {
   iq.is_float();
   iq.is_shape({kAny, kAny, kAny});
-  keys.has(iq.kind);
+  keys.has(key_scale ? Kind::i8 : iq.kind);
+  if (key_scale) key_scale->has(Kind::f32);
   if (w.kind != iq.kind) w.has(Kind::f32);
   visible.has(Kind::i32);
   const Matrix rows = keys.matrix(kAny, iq.shape[2]), sees = visible.vector(iq.shape[0]);
   const Requests requests(cu_q, block_table, block_size, iq.shape[0], rows.rows);
   with_float(iq.kind, [&](auto tag) {
     using T = decltype(tag);
-    if (!rows.packed<T>()) refuse("keys", "has gaps inside a row", "rows of unit stride");
-    f(Scorer<T>(iq, w, rows, requests, sees, static_cast<float>(scale)));
+    if (!(key_scale ? rows.packed<char>() : rows.packed<T>())) refuse("keys", "has gaps inside a row", "rows of unit stride");
+    const Matrix scales = key_scale ? key_scale->matrix(rows.rows, 1) : Matrix{};
+    f(Scorer<T>(iq, w, rows, scales, requests, sees, static_cast<float>(scale)));
   });
 }
 

@@ -108,12 +108,13 @@ struct Run {
   }
 };
 
-void indexer_topk(const Array& iq, const Array& w, const Array& keys, const Array& visible, const Array& cu_q,
+void indexer_topk(const Array& iq, const Array& w, const Array& keys, const Array* key_scale, const Array& visible,
+                  const Array& cu_q,
                   const Array& block_table, std::int64_t block_size, double scale, std::int64_t k, const Array& indices) {
   indices.has(Kind::i32);
   if (k < 0) refuse("k", "is " + std::to_string(k), "at least 0");
   auto* const out = static_cast<std::int32_t*>(indices.output({iq.dims ? iq.shape[0] : 0, k}));
-  with_scorer(iq, w, keys, visible, cu_q, block_table, block_size, scale, [&](const auto& scorer) {
+  with_scorer(iq, w, keys, key_scale, visible, cu_q, block_table, block_size, scale, [&](const auto& scorer) {
     using T = typename std::decay_t<decltype(scorer)>::Element;
     Run<T>{scorer, k, out}.run();
   });
@@ -121,7 +122,7 @@ void indexer_topk(const Array& iq, const Array& w, const Array& keys, const Arra
 
 }  // namespace
 
-PORTHAL_OP(indexer_topk, "iq w keys visible cu_q block_table block_size scale k indices",
+PORTHAL_OP(indexer_topk, "iq w keys key_scale visible cu_q block_table block_size scale k indices",
            "indices[T, k] int32 = topk of indexer_scores, which are never stored: the positions of the min(k, visible) greatest\n"
            "scores of each row, ascending, of equal scores the first; the rest is -1. Operands as for indexer_scores.")
 

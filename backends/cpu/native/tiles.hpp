@@ -1,6 +1,6 @@
 // AMX: products of tiles, which are up to 16 rows of 64 bytes in eight registers. The order of a sum depends on depth alone:
 // even and odd elements of a step of 32 apart, then both, then the steps. Subnormal numbers count as 0, as in vdpbf16ps. Of
-// bytes, rows with a sign times columns without, sums are whole numbers.
+// bytes sums are whole numbers.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -14,7 +14,10 @@ namespace {
 constexpr std::int64_t kTile = 16;  // rows, and words of a row: pairs of bf16, four bytes, or sums
 
 // Registers 0 to 3 are sums, of the rows in 4 and 5 with the pairs in 6 and 7: 0 1 += 4 . 6 7 and 2 3 += 5 . 6 7.
-template <bool Bytes>
+// What a word of rows and columns is: a pair of bf16; four bytes, in columns without a sign; or four with a sign in both.
+enum class Words { pairs, bytes, codes };
+
+template <Words W>
 class TilesOf {
  public:
   TilesOf() = default;
@@ -82,12 +85,14 @@ class TilesOf {
   bool wide() const { return columns_ > kTile; }
 
 // Numbers of registers are part of an instruction.
-#define PORTHAL_TILE_PRODUCT(to, a, b)  \
-  do {                                  \
-    if constexpr (Bytes)                \
-      _tile_dpbsud(to, a, b);           \
-    else                                \
-      _tile_dpbf16ps(to, a, b);         \
+#define PORTHAL_TILE_PRODUCT(to, a, b)       \
+  do {                                       \
+    if constexpr (W == Words::pairs)         \
+      _tile_dpbf16ps(to, a, b);              \
+    else if constexpr (W == Words::bytes)    \
+      _tile_dpbsud(to, a, b);                \
+    else                                     \
+      _tile_dpbssd(to, a, b);                \
   } while (false)
 
   template <bool Both, bool Wide, class Beside>
@@ -113,7 +118,7 @@ class TilesOf {
   };
   std::int64_t rows_ = 0, columns_ = 0, words_ = 0;
 };
-using Tiles = TilesOf<false>;
+using Tiles = TilesOf<Words::pairs>;
 
 // Up to 16 rows of bf16 times 64 columns, in steps of 32 of depth: registers 0 to 3 += 4 . 5 6 7 5.
 class FewRows {
