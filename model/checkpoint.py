@@ -355,6 +355,8 @@ class Loader:
     def part(self, use: str, name: str, shape: tuple[int, int], rows: slice = ALL, columns: slice = ALL) -> Weight:
         """Some rows and columns of a matrix, prepared for `use`; of others only what lies in the same rows is read."""
         high, wide = (len(range(*s.indices(n))) for s, n in zip((rows, columns), shape))
+        if (high, wide) == shape:
+            return self.weight(use, name, *shape)  # the codes too, where they are kept
         read = within(self.rows(name, shape), rows, shape[0])
         return self.build(use, (high, wide), lambda r: read(r)[:, columns])
 
