@@ -13,7 +13,7 @@ from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 ROWS = limits(provider="C++", batch_invariant=True)
-WHOLE = limits(provider="C++")
+CACHES = one_of(NONE, "int8_keys", "fp8_keys", *LATENTS)
 DERIVED = ("q_len", "row_request", "last_rows", "n_decode")  # from a batch, when they are asked for
 
 
@@ -64,7 +64,7 @@ class Copies(Reference):
         self.native.select_rows(indices, length, rows, out, out_length)
         return Selection(SelectionSpec(rows.shape[0], sel.spec.k), Rows(out, out_length))
 
-    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys", "fp8_keys", *LATENTS))
+    @limits(provider="C++", batch_invariant=True, schemes=CACHES)
     def kv_write(self, pages: Pages, batch: Batch, first: Array, second: Array | None = None) -> Pages:
         scale, group = coded(pages)
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
@@ -75,8 +75,8 @@ class Copies(Reference):
             scale = None  # only the first field is codes
         return pages
 
-    @WHOLE
+    @limits(provider="C++", schemes=CACHES)
     def page_copy(self, pages: Pages, source: Array, target: Array) -> Pages:
-        for name, _ in pages.spec.fields:
+        for name in pages.form(pages.spec):
             self.native.page_copy(pages.native[name], source, target, pages.spec.block_size)
         return pages

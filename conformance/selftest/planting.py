@@ -26,7 +26,7 @@ SOURCES = {
 }
 THEMES = (
     "dense", "rows", "few", "repeated", "experts", "cache", "attention", "tokens", "composites", "capture", "state", "native",
-    "native_attention",    "values", "schemes",
+    "native_attention", "native_schemes", "values", "schemes",
 )  # fmt: skip
 SCORED = ("float32", "bfloat16")
 

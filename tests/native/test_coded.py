@@ -131,6 +131,82 @@ def test_experts_as_their_parts(scheme):
     assert off.max() <= 0.02 * np.abs(expected).max()
 
 
+def rows_under(scheme, x):
+    """Codes and scales that the native module makes of rows."""
+    form = scheme_of(scheme).form(x.shape)
+    parts = [np.empty(shape, dtype) for shape, dtype in form.values()]
+    native.quantize(x, *parts, scheme_of(scheme).block[1])
+    return parts
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", ["int8_token", "fp8_group", "int8_tile_latents", "fp8_latents"])
+def test_rows_to_codes_and_back(scheme, dtype):
+    """Scales that are powers of two leave one answer to every number, ties among them; any strides."""
+    rng, rule = np.random.default_rng(8), scheme_of(scheme)
+    x = rng.integers(-200, 201, (9, 2 * 200)) / 4
+    x[:, 1::32], x[3] = 127 if rule.codes == "int8" else 448 / 8, 0
+    x = x.astype(dtype)[:, ::-2][:, ::-1]
+    codes, scale = rows_under(scheme, x)
+    expected = rule.quantised(x.astype(np.float64))
+    assert np.array_equal(scale, expected["scale"])
+    assert np.array_equal(rule.decoded(codes), rule.decoded(expected["codes"]))
+    y = np.empty(x.shape, dtype)
+    native.dequantize(codes, scale, rule.block[1], y)
+    assert np.array_equal(y, rule.numbers(expected).astype(dtype))
+
+
+def test_what_is_not_finite_is_nan_in_its_group_alone():
+    x = np.ones((3, 256), F32)
+    x[0, 3], x[1, 200] = np.nan, -np.inf
+    codes, scale = rows_under("fp8_group", x)
+    y = np.empty_like(x)
+    native.dequantize(codes, scale, 128, y)
+    assert np.isnan(y[0, :128]).all() and np.isnan(y[1, 128:]).all()
+    assert (y[0, 128:] == 1).all() and (y[1, :128] == 1).all() and (y[2] == 1).all()
+
+
+@pytest.mark.parametrize(("heads", "width"), [(32, 128), (16, 64), (8, 128), (3, 96), (40, 100)])
+def test_scores_of_keys_that_are_codes(heads, width):
+    """Whole numbers, and scales that are powers of two: every score is known."""
+    rng, slots = np.random.default_rng(9), 5 * 16
+    keys, queries = rng.integers(-9, 10, (slots, width)), rng.integers(-9, 10, (6, heads, width))
+    queries[..., 0] = 127
+    scale, w = 2.0 ** rng.integers(-3, 3, (slots, 1)), rng.integers(-3, 4, (6, heads))
+    table, visible = np.int32([[4, 1, 0, 3]]), np.int32([50, 51, 52, 53, 54, 55])
+    scores = np.empty((6, 64), F32)
+    native.indexer_scores((queries / 4).astype(BF16), w.astype(F32), keys.astype(np.int8), scale.astype(F32), visible,
+                          np.int32([0, 6]), table, 16, 0.5, scores)  # fmt: skip
+    at = (table[0][:, None] * 16 + np.arange(16)).ravel()
+    products = np.maximum(np.einsum("thd,sd->ths", queries / 4, keys[at] * scale[at]), 0)
+    expected = 0.5 * np.einsum("th,ths->ts", w, products)
+    assert np.array_equal(scores, np.where(np.arange(64) < visible[:, None], expected, -np.inf))
+    best = np.empty((6, 8), np.int32)
+    native.indexer_topk((queries / 4).astype(BF16), w.astype(F32), keys.astype(np.int8), scale.astype(F32), visible,
+                        np.int32([0, 6]), table, 16, 0.5, 8, best)  # fmt: skip
+    for row, chosen in zip(scores, best):
+        assert np.array_equal(chosen, np.sort(np.argsort(-row, kind="stable")[:8]))
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", ["int8_latents", "int8_tile_latents", "fp8_latents"])
+def test_attention_over_latents_that_are_codes(scheme, dtype):
+    """The same bits as over a cache that holds the numbers that the codes say."""
+    rng, slots, heads, width = np.random.default_rng(10), 320, 8, 256
+    codes, scale = rows_under(scheme, rng.standard_normal((slots, width)).astype(dtype))
+    numbers = np.empty((slots, width), dtype)
+    native.dequantize(codes, scale, scheme_of(scheme).block[1], numbers)
+    q, qr, kp = (rng.standard_normal(shape).astype(dtype) for shape in ((3, heads, width), (3, heads, 64), (slots, 64)))
+    indices = np.stack([np.sort(rng.permutation(300)[:200]) for _ in range(3)]).astype(np.int32)
+    rest = kp, indices, np.int32([200, 0, 150]), np.int32([0, 3]), np.arange(5, dtype=np.int32)[None], 64, 0.1
+    results = []
+    for c, c_scale, group in ((codes, scale, scheme_of(scheme).block[1]), (numbers, None, 0)):
+        o = np.empty((3, heads, width), dtype)
+        native.sparse_mla(q, qr, c, c_scale, group, *rest, o)
+        results.append(o.tobytes())
+    assert results[0] == results[1]
+
+
 def test_bad_codes_are_refused_in_a_sentence():
     made, plain = native.Packed(1, 5, 3, F32, False, "int8_channel"), native.Packed(1, 5, 3, F32)
     codes, scale, w = np.zeros((5, 3), np.int8), np.ones((5, 1), F32), np.zeros((5, 3), F32)
@@ -145,6 +221,11 @@ def test_bad_codes_are_refused_in_a_sentence():
         (lambda: native.Packed(1, 5, 3, F32, False, "nvfp4"), "scheme is 'nvfp4', expected one that this module packs"),
         (lambda: native.Packed(1, 1, 1 << 17, F32, False, "int8_channel"), "columns is 131072, expected at most 131071"),
         (lambda: linear(np.ones((2, 3), BF16), made, 5), "x has dtype bfloat16, expected native float32"),
+        (lambda: native.quantize(w, codes, scale, 2), r"scale has shape \[5, 1\], expected \[5, 2\]"),
+        (lambda: native.quantize(w, codes, scale, -1), "group is -1, expected at least 0"),
+        (lambda: native.quantize(w, w, scale, 0), "codes has dtype float32, expected native int8, or uint8 of e4m3"),
+        (lambda: native.kv_write_codes(codes, scale, np.int64([5]), w[:1], 0), r"slots\[0\] is 5, expected -1 to 4"),
+        (lambda: native.kv_write_codes(codes[:, ::2], scale, np.int64([0]), w[:1, ::2], 0), "has gaps inside a row"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -18,6 +18,8 @@ std::int64_t item_size(const Array& a) {
 void copy(char* to, std::ptrdiff_t to_step, const char* from, std::ptrdiff_t from_step, std::int64_t n, std::int64_t item) {
   if (to_step == item && from_step == item) {
     std::memcpy(to, from, n * item);
+  } else if (item == 1) {
+    for (std::int64_t i = 0; i < n; ++i) to[i * to_step] = from[i * from_step];
   } else if (item == 2) {
     for (std::int64_t i = 0; i < n; ++i) std::memcpy(to + i * to_step, from + i * from_step, 2);
   } else {
@@ -154,7 +156,7 @@ void selected(const Array& visible, std::int64_t k, const Array& length) {
 
 // One step's copies of whole pages. Those whose source is also a target are read before any is written.
 void page_copy(const Array& field, const Array& source, const Array& target, std::int64_t block_size) {
-  const std::int64_t item = item_size(field);
+  const std::int64_t item = field.kind == Kind::i8 || field.kind == Kind::u8 ? 1 : item_size(field);  // codes too
   source.has(Kind::i32);
   target.has(Kind::i32);
   const Matrix cache = written(field, kAny, kAny), from = source.vector(), to = target.vector(from.columns);
