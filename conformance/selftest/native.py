@@ -43,7 +43,7 @@ DEFECTS = [
             equivalent="first_expert is never negative, so a negative id stays negative without it, and is huge when unsigned"),
     experts("second-round-over-the-first", "blocks", "y + t * model + p * width", "y + (t - begin) * model + p * width"),
     experts("rows-between-blocks-lost", "blocks", "count * (part + 1) / parts - first}", "count / parts}"),
-    experts("sums-shared-by-threads", "threads", "float* const sums = sums_of_thread.at_least(w13.row_block * width * panels.together);", "static Scratch<float> shared;\n      float* const sums = shared.at_least(w13.row_block * width * panels.together);",
+    experts("sums-shared-by-threads", "threads", "float* const sums = sums_of_thread.at_least(w13.row_block * width * up.together);", "static Scratch<float> shared;\n      float* const sums = shared.at_least(w13.row_block * width * up.together);",
             discrepancy=42),
     products("strided-rows-in-place", "strides", "const bool dense = step == sizeof(T);", "const bool dense = true;", discrepancy=27),
     products("padding-of-the-input-stale", "stale", "for (i = n; i < depth; ++i) to[i] = Row<T>{};", "", dtypes=("bfloat16",), why=PAIRS),

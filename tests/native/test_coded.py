@@ -154,6 +154,8 @@ def test_rows_to_codes_and_back(scheme, dtype):
     y = np.empty(x.shape, dtype)
     native.dequantize(codes, scale, rule.block[1], y)
     assert np.array_equal(y, rule.numbers(expected).astype(dtype))
+    native.dequantize(*(np.asfortranarray(part) for part in (codes, scale)), rule.block[1], y)
+    assert np.array_equal(y, rule.numbers(expected).astype(dtype))
 
 
 def test_what_is_not_finite_is_nan_in_its_group_alone():

@@ -13,7 +13,7 @@ from porthal.model.load import DEMO, load
 from porthal.model.quantising import FORMATS, quantise
 
 # More bits per byte than in bfloat16, in thousandths: measured in November 2026 (docs/checkpoints.md), and as much again.
-MORE = {"fp8": 3, "int8": 4, "int4": 52, "nvfp4": 7, "mxfp4": 5, "ascend-w8a8": 4, "ascend-w4a8": 25}
+MORE = {"fp8": 3, "int8": 10, "int4": 52, "nvfp4": 7, "mxfp4": 5, "ascend-w8a8": 4, "ascend-w4a8": 25}
 
 
 def bits(directory: Path) -> float:

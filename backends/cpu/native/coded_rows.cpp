@@ -91,16 +91,17 @@ void quantize(const Array& x, const Array& codes, const Array& scale, std::int64
 void dequantize(const Array& codes, const Array& scale, std::int64_t group, const Array& y) {
   const std::int64_t size = group_of(codes, scale, group);
   y.is_float();
-  if (!codes.contiguous || !scale.contiguous) refuse("codes or scale", "is strided", "both contiguous");
-  const std::int64_t columns = codes.shape[1], groups = scale.shape[1];
-  void* const out = y.output({codes.shape[0], columns});
+  const Matrix from = codes.matrix(), scales = scale.matrix();
+  void* const out = y.output({from.rows, from.columns});
   with_float(y.kind, [&](auto tag) {
     using T = decltype(tag);
     const auto decode = row_codes<T>(codes.kind).decode;
-    parallel_for(codes.shape[0], rows_per_chunk(4 * columns), [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(from.rows, rows_per_chunk(4 * from.columns), [&](std::int64_t begin, std::int64_t end) {
+      thread_local std::vector<std::uint8_t> copy;
+      thread_local std::vector<float> copied;
       for (std::int64_t t = begin; t < end; ++t)
-        decode(codes.data + t * columns, reinterpret_cast<const float*>(scale.data) + t * groups, columns, size,
-               static_cast<T*>(out) + t * columns);
+        decode(from.dense_row<std::uint8_t>(t, copy), scales.dense_row<float>(t, copied), from.columns, size,
+               static_cast<T*>(out) + t * from.columns);
     });
   });
 }
@@ -108,11 +109,12 @@ void dequantize(const Array& codes, const Array& scale, std::int64_t group, cons
 }  // namespace
 
 PORTHAL_OP(kv_write_codes, "codes scale slots rows group",
-           "codes[slots[t]], scale[slots[t]] = what quantize gives of rows[t], in place, for slots >= 0; rows inside which codes\n"
-           "and scales have unit stride.")
+           "codes[slots[t]], scale[slots[t]] = what quantize gives of rows[t], in place, for slots >= 0; codes and scales\n"
+           "with unit stride inside a row.")
 PORTHAL_OP(quantize, "x codes scale group",
-           "Each `group` elements of a row, 0: all, share a scale: their largest magnitude / 127 in int8, / 448 in e4m3 (uint8),\n"
-           "1 where it is 0, NaN where one is not finite. codes = x / scale, half to even, saturating. x float, of any strides.")
+           "Each `group` elements of a row, 0: all, share a scale: their largest magnitude / 127 in int8, / 448 in e4m3\n"
+           "(uint8), 1 where it is 0, NaN where one is not finite. codes = x / scale, half to even, saturating. x float, of\n"
+           "any strides.")
 PORTHAL_OP(dequantize, "codes scale group y", "y = codes * scale of its group, rounded once to the dtype of y.")
 
 }  // namespace porthal
