@@ -51,7 +51,7 @@ RESULTS_HEAD = """
 The worst error of an element in units of its budget, over the cases of an op under a scheme, and whose kernel computed it.
 Codes are judged exactly: where they are the result, there is no error to tell.
 """
-USES = (("weights", WEIGHTS), ("activations", ACTIVATIONS), ("index keys", KEYS), ("latents", LATENTS))
+USES = (("a weight", WEIGHTS), ("activations", ACTIVATIONS), ("index keys", KEYS), ("latents", LATENTS))
 OF_MATRIX = {(1, 0): "a row", (0, 0): "the matrix"}
 
 
