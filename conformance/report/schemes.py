@@ -87,7 +87,7 @@ def _uses(scheme: Scheme) -> str:
 
 
 def _about(report: Report) -> str:
-    return f"**{report.backend}** ({report.place}), level {report.level}, {report.date[:10]}: `{report.command}`"
+    return f"**{report.backend}** ({report.place}), level {report.level}, {report.date[:10]}"
 
 
 def _rows(reports: Sequence[Report]) -> Iterator[str]:
