@@ -12,7 +12,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.bench.scale import Bounds
 from porthal.bench.workloads import workload
-from porthal.hal import NotClaimed, UsageError, bind, limits, scheme_of
+from porthal.hal import CallSpec, NotClaimed, UsageError, bind, limits, scheme_of
 from porthal.hal.calls import distinct
 from porthal.model.config import Config
 from porthal.model.generate import generate
@@ -84,6 +84,22 @@ def test_a_copied_page_goes_on_as_the_one_it_was_copied_from(checkpoints: dict[s
         layer.kv = ops.page_copy(layer.kv, source, target)
         layer.keys = layer.keys and ops.page_copy(layer.keys, source, target)
     assert np.array_equal(step(first, PROMPT[9:11]), step(fork, PROMPT[9:11]))
+
+
+def test_a_plain_cache_beside_one_of_codes_keeps_its_dtype(checkpoints: dict[str, Path]) -> None:
+    """Where one kernel writes both, since it takes the codes of one: what reads the other finds the numbers as they were."""
+    seen = set()
+
+    class Keeping(Reference):
+        name, widens = "keeping", False
+
+        def sparse_mla(self, q_latent: Any, q_rope: Any, kv: Any, sel: Any, batch: Any, *, scale: float) -> Any:
+            seen.update(str(kv[name].dtype) for name in ("c", "kp"))
+            return bind("reference").sparse_mla(q_latent, q_rope, kv, sel, batch, scale=scale)
+
+    texts = [generate(model(checkpoints["glm5"], ("int8_keys",), b), [PROMPT[:5]], 3).tokens for b in (Keeping(), Reference())]
+    assert texts[0] == texts[1]
+    assert seen == {"float32"}
 
 
 # -- who takes it ----------------------------------------------------------------------------------------------------
@@ -159,6 +175,13 @@ def test_a_trace_states_the_scheme_and_its_bytes(command_line: Any, tmp_path: Pa
     file.write_text(out)
     tokens = [row.case.token for row in workload(str(file), ["decode"], "", Bounds()).rows if row.case.op == "sparse_mla"]
     assert tokens and all(",kv%fp8_latents," in token for token in tokens)
+
+
+def test_a_weight_of_codes_has_its_bytes_and_those_of_its_scales() -> None:
+    facts = {"T": 1, "K": 300, "N": 256}, {"x": "bfloat16", "w": "bfloat16"}, {"out": "x"}
+    plain, coded = (distinct([("linear", CallSpec(*facts, {"w": name}))])[0] for name in ("none", "fp8_block"))
+    assert plain.bytes - coded.bytes == 2 * 300 * 256 - (300 * 256 + 4 * 2 * 3)
+    assert "w bfloat16%fp8_block[256, 300]" in coded.signature()
 
 
 def test_a_workload_has_calls_under_the_scheme() -> None:
