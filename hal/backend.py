@@ -242,7 +242,8 @@ class Backend:
         `into` is a weight of this spec whose memory takes the new values; use what is returned from then on.
         """
         if spec.quantised:
-            parts = {name: self.from_numpy(np.require(part, requirements="COW")) for name, part in read(slice(None)).items()}
+            kept = {name: np.require(part, requirements=["C", "O", "W"]) for name, part in read(slice(None)).items()}
+            parts = {name: self.from_numpy(part) for name, part in kept.items()}
             if into is not None:
                 parts = {name: self.write(into.native[name], part) for name, part in parts.items()}
             return Weight(spec, parts)
