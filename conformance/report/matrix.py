@@ -7,14 +7,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
-from porthal.hal import Backend, Contract, Kernel, create, operators
+from porthal.hal import Backend, Contract, Kernel, backend_names, create, operators
 from porthal.hal.discovery import emulatable
 from porthal.hal.limits import Limit
 from porthal.hal.scheme import NONE
 
-BACKENDS = ("reference", "cpu", "torch", "onnxruntime", "cuda", "ascend", "moore_threads", "cambricon", "kunlunxin")
 ONLY = "only "  # before schemes beside which plain numbers are not taken
 HEAD = """# Support matrix
 
@@ -91,7 +91,7 @@ def cells(found: Sequence[Row]) -> dict[str, str]:
 
 def page() -> str:
     """docs/support-matrix.md."""
-    asked = {name: _asked(name) for name in BACKENDS}
+    asked = {name: _asked(name) for name in reversed(backend_names()) if find_spec(f"porthal.backends.{name}")}  # no plugins
     columns = {name: cells(found) for name, (_, found) in asked.items()}
     summary = _table(["operator", *columns], [[op, *(column[op] for column in columns.values())] for op in operators()])
     return "\n".join([HEAD, *summary, "", *(section(name, *made) for name, made in asked.items())])
