@@ -348,11 +348,15 @@ def _received(listener: socket.socket, members: Sequence[int], timeout: float, b
             raise wire._told("start", missing, wire.late()) from None
         wrong = ""
         try:
+            if _owner(peer) != os.getuid():
+                raise ConnectionError
             rank, theirs, other = json.loads(_receive(peer, end, HELLO))
             if theirs != size:
                 wrong = f"rank {rank} was started as one of {theirs} ranks, rank 0 as one of {size}: start them alike"
             elif other != backend:  # before anything that backends do in ways of their own
                 wrong = f"rank {rank} runs on {other}, rank 0 on {backend}: start them alike"
+            elif type(rank) is not int or not 0 < rank < size:
+                raise ValueError
             elif rank in wire.peers:
                 wrong = f"rank {rank} was started twice: give each process a RANK of its own"
         except (OSError, ValueError, TypeError):  # whoever it was, it is no rank
@@ -379,6 +383,8 @@ def _connected(name: str, rank: int, members: Sequence[int], timeout: float, bac
         try:
             peer.settimeout(max(0.01, end - time.monotonic()))
             peer.connect(f"\0{name}")
+            if _owner(peer) != os.getuid():
+                raise UsageError(f"another user's process waits at {name} in the place of rank 0: choose another MASTER_PORT")
             break
         except (ConnectionRefusedError, BlockingIOError):
             if time.monotonic() > end:
@@ -395,6 +401,12 @@ def _connected(name: str, rank: int, members: Sequence[int], timeout: float, bac
         said = answer[1:].decode()
         raise wire.lost("start", *json.loads(said)) if said.startswith("[") else UsageError(said)
     return wire
+
+
+def _owner(peer: socket.socket) -> int:
+    """The user whose process is at the other end: names of such sockets belong to nobody."""
+    _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
 
 
 def _send(peer: socket.socket, message: bytes, end: float) -> None:

@@ -10,7 +10,7 @@ from porthal.hal.numerics import Array, may_round, single
     dtypes={"x": FLOATS, "y": "x"},
     cost=lambda d, b: (d.ranks * d.T * d.H, 2 * d.T * d.H * b.x),
     cases={"H": (6144, 96, 5, 1)},
-    values={"x": ("normal", "integer", "special", "large")},
+    values={"x": ("normal", "integer", "special", "unlike", "large")},
     profiles=("distributed",),
 )
 def all_reduce(x: Sequence[Array], comm: Sequence[Any]) -> list[Array]:

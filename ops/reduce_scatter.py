@@ -13,7 +13,7 @@ from porthal.ops.all_reduce import all_reduce
     dtypes={"x": FLOATS, "y": "x"},
     cost=lambda d, b: (d.ranks * d.n * d.H, (d.ranks + 1) * d.n * d.H * b.x),
     cases={"H": (6144, 96, 5, 1), "n": (8, 1, 0, 33)},
-    values={"x": ("normal", "integer", "special")},
+    values={"x": ("normal", "integer", "special", "unlike")},
     profiles=("distributed",),
 )
 def reduce_scatter(x: Sequence[Array], comm: Sequence[Any]) -> list[Array]:

@@ -9,7 +9,7 @@ import pytest
 
 from porthal.backends.torch import collectives
 from porthal.backends.torch.interfaces.library import Library
-from porthal.hal import Backend, contracts
+from porthal.hal import Backend, NotClaimed, contracts
 
 
 def unlike_contracts(cls: type[Backend]) -> list[str]:
@@ -41,8 +41,11 @@ def engine_asked_for(chip: Backend, monkeypatch: pytest.MonkeyPatch) -> str:
     def asked(engine: str, **_: object) -> None:
         raise Asked(engine)
 
+    with pytest.raises(NotClaimed, match="from the vendor's package alone"):
+        chip.communicator()
     alone = types.SimpleNamespace(rank=0, size=1, gather=lambda what, message: [message])
-    monkeypatch.setattr(collectives, "joined", lambda timeout: alone)
+    monkeypatch.setattr(collectives, "joined", lambda timeout, backend: alone)
+    monkeypatch.setattr(collectives.dist, "is_backend_available", lambda engine: True)
     monkeypatch.setattr(collectives.dist, "init_process_group", asked)
     with pytest.raises(Asked) as found:
         chip.communicator()

@@ -58,7 +58,7 @@ class Collectives(Reference):
     def all_reduce(self, x: Array, comm: Communicator) -> Array:
         y = self.empty(x.shape, dtype(x))
         with comm.native.lent("all_reduce", x) as everyone:
-            y[...] = _sum(everyone)
+            _sum(everyone, y)
         return y
 
     @OWN
@@ -66,7 +66,7 @@ class Collectives(Reference):
         n = x.shape[0] // comm.size
         y = self.empty((n, x.shape[1]), dtype(x))
         with comm.native.lent("reduce_scatter", x) as everyone:
-            y[...] = _sum([theirs[comm.rank * n : (comm.rank + 1) * n] for theirs in everyone])
+            _sum([theirs[comm.rank * n : (comm.rank + 1) * n] for theirs in everyone], y)
         return y
 
     @OWN
@@ -168,8 +168,14 @@ def _by_expert(ids: Array) -> Array:
     return order[np.count_nonzero(flat < 0) :]
 
 
-def _sum(parts: list[Array]) -> Array:
-    found = parts[0].astype(np.float32)
-    for each in parts[1:]:
+def _sum(parts: Sequence[Array], y: Array) -> None:
+    """Fill y, which is summed in place where it is float32."""
+    found = y if y.dtype == np.float32 else np.empty(y.shape, np.float32)
+    if found is y and parts[1:]:
+        np.add(parts[0], parts[1], out=y)
+    else:
+        found[...] = parts[0]
+    for each in parts[2 if found is y else 1 :]:
         found += each
-    return found
+    if found is not y:
+        y[...] = found

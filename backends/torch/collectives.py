@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from porthal.backends.torch.schemes import Coded, quantised
-from porthal.hal import Communicator, PeerLost, scheme_of
+from porthal.hal import Communicator, NotClaimed, PeerLost, scheme_of
 from porthal.hal.errors import message_of
 from porthal.hal.scheme import NONE
 from porthal.hal.wire import Sockets, Wire, joined
@@ -74,6 +74,9 @@ class Collectives:
     empty: Any
 
     def communicator(self, timeout: float = 60.0) -> Communicator:
+        engine = "gloo" if torch.device(self.device).type == "cpu" else self.engine
+        if not dist.is_backend_available(engine):
+            raise NotClaimed(f"ranks of {self} meet by {engine!r}, which torch.distributed has from the vendor's package alone")
         sockets = joined(timeout, self.name)
         if sockets.rank:
             (port, *_) = map(int, sockets.gather("start", b"0"))
@@ -81,7 +84,6 @@ class Collectives:
         else:
             store = dist.TCPStore("localhost", 0, sockets.size, True, timedelta(seconds=timeout), wait_for_workers=False)
             sockets.gather("start", str(store.port).encode())
-        engine = "gloo" if torch.device(self.device).type == "cpu" else self.engine
         dist.init_process_group(
             engine, store=store, rank=sockets.rank, world_size=sockets.size, timeout=timedelta(seconds=timeout)
         )

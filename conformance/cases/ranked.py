@@ -85,6 +85,13 @@ def _split(draw: Draw, to: Sequence[int], counts: Sequence[int]) -> Array:
 
 
 @recipe
+def unlike(draw: Draw) -> Array:
+    """Of unlike magnitude from rank to rank, with all bits that float32 has: a sum shows in which order it was made."""
+    turn = (draw.sizes.get("rank", 0) + np.arange(np.prod(draw.shape, dtype=np.int64)).reshape(draw.shape)) % 3
+    return draw.bell() / 3 * 2.0 ** (-7 * turn)
+
+
+@recipe
 def splits(draw: Draw) -> Array:
     """Some rows for each rank, and some that stay."""
     cuts = np.sort(draw.integers(0, draw.sizes["N"] + 1))

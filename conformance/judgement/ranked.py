@@ -108,7 +108,8 @@ def judge_fault(case: Case, rank: int, error: BaseException | None, seconds: flo
     expected = "PeerLost" if case.fault in ("killed", "stalled") else "UsageError"
     if type(error).__name__ != expected:
         raise Failed("FAIL_ERROR", f"fault {case.fault} of rank {at_fault}: rank {rank} got {error!r}, expected {expected}")
-    if expected == "PeerLost" and rank != at_fault and f"rank {at_fault} " not in str(error):
+    words = f"rank {at_fault} {'is gone' if case.fault == 'killed' else ''}"
+    if expected == "PeerLost" and rank != at_fault and words not in str(error):
         raise Failed("FAIL_ERROR", f"rank {at_fault} is missing, and rank {rank} was told: {error}")
     if seconds > patience:
         raise Failed("FAIL_ERROR", f"rank {rank} was told after {seconds:.1f} s, expected at most {patience:g}")

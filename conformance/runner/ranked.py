@@ -28,7 +28,7 @@ from porthal.conformance.level import Level, level_of
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.workers import START, Bounds, Pool, Setup, Worker, joined
 from porthal.conformance.verdicts import Failed, Judgement
-from porthal.hal import Choice, Communicator, PeerLost, PorthalError, create, running, simulated
+from porthal.hal import Choice, Communicator, NotClaimed, PeerLost, PorthalError, create, running, simulated
 
 PATIENCE = 30.0  # seconds in which a rank must answer another
 SHORT = 2.0  # and where one stalls on purpose
@@ -163,6 +163,8 @@ def serve(descriptor: int, parent: int) -> None:
                 assert comm is not None
                 leave = _leaving(call)
                 judged = check_rank(call.case, setup.rank, comm, bindings, level_of(setup.level), leave)
+            except NotClaimed as error:
+                judged = Judgement("UNCLAIMED", str(error))
             except PorthalError as error:
                 judged = Judgement("FAIL_ERROR", raised(error))
             pipe.send((_choice(bindings, call.case), judged))

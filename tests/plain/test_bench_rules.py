@@ -164,10 +164,10 @@ def test_backends_take_turns_and_limits_are_taken_in_every_round(asked):
 def test_a_call_is_measured_until_every_backend_tells_enough(monkeypatch):
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))
     quiet, restless = [1.0] * 9, [1.0, 2.0] * 5
-    assert run._enough({"a": quiet, "b": quiet}, until=1.0)
-    assert not run._enough({"a": quiet, "b": restless}, until=1.0) and not run._enough({"a": restless, "b": quiet}, until=1.0)
-    assert run._enough({"a": quiet, "b": restless}, until=0.0)
-    assert not run._enough({"a": quiet, "b": restless[:2]}, until=0.0)  # two samples say nothing
+    assert run.enough({"a": quiet, "b": quiet}, until=1.0)
+    assert not run.enough({"a": quiet, "b": restless}, until=1.0) and not run.enough({"a": restless, "b": quiet}, until=1.0)
+    assert run.enough({"a": quiet, "b": restless}, until=0.0)
+    assert not run.enough({"a": quiet, "b": restless[:2]}, until=0.0)  # two samples say nothing
 
 
 @pytest.mark.parametrize("place", ["emulated device", "stub runtime"])

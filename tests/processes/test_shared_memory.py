@@ -28,6 +28,20 @@ with backend.communicator(20) as comm:
     assert wire.empty((1,), "int32").__array_interface__["data"][0] <= address
     long = b"x" * (40000 * (comm.rank + 1))
     assert [len(each) for each in comm.gather("long", long)] == [40000, 80000, 120000]
+    for size in (0, 1, wire.room - 1, wire.room, wire.room + 8, wire.room + 9, 3 * wire.room):  # in one piece, and in more
+        heard = comm.gather("sizes", bytes([comm.rank]) * (size + comm.rank))
+        assert heard == [bytes([rank]) * (size + rank) for rank in range(3)], size
+    for rows in (0, 1, wire.room // 8, wire.room // 8 + 1, 70000):  # in the message, and where they lie
+        given = comm.rank * 100000 + np.arange(rows)[:, None]
+        starts, ends = [0, rows // 3, rows // 2], [rows // 3, rows // 2, rows]
+        y = np.full((rows, 1), -1)
+        wire.pull("rows", given, starts, [end - start for start, end in zip(starts, ends)], y)
+        expected = [rank * 100000 + np.arange(start, end) for rank, (start, end) in enumerate(zip(starts, ends))]
+        assert (y[:, 0] == np.concatenate(expected)).all(), rows
+    wide = wire.empty((4, 6), "int32")
+    wide[...] = np.arange(24).reshape(4, 6)
+    with wire.lent("strided", wide[:, ::2]) as everyone:
+        assert all((each == wide[:, ::2]).all() for each in everyone)
     x = wire.empty((3, 2), "float32")
     x[...] = comm.rank
     assert ops.all_to_all(x, comm)[:, 0].tolist() == [0, 1, 2]

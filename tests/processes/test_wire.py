@@ -102,6 +102,27 @@ def test_a_rank_started_twice_is_refused_on_all():
     assert {out for _, out, _ in found} == {"UsageError rank 1 was started twice: give each process a RANK of its own\n"}
 
 
+def test_a_stranger_at_the_door_is_sent_away():
+    greeting = """
+import json, socket, time
+from porthal.hal.wire import _send
+name = f"\\0porthal/{os.getuid()}/{os.environ['MASTER_PORT']}"
+if os.environ["RANK"] == "1":
+    for said in ([5, 2, "cpu"], ["a", 2, "cpu"], [1.5, 2, "cpu"], [0, 2, "cpu"], [True, 2, "cpu"], "hello"):
+        while True:
+            door = socket.socket(socket.AF_UNIX)
+            try:
+                door.connect(name)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+        _send(door, json.dumps(said).encode(), time.monotonic() + 5)
+        assert door.recv(1) == b"", said
+"""
+    first = ["-c", greeting.join(["import os\n", MEET.format(body="print(wire.gather('a', b'x'))", timeout=20)])]
+    assert [out for _, out, _ in ran(2, first)] == ["[b'x', b'x']\n"] * 2
+
+
 def test_a_port_in_use_is_told():
     with started(2, program("import time; time.sleep(60)"), {1: {"RANK": "0"}}) as ranks:
         done = next(each for _ in range(400) for each in ranks if each.poll() is not None or time.sleep(0.02))
