@@ -14,6 +14,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
 
 import porthal  # noqa: E402
+from porthal.backends.onnxruntime.functions import nodes  # noqa: E402
 from porthal.backends.onnxruntime.graph import Graph  # noqa: E402
 from porthal.cli.app import app  # noqa: E402
 from porthal.hal import Batch, UsageError  # noqa: E402
@@ -67,6 +68,16 @@ def test_graphs_are_legal_and_inlined_ones_have_no_functions(exported, tmp_path)
     made = onnx.load(str(inline), load_external_data=False)
     onnx.checker.check_model(str(inline), full_check=True)
     assert not made.functions and {n.domain for n in made.graph.node} == {""}
+
+
+def test_a_step_has_few_nodes(exported, tmp_path):
+    """As many as the runtime is left with; each costs a microsecond or more, whatever it computes."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
+    made = onnx.load(str(tmp_path / "optimised.onnx"), load_external_data=False)
+    assert len(list(nodes(made.graph))) < 480
 
 
 def test_the_reference_evaluator_of_onnx_gives_the_same_logits(tmp_path):
