@@ -24,13 +24,15 @@ def export(
 
     The step takes ids [rows], last_rows [requests], what a batch says of its rows and requests, and the cache's fields, each
     [slots, width]; it gives float32 logits [requests, vocabulary], hidden [rows, H], and the fields with the rows written, by
-    their names with _after. The draft takes hidden as well: of the same rows, with the id of the token after each. Both
-    have the same cache, and with `inline` no functions. Matrices that the checkpoint holds under a scheme stay codes. Files are
-    written beside their names, and take them when all are whole. UsageError for what graphs cannot hold, or nobody can write.
+    their names with _after. The draft takes hidden as well: of the same rows, with the id of the token after each; its fields
+    of the cache are its own. With `inline` there are no functions. Matrices that the checkpoint holds under a scheme stay
+    codes. Files are written beside their names, and take them when all are whole. UsageError for what graphs cannot hold, or
+    nobody can write.
     """
-    if not out.parent.is_dir() or out.is_dir() or out.suffix != ".onnx":
-        raise UsageError(f"{out} cannot be written: expected a file that ends in .onnx, in a folder that exists")
     data, draft = out.with_name(out.name + ".data"), out.with_name(out.stem + ".draft" + out.suffix)
+    folder = next((path for path in (out, data, draft) if path.is_dir()), None)
+    if folder or not out.parent.is_dir() or out.suffix != ".onnx":
+        raise UsageError(f"{folder or out} cannot be written: expected a file that ends in .onnx, in a folder that exists")
     parts = {path.with_name(path.name + ".part"): path for path in (out, data, draft)}
     step_part, data_part, draft_part = parts
     graph: Any = create("onnxruntime:graph")

@@ -169,6 +169,7 @@ class Onnxruntime(Reference):
             return self.sessions[key]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = False  # else each session keeps the most that a call took
         model = functions.model(f, *values, attributes).SerializeToString()
         try:
             self.sessions[key] = onnxruntime.InferenceSession(model, options, providers=self.providers)

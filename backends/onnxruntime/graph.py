@@ -80,7 +80,13 @@ class Graph(Onnxruntime):
         self.count += 1
         return f"{what}_{self.count}"
 
+    def file(self) -> BinaryIO:
+        if self.data is None:
+            raise UsageError(f"{self.name}:graph only records a model, for porthal export: name another backend")
+        return self.data
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        self.file()
         return Traced(self, self.fresh("v"), shape, dtype)
 
     def input(self, name: str, shape: tuple[int, ...], dtype: str, free: Mapping[int, str]) -> Traced:
@@ -106,15 +112,14 @@ class Graph(Onnxruntime):
 
     def _written(self, shape: tuple[int, ...], of: str, pieces: Iterable[Array]) -> Traced:
         """A tensor whose bytes these are, one after the other."""
-        if self.data is None:
-            raise UsageError("the graph has no file for its weights: call weights_in first")
-        self.data.write(bytes(-self.data.tell() % PAGE))
-        start = self.data.tell()
+        file = self.file()
+        file.write(bytes(-file.tell() % PAGE))
+        start = file.tell()
         for piece in pieces:
-            self.data.write(np.ascontiguousarray(piece).tobytes())
+            file.write(np.ascontiguousarray(piece).tobytes())
         name = self.fresh("w")
         tensor = TensorProto(name=name, data_type=CODES[of], dims=shape, data_location=TensorProto.EXTERNAL)
-        facts = {"location": self.data_name, "offset": start, "length": self.data.tell() - start}
+        facts = {"location": self.data_name, "offset": start, "length": file.tell() - start}
         tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in facts.items())
         self.tensors[name] = tensor
         return Traced(self, name, shape, of)

@@ -51,17 +51,18 @@ weight below 0, an expert twice in a row and a place without one cannot be said.
 
 | input | shape | |
 |---|---|---|
-| ids | rows | token ids of the step, int32 |
+| ids | rows, at least one | token ids of the step, int32 |
 | positions, visible | rows | a row's place in its text, and how many keys it may see: one more; int32 |
 | slots | rows | where its key is written in the cache, -1: nowhere; int64 |
-| row_request | rows, at least one | which request it belongs to; int32 |
+| row_request | rows | which request it belongs to; int32 |
 | kv_len, block_table | requests (, columns) | keys of a request after this step, and its pages in order; int32 |
 | last_rows | requests | rows whose logits are wanted; int32 |
-| cache_N_FIELD | slots, width | the cache; of each comes back cache_N_FIELD_after |
+| hidden | rows, H | of the draft: what the step, or the draft before, gives as hidden or hidden_after |
+| cache_N_FIELD | slots, width | the cache, a page being 64 slots; of each comes back cache_N_FIELD_after |
 
-logits [requests, vocabulary] are float32. hidden [rows, H] goes to the draft of a model with an MTP layer, whose ids
-are those of the token after each row, and whose hidden_after goes to the next draft. Weights stand in FILE.onnx.data,
-which both graphs read. Bound to the memory of cache_N_FIELD, cache_N_FIELD_after is written in place."""
+logits [requests, vocabulary] are float32; hidden and the cache are in the dtype of `--dtype`. The draft of a model with an
+MTP layer takes the ids of the tokens after each row, and has fields of the cache of its own. Weights stand in
+FILE.onnx.data, which both graphs read. Bound to the memory of cache_N_FIELD, cache_N_FIELD_after is written in place."""
 KERNELS = {
     "add_rms_norm": "SkipSimplifiedLayerNormalization",
     "layer_norm": "LayerNormalization",

@@ -14,6 +14,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
 
 import porthal  # noqa: E402
+from porthal.backends.onnxruntime.functions import nodes  # noqa: E402
 from porthal.backends.onnxruntime.graph import Graph  # noqa: E402
 from porthal.cli.app import app  # noqa: E402
 from porthal.hal import Batch, UsageError  # noqa: E402
@@ -56,6 +57,13 @@ def test_the_script_without_porthal_writes_the_text_of_the_reference(dtype, expo
     tokens = porthal.model.load(DEMO, porthal.bind("reference"), dtype=dtype).generate(list(TEXT.encode()), 40)
     assert written == TEXT.encode() + bytes(tokens) + b"\n"
     empty = subprocess.run([*command, "", "4"], capture_output=True, text=True)
+    for path in (model, model.with_name("model.draft.onnx")):
+        made = onnx.load(str(path), load_external_data=False).graph
+        kinds = {v.name: v.type.tensor_type.elem_type for v in (*made.input, *made.output)}
+        of = {kind for name, kind in kinds.items() if "cache" in name or "hidden" in name}
+        assert of == {onnx.TensorProto.FLOAT if dtype == "float32" else onnx.TensorProto.BFLOAT16}
+        starts = [int(f.value) for t in made.initializer for f in t.external_data if f.key == "offset"]
+        assert starts and not any(start % 4096 for start in starts)  # so that it can be mapped
     said = "the text is empty: expected at least one byte, as a step has at least one row\n"
     assert (empty.returncode, empty.stdout, empty.stderr) == (1, "", said)
 
@@ -67,6 +75,16 @@ def test_graphs_are_legal_and_inlined_ones_have_no_functions(exported, tmp_path)
     made = onnx.load(str(inline), load_external_data=False)
     onnx.checker.check_model(str(inline), full_check=True)
     assert not made.functions and {n.domain for n in made.graph.node} == {""}
+
+
+def test_a_step_has_few_nodes(exported, tmp_path):
+    """As many as the runtime is left with; each costs a microsecond or more, whatever it computes."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
+    made = onnx.load(str(tmp_path / "optimised.onnx"), load_external_data=False)
+    assert len(list(nodes(made.graph))) < 480
 
 
 def test_the_reference_evaluator_of_onnx_gives_the_same_logits(tmp_path):
@@ -121,7 +139,8 @@ def full(*_):
 
 def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     config, source = opened(DEMO)
-    for name in ("missing/model.onnx", "model.txt", "."):
+    (tmp_path / "folder.draft.onnx").mkdir()
+    for name in ("missing/model.onnx", "model.txt", ".", "folder.onnx"):
         with pytest.raises(UsageError, match=r"cannot be written: expected a file that ends in .onnx, in a folder that exists"):
             export(config, source, tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"cannot write .*: No space left.*, give a writable"):
@@ -139,7 +158,9 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch
     source.read = broken
     with pytest.raises(UsageError, match="the checkpoint ends here"):
         export(config, source, tmp_path / "model.onnx")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["folder.draft.onnx"]
+    with pytest.raises(UsageError, match="onnxruntime:graph only records a model, for porthal export: name another backend"):
+        porthal.model.load(DEMO, porthal.bind("onnxruntime:graph"))
 
 
 def test_weights_are_written_a_piece_at_a_time(monkeypatch, exported):

@@ -47,6 +47,27 @@ def test_a_cache_is_written_in_place():
     assert (after.native["kp"][4:7] == rows[1]).all()
 
 
+def test_a_cache_with_gaps_is_written_too():
+    b = porthal.bind("onnxruntime")
+    spec = porthal.hal.PagesSpec((("k", 4),), "float32", 2, 4)
+    whole = np.zeros((8, 6), np.float32)
+    batch = b.plan(porthal.hal.Batch.build([3], [3], [[1]], 4))
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    b.kv_write(porthal.hal.Pages(spec, {"k": whole[:, 1:5]}), batch, rows)
+    assert (whole[4:7, 1:5] == rows).all() and whole.sum() == rows.sum()
+
+
+def test_draws_at_the_borders():
+    """Quarters are exact: u times the mass that was reached is exceeded, and the shortest prefix reaches top_p."""
+    b = porthal.bind("onnxruntime")
+    u = np.array([0, 0.2, 0.25, 0.5, 0.75, 0.5], np.float32)
+    top_p = np.array([1, 1, 1, 1, 1, 0.5], np.float32)
+    ones, none = np.ones(6, np.float32), np.zeros(6, np.int32)
+    assert b.sample(np.zeros((6, 4), np.float32), u, ones, none, top_p).tolist() == [0, 0, 1, 2, 3, 1]
+    half = np.full(6, 0.5, np.float32)
+    assert b.sample(np.zeros((6, 2), np.float32), u, ones, none, half).tolist() == [0] * 6
+
+
 def test_sessions_are_kept_and_bounded(monkeypatch):
     monkeypatch.setattr(module, "SESSIONS", 3)
     b = create("onnxruntime")
