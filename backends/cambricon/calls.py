@@ -117,5 +117,5 @@ def chosen(
         sparse_context_lens=length,
         **precise,
     )
-    length = torch.minimum(length, plan.visible.clamp(max=k))  # what it says of a row without keys is not known
+    length = torch.minimum(length.clamp(min=0), plan.visible.clamp(max=k))  # what it says of a row without keys is not known
     return Selection(SelectionSpec(batch.T, k), Slots(slots[:, 0], length, plan.row_table, batch.block_size))

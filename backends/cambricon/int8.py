@@ -55,7 +55,7 @@ class Int8(Packed):
             TMO.reshape_paged_cache(second[:, None].contiguous(), None, held, None, plan.int32_slots)
         return pages
 
-    kv_write.capturable = False  # type: ignore[attr-defined]
+    kv_write.capturable = False
 
     @limits(
         provider="torch_mlu_ops.scaled_quantize+masked_indexer_select_paged_kv",

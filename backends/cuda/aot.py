@@ -256,6 +256,9 @@ def _pages(b: Own, widths: tuple[int, ...], kind: str, blocks: int = 2048, size:
 
 
 if __name__ == "__main__":
+    if unknown := [chip for chip in sys.argv[1:] if chip not in CHIPS]:
+        print(f"no chip is named {unknown[0]!r}: expected one of {', '.join(CHIPS)}", file=sys.stderr)
+        sys.exit(2)
     for chip in sys.argv[1:] or CHIPS:
         for kernel in compiled(chip):
             print(json.dumps({**asdict(kernel), "breach": kernel.breach()}), flush=True)

@@ -74,6 +74,7 @@ class Own(Packed):
     shared       bytes of shared memory that a program may have
     """
 
+    name = "cuda"
     processors: int
     shared: int
 

@@ -59,20 +59,20 @@ class Int8(Packed):
             GATE.indexer_k_quant_and_cache(rows, cache, plan.targets, 128, "ue8m0")
         return pages
 
-    kv_write.capturable = False  # type: ignore[attr-defined]
+    kv_write.capturable = False
 
     @limits(provider=SCORES, schemes="int8_keys", T=at_least(1), D=128)
     def indexer_scores(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, scale: float) -> Tensor:
         return torch.cat([scores[:, : batch.max_kv] for _, scores in _scores(iq, w, keys, batch, scale)])
 
-    indexer_scores.capturable = False  # type: ignore[attr-defined]
+    indexer_scores.capturable = False
 
     @limits(provider=SCORES, schemes="int8_keys", T=at_least(1), D=128)
     def indexer_topk(self, iq: Tensor, w: Tensor, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
         found = [highest(scores, batch.native.visible[rows], k) for rows, scores in _scores(iq, w, keys, batch, scale)]
         return Selection(SelectionSpec(batch.T, k), Rows(*map(torch.cat, zip(*found))))
 
-    indexer_topk.capturable = False  # type: ignore[attr-defined]
+    indexer_topk.capturable = False
 
 
 def _scores(iq: Tensor, w: Tensor, keys: Pages, batch: Batch, scale: float) -> Iterator[tuple[slice, Tensor]]:

@@ -8,6 +8,8 @@ EXPERTS = "moe_experts,T=7,H=96,I=96,E=8,k=8,first_expert=3,x:fp16,w13%int8_chan
 PLAIN = "moe_experts,T=7,H=96,I=96,E=8,k=8,first_expert=3,x:bf16,ids~away,0"
 LATENTS = "kv_write,T=7,A=128,B=64,pages:fp16,first~uneven,pages%int8_latents,batch=padded,block_size=64,0"
 KEYS = "indexer_topk,T=7,G=40,D=128,k=16,scale=0.0156,iq:bf16,w:fp32,keys%int8_keys,batch=mixed,block_size=64,0"
+HEADED = "sparse_mla,T=3,N=130,C=512,R=64,k=16,scale=0.0625,q_latent:fp16,batch=mixed,block_size=64,0"
+PADDED = "indexer_topk,T=7,G=8,D=128,k=16,scale=0.0156,iq:bf16,batch=padded,block_size=64,0"
 MISTAKES = (
     Mistake("add_rms_norm", "the residual left out", "(x, residual, weight", "(x, torch.zeros_like(x), weight"),
     Mistake("layer_norm", "no bias", "weight, bias, None", "weight, torch.zeros_like(bias), None"),
@@ -66,7 +68,9 @@ MISTAKES = (
         ("scales of the queries left out", "q_scale=query_scale", "q_scale=torch.ones_like(query_scale)"),
         ("scales of heads backwards", "query_scale = query_scale[..., None]", "query_scale = query_scale.flip(-1)[..., None]"),
     ),
-    *edits("int8", KEYS)(
-        ("scales of other slots", 'by_block(keys, keys["k_scale"]', 'by_block(keys, keys["k_scale"].roll(1, 0)'),
+    *edits("int8", KEYS)(("scales of other slots", 'keys["k_scale"]', 'keys["k_scale"].roll(1, 0)'),),
+    *edits("calls", PADDED)(
+        ("what it says of rows without keys", "torch.minimum(length.clamp(min=0), plan.visible.clamp(max=k))", "length"),
     ),
+    *edits("backend", HEADED)(("more heads than a call takes", "torch.float16: 128", "torch.float16: 256"),),
 )

@@ -198,5 +198,6 @@ def masked_indexer_select_paged_kv(query, k_cache, weights, kv_cache_block_table
                 visible = max(0, count - rows + row - a + 1)
                 best = highest(s[:visible], index_topk)
                 flat[row, : len(best)] = slots[best].int()
-                counts_out[row] = len(best)
+                if visible:  # what it says of a row without keys is not published
+                    counts_out[row] = len(best)
     return table, counts_out
