@@ -1,10 +1,13 @@
 """Cambricon's calls carry the demo checkpoint; its selections are slots, and come back as positions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import porthal
+from porthal.backends.cambricon import emulated
 from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.interfaces.slots import Slots
 from porthal.conformance import replay
@@ -12,6 +15,7 @@ from porthal.hal import Batch, PagesSpec, Unavailable, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import engine_asked_for, missing, unlike_contracts
+from tests.launches import per_step
 
 OWN = {
     "add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "layer_norm", "moe_experts", "moe_route", "moe_unpermute",
@@ -102,3 +106,10 @@ def test_the_decode_step_is_a_graph_and_its_text_the_same():
     model = load(DEMO, porthal.bind("cambricon"), dtype="bfloat16")
     assert model.ops.captures and not demo.model("cambricon", "bfloat16").ops.captures  # which asks for scores
     assert model.generate(demo.PROMPT, 24) == demo.text("cambricon", "bfloat16", 24)
+
+
+def test_the_page_says_how_many_operations_a_step_is():
+    (own, vendors), (base, _) = (per_step(backend, emulated.calls) for backend in ("cambricon", "torch:mlu:0"))
+    page = Path("docs/cambricon.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"is {own} operations, {vendors} of them the vendor's calls" in page
+    assert f"it is {base}, views and allocations not counted" in page

@@ -2,13 +2,16 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from porthal.backends.kunlunxin import emulated
 from porthal.hal import create, probe
 from tests import demo
 from tests.adapters import missing, unlike_contracts
+from tests.launches import per_step
 
 OWN = {"add_rms_norm", "kv_write", "moe_experts", "moe_route", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
@@ -46,3 +49,10 @@ def test_a_layer_that_sees_no_chip_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys.modules["torch_xmlir"], "xpu", types.SimpleNamespace(device_count=lambda: 0))
     assert probe("kunlunxin").why == "torch_xmlir sees no device"
+
+
+def test_the_page_says_how_many_operations_a_step_is():
+    (own, vendors), (base, _) = (per_step(backend, emulated.calls) for backend in ("kunlunxin", "torch"))
+    page = Path("docs/kunlunxin.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"is {own} operations, {vendors} of them the vendor's calls" in page
+    assert f"it is {base}, views and allocations not counted" in page
