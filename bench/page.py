@@ -204,7 +204,7 @@ def _rate(row: Speed) -> float:
 
 
 def _words(row: Speed) -> str:
-    share = f", {row.share:.0%} of {row.bound}" if row.bound else ""
+    share = f", {row.share:.0%} of {row.bound}" if row.clear else ""
     return f"{row.op} in {row.group}, {row.cache}: {rate_text(_rate(row), 'op/s')}{share}"
 
 
@@ -226,7 +226,7 @@ def _lines(comparison: Comparison) -> Iterator[Line]:
         means = {n: comparison.mean(side, op) for n, side in enumerate(comparison.sides)}
         shares = {}
         for n, side in enumerate(comparison.sides):
-            rows = [row for row in side.rows.values() if row.op == op and row.bound and not row.silent]
+            rows = [row for row in side.rows.values() if row.op == op and row.clear and not row.silent]
             if rows:
                 shares[n] = sum(r.calls * r.limit for r in rows) / sum(r.calls * r.time.median for r in rows)
         yield Line(op, {n: ratio for n, ratio in means.items() if ratio}, shares)

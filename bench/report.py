@@ -51,8 +51,8 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 where everything that was timed is right and possible, 2 where nothing was timed."""
-        return 2 if not self.run.timed else int(bool(self.impossible or self.wrong))
+        """0 where everything is right and possible, 1 where something is not, else 2 where nothing was timed."""
+        return 1 if self.impossible or self.wrong else 2 * (not self.run.timed)
 
     # -- JSON --------------------------------------------------------------------------------------------------------
 

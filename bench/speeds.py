@@ -123,9 +123,14 @@ class Speed:
         return self.noisy or self.impossible
 
     @property
+    def clear(self) -> bool:
+        """Whether its share of a limit says something."""
+        return bool(self.bound) and max(self.noise, self.limit_noise) <= NOISY
+
+    @property
     def words(self) -> str:
         share = f", {self.share:.0%} of {self.bound}" + ", which is impossible" * self.impossible
-        return time_text(self.time.median) + (share if self.bound else "")
+        return time_text(self.time.median) + (share if self.clear else "")
 
     @property
     def share(self) -> float:

@@ -54,7 +54,7 @@ class Bindings:
 
     def __init__(self, backend: Backend) -> None:
         if rules := os.environ.get("PORTHAL_OPS"):
-            raise UsageError(f"PORTHAL_OPS is {rules!r}, but conformance tests every kernel of {backend} itself: unset it")
+            raise UsageError(f"PORTHAL_OPS is {rules!r}, but every kernel of {backend} is tried itself here: unset it")
         with running(backend):
             verify(backend)
         self.backend = backend

@@ -23,6 +23,7 @@ from porthal.bench.worker import Backstage, Bench, Setup, Side
 from porthal.bench.workloads import Row, Workload
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request
+from porthal.conformance.cases.copies import build
 from porthal.conformance.report.facts import Facts
 from porthal.hal import CallSpec, UsageError, contracts, create
 from tests.benchfiles import benchmark_file, sealed
@@ -239,6 +240,16 @@ def test_a_time_beyond_its_limit_is_an_error():
     near, beyond = (reported(timed(1e-3 / share, dram=steady)) for share in (1.04, 1.06))
     assert near.impossible == [] and near.exit_code == 0
     assert beyond.impossible == beyond.run.found and beyond.exit_code == 1
+
+
+def test_what_is_wrong_is_exit_code_1_though_nothing_was_timed():
+    assert reported(replace(timed(), samples=(), verdict="FAIL_VALUE")).exit_code == 1
+
+
+def test_a_row_of_a_prompt_meets_as_many_keys_as_it_sees():
+    """Four rows see 97 to 100 keys, or 1 to 4: the mean of each."""
+    flops = [Work.of(build(Case.from_token(f"indexer_scores,T=4,G=8,D=128,scale=0.5,iq:bf16,batch=4/{n},block_size=64,0"))).flops for n in (100, 4)]
+    assert flops[0] / flops[1] == round(98.5) / round(2.5)
 
 
 def test_a_step_is_all_of_its_calls_and_so_is_its_limit():

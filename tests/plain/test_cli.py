@@ -258,7 +258,7 @@ def test_conformance_tests_the_backend_itself(run, monkeypatch, command):
     monkeypatch.setenv("PORTHAL_OPS", "add=torch")
     code, out, err = run(*command, "--backend", "reference")
     assert (code, out) == (2, "")
-    assert err == "porthal: PORTHAL_OPS is 'add=torch', but conformance tests every kernel of reference itself: unset it\n"
+    assert err == "porthal: PORTHAL_OPS is 'add=torch', but every kernel of reference is tried itself here: unset it\n"
 
 
 # -- terminals -------------------------------------------------------------------------------------------------------
