@@ -248,7 +248,8 @@ def test_what_is_wrong_is_exit_code_1_though_nothing_was_timed():
 
 def test_a_row_of_a_prompt_meets_as_many_keys_as_it_sees():
     """Four rows see 97 to 100 keys, or 1 to 4: the mean of each."""
-    flops = [Work.of(build(Case.from_token(f"indexer_scores,T=4,G=8,D=128,scale=0.5,iq:bf16,batch=4/{n},block_size=64,0"))).flops for n in (100, 4)]
+    token = "indexer_scores,T=4,G=8,D=128,scale=0.5,iq:bf16,batch=4/{},block_size=64,0"
+    flops = [Work.of(build(Case.from_token(token.format(n)))).flops for n in (100, 4)]
     assert flops[0] / flops[1] == round(98.5) / round(2.5)
 
 
