@@ -126,7 +126,7 @@ class Noise:
         self,
         rng: np.random.Generator,
         dtypes: Mapping[str, str],
-        only: int | None = None,
+        only: int | str | None = None,
         known: Known | None = None,
         turn: int = 0,
     ) -> None:
@@ -136,7 +136,7 @@ class Noise:
         self.known = known or Known((), 0)
         self.products = 0  # so far
         self.points: list[str] = []
-        self.count = 0  # perturbations so far; `only` makes just the one of that number, or none if it is ROUNDED
+        self.count = 0  # perturbations so far; `only` makes just the one of that number or name, or none if it is ROUNDED
         self.reduced = False  # the formula has a reduction: errors of one row are shared among its elements
         self._rng = rng
         self._salts: Array = np.empty(0, np.uint32)
@@ -192,12 +192,13 @@ _noise: ContextVar[Noise | None] = ContextVar("porthal_noise", default=None)
 def noise(
     rng: np.random.Generator,
     dtypes: Mapping[str, str],
-    only: int | None = None,
+    only: int | str | None = None,
     known: Known | None = None,
     turn: int = 0,
 ) -> Iterator[Noise]:
-    """Make the helpers of this module perturb, all of them or `only` the n-th one called; `dtypes` names the operands'
-    and results' dtypes of the call, `known` holds what its runs have in common, and `turn` counts them."""
+    """Make the helpers of this module perturb, all of them or `only` the n-th one called, or round where `may_round` has that
+    name; `dtypes` names the operands' and results' dtypes of the call, `known` holds what its runs have in common, and `turn`
+    counts them."""
     mode = Noise(rng, dtypes, only, known, turn)
     token = _noise.set(mode)
     try:
@@ -252,6 +253,8 @@ def may_round(name: str, value: Array, to: str) -> Array:
         return value
     mode.points.append(name)
     dtype = mode.dtypes.get(to, to)
+    if mode.only == name:
+        return widen(narrow(np.asarray(value), dtype))
     return _perturb(mode, value, UNIT_ROUNDOFF[dtype], 2.0**-25 if dtype == "float16" else FLUSHED, dtype)
 
 
@@ -277,6 +280,16 @@ def nearest(value: Array, code: Callable[[Array], Array], slack: float) -> Array
     if mode.only is not None and mode.only != n:
         return code(value)
     return code(value * (1 + (slack if mode.turn % 2 else -slack)))
+
+
+def unsettled(x: Array) -> float:
+    """By how much an intermediate may be off that a kernel may have rounded to the dtype of its operands, so that codes made of
+    it are others where it lies so near the middle between two; 0 where x is of that dtype already, as operands are."""
+    mode = _noise.get()
+    dtype = mode.dtypes.get("x", "float32") if mode else "float32"
+    if dtype == "float32" or np.array_equal(widen(narrow(x, dtype)), x, equal_nan=True):
+        return 0.0
+    return 2 * UNIT_ROUNDOFF[dtype]  # as it is normed first, and rounded before and after that
 
 
 def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype: str = "float32") -> Array:

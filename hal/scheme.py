@@ -18,7 +18,7 @@ import numpy as np
 
 from porthal.hal.dtypes import UNIT_ROUNDOFF, narrow, numpy_dtype
 from porthal.hal.errors import UsageError
-from porthal.hal.numerics import FLUSHED, U_ACC, Array, dot, may_round, nearest, single
+from porthal.hal.numerics import FLUSHED, U_ACC, Array, dot, may_round, nearest, single, unsettled
 
 NONE = "none"
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -158,7 +158,7 @@ class Scheme:
         scale = scale if exact else single(scale)
         for_each = self.spread(scale[..., None, :], (*x.shape[:-1], 1, x.shape[-1]))[..., 0, :]
         with np.errstate(invalid="ignore"):
-            return nearest(x / for_each, self._grid, 0.0 if exact else QUOTIENT) * for_each
+            return nearest(x / for_each, self._grid, (0.0 if exact else QUOTIENT) + unsettled(x)) * for_each
 
     # -- what a chip may choose ------------------------------------------------------------------------------------------
 

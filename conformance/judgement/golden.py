@@ -234,12 +234,16 @@ class Golden:
         return pieces
 
     def rounding_runs(self, function: Any = None, *extra: Any) -> Iterator[dict[str, Array]]:
-        """Float results of runs that round where the contract permits; a chip rounds them once more, at the end."""
-        for run, only in ((0, ROUNDED), *((run, None) for run in range(RUNS))):
-            yield self._noisy(run, only, function, Piece(slice(None), self.operands, extra))[0]
+        """Float results of runs that round where the contract permits, everywhere and at one point alone, as chips do; a chip
+        rounds them once more, at the end."""
+        whole = Piece(slice(None), self.operands, extra)
+        everywhere, mode = self._noisy(0, ROUNDED, function, whole)
+        yield everywhere
+        for run, only in (*((0, name) for name in dict.fromkeys(mode.points)), *((run, None) for run in range(RUNS))):
+            yield self._noisy(run, only, function, whole)[0]
 
     def _noisy(
-        self, run: int, only: int | None, function: Any, piece: Piece, known: Known | None = None
+        self, run: int, only: int | str | None, function: Any, piece: Piece, known: Known | None = None
     ) -> tuple[dict[str, Array], Noise]:
         rng = np.random.default_rng([run, zlib.crc32(self.inputs.case.stream.encode())])
         with noise(rng, self.dtypes, only, known, run) as mode:
