@@ -179,7 +179,11 @@ class _Plan:
             rows = next((o.name for o in signature.of_kind(ARRAY) if o.typed and self.rows in o.dims), "")
             if rows and (scheme_of(name).other or signature.mutated):
                 recipes += [((rows, word),) for word in (*BLOCKED, *OF_ROWS)]
-            for combo in [c for c in self._each() if len(c) <= 1] or [()]:
+            each = [c for c in self._each() if len(c) <= 1] or [()]
+            if self.contract.decomposition:  # its parts are tested in every dtype
+                self.turn += 1
+                each = [each[self.turn % len(each)]]
+            for combo in each:
                 yield from self._made(dtypes=combo, schemes=schemes)
                 yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes)
                 for given in recipes:
