@@ -187,9 +187,10 @@ class _Plan:
                 yield from self._made(dtypes=combo, schemes=schemes)
                 yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes)
                 for given in recipes:
-                    yield from self._made(dtypes=combo, schemes=schemes, recipes=given)
+                    made = partial(self._made, dtypes=combo, schemes=schemes, recipes=given)
+                    yield from made()
                     if self.level.thorough:
-                        yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes, recipes=given)
+                        yield from made(ragged, rows=PICKED_ROWS, most=MANY_ROWS * 64)
             page = {"block_size": PAGE // 4} if self.has_pages or self.has_batch else {}
             several: dict[str, Any] = dict(zip(sizes, cycle(BLOCKS)))
             several |= {"out": "float32"} if "out" in self.attrs else {}
