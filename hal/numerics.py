@@ -37,6 +37,7 @@ SIZE, SIGN, FIRST_FACTOR, SECOND_FACTOR, HALF = (
     np.array(n, np.uint32) for n in (0x7FFFFFFF, 0x80000000, 0x9E3779B1, 0x85EBCA77, 15)
 )
 HIGH = int(sys.byteorder == "little")  # which half of a float64 has its sign
+SUMMED = 32 * U_ACC  # how far off sums in float32 usually are at most, of the largest of a row
 ROOT_3 = float(np.sqrt(3))
 FLUSHED = 2.0**-126  # the smallest normal float32: a chip may flush what is smaller to zero
 
@@ -270,26 +271,27 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
     return f(x) if mode is None else _perturb(mode, f(x), ulps * U_ACC)
 
 
-def nearest(value: Array, code: Callable[[Array], Array], slack: float) -> Array:
-    """The value at its nearest code: where it lies within a share `slack` of the middle between two, a chip may take either.
-    Of two noisy runs one takes the outer and one the inner."""
+def nearest(value: Array, code: Callable[[Array], Array], slack: float, beside: float = 0.0) -> Array:
+    """The value at its nearest code: where it lies within a share `slack` and `beside` of the middle between two, a chip may
+    take either. Of two noisy runs one takes the outer and one the inner."""
     mode = _perturbing()
     if mode is None:
         return code(value)
     n, mode.count = mode.count, mode.count + 1
     if mode.only is not None and mode.only != n:
         return code(value)
-    return code(value * (1 + (slack if mode.turn % 2 else -slack)))
+    outward = 1 if mode.turn % 2 else -1
+    return code(value * (1 + outward * slack) + outward * np.copysign(beside, value))
 
 
 def unsettled(x: Array) -> float:
     """By how much an intermediate may be off that a kernel may have rounded to the dtype of its operands, so that codes made of
     it are others where it lies so near the middle between two; 0 where x is of that dtype already, as operands are."""
     mode = _noise.get()
-    dtype = mode.dtypes.get("x", "float32") if mode else "float32"
-    if dtype == "float32" or np.array_equal(widen(narrow(x, dtype)), x, equal_nan=True):
+    dtype = mode.dtypes.get("x", "float32") if mode else ""
+    if not dtype or np.array_equal(widen(narrow(x, dtype)), x, equal_nan=True):
         return 0.0
-    return 2 * UNIT_ROUNDOFF[dtype]  # as it is normed first, and rounded before and after that
+    return 2 * UNIT_ROUNDOFF[dtype]  # as it is normed, and rounded before and after that
 
 
 def _perturb(mode: Noise, value: Array, u: float, least: float = FLUSHED, dtype: str = "float32") -> Array:

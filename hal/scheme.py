@@ -18,7 +18,7 @@ import numpy as np
 
 from porthal.hal.dtypes import UNIT_ROUNDOFF, narrow, numpy_dtype
 from porthal.hal.errors import UsageError
-from porthal.hal.numerics import FLUSHED, U_ACC, Array, dot, may_round, nearest, single, unsettled
+from porthal.hal.numerics import FLUSHED, SUMMED, U_ACC, Array, dot, may_round, nearest, single, unsettled
 
 NONE = "none"
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -158,7 +158,9 @@ class Scheme:
         scale = scale if exact else single(scale)
         for_each = self.spread(scale[..., None, :], (*x.shape[:-1], 1, x.shape[-1]))[..., 0, :]
         with np.errstate(invalid="ignore"):
-            return nearest(x / for_each, self._grid, (0.0 if exact else QUOTIENT) + unsettled(x)) * for_each
+            off = unsettled(x)
+            slack, beside = (0.0 if exact else QUOTIENT) + off, SUMMED * TOP[self.codes] if off else 0.0
+            return nearest(x / for_each, self._grid, slack, beside) * for_each
 
     # -- what a chip may choose ------------------------------------------------------------------------------------------
 
