@@ -41,7 +41,7 @@ PLAIN = (*TELLING, "normal", "seesaw")  # values by which places are told apart
 SAME = "broadcast"  # a layout in which they are not
 COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs so much less:
 LESS = 0.7
-CHEAP = 0.02  # seconds, below which a case is one in every dtype
+CHEAP = 0.02  # seconds, below which a case of few rows is one in a second dtype, too
 WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5}  # of a factor's classes, whose product a pair counts; of others 1
 FEW_VIEWED = 3.0  # and a layout with few rows
 FIRST = 300.0  # and a class that no case has had; ten times that where it is none of a size, as such have no neighbours
@@ -350,6 +350,7 @@ def pair_cases(
             design.meet(met)
             left -= cost
             yield case
-            if level.thorough and cost < CHEAP:  # a kernel has a way of its own for each dtype
-                others = (replace(case, dtypes=combo) for combo in combos(contract) if combo != case.dtypes)
-                yield from (other for other in others if not refusal(other))
+            if level.thorough and cost < CHEAP and not met[1]:  # of few rows a kernel has a way of its own for each dtype
+                kinds = [combo for combo in combos(contract) if combo != case.dtypes]
+                other = replace(case, dtypes=kinds[n % len(kinds)]) if kinds else case
+                yield from [] if refusal(other) else [other]

@@ -409,7 +409,7 @@ def test_the_first_steps_are_not_counted(monkeypatch):
 
     stands_in = {
         "bind": lambda wrap, **_: ops.append(wrap[0]("op", took)),
-        "opened": lambda home: (Config((1,)), None),
+        "opened": lambda *_: (Config((1,)), None),
         "profile": lambda *_: None,
         "needed": lambda *_: None,
         "Glm5": lambda *_: SimpleNamespace(),

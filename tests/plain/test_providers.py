@@ -165,7 +165,8 @@ def test_calls_under_a_scheme_that_no_own_kernel_takes_are_the_bases() -> None:
     held = replace(DECODE, schemes={"w": "fp8_block"})
     profiles = [{"linear": [DECODE, held]}, {"linear": [held]}]
     choices = [bind(backend=both(), profile=profile, overrides={}).choices["linear"] for profile in profiles]
-    assert [(c.status, c.provider) for c in choices] == [("own", "coded or reference"), ("own", "coded")]
+    assert [(c.status, c.owner, c.provider) for c in choices] == [("inherited", "reference", ""), ("own", "both", "coded")]
+    assert choices[0].reason == "coded where w is fp8_block"
     wide = replace(held, dims={**held.dims, "N": 10})
     choice = bind(backend=both(), profile={"linear": [DECODE, held, wide]}, overrides={}).choices["linear"]
     assert (choice.status, choice.owner) == ("inherited", "reference")
