@@ -136,9 +136,9 @@ def test_numpy_between_arguments_and_results_would_be_seen(xla: Backend) -> None
 
 
 def test_its_traits_leave_out_a_few_of_the_cases(xla: Backend) -> None:
-    """Those with views, for which it has no arrays."""
+    """Those with views, for which it has no arrays; each is met with one row in every dtype."""
     planned = [case for op in OWN for case in cases(contracts()[op], "standard") if not case.schemes]
-    assert sum(bool(left_out(case, xla)) for case in planned) <= 0.12 * len(planned)
+    assert sum(bool(left_out(case, xla)) for case in planned) <= 0.15 * len(planned)
 
 
 def test_xla_reads_denormals_as_zero(xla: Backend) -> None:
