@@ -350,7 +350,7 @@ def pair_cases(
             design.meet(met)
             left -= cost
             yield case
-            if level.thorough and cost < CHEAP and not (met[1] or case.view):  # of few rows a kernel has a way of its own for each dtype
+            if level.thorough and cost < CHEAP and not (met[1] or case.view):  # kernels have a way for each dtype
                 kinds = [combo for combo in combos(contract) if combo != case.dtypes]
                 other = replace(case, dtypes=kinds[n % len(kinds)]) if kinds else case
                 yield from [] if refusal(other) else [other]
