@@ -61,6 +61,7 @@ RAGGED = (200, 150, 72)  # which no blocks fill
 BLOCKS = (712, 456, 328)  # several blocks, the last of which is not full
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
 LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what is chosen, and numbers that are none
+PROMPT = 768
 PAGE = 64  # slots, where a case is about something else
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
@@ -180,7 +181,7 @@ class _Plan:
             if rows and (scheme_of(name).other or signature.mutated):
                 recipes += [((rows, word),) for word in (*BLOCKED, *OF_ROWS)]
             each = [c for c in self._each() if len(c) <= 1] or [()]
-            if self.contract.decomposition:  # its parts are tested in every dtype
+            if self.contract.decomposition and all(kind == "Weight" for kind, _ in values):  # its parts are tested in each
                 self.turn += 1
                 each = [each[self.turn % len(each)]]
             for combo in each:
@@ -293,6 +294,9 @@ class _Plan:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
+        if self.contract.choice and self.has_batch and self.level.thorough:  # a prompt: each row sees one key more
+            for combo in self.combos:
+                yield from self._made(rows=PROMPT, dtypes=combo, batch=f"{PROMPT}/{PROMPT}")
         for combo in self._each():
             yield from self._made(view=SAME, dtypes=combo)
         if any(len(o.dims) > 1 for o in self.contract.signature.of_kind(ARRAY)):

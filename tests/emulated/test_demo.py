@@ -10,7 +10,7 @@ from porthal.model.load import DEMO, load
 from tests import demo
 
 ROWS = {"add_rms_norm", "kv_write", "rms_norm", "rope", "silu_mul"}
-EXPERTS = {"grouped_gemm", "moe_permute", "moe_route"}
+EXPERTS = {"grouped_gemm", "moe_permute", "moe_route", "quantize"}  # the last, which the model does not call, of any dtype
 HALVES = {"indexer_topk", "moe_experts", "sparse_mla"}  # of bfloat16 alone, or of float16 too
 
 

@@ -14,7 +14,7 @@ from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import engine_asked_for, missing, unlike_contracts
 
-OWN = {"grouped_gemm", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+OWN = {"grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
 
 @pytest.fixture
