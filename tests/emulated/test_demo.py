@@ -23,7 +23,8 @@ def test_own_kernels_serve_the_model_and_decline_what_is_theirs_in_bfloat16_alon
     assert own("float32") == ROWS | EXPERTS
     choices = demo.model("ascend", "float32").ops.choices
     assert choices["sparse_mla"].status == "inherited"
-    assert choices["sparse_mla"].reason == "ascend: q_latent is float32, the kernel takes one of bfloat16, float16"
+    why = "npu_sparse_flash_attention: q_latent is float32, the kernel takes one of bfloat16, float16"
+    assert choices["sparse_mla"].reason.startswith(f"torch_npu.{why}")
 
 
 def test_every_token_goes_through_the_vendors_calls():
