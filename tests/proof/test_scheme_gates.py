@@ -14,7 +14,7 @@ from porthal.model.quantising import FORMATS, quantise
 PROVES = ("hal", "ops", "model", "backends/cpu", "backends/reference", "backends/torch", "conformance/diff/curve.py")
 TEXT = list(stored().texts["source code"].encode())[:1024]
 # Bits per byte beyond those without a scheme, in thousandths, measured in November 2026 (docs/schemes.md), and as much again.
-MORE = {"fp8": 4, "int8": 3, "int4": 48, "nvfp4": 5, "mxfp4": 6, "ascend-w8a8": 4, "ascend-w4a8": 28}
+MORE = {"fp8": 4, "int8": 3, "int4": 48, "nvfp4": 5, "mxfp4": 6, "ascend-w8a8": 5, "ascend-w4a8": 28}
 CACHES = {
     **{"int8_keys": 1, "int8_half_keys": 1, "fp8_keys": 1},
     **{"int8_latents": 4, "int8_tile_latents": 4, "fp8_latents": 4},
