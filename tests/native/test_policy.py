@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,21 @@ def as_it_was(monkeypatch):
     yield
     native.set_isa(isa)
     native.set_num_threads(threads)
+
+
+TILES = ("amx_tile", "amx_bf16", "amx_int8")
+
+
+def test_tiles_are_there_where_processor_linux_and_compiler_have_them():
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    if not set(TILES) <= set(flags):
+        pytest.skip("this processor has no tiles of bf16 and int8")
+    if ctypes.CDLL(None).syscall(158, 0x1023, 18):  # arch_prctl, which asks for their registers
+        pytest.skip("Linux does not let this process use tiles")
+    options = [f"-m{name.replace('_', '-')}" for name in TILES]
+    if subprocess.run([os.environ.get("CXX") or "c++", *options, "-fsyntax-only", "-xc++", os.devnull]).returncode:
+        pytest.skip("the compiler here knows no tiles")
+    assert native.isas()[-1] == "amx"
 
 
 @pytest.mark.parametrize(
