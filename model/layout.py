@@ -86,9 +86,9 @@ class Layout:
         """How many places all ranks have together."""
         return sum(map(len, self.table)) or count
 
-    def places(self, count: int) -> range:
-        """Those of this rank."""
-        rank, ranks, total = self.comm.rank, self.comm.size, self.total(count)
+    def places(self, count: int, rank: int | None = None) -> range:
+        """Those of a rank; of this one where none is named."""
+        rank, ranks, total = self.comm.rank if rank is None else rank, self.comm.size, self.total(count)
         return range(rank * total // ranks, (rank + 1) * total // ranks)
 
     def most(self, count: int) -> int:
@@ -101,13 +101,12 @@ class Layout:
         copies: list[list[int]] = [[] for _ in range(count)]
         for place, expert in enumerate(placed):
             copies[expert].append(place)
-        own = range(rank * len(placed) // self.comm.size, (rank + 1) * len(placed) // self.comm.size)
+        own = self.places(count, rank)
         return [next((place for place in found if place in own), found[rank % len(found)]) for found in copies]
 
     def owner(self, count: int, place: int) -> int:
         """The rank that has a place."""
-        ranks, total = self.comm.size, self.total(count)
-        return next(rank for rank in range(ranks) if place < (rank + 1) * total // ranks)
+        return next(rank for rank in range(self.comm.size) if place in self.places(count, rank))
 
     def share(self, size: int) -> slice:
         """This rank's part of so many rows, heads or columns."""

@@ -11,6 +11,14 @@ from porthal.backends.torch import collectives
 from porthal.backends.torch.interfaces.library import Library
 from porthal.hal import Backend, NotClaimed, contracts
 
+# Calls of a captured step, one of each kind of kernel.
+CAPTURED = (
+    "kv_write,T=5,A=512,B=64,pages:bf16,batch=1/70+1/9+1/131+2/150,block_size=64,capture,0",
+    "indexer_topk,T=5,G=8,D=128,k=16,scale=0.0156,iq:bf16,batch=1/200+1/9+3/70,block_size=64,capture,0",
+    "sparse_mla,T=5,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=1/70+1/9+1/131+2/150,block_size=64,capture,0",
+    "moe_experts,T=5,H=96,I=96,E=8,k=8,x:bf16,capture,0",
+)
+
 
 def unlike_contracts(cls: type[Backend]) -> list[str]:
     """The kernels of a class and its mixins whose names, order, kinds or defaults of arguments are not their contracts'."""

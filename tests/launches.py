@@ -31,7 +31,7 @@ def _in_a_stand_in() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if "/emulated/" in file or file.endswith("emulation/stand_in.py"):
+        if ("/backends/" in file and "/emulated/" in file) or file.endswith("emulation/stand_in.py"):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from porthal.backends.torch.backend import Plan, Torch, _blocks, _chunks, _silu_mul
 from porthal.backends.torch.ranking import highest
-from porthal.backends.torch.schemes import quantised
+from porthal.backends.torch.schemes import stored
 from porthal.hal import ANY_SCHEME, Batch, Pages, Rows, Selection, SelectionSpec, UsageError, Weight, limits
 
 # What copies between host and device. On the CPU some of it is no operation of ATen, and is seen only above that.
@@ -71,11 +71,7 @@ class Capturing(Torch):
         targets = plan.targets.clamp(min=0)
         kept = plan.targets[:, None] >= 0
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
-            values = {name: rows.index_select(0, plan.written)}
-            if pages.spec.quantised and name == pages.spec.quantised[0]:
-                found = quantised(pages.spec.quantised[1], values[name])
-                values = {name: found["codes"], f"{name}_scale": found["scale"]}
-            for field, value in values.items():
+            for field, value in stored(pages, name, rows.index_select(0, plan.written)).items():
                 held = pages[field].index_select(0, targets)
                 pages[field].index_copy_(0, targets, torch.where(kept, value, held))
         return pages

@@ -129,6 +129,14 @@ def quantised(scheme: Scheme, x: Tensor) -> dict[str, Tensor]:
     return {"codes": _code(scheme.codes, ratio), "scale": held}
 
 
+def stored(pages: Pages, name: str, rows: Tensor) -> dict[str, Tensor]:
+    """Rows as the cache holds those of a field: themselves, or their codes and scales, by the names of the parts."""
+    if not pages.spec.quantised or name != pages.spec.quantised[0]:
+        return {name: rows}
+    held = quantised(pages.spec.quantised[1], rows)
+    return {name: held["codes"], f"{name}_scale": held["scale"]}
+
+
 def coded_rows(pages: Pages, name: str, slots: Tensor, rows: Tensor) -> Tensor:
     """Rows as the field of a cache holds them: where it holds codes, these, and the scales are written."""
     if not pages.spec.quantised or name != pages.spec.quantised[0]:

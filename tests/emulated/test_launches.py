@@ -1,28 +1,9 @@
 """How many kernels a decode step launches: what Ascend's fused calls save against the torch base on the same device."""
 
-from collections import Counter
-
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from porthal.model.generate import generate
 from tests import demo
+from tests.launches import Launches
 from tests.proofs import ROOT
-
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-
-
-class Launches(TorchDispatchMode):
-    """Operations that are neither views nor allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.found[name] += not view and name not in FREE
-        return func(*args, **kwargs or {})
 
 
 def per_step(backend):

@@ -12,7 +12,7 @@ from porthal.conformance import replay
 from porthal.hal import CallSpec, Unavailable, contracts, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
-from tests.adapters import engine_asked_for, missing, unlike_contracts
+from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
 
 OWN = {"grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
@@ -72,14 +72,6 @@ def test_it_is_here_and_says_where_it_ran(chip):
 
 def test_ranks_meet_by_the_vendors_own_engine(chip, monkeypatch):
     assert engine_asked_for(chip, monkeypatch) == "mccl"
-
-
-CAPTURED = (
-    "kv_write,T=5,A=512,B=64,pages:bf16,batch=1/70+1/9+1/131+2/150,block_size=64,capture,0",
-    "indexer_topk,T=5,G=8,D=128,k=16,scale=0.0156,iq:bf16,batch=1/200+1/9+3/70,block_size=64,capture,0",
-    "sparse_mla,T=5,N=8,C=512,R=64,k=16,scale=0.0625,q_latent:bf16,batch=1/70+1/9+1/131+2/150,block_size=64,capture,0",
-    "moe_experts,T=5,H=96,I=96,E=8,k=8,x:bf16,capture,0",
-)
 
 
 @pytest.mark.parametrize("token", CAPTURED)

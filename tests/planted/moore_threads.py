@@ -72,7 +72,11 @@ FP8 = (
     ),
     *edits("packed", WRITTEN)(
         ("slots across pages", "// field.shape[1], targets % field.shape[1]", "% field.shape[0], targets // field.shape[0]"),
-        ("scales not written", "in values.items():", "in list(values.items())[:1]:"),
+        (
+            "scales not written",
+            "in stored(pages, name, rows.index_select(0, plan.written)).items():",
+            "in list(stored(pages, name, rows.index_select(0, plan.written)).items())[:1]:",
+        ),
     ),
     *edits("packed", PADDING)(("padding written to slot 0", "torch.where(kept, value, field[at])", "value"),),
     *edits("packed", KEYS)(("scales beside each slot's codes", "size = spec.block_size if layout.by_page else 1", "size = 1"),),

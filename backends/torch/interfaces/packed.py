@@ -11,7 +11,7 @@ from torch import Tensor
 
 from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.capture import Capturing
-from porthal.backends.torch.schemes import quantised
+from porthal.backends.torch.schemes import stored
 from porthal.hal import ANY_SCHEME, Batch, Pages, PagesSpec, limits, numpy_dtype
 from porthal.hal.layouts import Layout
 
@@ -59,11 +59,7 @@ class Packed(Torch):
         plan = batch.native
         targets, kept = plan.targets.clamp(min=0), plan.targets[:, None] >= 0
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
-            values = {name: rows.index_select(0, plan.written)}
-            if pages.spec.quantised and name == pages.spec.quantised[0]:
-                found = quantised(pages.spec.quantised[1], values[name])
-                values = {name: found["codes"], f"{name}_scale": found["scale"]}
-            for part, value in values.items():
+            for part, value in stored(pages, name, rows.index_select(0, plan.written)).items():
                 field = pages[part]
                 at = (targets,) if field.dim() == 2 else (targets // field.shape[1], targets % field.shape[1])
                 field.index_put_(at, torch.where(kept, value, field[at]))
