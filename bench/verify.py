@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from porthal.bench import ranked
 from porthal.bench.compare import Ratio
 from porthal.bench.measured import Measured
 from porthal.bench.report import Report
-from porthal.bench.run import bench
+from porthal.bench.run import SECONDS, bench
 from porthal.bench.scale import Bounds
 from porthal.bench.speeds import Call, Speed, Speeds, Timed, told
 from porthal.bench.text import time_text
@@ -43,7 +44,10 @@ def verify(
     cases = {row.token: _case(row.token, bounds or Bounds()) for row in chosen}
     names = [backend] if backend else list(dict.fromkeys(row.backend for row in chosen))
     workload = Workload("verify", "", tuple(Row(r.step, r.group, cases[r.token], r.calls, r.scaled) for r in chosen))
-    run = bench(workload, names, threads, progress=progress)
+    ranks = max((_ranks(case) for case in cases.values()), default=0)
+    run = (
+        ranked.bench(workload, names, ranks, SECONDS, progress) if ranks else bench(workload, names, threads, progress=progress)
+    )
     here = Report(run).facts()["backends"]
     found = {(m.backend, Call(m.token.partition(",")[0].partition("@")[0], m.token, m.cache)): m for m in run.timed}
     wrong = {(m.backend, m.token): m for m in run.found if not m.samples}
@@ -55,7 +59,7 @@ def verify(
             noisy += 1
         else:
             same = name in run.sides and run.sides[name].facts.device == _said(file, row.backend).get("device")
-            checked.append(_checked(row, name, again, same))
+            checked.append(_checked(row, name, _ranks(cases[row.token]), again, same))
     if not checked:
         raise UsageError(f"all {noisy} rows that were drawn were too noisy here: try again when the machine is quiet")
     facts = [run.sides[name].facts for name in names]
@@ -77,8 +81,14 @@ def _said(file: Speeds, name: str) -> dict[str, object]:
     return dict(file.backends.get(name, {}))
 
 
-def _checked(row: Speed, backend: str, again: Measured | None, same: bool) -> Checked:
+def _ranks(case: Case) -> int:
+    """How many ranks a call is of, 0 where it is none of several."""
+    return dict(case.dims)["ranks"] if case.contract.collective else 0
+
+
+def _checked(row: Speed, backend: str, ranks: int, again: Measured | None, same: bool) -> Checked:
     name, command = f"{row.op} [{row.token}], {row.cache}", f"porthal bench --backend {backend} --op {row.op}"
+    command += f" --ranks {ranks}" * bool(ranks)
     if again is None or not again.samples:
         why = again.why if again else f"no time with {row.cache} caches"
         return Checked(name, row.words, why, False, f"porthal replay '{row.token}' --backend {backend}")

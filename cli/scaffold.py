@@ -99,11 +99,14 @@ def stub(contract: Contract) -> str:
 
 
 def next_step(backend: Backend, ops: Sequence[str]) -> str:
-    """What to do where none of these ops ran on a kernel of the backend's own: which to write first, where, and the next."""
+    """What to do where none of these ops ran on a kernel of the backend's own: which to write first, where, and the next; of
+    those that are written, that they took no call."""
+    where = inspect.getfile(type(backend))
+    if written := [op for op in ops if op in vars(type(backend))]:
+        return f"`{written[0]}` in {where} took none of these calls: its @limits say what it takes"
     stubs = [STUB.findall(stub)[0] for group in groups() for stub in group.stubs]
     first, *others = [op for op in stubs if op in ops] or ops  # those of several ranks have no stub
     following = f", the next: {', '.join(others[:3])}" if others else ""
-    where = inspect.getfile(type(backend))
     return f"begin with `{first}` in {where}{following}"
 
 

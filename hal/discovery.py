@@ -239,7 +239,8 @@ def _loaded(name: str) -> type[Backend]:
         module = importlib.import_module(f"{_package(name).name}.backend")
         own = list(defined(module))
     if len(own) != 1:
-        raise Unavailable(f"backend {name!r} is broken: {module.__name__} defines {len(own)} backends, expected one")
+        found = " and ".join(sorted(cls.__name__ for cls in own)) or "no class"
+        raise Unavailable(f"backend {name!r} is broken: {module.__name__} has {found}, expected one backend")
     if base := vars(own[0]).get("base"):
         raise Unavailable(
             f"backend {name!r} has base = {base!r}: write it as a base class instead, "

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from porthal.hal.contract import CallSpec, Contract
-from porthal.hal.dtypes import itemsize
+from porthal.hal.dtypes import INTEGERS, UNIT_ROUNDOFF, itemsize
 from porthal.hal.errors import UsageError
 from porthal.hal.scheme import NONE, SCHEMES
 
 F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = (*UNIT_ROUNDOFF, *INTEGERS)
 Dtypes = Mapping[str, str]  # of a call's operands, by name
 TIES = ("lowest", "any")
 
@@ -26,12 +27,14 @@ class Limit:
     holds   whether a value is among them, given the dtypes of the call's operands
     until   of a whole number that is: the last up to which all are; at least the number itself
     of      the operands whose dtypes it looks at
+    named   the values that it names one by one
     """
 
     text: str
     holds: Callable[[Any, Dtypes], bool]
     until: Callable[[int, Dtypes], float] = lambda v, dtypes: v
     of: tuple[str, ...] = ()
+    named: tuple[Any, ...] = ()
 
     def refused(self, value: Any, dtypes: Dtypes) -> Any:
         """The value, or of a profile's range (low, high) the lowest, that is not among them; None where all are."""
@@ -44,7 +47,7 @@ class Limit:
 
 
 def one_of(*values: Any) -> Limit:
-    return Limit("one of " + ", ".join(map(str, values)), lambda v, _: v in values)
+    return Limit("one of " + ", ".join(map(str, values)), lambda v, _: v in values, named=values)
 
 
 def at_most(n: int) -> Limit:
@@ -87,6 +90,8 @@ def same_as(operand: str) -> Limit:
 def per_dtype(operand: str, **limits: Limit) -> Limit:
     """A limit for each dtype of an operand: `k=per_dtype("scores", bfloat16=at_most(2048), float32=at_most(1024))`;
     dtypes that are not named are not taken."""
+    if wrong := next((name for name in limits if name not in DTYPES), None):
+        raise UsageError(f"a limit per dtype of {operand} names {wrong!r}, expected one of {', '.join(DTYPES)}")
     text = ", ".join(f"{limit.text} where {operand} is {name}" for name, limit in limits.items())
     return Limit(
         text,
@@ -102,6 +107,7 @@ def any_of(*limits: Limit) -> Limit:
         lambda v, dtypes: any(x.holds(v, dtypes) for x in limits),
         lambda v, dtypes: max(x.until(v, dtypes) for x in limits if x.holds(v, dtypes)),
         tuple(name for x in limits for name in x.of),
+        tuple(value for x in limits for value in x.named),
     )
 
 
@@ -168,6 +174,14 @@ class Limits:
         ):
             if wrong := next((name for name in names if name not in known), None):
                 return f"limits {what.format(repr(wrong))}, expected one of {', '.join(known)}"
+        dtypes = [(f"the dtype of {name}", limit, DTYPES) for name, limit in self.dtypes.items()]
+        for what, limit, values in (*dtypes, ("schemes", self.schemes, (NONE, *SCHEMES))):
+            if wrong := next((v for v in limit.named if v not in values), None):
+                return f"limits {what} to {wrong!r}, expected one of {', '.join(values)}"
+        for name, limit in self.facts.items():
+            kind = contract.attributes[name].type if name in contract.attributes else int
+            if kind is int and (wrong := next((v for v in limit.named if not isinstance(v, int)), None)) is not None:
+                return f"limits {name} to {wrong!r}, expected whole numbers"
         return None
 
 

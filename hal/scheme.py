@@ -41,7 +41,8 @@ class Scheme:
 
     The scale of a block is its largest magnitude / TOP; in e8m0 the power of two by the floor rule; in e4m3 it is rounded
     once, and at least 2^-9. A code is number / scale rounded half to even, saturating. A block of zeros has codes of 0, and
-    any finite scale. There is no zero point, and nothing is rotated.
+    any finite scale. Stored codes may be any of their dtype, -128 and -8 among them. There is no zero point, and nothing is
+    rotated.
     """
 
     name: str

@@ -11,7 +11,7 @@ from porthal.hal.numerics import Array, choose
     rules=[("V >= 1", lambda f: f.V >= 1)],
     exact=True,
     choice="ids",
-    values={"logits": ("normal", "ties", "equal", "signed", "special", "blocked", "shelves", "rising", "summit")},
+    values={"logits": ("normal", "ties", "equal", "signed", "special", "blocked", "halved", "shelves", "rising", "summit")},
     profiles=("inference",),
 )
 def argmax(logits: Array) -> Array:

@@ -10,7 +10,7 @@ from porthal.hal.numerics import Array
     cases={"H": (6144, 96, 7), "to": ("bfloat16", "float32", "float16")},
     legal={"to": FLOATS},
     exact=True,
-    values={"x": ("normal", "large", "special", "denormal", "extreme", "signed", "faint")},
+    values={"x": ("normal", "large", "special", "denormal", "extreme", "signed", "faint", "verge")},
 )
 def cast(x: Array, *, to: str) -> Array:
     """x in the dtype `to`, rounded to nearest even; overflow gives infinity, NaN stays NaN."""

@@ -15,7 +15,7 @@ NOT_FINITE = -2
     rules=[("V >= 1", lambda f: f.V >= 1)],
     ranges={"ids": (-1, "V")},
     exact=True,
-    values={"logits": ("normal", "special", "masked", "blocked", "summit", "extreme", "rim")},
+    values={"logits": ("normal", "special", "masked", "blocked", "halved", "summit", "extreme", "rim")},
     profiles=("inference",),
 )
 def check_finite(logits: Array, ids: Array) -> Array:

@@ -29,7 +29,8 @@ from porthal.ops.silu_mul import silu_mul
 def moe_experts(x: Array, w13: Array, w2: Array, ids: Array, weights: Array, *, first_expert: int = 0) -> Array:
     """y[t] = sum_j weights[t, j] * w2[e] (silu(w13[e, :I] x_t) * (w13[e, I:] x_t)), e = ids[t, j] - first_expert.
 
-    Rows 0..I-1 of w13 are gate, I..2I-1 up. Ids outside the E local experts, and -1, contribute 0. The sum runs over
+    Rows 0..I-1 of w13 are gate, I..2I-1 up. Ids outside the E local experts, and -1, contribute 0; their weights are finite,
+    too. The sum runs over
     ascending j in float32. The gate and up products, the activation and each expert's output may be rounded to x's
     dtype. Under a scheme of the weights, x and the activation are taken as `linear` takes them.
     Source: DeepSeek-V3; GLM-5 has 256 experts, 8 per token.

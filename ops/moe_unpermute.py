@@ -11,12 +11,13 @@ from porthal.hal.numerics import Array, single, total
     independent=("H",),
     cases={"H": (6144, 96), "k": (8, 1, 2, 16)},
     ranges={"source": (-1, "T*k")},
-    values={"source": ("permutation",), "sorted": ("normal", "seesaw"), "weights": ("normal", "seesaw")},
+    values={"source": ("permutation", "gaps"), "sorted": ("normal", "seesaw"), "weights": ("normal", "seesaw")},
 )
 def moe_unpermute(sorted: Array, source: Array, weights: Array) -> Array:
     """y[t] = sum over m with source[m] = t*k + j of weights[t, j] * sorted[m], added in the order of j in float32.
 
-    Rows with source -1 are padding and contribute nothing, whatever they hold.
+    Rows with source -1, wherever they stand, are padding and contribute nothing, whatever they hold. No other source occurs
+    twice. Weights are finite, also those of choices that have no row.
     """
     T, k = weights.shape
     parts = np.zeros((T * k, sorted.shape[1]))

@@ -22,7 +22,7 @@ from porthal.hal.spans import SHARE, TEMPERATURE, UNIT
     legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE},
     choice="ids",
     values={
-        "logits": ("normal", "ties", "masked", "special", "blocked", "shelves", "rising", "summit"),
+        "logits": ("normal", "ties", "masked", "special", "blocked", "halved", "shelves", "offset", "rising", "summit"),
         "u": ("uniform",),
         "temperature": ("temperature", "cold", "hot", "greedy"),
         "top_p": ("probability", "nucleus", "brink"),

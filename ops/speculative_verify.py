@@ -22,7 +22,7 @@ from porthal.ops.sample import candidates, kept_of
     legal={"u": UNIT, "temperature": TEMPERATURE, "top_p": SHARE, "draft_probs": SHARE},
     choice="tokens",
     values={
-        "logits": ("normal", "masked", "special", "blocked", "shelves", "rising", "summit"),
+        "logits": ("normal", "masked", "special", "blocked", "halved", "shelves", "offset", "rising", "summit"),
         "u": ("uniform", "zeros", "refused", "stopped"),
         "temperature": ("temperature", "cold", "hot", "greedy"),
         "top_k": ("top_k", "brim"),

@@ -14,7 +14,9 @@ from porthal.hal.spans import SELECTED
     legal={"k": SELECTED},
     exact=True,
     choice="sel",
-    values={"scores": ("normal", "ties", "crest", "signed", "large", "special", "blocked", "shelves", "rising", "summit")},
+    values={
+        "scores": ("normal", "ties", "crest", "signed", "large", "special", "blocked", "halved", "shelves", "rising", "summit")
+    },
 )
 def topk(scores: Array, batch: Batch, *, k: int) -> Selection:
     """The positions of the min(k, visible[t]) highest scores among the first visible[t]: valid first, then -1.

@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.hal import ANY_SCHEME, Pages, Quantised, QuantisedSpec, Scheme, Weight, limits, scheme_of
-from porthal.hal.scheme import E2M1 as GRID
 from porthal.hal.scheme import TOP
-
-E2M1 = tuple(GRID.tolist())
 
 
 class Coded(NamedTuple):
@@ -54,8 +51,9 @@ def _said(kind: str, codes: Tensor) -> Tensor:
     if kind == "float8_e8m0fnu":
         return torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes.int() - 127)
     if kind == "float4_e2m1fn":
-        table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
-        return table[codes.long()]
+        exponent, odd = codes.int() >> 1 & 3, (codes & 1).float()
+        size = torch.where(exponent == 0, odd / 2, torch.ldexp(1 + odd / 2, exponent - 1))
+        return torch.where(codes > 7, -size, size)
     return codes.float()
 
 
@@ -151,10 +149,8 @@ def _code(kind: str, ratio: Tensor) -> Tensor:
         return ratio.round().to(torch.int8)
     if kind == "float8_e4m3fn":
         return ratio.to(torch.float8_e4m3fn).view(torch.uint8)
-    levels = torch.tensor(E2M1, device=ratio.device)
-    between, size = (levels[1:] + levels[:-1]) / 2, ratio.abs().contiguous()
-    at = torch.searchsorted(between, size)
-    at = at + ((at % 2 == 1) & (F.pad(between, (0, 1), value=torch.inf)[at] == size))
+    exponent = (torch.frexp(ratio).exponent - 1).clamp(0, 2)  # of e2m1; codes go by twos from one exponent to the next
+    at = torch.ldexp(ratio.abs(), 1 - exponent).round() + 2 * exponent
     return (at + 8 * torch.signbit(ratio)).to(torch.uint8)
 
 

@@ -67,7 +67,7 @@ def beside(span: Sequence[int], n: int) -> list[int]:
 
 COUNTED = 2**24  # elements that float32 counts, and about as many as 65,535 blocks of 256 hold
 ADDRESSES = (COUNTED, 2**31, 2**32)  # elements, also those behind which 32-bit offsets wrap
-TELLING = ("special", "rim", "shelves", "outlier", "rear", "summit")
+TELLING = ("special", "rim", "shelves", "outlier", "rear", "summit", "halved")
 REQUESTS = 1024  # of one step at most,
 ROWS = 2**17 + 1  # and rows, for ops that nothing else bounds
 ILLEGAL, BEYOND, MEMORY, TIME = "illegal by the contract", "beyond the model", "over memory", "over time"

@@ -24,7 +24,7 @@ def calls(case: Case) -> list[Inputs]:
     """The call that is captured, then those that are replayed, each with values of its own in the same memory.
 
     The captured one has the longest requests. In the first replay they are shorter and some are padding; in the second these
-    are real and all have grown. Weights, experts and what else there is are others in each.
+    are real, all have grown, and a row of the last is another's. Weights, experts and what else there is are others in each.
     """
     captured = build(case)
     found = [captured, *(build(_replayed(case, n, captured.batch)) for n in range(1, REPLAYS + 1))]
@@ -46,7 +46,10 @@ def _replayed(case: Case, n: int, captured: Batch | None) -> Case:
 def _requests(captured: Batch, n: int, kept: bool) -> Iterator[Request]:
     """Query rows and keys of each request of a replay; the longest is `kept` where an array is as wide as it."""
     longest = int(np.argmax(captured.kv_len)) if captured.R else 0
-    for r, (q, kv) in enumerate(zip(captured.q_len.tolist(), captured.kv_len.tolist())):
+    q_lens, kv_lens = captured.q_len.tolist(), captured.kv_len.tolist()
+    if n > 1 and q_lens[-1] > 1 and kv_lens[0] > q_lens[0]:
+        q_lens[0], q_lens[-1] = q_lens[0] + 1, q_lens[-1] - 1
+    for r, (q, kv) in enumerate(zip(q_lens, kv_lens)):
         if kept and r == longest:
             yield Request(q, kv)
         elif n == 1:

@@ -75,6 +75,13 @@ def absences(contract: Contract) -> list[tuple[str, ...]]:
     return [*found, *((name,) for name in fields.values())]
 
 
+def schemes_alike(contract: Contract) -> list[tuple[tuple[str, str], ...]]:
+    """Each scheme, of all operands that may be under it."""
+    taken = contract.schemes
+    names = dict.fromkeys(name for names in taken.values() for name in names)
+    return [tuple((operand, name) for operand, known in taken.items() if name in known) for name in names]
+
+
 def free_symbols(contract: Contract) -> list[str]:
     """The sizes that a case chooses: neither the batch's nor attributes."""
     bound = {d for o in contract.signature.of_kind("Batch") for d in o.dims}

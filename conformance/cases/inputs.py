@@ -31,10 +31,11 @@ from porthal.hal import (
 from porthal.hal.contract import Contract
 from porthal.hal.dtypes import is_float, narrow, numpy_dtype, widen
 from porthal.hal.operands.pages import SCALE
-from porthal.hal.scheme import NONE
+from porthal.hal.scheme import NONE, TOP
 from porthal.hal.signature import ARRAY, OperandSpec, evaluate
 
 Array = np.ndarray[Any, Any]
+LEAST = {"int8": -128, "int4": -8}  # codes
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ def _parts(case: Case, operand: str, shape: tuple[int, ...], name: str, sizes: M
     draw = _draw(case, operand, shape, "float32", {**sizes, "scheme": name})
     scheme, x = scheme_of(name), np.asarray(RECIPES[case.recipe(operand)](draw), np.float64)
     if "whole" not in scheme.form(shape):
-        return scheme.quantised(x)
+        parts = scheme.quantised(x)
+        if case.recipe(operand) == "pegged" and scheme.codes in LEAST:  # which no quantising gives, and other packers do
+            parts["codes"][parts["codes"] == -TOP[scheme.codes]] = LEAST[scheme.codes]
+        return parts
     halves = [scheme.quantised(half) for half in np.split(x, [shape[-2] // 2], -2) if half.size or not x.size]
     return {part: np.concatenate([half[part] for half in halves], -1 if part == "whole" else -2) for part in halves[0]}
 

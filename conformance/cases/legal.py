@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from porthal.conformance.cases.case import Case
 
 VIEWS = ("columns", "rows", "transposed", "broadcast")
-LAYOUTS = ("heads", "slices", "joint")  # of operands as other kernels hand them over, where an op has such operands
+# Of operands as other kernels hand them over, where an op has such; with the last two the first array has a pitch of its own.
+LAYOUTS = ("heads", "slices", "joint", "first", "others")
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
@@ -89,20 +90,21 @@ def _refused_operands(case: Case) -> str:
     for name, given in case.schemes:
         if given not in (taken := contract.schemes.get(name, ())):
             return f"{name} is under scheme {given or 'empty'}, expected {_one_of((*taken, 'no scheme'))}"
-    if case.schemes and (case.view in (PAST_2G, THREADS) or case.fault or case.seq or case.capture):
-        return f"schemes do not go with {case.view or case.fault or case.seq or 'capture'}"
+    if case.schemes and (case.view == PAST_2G or case.seq in ("held", "reuse")):
+        return f"schemes do not go with {case.view or case.seq}"
     groups = absences(contract)
     if set(case.absent) - set().union(*(g for g in groups if set(g) <= set(case.absent))):
         permitted = [" with ".join(group) for group in groups]
         return f"{', '.join(case.absent)} cannot be left out, expected {_one_of(permitted or ['every operand'])}"
     if case.view not in ("", *(known := (*VIEWS, *LAYOUTS, FAR, PAST_2G, THREADS))):
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
-    if case.view == "joint" and not joined(contract):
-        return "view joint needs two arrays whose rows can lie side by side"
+    if case.view in LAYOUTS[2:] and not joined(contract):
+        return f"view {case.view} needs two arrays whose rows can lie side by side"
     if case.view in LAYOUTS[:2] and all(len(o.dims) != 3 for o in contract.signature.of_kind(ARRAY)):
         return f"view {case.view} needs an array of 3 axes"
     kinds = {o.kind for o in operands.values()}
-    if case.view == PAST_2G and not ({"Pages", "Batch"} <= kinds or per_expert(contract)):
+    numbered = "Batch" in kinds or any(high == "P" for _, high in contract.ranges.values())
+    if case.view == PAST_2G and not (("Pages" in kinds and numbered) or per_expert(contract)):
         return f"view {PAST_2G} needs a cache with a batch, or experts' weights with counts"
     for name, (low, high) in contract.ranges.items():
         if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):

@@ -25,7 +25,7 @@ from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_o
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import ENDS, FEW, FORMS, KEYS, batch_of, form_of, points, size_class
 from porthal.conformance.cases.cost import seconds
-from porthal.conformance.cases.domain import absences, combos, free_symbols, mixed
+from porthal.conformance.cases.domain import absences, combos, free_symbols, mixed, schemes_alike
 from porthal.conformance.cases.legal import LAYOUTS, VIEWS, elements, refusal
 from porthal.conformance.cases.profiles import Profile
 from porthal.conformance.level import Level
@@ -48,7 +48,7 @@ FIRST = 300.0  # and a class that no case has had; ten times that where it is no
 HUGE = size_class(4096) + 2
 DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
-USUALLY = {"absent": 2, "view": 4, SEEN: 4}  # every so many calls a pair takes what is not usual
+USUALLY = {"absent": 2, "view": 4, "schemes": 2, SEEN: 4}  # every so many calls a pair takes what is not usual
 TRIES = 3  # at a pair, with other points of the same classes
 
 
@@ -89,6 +89,7 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
     found.append(Factor("view", ("", *(v for v in VIEWS if v != SAME), *LAYOUTS)))
     found.append(Factor("absent", ((), *absences(contract))))
+    found.append(Factor("schemes", ((), *schemes_alike(contract))))
     found.append(Factor("recipes", ((), *recipes)))
     return [f for f in found if len(f.classes) > 1]
 
@@ -151,7 +152,7 @@ class Design:
         """The places of a case's classes, 0 where its rows are few and 1 where many, and whether places can be told apart."""
         env = sizes_of(case)
         known: dict[str, Any] = {**case.attributes, "dtypes": case.dtypes, "view": case.view, "absent": case.absent}
-        known |= {"recipes": case.recipes, "form": form_of(case) if case.batch else ""}
+        known |= {"recipes": case.recipes, "schemes": case.schemes, "form": form_of(case) if case.batch else ""}
         known[SEEN] = {0: "all", 1: "one more"}.get(env.get(KEYS, 0) - env.get("k", 0), "")
         found = []
         for f in self.factors:
@@ -311,6 +312,7 @@ class Design:
             batch,
             size,
             view=chosen["view"],
+            schemes=chosen.get("schemes", ()),
         )
         return None if refusal(case) else case
 

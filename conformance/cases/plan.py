@@ -19,16 +19,19 @@ from typing import Any
 
 from porthal.conformance.cases.boundaries import boundary_cases, ends, telling
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import CROWD, Request, parted, spelled
+from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, parted, spelled
 from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
+    absences,
     combos,
     first_float,
+    fitting,
     free_symbols,
     options,
     per_expert,
+    schemes_alike,
     takes_integers,
 )
 from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, elements, refusal
@@ -55,7 +58,7 @@ LOADED_ROWS = 100  # where experts have different loads
 FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
 EXPERTS = 256  # of GLM-5
 NARROW = 32  # widths of so many experts
-FAINT = "faint"
+FAINT, LEAN, VAULT = "faint", "lean", "vault"
 BLOCKED, OF_ROWS = ("uneven", "pegged"), ("halfway", "dim")  # what quantised blocks are about, and rows that a call quantises
 RAGGED = (200, 150, 72)  # which no blocks fill
 BLOCKS = (712, 456, 328)  # several blocks, the last of which is not full
@@ -64,7 +67,8 @@ LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what i
 PROMPT = 768
 PAGE = 64  # slots, where a case is about something else
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
-CAPTURED = "1/70+1/9+1/131+2/150"  # requests of a call that is captured
+CAPTURED = {5: "1/70+1/9+1/131+2/150", 6: "2/70+2/9+2/150"}  # rows and requests of a call that is captured
+LONGEST_BATCH = f"1/{LONGEST}"
 
 
 def cases(
@@ -90,10 +94,10 @@ def _planned(contract: Contract, level: str, model: str) -> tuple[Case, ...]:
         return tuple(ranked_cases(contract, level))
     found: dict[str, Case] = {}
     plan, profile = _Plan(contract, level), profile_of(model)
-    planned = (*plan.cases(), *large(contract, level, model))
+    planned = (*plan.cases(), *large(contract, level, model), *plan.schemed())
     planned += tuple(pair_cases(contract, plan.level, planned, profile, plan.telling()))
     planned += tuple(plan.layouts({case.view for case in planned}))
-    for case in (*planned, *boundary_cases(contract, plan.level, planned, profile), *plan.schemed()):
+    for case in (*planned, *boundary_cases(contract, plan.level, planned, profile)):
         found.setdefault(case.token, case)
     return tuple(found.values())
 
@@ -141,6 +145,8 @@ class _Plan:
             least = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
             for rows in (MANY_ROWS, MANY_ROWS + 1):
                 yield from self._many(least, rows, 4, dtypes=self._next())
+            for name in self.contract.cases.get("scheme", ()):
+                yield from self._many({**least, "scheme": name}, MANY_ROWS + 1, 4, dtypes=self._next())
         yield from self._legal_ends()
         yield from self._words()
         yield from self._loads()
@@ -165,9 +171,8 @@ class _Plan:
     def _under_schemes(self) -> Iterator[Case]:
         """Few rows and many, one block and several, the last not full, values that blocks are about; a model's own sizes; and
         operands under different schemes."""
-        signature, taken = self.contract.signature, self.contract.schemes
-        for name in dict.fromkeys(name for names in taken.values() for name in names):
-            schemes = tuple((operand, name) for operand, names in taken.items() if name in names)
+        signature = self.contract.signature
+        for schemes in schemes_alike(self.contract):
             found = [signature[operand] for operand, _ in schemes]
             dims = [d for o in found for d in (*o.dims[-2:], *(width for _, width, _ in o.fields)) if len(symbols(d)) == 1]
             sizes = dict.fromkeys(s for d in dims for s in symbols(d) if s in self.free and s != self.rows)
@@ -178,13 +183,17 @@ class _Plan:
                 beside = ((self.first, "huge"),) if self.first else ()
                 recipes += [(*beside, (values[0][1], word)) for word in ("vast", "slight")]
             rows = next((o.name for o in signature.of_kind(ARRAY) if o.typed and self.rows in o.dims), "")
-            if rows and (scheme_of(name).other or signature.mutated):
+            if rows and (scheme_of(schemes[0][1]).other or signature.mutated):
                 recipes += [((rows, word),) for word in (*BLOCKED, *OF_ROWS)]
-            each = [c for c in self._each() if len(c) <= 1] or [()]
-            if self.contract.decomposition and all(kind == "Weight" for kind, _ in values):  # its parts are tested in each
-                self.turn += 1
-                each = [each[self.turn % len(each)]]
-            for combo in each:
+            bases = [c for c in self.combos if len(c) <= 1] or [()]
+            served = [c for c in bases if dict(c).get(self.first) == SERVED] or bases[:1]
+            part_by_part = self.contract.decomposition and all(kind == "Weight" for kind, _ in values)
+            yield from self._made(dtypes=self._next(), schemes=schemes)
+            others = {a: self.contract.cases[a][1] for a in self.attrs if len(self.contract.cases[a]) > 1}
+            yield from self._made(others, dtypes=served[0], schemes=schemes)
+            for group in absences(self.contract):
+                yield from self._made(dtypes=served[0], schemes=schemes, absent=group)
+            for combo in bases if self.level.thorough and not part_by_part else served:
                 yield from self._made(dtypes=combo, schemes=schemes)
                 yield from self._made(ragged, rows=PICKED_ROWS, dtypes=combo, schemes=schemes)
                 for given in recipes:
@@ -192,10 +201,12 @@ class _Plan:
                     yield from made()
                     if self.level.thorough:
                         yield from made(ragged, rows=PICKED_ROWS, most=MANY_ROWS * 64)
-            page = {"block_size": PAGE // 4} if self.has_pages or self.has_batch else {}
+            page: dict[str, Any] = {"block_size": PAGE // 4} if self.has_pages or self.has_batch else {}
             several: dict[str, Any] = dict(zip(sizes, cycle(BLOCKS)))
             several |= {"out": "float32"} if "out" in self.attrs else {}
             yield from self._made(several, rows=SOME_ROWS, dtypes=self._next(), schemes=schemes, **page)
+            for size in (1, 7, 24, 2 * PAGE) if self.has_pages and self.level.thorough else ():
+                yield from self._made(dtypes=self._next(), schemes=schemes, block_size=size)
             if self.level.thorough:
                 whole = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
                 yield from self._made(whole, rows=5, dtypes=self._next(), schemes=schemes, most=MANY_ROWS * 256)
@@ -213,9 +224,16 @@ class _Plan:
                 yield from self._made(rows=PICKED_ROWS, dtypes=self._next(), schemes=schemes)
 
     def captured(self) -> Iterator[Case]:
-        """One call of few rows: requests that decode, one of them with two rows where there is a batch."""
+        """Calls of few rows, where there is a batch with different requests, and with two rows of each; also under schemes."""
+        made = partial(self._made, rows=5, batch=CAPTURED[5] if self.has_batch else "", capture=True)
         for combo in self._each():
-            yield from self._made(rows=5, dtypes=combo, batch=CAPTURED if self.has_batch else "", capture=True)
+            yield from made(dtypes=combo)
+        if self.has_batch:
+            yield from self._made(rows=6, batch=CAPTURED[6], capture=True, dtypes=self._next())
+        for name in self.contract.cases.get("scheme", ()):
+            yield from made({"scheme": name}, dtypes=self._next())
+        for schemes in schemes_alike(self.contract):
+            yield from made(dtypes=self._next(), schemes=schemes)
 
     def _production(self) -> Iterator[Case]:
         """GLM-5's dims in its dtype with all rows different, where no calls in a model's own sizes have them: at several row
@@ -271,9 +289,9 @@ class _Plan:
         sizes = {**least, "E": EXPERTS, **({"k": 8} if "k" in least else {})}
         for name in (*ids, *filter(None, [counted])) if experts else ():
             for recipe in [r for r in options(self.contract, name) if self.level.thorough or r in FIRST_LOADS]:
-                yield from self._made(
-                    sizes, rows=LOADED_ROWS * 3, recipes=((name, recipe),), dtypes=self._next(), most=MANY_ROWS * 128
-                )
+                made = partial(self._made, sizes, recipes=((name, recipe),), most=MANY_ROWS * 128)
+                for rows in (LOADED_ROWS * 3, 8, 32) if self.level.thorough else (LOADED_ROWS * 3, 8):
+                    yield from made(rows=rows, dtypes=self._next())
 
     def _forms(self) -> Iterator[Case]:
         """Values one at a time, and all rows alike; operands far apart in memory, and caches that end far from their start."""
@@ -294,19 +312,45 @@ class _Plan:
             for recipes in self.recipes():
                 if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
                     yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
+        if self.has_batch and self.level.thorough:
+            sizes = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
+            sizes |= {"k": LONG_ROWS["k"]} if "k" in self.attrs else {}
+            for recipes in ((), *[r for r in self.recipes() if dict(r).get(self.first) == "summit"]):
+                yield from self._made(sizes, rows=1, batch=LONGEST_BATCH, recipes=recipes, dtypes=self._next())
         if self.contract.choice and self.has_batch and self.level.thorough:  # a prompt: each row sees one key more
             for combo in self.combos:
                 yield from self._made(rows=PROMPT, dtypes=combo, batch=f"{PROMPT}/{PROMPT}")
         for combo in self._each():
             yield from self._made(view=SAME, dtypes=combo)
+        yield from self._narrowed()
+        yield from self._overflowing()
         if any(len(o.dims) > 1 for o in self.contract.signature.of_kind(ARRAY)):
             yield from self._made(view=FAR, dtypes=self._next())
-        if self.has_batch and self.has_pages:
+        if self.has_pages:
             size = {combo: sum(itemsize(dtype) for _, dtype in combo) for combo in self.combos}
             narrow = [combo for combo in self.combos if size[combo] == min(size.values())]  # of wider ones they are 8 GiB
             for combo in narrow if self.level.thorough else narrow[:1]:
                 yield from self._made(view=PAST_2G, dtypes=combo)
         yield from self._threads()
+
+    def _narrowed(self) -> Iterator[Case]:
+        """Operands of float32 beside narrower ones, in numbers that become smaller when they are narrowed."""
+        for combo in self.combos if self.first else ():
+            for case in self._made(rows=PICKED_ROWS, dtypes=combo):
+                wide = [o.name for o in self.contract.signature.operands if case.dtype(o.name) == "float32"]
+                for name in wide if case.dtype(self.first) != "float32" else ():
+                    if LEAN in fitting(self.contract, name):
+                        yield replace(case, recipes=((name, LEAN),))
+
+    def _overflowing(self) -> Iterator[Case]:
+        """Results beyond float16's range, which are infinite, beside others: of kernels that round nothing on the way."""
+        if self.contract.exact or self.contract.choice or self.contract.decomposition or self.has_pages:
+            return
+        for combo in [c for c in self.combos if dict(c).get(self.first) == "float16"]:
+            for case in self._made(rows=PICKED_ROWS, dtypes=combo):
+                alike = [o for o in self.contract.signature.operands if case.dtype(o.name) == "float16"]
+                chosen = [(o.name, "seesaw" if o.kind == "Weight" else VAULT) for o in alike]
+                yield replace(case, recipes=tuple((n, r) for n, r in chosen if r in fitting(self.contract, n)))
 
     def layouts(self, met: set[str]) -> Iterator[Case]:
         """A small call in each layout that none has met, as in pairs such calls may all have been too dear; and in each a call
@@ -341,6 +385,10 @@ class _Plan:
                 if size == HELD[-1] and self.first and dict(combo).get(self.first) != "bfloat16":
                     continue  # costly, and so in the dtype that is served
                 yield from self._holding(size, combo) if size else self._made(seq=name, dtypes=combo, batch=batch)
+        for turn, schemes in enumerate(schemes_alike(self.contract)):
+            known = [name for name in programs(self.contract) if name not in ("held", "reuse")]
+            for name in known if self.level.thorough else known[turn % len(known) :][:1]:
+                yield from self._made(seq=name, dtypes=self._next(), schemes=schemes)
 
     def _holding(self, size: int, combo: Combo) -> Iterator[Case]:
         """The call whose first result just has more bytes than this, with as little else as there is."""

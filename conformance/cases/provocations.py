@@ -73,6 +73,16 @@ def plateau_with_high_ends(draw: Draw) -> Array:
     return x
 
 
+@spelled("halved")
+def half_masked(draw: Draw) -> Array:
+    """The first half of every even row is -inf, of odd ones the second: whole tiles, or what a rank has of a vocabulary."""
+    x = draw.bell()
+    rows, half = _rows(x), draw.shape[-1] // 2
+    rows[::2, :half] = rows[1::2, half:] = -np.inf
+    rows[1::2, :1] = 0  # of one number nothing is left out
+    return x
+
+
 # -- sums ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +127,30 @@ COMPANIONS = {
     "sinking": ("Pages", "offset"),
     "cold": ("normal", "small"),
 }
+
+
+@spelled("lean")
+def beside_a_number_of_fewer_digits(draw: Draw) -> Array:
+    """All positive, and three eighths of a step above a number of bfloat16, and of float16: what narrows them is always low."""
+    steps = draw.integers(0, 2**7, "digits") + 0.375 * (1 + 2.0**-3)
+    return (1 + steps * 2.0**-7) * 2.0 ** draw.integers(-1, 2, "size")
+
+
+@recipe
+def vault(draw: Draw) -> Array:
+    """Up to three quarters of float16's largest number: sums, and products with more than 1, leave its range."""
+    return draw.bell() * 2.0**14
+
+
+@recipe
+def verge(draw: Draw) -> Array:
+    """Around the largest and the least number of narrower dtypes, and the middle to what would be the next."""
+    at = []
+    for kind, step in (("float16", 2.0**5), ("bfloat16", 2.0**120)):
+        largest, least = LARGEST[kind], SMALLEST[kind]
+        at += [largest + part * step for part in (0, 0.25, 0.4375, 0.5, 0.5625)]
+        at += [least * part for part in (0.4375, 0.5, 0.5625, 1.5)]
+    return np.array([*at, *(-x for x in at)])[draw.integers(0, 2 * len(at), "at")]
 
 
 # -- magnitudes ------------------------------------------------------------------------------------------------------

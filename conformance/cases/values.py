@@ -93,13 +93,14 @@ TIED = ("integer", "ties", "equal", "zeros", "signed")
 FLOATING = ("normal", "small", "large", "zeros", "equal", "ties", "integer", "negative", "outlier", "offset", "comb",
             "denormal", "special", "masked", "weight", "below", "abyss", "blocked", "shelves", "rising", "summit", "cancel",
             "surge", "level", "seesaw", "pillar", "hollow", "extreme", "tiers",
-            "sinking", "faint", "rim", "rear", "crest", "pegged", "uneven", "vast", "slight", "halfway", "dim")  # fmt: skip
+            "sinking", "faint", "rim", "rear", "crest", "halved", "lean", "verge", "vault",
+            "pegged", "uneven", "vast", "slight", "halfway", "dim")  # fmt: skip
 # Of these, values that every op takes: larger ones may overflow where a contract permits rounding to float16.
 ANY_OP = ("zeros", "equal", "denormal")
 RELATED = {
     "routed": ("crowded", "nowhere", "deserted", "holes", "away", "repeated", "wild", "eldest", "central", "even", "ragged"),
     "counts": ("zeros", "skewed", "heap", "waist", "single", "tiled"),
-    "permutation": ("nowhere",),
+    "permutation": ("nowhere", "gaps"),
     "index": ("ascending",),
     "uniform": ("edges", "zeros", "refused", "stopped"),
     "temperature": ("cold", "hot", "greedy"),
@@ -360,6 +361,15 @@ def permutation(draw: Draw) -> Array:
     n = draw.shape[0]
     order = draw.order(n)
     order[n - n // 8 :] = -1
+    return order
+
+
+@recipe
+def gaps(draw: Draw) -> Array:
+    """Every row at most once in any order; the first place, the last and some between are empty (-1)."""
+    order = draw.order(draw.shape[0])
+    order[draw.integers(0, 4, "empty") == 0] = -1
+    order[:1] = order[-1:] = -1
     return order
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from porthal.conformance.cases.inputs import Inputs, specified_rows
-from porthal.conformance.cases.legal import FAR, PAST_2G, THREADS, elements
+from porthal.conformance.cases.legal import PAST_2G, THREADS, elements
 from porthal.conformance.cases.values import TIED
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.invariance import disturbed, joined, restored, split
 from porthal.conformance.execution.outcome import Array, Outcome, by_kernel, difference, named, raised
-from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads
+from porthal.conformance.execution.placing import Watch, filled, jointly, place, poisoned, read, spreads, view_of
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Pages, Weight
 from porthal.hal.dtypes import dtype
@@ -157,7 +157,7 @@ def once(binding: Binding, inputs: Inputs, abreast: Barrier | None = None) -> Ru
     apart = next((n for n, v in inputs.operands.items() if spreads(v)), "")  # one such operand takes enough memory
     joint = jointly(binding, inputs) if inputs.case.view == "joint" else {}
     for name, value in inputs.operands.items():
-        view = "" if inputs.case.view == FAR and name != apart else inputs.case.view
+        view = view_of(name, inputs.case, apart)
         operands[name], watch = joint.get(name) or place(binding, name, value, view, distant)
         if watch and name not in mutated:
             watches.append(watch)

@@ -9,8 +9,8 @@ from porthal.conformance.cases.inputs import Inputs
 from porthal.conformance.execution.bindings import Bound
 from porthal.conformance.execution.call import copied, logical, told
 from porthal.conformance.execution.outcome import Outcome, WrongResult, difference, named
-from porthal.conformance.execution.placing import Watch, filled, read
-from porthal.hal import Batch, Binding, Operand, Weight
+from porthal.conformance.execution.placing import Watch, filled, unwritten
+from porthal.hal import Batch, Binding, Operand
 from porthal.hal.dtypes import dtype
 
 Held = dict[str, Any]
@@ -55,32 +55,20 @@ def replayed(bound: Bound, calls: Sequence[Inputs]) -> list[tuple[Inputs, Outcom
     return done
 
 
-def _placed(binding: Binding, value: Any) -> Any:
+def _placed(binding: Binding, value: Any, into: Any = None) -> Any:
     if value is None:
         return None
-    return value.place(binding) if isinstance(value, Operand) else binding.from_numpy(value.copy())
+    return value.place(binding, into) if isinstance(value, Operand) else binding.from_numpy(value.copy(), into)
 
 
 def _renew(binding: Binding, operands: Held, values: Mapping[str, Any]) -> None:
     """Write a call's values over the operands; raises WrongResult where they do not lie there afterwards."""
     for name, value in values.items():
-        if isinstance(value, Batch):
-            binding.plan(value, into=operands[name])
-            continue  # its memory is in a form of the backend's own
-        if value is None:
-            continue
-        if isinstance(value, Weight):
-            how, wanted = "prepare", value.parts()
-            binding.prepare(value.spec, value.native.__getitem__, into=operands[name])
-        elif isinstance(value, Operand):
-            how, wanted = "from_logical", value.parts()
-            binding.from_logical(value.spec, {part: array.copy() for part, array in wanted.items()}, into=operands[name])
-        else:
-            how, wanted = "from_numpy", value
-            binding.from_numpy(value.copy(), into=operands[name])
-        if change := difference({name: wanted}, {name: read(binding, operands[name])}):
-            what = change.replace(" is ", " should be ", 1).replace(", then ", ", it is ")
-            raise WrongResult(f"{how}(into=) has not written the new values where the captured call reads them: {what}")
+        _placed(binding, value, operands[name])
+        if value is None or isinstance(value, Batch):
+            continue  # a plan's memory is in a form of the backend's own
+        if wrong := unwritten(binding, name, value, operands[name]):  # a captured call reads the memory that it has
+            raise WrongResult(wrong)
 
 
 def _spoil(binding: Binding, held: Held) -> None:

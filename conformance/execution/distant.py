@@ -27,7 +27,7 @@ class Distant:
             raise NotClaimed(f"{op} behind 2^31 elements does not run on the reference, which would copy them")
         if binding.backend.place != "hardware":
             raise NotClaimed(f"2^31 elements are for hardware: the place of {binding.backend} is {binding.backend.place}")
-        self.binding = binding
+        self.binding, self.contract = binding, inputs.contract
         self.counts = per_expert(inputs.contract)
         self.counted = self._counted(inputs.contract)
         self.pages = self.experts = 0
@@ -48,6 +48,8 @@ class Distant:
         if isinstance(value, Batch):
             table = np.where(value.block_table < 0, -1, value.block_table + self.pages)
             return replace(value, block_table=table.astype(np.int32))
+        if self.contract.ranges.get(name, ("", ""))[1] == "P":
+            return value + self.pages
         if name == self.counts:
             return np.concatenate([np.zeros(self.experts, value.dtype), value])
         return value

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.domain import joined
 from porthal.conformance.cases.inputs import Inputs
-from porthal.conformance.cases.legal import FAR
+from porthal.conformance.cases.legal import FAR, LAYOUTS
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.fingerprint import Fingerprint, beyond_logical, shown_whole
-from porthal.conformance.execution.outcome import Array, Mutation, bits, same_bits
+from porthal.conformance.execution.outcome import Array, Mutation, bits, difference, same_bits
 from porthal.hal import Backend, Batch, Binding, NotClaimed, Operand, Pages, Selection, Weight
 from porthal.hal.dtypes import dtype, is_float, numpy_dtype
 from porthal.hal.errors import message_of
@@ -97,6 +98,16 @@ def read(binding: Binding, value: Any) -> Any:
     return np.asarray(binding.to_numpy(value))
 
 
+def unwritten(binding: Binding, name: str, value: Any, placed: Any) -> str:
+    """What of these values is not in memory that was written with them, in words."""
+    wanted = value.parts() if isinstance(value, Operand) else value
+    if not (change := difference({name: wanted}, {name: read(binding, placed)})):
+        return ""
+    how = "prepare" if isinstance(value, Weight) else "from_logical" if isinstance(value, Operand) else "from_numpy"
+    what = change.replace(" is ", " should be ", 1).replace(", then ", ", it is ")
+    return f"{how}(into=) has not written the new values: {what}"
+
+
 def place(
     binding: Binding, name: str, value: Any, view: str = "", distant: Distant | None = None
 ) -> tuple[Any, Watch | None]:
@@ -126,6 +137,15 @@ def place(
         own = np.zeros(parent.shape, bool)
         cut(own)[...] = True
     return cut(device), Watch(f"input {name}", device, {"": parent}, own=own)
+
+
+def view_of(name: str, case: Case, apart: str) -> str:
+    """How an operand is laid out: some views are those of one operand, or of all but one."""
+    if case.view == FAR:
+        return FAR if name == apart else ""
+    if case.view in LAYOUTS[3:]:
+        return "columns" if (name in joined(case.contract)[:1]) == (case.view == "first") else ""
+    return case.view
 
 
 def jointly(binding: Binding, inputs: Inputs) -> dict[str, tuple[Any, Watch | None]]:

@@ -28,7 +28,7 @@ from porthal.conformance.cases.steps import (
 from porthal.conformance.execution.bindings import Bindings, Bound
 from porthal.conformance.execution.call import Run, called, logical, told, turned
 from porthal.conformance.execution.outcome import Outcome, by_kernel, difference
-from porthal.conformance.execution.placing import Watch, place, read
+from porthal.conformance.execution.placing import Watch, place, unwritten
 from porthal.conformance.verdicts import Failed
 from porthal.hal import (
     Batch,
@@ -39,7 +39,6 @@ from porthal.hal import (
     Rows,
     Selection,
     SelectionSpec,
-    Weight,
     contracts,
     create,
 )
@@ -91,14 +90,9 @@ class Stage:
             return binding.backend.write(now, binding.from_numpy(value.copy()))
         if before.spec != value.spec:
             return place(binding, name, value)[0]
-        parts = {part: array.copy() for part, array in value.parts().items()}
-        if isinstance(value, Weight):
-            how, made = "prepare", binding.prepare(value.spec, lambda index: parts["w"][index], into=now)
-        else:
-            how, made = "from_logical", binding.from_logical(value.spec, parts, into=now)
-        if change := difference({name: value.parts()}, {name: read(binding, made)}):
-            what = change.replace(" is ", " should be ", 1).replace(", then ", ", it is ")
-            raise Failed("FAIL_VALUE", f"{how}(into=) has not written the new values: {what}")
+        made = value.place(binding, now)
+        if wrong := unwritten(binding, name, value, made):
+            raise Failed("FAIL_VALUE", wrong)
         return made
 
 

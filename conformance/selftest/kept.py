@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from porthal.backends.torch.backend import Torch
-from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, Weight
+from porthal.hal import ANY_SCHEME, Batch, Pages, PagesSpec, Rows, Selection, Weight, limits
 
 # What planted methods use.
-__all__ = ["Batch", "F", "Pages", "PagesSpec", "Rows", "Selection", "Weight", "np", "sys", "threading"]
+__all__ = ["ANY_SCHEME", "Batch", "F", "Pages", "PagesSpec", "Rows", "Selection", "Weight", "limits", "np", "sys", "threading"]
 
 LARGEST = 2**20  # elements of an array that is kept: a trial must not run out of memory
 

@@ -94,7 +94,7 @@ def attempt(task: tuple[str, str]) -> Tried:
     """Run the cases of a level on one defect in this process, up to the first that fails."""
     level, key = task
     defect, started = outside()[key], time.process_time()
-    chosen = plan(defect.op, level=level)
+    chosen = plan(defect.op, source=defect.source, level=level)
     result, cases = first_failing(chosen, Bindings(plant(key, defect.source, *defect.edits)), level)
     found = (result.token, result.verdict) if result else ("", "")
     return Tried(level, defect.op, defect.name, *found, cases, time.process_time() - started)

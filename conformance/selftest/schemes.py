@@ -11,7 +11,7 @@ from porthal.conformance.selftest.planting import Defect
 BF16_ONLY = "in float32 the edit rounds to the dtype that the value has"
 said8 = "return codes.view(torch.float8_e4m3fn).float()\n"
 power = "return torch.ldexp(torch.ones_like(codes, dtype=torch.float32), codes.int() - 127)\n"
-said4 = "return table[codes.long()]\n"
+said4 = "return torch.where(codes > 7, -size, size)\n"
 plain = "    return codes.float()\n"
 number = "return _said(self.scheme.codes, self.codes) * _spread(self.scheme, scale, self.codes.shape)\n"
 whole = "scale = scale * self.whole[..., None]\n"
@@ -29,7 +29,7 @@ scaled = "scale = torch.where(amax > 0, amax / top, 1.0)\n"
 ratio = "ratio = (blocks / scale.float()[..., None])"
 nearest = "return ratio.round().to(torch.int8)\n"
 coded8 = "return ratio.to(torch.float8_e4m3fn).view(torch.uint8)\n"
-coded4 = "at = at + ((at % 2 == 1) & (F.pad(between, (0, 1), value=torch.inf)[at] == size))\n"
+coded4 = "at = torch.ldexp(ratio.abs(), 1 - exponent).round() + 2 * exponent\n"
 written = 'pages[f"{name}_scale"].index_copy_(0, slots, held["scale"])\n'
 cached = 'return cls(scheme, pages[name], pages[f"{name}_scale"])\n'
 chosen = "return Coded(self.scheme, *(x.index_select(axis, at) for x in (self.codes, self.scale))).numbers()\n"
@@ -47,7 +47,7 @@ EDITS = (
     ("denormal-codes-flushed", "format", said8, "y = codes.view(torch.float8_e4m3fn).float()\n        return torch.where(y.abs() < 2**-6, 0.0, y)\n", ("dequantize", "linear")),
     ("e8m0-off-by-one", "format", power, power.replace("127", "128"), ("linear", "dequantize", "quantize")),
     ("e8m0-in-float16", "overflow", power, power.replace("codes.int() - 127", "(codes.int() - 127).clamp(-24, 15)"), ("dequantize",)),
-    ("sign-of-e2m1-lost", "format", said4, "return table[codes.long() & 7]\n", ("linear", "grouped_gemm", "dequantize")),
+    ("sign-of-e2m1-lost", "format", said4, "return size\n", ("linear", "grouped_gemm", "dequantize")),
     ("e2m1-as-int4", "format", said4, "return ((codes.int() + 8) % 16 - 8).float()\n", ("linear", "head_linear", "dequantize")),
     ("int8-as-uint8", "format", plain, "    return codes.view(torch.uint8).float() if codes.dtype == torch.int8 else codes.float()\n", ("linear", "indexer_scores", "sparse_mla", "dequantize")),
     ("scale-in-bfloat16", "scale", plain, "    return codes.bfloat16().float()\n", READERS),
@@ -89,8 +89,8 @@ EDITS = (
     ("seven-bits", "format", nearest, "return (ratio / 2).round().mul(2).clamp(-126, 126).to(torch.int8)\n", ("quantize", "indexer_scores")),
     ("e4m3-cut-off", "rounding", coded8, "y = ratio.to(torch.float8_e4m3fn).float()\n        bits = ratio.to(torch.float8_e4m3fn).view(torch.uint8)\n        return torch.where(y.abs() > ratio.abs(), bits - 1, bits)\n", (*WRITERS, "linear")),
     ("denormals-coded-as-zero", "format", coded8, "return torch.where(ratio.abs() < 2**-6, 0.0, ratio).to(torch.float8_e4m3fn).view(torch.uint8)\n", WRITERS),
-    ("e2m1-ties-to-zero", "ties", coded4, "at = at + 0\n", ("quantize",)),
-    ("e2m1-ties-away", "ties", coded4, coded4.replace("(at % 2 == 1) & ", ""), ("quantize",)),
+    ("e2m1-ties-to-zero", "ties", coded4, coded4.replace(".round()", ".sub(0.5).ceil()"), ("quantize",)),
+    ("e2m1-ties-away", "ties", coded4, coded4.replace(".round()", ".add(0.5).floor()"), ("quantize",)),
     ("scales-not-written", "outside", written, "pass\n", ("kv_write",)),
     ("scale-of-the-row-before", "rows", written, written.replace('held["scale"])', 'held["scale"].roll(1, 0))'), ("kv_write",)),
     ("scale-one-slot-on", "off by one", written, written.replace("slots, ", '(slots + 1) % pages.spec.slots, '), ("kv_write",)),

@@ -16,6 +16,7 @@ BEFORE = "    def _mine(self) -> dict[Any, Any]:\n"
 ATTEND = "def sparse_mla(self, q_latent, q_rope, kv, sel, batch, *, scale)"
 SCORE = "def indexer_scores(self, iq, w, keys, batch, *, scale)"
 SELECT = "def indexer_topk(self, iq, w, keys, batch, *, k, scale)"
+CODED = "@limits(schemes=ANY_SCHEME)"
 LINEAR = "def linear(self, x, w, *, out='x')"
 PLAIN = "        return super().linear(x, w, out=out)\n"
 NORM = "def rms_norm(self, x, weight, *, eps=1e-5)"
@@ -23,7 +24,7 @@ NORM = "def rms_norm(self, x, weight, *, eps=1e-5)"
 
 def methods(*lines: str) -> tuple[str, str]:
     """The edit that adds methods: lines that begin with def, and those of their bodies."""
-    text = "".join(f"    {line}\n" if line.startswith("def ") else f"        {line}\n" for line in lines)
+    text = "".join(f"    {line}\n" if line.startswith(("def ", "@")) else f"        {line}\n" for line in lines)
     return BEFORE, f"{text}\n{BEFORE}"
 
 
@@ -51,6 +52,10 @@ DEFECTS = [
     weights("embedding", "table-by-address", "def embedding(self, ids, table):", "return super().embedding(ids, Weight(table.spec, self._by_address(table.native)))"),
     weights("moe_experts", "second-matrix-by-address", "def moe_experts(self, x, w13, w2, ids, weights, *, first_expert=0):",
             "return super().moe_experts(x, w13, Weight(w2.spec, self._by_address(w2.native)), ids, weights, first_expert=first_expert)"),
+    weights("linear", "scales-by-address", CODED, f"{LINEAR}:", "scale = {n: self._by_address(v) for n, v in w.native.items() if n != 'codes'} if w.spec.quantised else {}",
+            "return super().linear(x, Weight(w.spec, {**w.native, **scale}) if scale else w, out=out)"),
+    weights("grouped_gemm", "codes-by-address", CODED, "def grouped_gemm(self, x, w, counts):", "codes = {'codes': self._by_address(w.native['codes'])} if w.spec.quantised else {}",
+            "return super().grouped_gemm(x, Weight(w.spec, {**w.native, **codes}) if codes else w, counts)"),
     weights("linear", "prepare-into-ignored", "def prepare(self, spec, read, into=None):", "return into or super().prepare(spec, read)", f"{LINEAR}:", PLAIN.strip()),
     weights("grouped_gemm", "prepare-into-of-the-first-expert", "def prepare(self, spec, read, into=None):", "if into is None:", "    return super().prepare(spec, read)",
             "into.native[:1] = self.from_numpy(np.ascontiguousarray(read(slice(0, 1))))", "return into",
@@ -82,6 +87,8 @@ DEFECTS = [
           "return super().indexer_scores(iq, w, Pages(keys.spec, native), batch, scale=scale)"),
     cache("indexer_topk", "keys-by-address", f"{SELECT}:", "native = {name: self._by_address(keys[name]) for name, _ in keys.spec.fields}",
           "return super().indexer_topk(iq, w, Pages(keys.spec, native), batch, k=k, scale=scale)"),
+    cache("sparse_mla", "scales-by-address", CODED, f"{ATTEND}:", "said = {n: self._by_address(v) for n, v in kv.native.items() if n.endswith('_scale')}",
+          "return super().sparse_mla(q_latent, q_rope, Pages(kv.spec, {**kv.native, **said}), sel, batch, scale=scale)"),
     cache("kv_write", "from-logical-into-ignored", "def from_logical(self, spec, arrays, into=None):", "return into if isinstance(spec, PagesSpec) and into is not None else super().from_logical(spec, arrays, into)",
           "def kv_write(self, pages, batch, first, second=None):", "return super().kv_write(pages, batch, first, second)"),
     drafts("indexer_scores", "whole-table-read", f"{SCORE}:", "first = keys[keys.spec.fields[0][0]][(batch.native.block_table[batch.native.block_table >= 0].long()) * keys.spec.block_size]",

@@ -201,8 +201,8 @@ class Batch(Operand):
     def of(cls, spec: None, parts: Mapping[str, Ints]) -> Batch:
         return cls(parts["cu_q"], parts["kv_len"], parts["block_table"], int(parts["block_size"]))
 
-    def place(self, services: Any) -> Batch:
-        planned: Batch = services.plan(self)
+    def place(self, services: Any, into: Any = None) -> Batch:
+        planned: Batch = services.plan(self, into) if into else services.plan(self)
         return planned
 
     def carry(self, source: Any, target: Any) -> Batch:

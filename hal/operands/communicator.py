@@ -107,7 +107,7 @@ class Communicator(Operand):
     def form(cls, spec: CommunicatorSpec) -> Form:
         return {}
 
-    def place(self, services: Any) -> Communicator:
+    def place(self, services: Any, into: Any = None) -> Communicator:
         return self
 
     def carry(self, source: Any, target: Any) -> Communicator:

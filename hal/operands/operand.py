@@ -99,9 +99,9 @@ class Operand:
 
     # -- on a backend ------------------------------------------------------------------------------------------------
 
-    def place(self, services: Any) -> Any:
-        """This logical operand on a backend, or on a binding's."""
-        return services.from_logical(self.spec, {name: array.copy() for name, array in self.parts().items()})
+    def place(self, services: Any, into: Any = None) -> Any:
+        """This logical operand on a backend, or on a binding's, in the memory of `into` if given."""
+        return services.from_logical(self.spec, {name: array.copy() for name, array in self.parts().items()}, into)
 
     def carry(self, source: Any, target: Any) -> Any:
         """This operand of one backend on another."""

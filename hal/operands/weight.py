@@ -73,12 +73,12 @@ class Weight(Operand):
     def for_reference(self, widen: Callable[[Array], Array]) -> Any:
         return Scaled(scheme_of(self.spec.scheme), self.native) if self.spec.quantised else widen(self.native)
 
-    def place(self, services: Any) -> Any:
+    def place(self, services: Any, into: Any = None) -> Any:
         def read(index: Any) -> Any:
             found = {name: part[index].copy() for name, part in self.parts().items()}
             return found if self.spec.quantised else found["w"]
 
-        return services.prepare(self.spec, read)
+        return services.prepare(self.spec, read, into)
 
     def carry(self, source: Any, target: Any) -> Weight:
         return self  # already prepared by the other backend

@@ -23,6 +23,7 @@ from porthal.hal import (
     UsageError,
     Weight,
     WeightSpec,
+    any_of,
     at_least,
     at_most,
     bind,
@@ -107,6 +108,10 @@ def test_limits_on_what_is_no_op_are_refused() -> None:
             "limits what depends on the dtype of 'second', expected one of pages, first",  # the second may be absent
         ),
         ("linear", {"needs": {"w": Need("no NaN", np.isfinite)}}, "limits the values of 'w', expected one of x"),
+        ("linear", {"schemes": "fp8_bloc"}, "limits schemes to 'fp8_bloc', expected one of none, .*"),
+        ("linear", {"dtypes": {"x": one_of("bf16")}}, "limits the dtype of x to 'bf16', expected one of float64, .*"),
+        ("linear", {"dtypes": {"x": any_of(one_of("half"))}}, "limits the dtype of x to 'half', expected one of float64, .*"),
+        ("topk", {"k": 2048.5}, "limits k to 2048.5, expected whole numbers"),
     ],
 )
 def test_a_limit_on_what_the_op_does_not_have_is_refused(op: str, stated: Any, message: str) -> None:

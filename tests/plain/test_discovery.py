@@ -123,8 +123,8 @@ def test_a_plugin_that_fails_when_looked_at_is_broken_and_hides_nothing(site: Si
         ("raise RuntimeError('library is too old')", "bad_plugin: RuntimeError: library is too old (backend.py:1)"),
         ("import no_such_module", "bad_plugin: ModuleNotFoundError: No module named 'no_such_module' (backend.py:1)"),
         (None, "bad_plugin: ModuleNotFoundError: No module named 'bad_plugin.backend'"),
-        ("", "bad_plugin.backend defines 0 backends, expected one"),
-        (EMPTY + "\n    class Other(Reference): ...", "bad_plugin.backend defines 2 backends, expected one"),
+        ("", "bad_plugin.backend has no class, expected one backend"),
+        (EMPTY + "\n    class Other(Reference): ...", "bad_plugin.backend has Chip and Other, expected one backend"),
     ],
 )
 def test_a_plugin_that_fails_when_used_says_so_and_hides_nothing(site: Site, backend: str | None, message: str) -> None:

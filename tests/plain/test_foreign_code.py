@@ -174,8 +174,8 @@ def test_a_name_is_that_of_one_package(site: Path, run: Run) -> None:
 BACKEND = {
     "import raises": (RAISES, "RuntimeError: boom (backend.py:1)"),
     "import exits": (EXITS, "SystemExit: 3 (backend.py:1)"),
-    "no class": ("", "defines 0 backends, expected one"),
-    "not a class": ("Chip = 7", "defines 0 backends, expected one"),
+    "no class": ("", "has no class, expected one backend"),
+    "not a class": ("Chip = 7", "has no class, expected one backend"),
     "its body raises": (f"{EMPTY}        {RAISES}".replace(": ...", ":"), "RuntimeError: boom (backend.py:"),
     "its body exits": (f"{EMPTY}        {EXITS}".replace(": ...", ":"), "SystemExit: 3 (backend.py:"),
     "unknown base": ("class Chip(Vendor): ...", "NameError: name 'Vendor' is not defined"),

@@ -83,7 +83,7 @@ def test_no_class_is_left_out():
             design.meet(design.classes_of(case))
     lacking = {f.name: [c for c, n in design.places[f.name].items() if not design.seen[n]] for f in design.factors}
     one = [size_class(1)]
-    assert {name: found for name, found in lacking.items() if found} == {"D": one, "width": one, "view": ["joint"]}
+    assert {name: found for name, found in lacking.items() if found} == {"D": one, "width": one, "view": ["joint", "first", "others"]}
 
 
 # -- what it finds -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from porthal.cli.app import app
 from porthal.cli.scaffold import groups, new_backend, next_step, stub
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.report.waivers import parse
-from porthal.hal import Backend, UsageError, contracts
+from porthal.hal import Backend, UsageError, contracts, limits
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +202,13 @@ def test_the_next_steps_are_those_ops_of_a_run_that_a_model_calls_first():
     assert next_step(Chip(), list(contracts())) == begin.format("rms_norm") + ", the next: embedding, linear, rope"
     assert next_step(Chip(), ["topk", "embedding"]) == begin.format("embedding") + ", the next: topk"
     assert next_step(Chip(), ["page_copy"]) == begin.format("page_copy")
+
+
+class Chosen(Chip):
+    @limits(k=3)
+    def topk(self, scores, *, k): ...
+
+
+def test_the_next_step_of_a_kernel_that_took_no_call_is_to_look_at_its_limits():
+    told = f"`topk` in {Path(__file__)} took none of these calls: its @limits say what it takes"
+    assert next_step(Chosen(), ["embedding", "topk"]) == told

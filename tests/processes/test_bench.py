@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from porthal.bench import ranked
+from porthal.bench.measured import Measured
 from porthal.bench.report import Report
 from porthal.bench.speeds import Speeds
+from porthal.bench.verify import verify
 from porthal.hal import UsageError
 
 
@@ -20,6 +24,11 @@ def test_two_ranks_are_timed_in_both_ways(monkeypatch):
     assert {m.work.bytes for m in run.timed if m.work and "barrier" in m.token} == {8}
     read = Speeds.of_object(Report(run).document)
     assert {row.cache for row in read.rows} == {"chained", "drained"}
+    monkeypatch.setattr(Measured, "noisy", False)
+    again = verify(read, 1.0, 1)
+    assert len(again.checked) == 4
+    assert not [checked for checked in again.checked if not re.match(r"[\d.]+ .?s", checked.found)]
+    assert all("--ranks 2" in checked.command for checked in again.checked)
 
 
 def test_the_calls_have_the_bytes_that_are_listed_and_experts_their_tokens():
