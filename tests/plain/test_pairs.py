@@ -13,6 +13,7 @@ from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import ENDS, FORMS, batch_of, form_of, points, size_class
 from porthal.conformance.cases.compositions import LONGEST
+from porthal.conformance.cases.legal import LAYOUTS
 from porthal.conformance.cases.pairs import Design
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.profiles import MODEL, profile_of
@@ -82,8 +83,8 @@ def test_no_class_is_left_out():
         if not (case.fault or case.seq):
             design.meet(design.classes_of(case))
     lacking = {f.name: [c for c, n in design.places[f.name].items() if not design.seen[n]] for f in design.factors}
-    one = [size_class(1)]
-    assert {name: found for name, found in lacking.items() if found} == {"D": one, "width": one, "view": ["joint", "first", "others"]}
+    one, of_several = [size_class(1)], list(LAYOUTS[2:])
+    assert {name: found for name, found in lacking.items() if found} == {"D": one, "width": one, "view": of_several}
 
 
 # -- what it finds -----------------------------------------------------------------------------------------------------
