@@ -59,14 +59,14 @@ class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         planned = super().plan(batch)
         made = NpuPlan(*planned.native)
-        made.rows, made.turns = made.slots[:, None] + batch.block_size, {}
+        made.rows = made.slots[:, None] + batch.block_size
         if into is not None:
             held: NpuPlan = into.native
             fields = zip(Plan._fields, held, made)
             rows = self.write(held.rows, made.rows)
             made = NpuPlan(*(new if name in EAGER else self.write(old, new) for name, old, new in fields))
-            made.rows, made.turns = rows, held.turns
-            made.renew()
+            made.rows = rows
+        made.take_over(into)
         return planned.with_native(made)
 
     # -- graph capture -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from porthal.backends.cambricon.calls import HALF, TMO, blocks, chosen, experts, product
 from porthal.backends.cambricon.int8 import Int8
 from porthal.backends.torch.interfaces.slots import Physical, joint, slots_of
-from porthal.backends.torch.tables import angles
+from porthal.backends.torch.tables import StepPlan, angles, spliced
 from porthal.backends.torch.vendor import Vendor
 from porthal.hal import (
     Batch,
@@ -59,13 +59,10 @@ class Cambricon(Int8, Physical, Vendor):
     @limits(provider="torch_mlu_ops.apply_rotary", T=at_least(1), width=at_most(256))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles, and on a copy, as it works in place. Sine first."""
-        angle = angles(batch.native.positions, theta, width)
         pairs = layout == "interleaved"
-        angle = angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2)
-        place = torch.arange(batch.T, dtype=torch.int32, device=x.device)[None]
+        sin, cos, place = batch.native.table(_turn, theta, width, pairs)
         part = x[None, :, :, start : start + width].to(torch.float32, copy=True)
-        y = TMO.apply_rotary(part, angle.sin(), angle.cos(), place, None, pairs, True, False, batch.T)
-        return torch.cat([x[..., :start], y[0].to(x.dtype), x[..., start + width :]], dim=-1)
+        return spliced(x, TMO.apply_rotary(part, sin, cos, place, None, pairs, True, False, batch.T)[0], start)
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
@@ -141,3 +138,10 @@ class Cambricon(Int8, Physical, Vendor):
                 head_size_v=512, compute_dtype=torch.float32,
             )  # fmt: skip
         return torch.where(length[:, None, None] > 0, out[:, 0], 0)
+
+
+def _turn(plan: StepPlan, theta: float, width: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sines and cosines, float32 [T, width], and int32 [1, T]: which row of them is whose."""
+    angle = angles(plan.positions, theta, width)
+    angle = angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2)
+    return angle.sin(), angle.cos(), torch.arange(len(angle), dtype=torch.int32, device=angle.device)[None]

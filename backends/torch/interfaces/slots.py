@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from porthal.backends.torch.backend import Plan, Torch
+from porthal.backends.torch.backend import Plan
+from porthal.backends.torch.tables import StepPlan, Tabled
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec
 
 
@@ -47,7 +48,7 @@ def _valid(native: Slots) -> Tensor:
     return torch.arange(native.slots.shape[1], device=native.slots.device) < native.length[:, None]
 
 
-class Joint(Torch):
+class Joint(Tabled):
     """A cache of two fields is one array, of which the fields are columns."""
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
@@ -58,7 +59,7 @@ class Joint(Torch):
         return Pages(spec, {**dict(zip((name for name, _ in spec.fields), rows.split(widths, dim=1))), "joint": rows})
 
 
-class SlotPlan(Plan):
+class SlotPlan(StepPlan):
     """A plan that has the table of each row."""
 
     row_table: Tensor  # int32 [T, max(B, 1)], see Slots
@@ -71,6 +72,7 @@ class Physical(Joint):
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         planned = super().plan(batch, into)
         plan = SlotPlan(*planned.native)
+        plan.tables = planned.native.tables
         plan.row_table = plan.block_table.clamp(min=0)[plan.row_request]
         plan.int32_slots = plan.slots.to(torch.int32)
         if into is not None:
