@@ -86,6 +86,8 @@ DEFECTS = [
            "lengths_key=plan.kv_len", "lengths_key=plan.kv_len.cumsum(0).int()"),
     Defect("attention", "indexer_topk", "rows see what comes after them", "sparse_count=k,\n            sparse_mode=3",
            "sparse_count=k,\n            sparse_mode=0"),
+    Defect("attention", "indexer_topk", "rows without keys as they are",
+           "found[:, 0].masked_fill_((visible == 0)[:, None], -1)", "found[:, 0]"),
     Defect("attention", "indexer_topk", "k for the length", "Rows(indices, visible.clamp(max=k))",
            "Rows(indices, visible.clamp(min=k, max=k))"),
     Defect("attention", "indexer_topk", "layout left to its default", '            layout_key="PA_BSND",\n', ""),

@@ -68,6 +68,11 @@ class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
         return torch.rms_norm(x, weight.shape, weight, eps)
 
+    @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+        r = x + residual
+        return torch.rms_norm(r, weight.shape, weight, eps), r
+
     @limits(provider="torch.nn.functional.swish_glu")
     def silu_mul(self, x: Tensor) -> Tensor:
         return PATCHED.swish_glu(input=x)

@@ -2,19 +2,22 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import porthal
+from porthal.backends.moore_threads import emulated
 from porthal.backends.torch.interfaces.library import Library
 from porthal.conformance import replay
 from porthal.hal import CallSpec, Unavailable, contracts, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
+from tests.launches import per_step
 
-OWN = {"grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+OWN = {"add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
 
 @pytest.fixture
@@ -84,3 +87,11 @@ def test_the_decode_step_is_a_graph_and_its_text_the_same():
     model = load(DEMO, porthal.bind("moore_threads"), dtype="bfloat16")
     assert model.ops.captures and not demo.model("moore_threads", "bfloat16").ops.captures  # which asks for scores
     assert model.generate(demo.PROMPT, 24) == demo.text("moore_threads", "bfloat16", 24)
+
+
+def test_the_page_says_how_many_operations_a_step_is():
+    (own, vendors), (base, _) = (per_step(backend, emulated.calls) for backend in ("moore_threads", "torch:musa:0"))
+    page = Path("docs/moore_threads.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"is {own} operations, {vendors} of them the vendor's calls" in page
+    assert f"it is {base}, views and allocations not counted" in page
+    assert own < 0.6 * base

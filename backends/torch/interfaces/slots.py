@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.backends.torch.backend import Plan
@@ -32,10 +33,18 @@ def slots_of(selection: Selection, batch: Batch) -> tuple[Tensor, Tensor]:
     native = selection.native
     if isinstance(native, Slots):
         return torch.where(_valid(native), native.slots, -1), native.length
-    plan: Plan = batch.native
-    size, position = batch.block_size, native.indices.clamp(min=0)
-    page = plan.block_table[plan.row_request].gather(1, (position // size).long())
-    return torch.where(native.indices >= 0, page * size + position % size, -1), native.length
+    moves, start = batch.native.table(_moves, batch.block_size)
+    positions = native.indices
+    return positions + moves[positions // batch.block_size + start], native.length
+
+
+def _moves(plan: Plan, size: int) -> tuple[Tensor, Tensor]:
+    """int32 [R * (B+1)]: from positions of a page to its slots, of each request 0 first, so that -1 stays; int64 [T, 1]: which
+    of them is that of a row's page 0."""
+    B = plan.block_table.shape[1]
+    first = torch.arange(B, dtype=torch.int32, device=plan.slots.device)
+    moves = F.pad((plan.block_table - first) * size, (1, 0))
+    return moves.flatten(), plan.row_request[:, None].long() * (B + 1) + 1
 
 
 def joint(pages: Pages) -> Tensor:
