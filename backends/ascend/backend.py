@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch_npu
 
 from porthal.backends.ascend import VISIBLE
@@ -29,13 +27,7 @@ class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
     kind, engine = "npu", "hccl"
-
-    def __init__(self, device: str = "") -> None:
-        count = torch.npu.device_count()
-        if device and not (device.isdecimal() and int(device) < count):
-            shown = f", which {VISIBLE}={os.environ[VISIBLE]} shows" if VISIBLE in os.environ else ""
-            raise Unavailable(f"ascend has no device {device!r}: torch_npu sees {count}, numbered from 0{shown}")
-        super().__init__(device)
+    package, visible = "torch_npu", VISIBLE
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {torch_npu.__version__}"

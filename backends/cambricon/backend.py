@@ -36,6 +36,7 @@ class Cambricon(Int8, Physical, Vendor):
     """An MLU. A cache lies as [pages, 1, size, width], of which the base's fields are views."""
 
     kind, engine = "mlu", "cncl"
+    package, visible = "torch_mlu", "MLU_VISIBLE_DEVICES"
 
     # -- row by row --------------------------------------------------------------------------------------------------
 

@@ -42,13 +42,19 @@ class Kunlunxin(Int8, Joint, Vendor):
     """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
 
     kind, engine = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+    package, visible = "torch_xmlir", "XPU_VISIBLE_DEVICES"
     captures = False  # its attention wants lengths on the host
 
     def __init__(self, device: str = "") -> None:
         if EMULATED:  # a CPU build of PyTorch has no "cuda" to give
+            self._number(device)
             Torch.__init__(self, "cpu")
         else:
             super().__init__(device)
+
+    def _count(self) -> int:
+        count: int = torch_xmlir.xpu.device_count()
+        return count
 
     @property
     def place(self) -> Place:

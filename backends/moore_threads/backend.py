@@ -51,6 +51,7 @@ class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     """An S5000. Products and the write to the cache are aten's."""
 
     kind, engine = "musa", "mccl"
+    package, visible = "torch_musa", "MUSA_VISIBLE_DEVICES"
 
     _scores = Capturing._scores
 

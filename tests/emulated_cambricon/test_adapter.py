@@ -8,13 +8,14 @@ import torch
 
 import porthal
 from porthal.backends.cambricon import emulated
+from porthal.backends.cambricon.calls import TMO
 from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.interfaces.slots import Slots
 from porthal.conformance import replay
-from porthal.hal import Batch, PagesSpec, Unavailable, create, probe
+from porthal.hal import Batch, PagesSpec, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
-from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
+from tests.adapters import CAPTURED, BadInput, engine_asked_for, missing, unlike_contracts
 from tests.launches import per_step
 
 OWN = {
@@ -73,9 +74,9 @@ def test_picked_rows_of_slots_stay_slots(chip):
     assert np.array_equal(chip.to_logical(picked)["indices"], chip.to_logical(mine)["indices"][[3, 0]])
 
 
-def test_a_device_that_is_not_there_is_one_sentence():
-    with pytest.raises(Unavailable, match="has no device 'mlu:7' here"):
-        create("cambricon:7")
+class TestBadInput(BadInput):
+    backend, package, file = "cambricon", "torch_mlu", "cambricon_dev0"
+    call = TMO, "single_query_cached_kv_attn", "sparse_mla"
 
 
 def test_it_is_here_and_says_where_it_ran(chip):

@@ -9,12 +9,13 @@ import torch
 
 import porthal
 from porthal.backends.moore_threads import emulated
+from porthal.backends.torch.interfaces.flash_mla import FLASH_MLA
 from porthal.backends.torch.interfaces.library import Library
 from porthal.conformance import replay
-from porthal.hal import CallSpec, Unavailable, contracts, create, probe
+from porthal.hal import CallSpec, contracts, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
-from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
+from tests.adapters import CAPTURED, BadInput, engine_asked_for, missing, unlike_contracts
 from tests.launches import per_step
 
 OWN = {"add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
@@ -61,9 +62,9 @@ def test_another_package_of_the_name_is_told_from_mate(monkeypatch):
     del Library.known["mate_of_matchers"]
 
 
-def test_a_device_that_is_not_there_is_one_sentence():
-    with pytest.raises(Unavailable, match="has no device 'musa:7' here"):
-        create("moore_threads:7")
+class TestBadInput(BadInput):
+    backend, package, file = "moore_threads", "torch_musa", "mtgpu.0"
+    call = FLASH_MLA, "flash_mla_sparse_fwd", "sparse_mla"
 
 
 def test_it_is_here_and_says_where_it_ran(chip):
