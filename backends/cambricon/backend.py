@@ -12,7 +12,7 @@ from torch import Tensor
 
 from porthal.backends.cambricon.calls import HALF, TMO, blocks, chosen, experts, product
 from porthal.backends.cambricon.int8 import Int8
-from porthal.backends.torch.interfaces.slots import Physical, joint, slots_of
+from porthal.backends.torch.interfaces.slots import Physical, int32_slots, joint, slots_of
 from porthal.backends.torch.tables import StepPlan, angles, spliced
 from porthal.backends.torch.vendor import Vendor
 from porthal.hal import (
@@ -106,7 +106,8 @@ class Cambricon(Int8, Physical, Vendor):
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         """Slots below 0 are passed over."""
         rows = first if second is None else torch.cat([first, second], dim=-1)
-        TMO.reshape_paged_cache(rows[:, None].contiguous(), None, blocks(pages), None, batch.native.int32_slots)
+        [slots] = batch.native.table(int32_slots)
+        TMO.reshape_paged_cache(rows[:, None].contiguous(), None, blocks(pages), None, slots)
         return pages
 
     # -- sparse attention --------------------------------------------------------------------------------------------

@@ -107,3 +107,9 @@ def test_the_page_says_how_many_operations_a_step_is():
     assert f"is {own} operations, {vendors} of them the vendor's calls" in page
     assert f"it is {base}, views and allocations not counted" in page
     assert own < 0.6 * base
+
+
+def test_a_plan_holds_nothing_of_rows_times_pages(chip):
+    """Which the indexer alone needs: of a long prompt in small pages it is gigabytes."""
+    plan = chip.plan(Batch.build([4096], [4096], [range(4096)], 1)).native
+    assert sum(x.numel() for x in (*plan, *vars(plan).values()) if isinstance(x, torch.Tensor)) < 20 * 4096

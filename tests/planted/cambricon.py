@@ -33,8 +33,8 @@ MISTAKES = (
     Mistake("moe_experts", "no expert behind the last", "(ids < E), ids, E)", "(ids < E), ids, E - 1)", "calls"),
     Mistake("moe_experts", "the other weight twice", "product(h, w2, counts", "product(h, w13, counts", "calls"),
     Mistake("moe_experts", "rows for places", "weights, combine, None, ends", "weights, expand, None, ends", "calls"),
-    Mistake("kv_write", "all slots, in the order of rows", "native.int32_slots", "native.int32_slots.sort().values"),
-    Mistake("kv_write", "padded rows written to slot 0", "native.int32_slots", "native.int32_slots.clamp(min=0)"),
+    Mistake("kv_write", "all slots, in the order of rows", "None, slots)", "None, slots.sort().values)"),
+    Mistake("kv_write", "padded rows written to slot 0", "None, slots)", "None, slots.clamp(min=0))"),
     Mistake("kv_write", "the fields swapped", "torch.cat([first, second]", "torch.cat([second, first]"),
     Mistake("indexer_topk", "all keys of a request", "_lens=plan.visible", "_lens=plan.kv_len[plan.row_request]", "calls"),
     Mistake("indexer_topk", "another table for slots", "kv_cache_block_table=plan", "kv_cache_block_table=1 + plan", "calls"),
@@ -62,7 +62,7 @@ MISTAKES = (
     *edits("int8", LATENTS)(
         ("codes in the order of slots", "scale, None, slots)", "scale, None, slots.sort().values)"),
         ("rows of padding", "first.index_select(0, plan.written)", "first.roll(1, 0)"),
-        ("padding's second part to slot 0", "held, None, plan.int32_slots", "held, None, plan.int32_slots.clamp(min=0)"),
+        ("padding's second part to slot 0", "plan.table(int32_slots)[0])", "plan.table(int32_slots)[0].clamp(min=0))"),
     ),
     *edits("calls", KEYS)(
         ("scales of the queries left out", "q_scale=query_scale", "q_scale=torch.ones_like(query_scale)"),

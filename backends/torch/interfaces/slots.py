@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.backends.torch.backend import Plan
-from porthal.backends.torch.tables import StepPlan, Tabled
+from porthal.backends.torch.tables import Tabled
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec
 
 
@@ -36,6 +36,16 @@ def slots_of(selection: Selection, batch: Batch) -> tuple[Tensor, Tensor]:
     moves, start = batch.native.table(_moves, batch.block_size)
     positions = native.indices
     return positions + moves[positions // batch.block_size + start], native.length
+
+
+def row_table(plan: Plan) -> tuple[Tensor]:
+    """int32 [T, max(B, 1)], see Slots: large, where many rows see many pages."""
+    return (plan.block_table.clamp(min=0)[plan.row_request],)
+
+
+def int32_slots(plan: Plan) -> tuple[Tensor]:
+    """int32 [T], of calls that take no other."""
+    return (plan.slots.to(torch.int32),)
 
 
 def _moves(plan: Plan, size: int) -> tuple[Tensor, Tensor]:
@@ -68,27 +78,8 @@ class Joint(Tabled):
         return Pages(spec, {**dict(zip((name for name, _ in spec.fields), rows.split(widths, dim=1))), "joint": rows})
 
 
-class SlotPlan(StepPlan):
-    """A plan that has the table of each row."""
-
-    row_table: Tensor  # int32 [T, max(B, 1)], see Slots
-    int32_slots: Tensor  # int32 [T], of calls that take no other
-
-
 class Physical(Joint):
     """Of a chip whose indexer gives slots."""
-
-    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
-        planned = super().plan(batch, into)
-        plan = SlotPlan(*planned.native)
-        plan.tables = planned.native.tables
-        plan.row_table = plan.block_table.clamp(min=0)[plan.row_request]
-        plan.int32_slots = plan.slots.to(torch.int32)
-        if into is not None:
-            held: SlotPlan = into.native
-            plan.row_table = self.write(held.row_table, plan.row_table)
-            plan.int32_slots = self.write(held.int32_slots, plan.int32_slots)
-        return planned.with_native(plan)
 
     def rows(self, selection: Selection) -> Rows:
         native = selection.native
