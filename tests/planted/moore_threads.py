@@ -12,7 +12,9 @@ CHOSEN = "indexer_topk,T=33,G=40,D=128,k=2048,scale=0.125,iq:bf16,keys%fp8_keys,
 WRITTEN = "kv_write,T=7,A=128,pages:bf16,-second,-b,pages%fp8_keys,batch=padded,block_size=64,0"
 PADDING = "kv_write,T=1,A=128,pages:bf16,-second,-b,pages%fp8_keys,batch=1/0,block_size=64,0"
 MISTAKES = (
-    Mistake("rms_norm", "epsilon left to the default", "weight, eps)", "weight, None)"),
+    Mistake("rms_norm", "epsilon left to the default", "(x, weight.shape, weight, eps)", "(x, weight.shape, weight, None)"),
+    Mistake("add_rms_norm", "the residual left out", "r = x + residual", "r = x + 0 * residual"),
+    Mistake("add_rms_norm", "the residual is the input", "weight, eps), r\n", "weight, eps), x\n"),
     Mistake("silu_mul", "the second half activated", "swish_glu(input=x)", "swish_glu(input=x.roll(x.shape[1] // 2, 1))"),
     Mistake("rope", "pairs not put into halves", "if pairs:\n            part = ", "if False:\n            part = "),
     Mistake("rope", "the result left with even elements first", "if pairs:\n            y = ", "if False:\n            y = "),
@@ -49,7 +51,7 @@ FP8 = (
     ),
     *edits("deep_gemm", GROUPS)(
         ("scales of the first expert", 'w.native["scale"]', 'w.native["scale"][:1].repeat(len(w.native["scale"]), 1, 1)'),
-        ("an expert for a row of none", "held(w), y, rows.expert", "held(w), y, rows.expert.clamp(min=0)"),
+        ("an expert for a row of none", "held(w), y[:-1], rows.expert", "held(w), y[:-1], rows.expert.clamp(min=0)"),
         ("codes taken for numbers", "codes_of(x), held(w)", "(codes_of(x)[0], torch.ones_like(codes_of(x)[1])), held(w)"),
     ),
     *edits("deep_gemm_fp8", EXPERTS)(
