@@ -24,6 +24,7 @@ MODULES = "calls", "plan", "rows", "attention", "experts", "prolog", "int8", "in
 LARGE = 2**20  # elements of a case that is left out
 # Under schemes every planned choice is of a local expert, every row has keys, and no cache is as wide as a packed row.
 INT8 = {
+    "linear": ("linear,T=7,K=96,N=256,out=float16,x:bf16,w%int8_channel,0",),
     "moe_experts": (
         "moe_experts,T=7,H=96,I=96,E=8,k=8,first_expert=3,x:bf16,ids~away,w13%int8_channel,w2%int8_channel,0",
         "moe_experts,T=7,H=96,I=96,E=8,k=2,x:bf16,ids~holes,w13%int8_channel,w2%int8_channel,0",
@@ -149,6 +150,8 @@ DEFECTS = [
     Defect("int8", "linear", "the first output's scale for all", '"scale"][:, 0],', '"scale"][:1, 0],'),
     Defect("int8", "linear", "a result of int8", 'output_dtype=x.dtype if out == "x" else getattr(torch, out)',
            "output_dtype=None"),
+    Defect("int8", "linear", "always the dtype of rows", 'output_dtype=x.dtype if out == "x" else getattr(torch, out)',
+           "output_dtype=x.dtype"),
     Defect("int8", "linear", "[N, K] for [K, N]", 'x2=w.native["codes"].transpose(0, 1)', 'x2=w.native["codes"]'),
     Defect("int8", "head_linear", "rows by token", "quantised(x.transpose(0, 1).flatten(0, 1))", "quantised(x.flatten(0, 1))"),
     Defect("int8", "head_linear", "heads begin one too late", "torch.arange(T, (heads + 1) * T, T",
