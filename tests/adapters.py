@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import subprocess
+import sys
 import types
 
 import pytest
 
 from porthal.backends.torch import collectives
+from porthal.backends.torch.emulation import device
 from porthal.backends.torch.interfaces.library import Library
-from porthal.hal import Backend, NotClaimed, contracts
+from porthal.hal import Backend, NotClaimed, PagesSpec, Unavailable, contracts, create
+from porthal.hal.discovery import running
 
 # Calls of a captured step, one of each kind of kernel.
 CAPTURED = (
@@ -58,3 +64,85 @@ def engine_asked_for(chip: Backend, monkeypatch: pytest.MonkeyPatch) -> str:
     with pytest.raises(Asked) as found:
         chip.communicator()
     return str(found.value)
+
+
+BROKEN = """
+import sys
+from pathlib import Path
+from porthal.backends import ascend
+from porthal.backends.torch import probing
+from porthal.hal import create
+probing.DEVICES = ascend.DEVICES = Path(sys.argv[2])
+try:
+    create(sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+LOADED = """
+import sys, types
+sys.modules[sys.argv[2]] = types.ModuleType(sys.argv[2])
+from porthal.hal import create
+try:
+    create(sys.argv[1], emulated=True)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+class BadInput:
+    """A machine that is not as it should be costs one sentence. A subclass names the backend, the package of its device and the
+    device's file, a call of a library with the op that it serves, and how many pages are more than there is memory for."""
+
+    backend: str
+    package: str
+    file: str
+    call: tuple[Library, str, str]
+    pages = 1024
+
+    def test_a_device_that_is_not_there(self, monkeypatch):
+        sees = f"{self.package} sees 1, numbered from 0"
+        for number in ("1", "-1", "cpu"):
+            with pytest.raises(Unavailable, match=f"^{self.backend} has no device {number!r}: {sees}$"):
+                create(f"{self.backend}:{number}")
+        variable = type(create(self.backend)).visible
+        monkeypatch.setenv(variable, "4")
+        with pytest.raises(Unavailable, match=f"numbered from 0, which {variable}=4 shows$"):
+            create(f"{self.backend}:1")
+
+    def test_a_package_whose_runtime_is_not_there(self, tmp_path):
+        (tmp_path / self.file).touch()
+        for name in (self.package, "libascendcl.so"):
+            (tmp_path / name).touch() if name.endswith(".so") else (tmp_path / name).mkdir()
+        missing = "libruntime.so.4: cannot open shared object file: No such file or directory"
+        (tmp_path / self.package / "__init__.py").write_text(f"raise ImportError({missing!r})", encoding="utf-8")
+        told = self._told(BROKEN, str(tmp_path), PYTHONPATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path))
+        start = f"Unavailable backend {self.backend!r} is broken: porthal.backends.{self.backend}: ImportError: {missing}"
+        assert told.startswith(start) and told.count("\n") == 1
+
+    def test_an_emulated_one_beside_the_vendors_own(self):
+        start = f"Unavailable backend {self.backend!r} cannot be emulated: porthal.backends.{self.backend}.emulated: "
+        told = self._told(LOADED, self.package)
+        assert told.startswith(f"{start}RuntimeError: {self.package} is already imported; emulate it in a process"), told
+        assert told.count("\n") == 1
+
+    def test_a_library_too_old_for_a_call(self, monkeypatch):
+        library, name, op = self.call
+        monkeypatch.delattr(sys.modules[library.module], name)
+        vars(library).pop(name, None)
+        [kernel, *_] = [k for k in create(self.backend).candidates(contracts()[op]) if name in k.provider]
+        why = create(self.backend).refuses(op, kernel, None)
+        assert re.match(rf"^this {library.module}( \S+)? has no {name}", why)
+
+    def test_memory_that_is_used_up(self):
+        """Of the emulated device, of which little is left."""
+        chip = create(self.backend)
+        told = rf"^running on {chip} of porthal\.backends\.{self.backend} failed: .*(out of memory|Unable to allocate)"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device._memory, "fraction", 1e-9)
+            with pytest.raises(Unavailable, match=told), running(chip):
+                chip.alloc_pages(PagesSpec((("c", 512),), "bfloat16", self.pages, 64))
+
+    def _told(self, script: str, *given: str, **variables: str) -> str:
+        command = [sys.executable, "-c", script, self.backend, *given]
+        environment = {**os.environ, **variables}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment).stdout

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch_npu
 
 from porthal.backends.ascend import VISIBLE
@@ -29,13 +27,7 @@ class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
     """An NPU. Pages keep one contiguous tensor per field, which is the layout PA_BSND; lengths are int32 on the device."""
 
     kind, engine = "npu", "hccl"
-
-    def __init__(self, device: str = "") -> None:
-        count = torch.npu.device_count()
-        if device and not (device.isdecimal() and int(device) < count):
-            shown = f", which {VISIBLE}={os.environ[VISIBLE]} shows" if VISIBLE in os.environ else ""
-            raise Unavailable(f"ascend has no device {device!r}: torch_npu sees {count}, numbered from 0{shown}")
-        super().__init__(device)
+    package, visible = "torch_npu", VISIBLE
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {torch_npu.__version__}"
@@ -59,14 +51,14 @@ class Ascend(Rows, Prolog, Experts, Attention, Int8, Int8Caches, Vendor):
     def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
         planned = super().plan(batch)
         made = NpuPlan(*planned.native)
-        made.rows, made.turns = made.slots[:, None] + batch.block_size, {}
+        made.rows = made.slots[:, None] + batch.block_size
         if into is not None:
             held: NpuPlan = into.native
             fields = zip(Plan._fields, held, made)
             rows = self.write(held.rows, made.rows)
             made = NpuPlan(*(new if name in EAGER else self.write(old, new) for name, old, new in fields))
-            made.rows, made.turns = rows, held.turns
-            made.renew()
+            made.rows = rows
+        made.take_over(into)
         return planned.with_native(made)
 
     # -- graph capture -----------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same to be kept: codes of a row of zeros are 0."""
+    """The same to be kept: codes of a row of zeros, which say 0 whatever they are, are 0, so that a call repeats to the bit."""
     codes, scale = quantised(x)
     return codes.masked_fill_((scale == 0)[..., None], 0), scale
 

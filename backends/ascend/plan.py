@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from porthal.backends.torch.backend import Plan
-from porthal.backends.torch.tables import angles
+from porthal.backends.torch.tables import StepPlan, angles
 from porthal.hal import Pages
 
 
@@ -19,32 +18,16 @@ class Turn(NamedTuple):
     sin: Tensor
 
 
-class NpuPlan(Plan):
-    """The base's plan, and
+class NpuPlan(StepPlan):
+    """A plan that says where a row is written in the memory of a cache, which begins with a page that nobody reads."""
 
-    rows   int64 [T, 1]: where a row is written in the memory of a cache, which begins with a page that nobody reads
-    turns  a Turn for each (theta, width, layout, dtype) that was asked for, made at the first call of a step
-    """
+    rows: Tensor  # int64 [T, 1]
 
-    rows: Tensor
-    turns: dict[tuple[float, int, str, torch.dtype], Turn]
 
-    def turn(self, theta: float, width: int, layout: str, dtype: torch.dtype = torch.float32) -> Turn:
-        key = theta, width, layout, dtype
-        if key not in self.turns:
-            self.turns[key] = self._turn(*key)
-        return self.turns[key]
-
-    def renew(self) -> None:
-        """Make the turns anew where they lie, for the positions of now: a captured graph reads them there."""
-        for key, held in self.turns.items():
-            for old, new in zip(held, self._turn(*key)):
-                old.copy_(new)
-
-    def _turn(self, theta: float, width: int, layout: str, dtype: torch.dtype) -> Turn:
-        angle = angles(self.positions, theta, width)[:, None]
-        angle = angle.repeat_interleave(2, dim=-1) if layout == "interleaved" else angle.repeat(1, 1, 2)
-        return Turn(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
+def turn(plan: StepPlan, theta: float, width: int, layout: str, dtype: torch.dtype) -> Turn:
+    angle = angles(plan.positions, theta, width)[:, None]
+    angle = angle.repeat_interleave(2, dim=-1) if layout == "interleaved" else angle.repeat(1, 1, 2)
+    return Turn(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
 
 
 def paged(pages: Pages, field: int) -> Tensor:

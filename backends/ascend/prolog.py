@@ -10,7 +10,7 @@ from torch import Tensor
 
 from porthal.backends.ascend.attention import HEADS, PAGE
 from porthal.backends.ascend.calls import NPU
-from porthal.backends.ascend.plan import memory
+from porthal.backends.ascend.plan import memory, turn
 from porthal.backends.ascend.rows import SOME
 from porthal.hal import Batch, Pages, Weight, WeightSpec, limits, one_of, same_as
 from porthal.hal.backend import Read
@@ -68,7 +68,7 @@ class Prolog:
         """It leaves the first elements of all pairs before the second ones, in q_rope and in the cache: both are put back."""
         plan, page = batch.native, (-1, kv.spec.block_size, 1)
         c, kp = (memory(kv, name) for name, _ in kv.spec.fields)
-        turn = plan.turn(theta, kp.shape[1], "half", h.dtype)
+        cos, sin = plan.table(turn, theta, kp.shape[1], "half", h.dtype)
         q_latent, q_rope, _, qr, _ = NPU.npu_mla_prolog_v3(
             token_x=h.contiguous(),
             weight_dq=q_a.native,
@@ -77,8 +77,8 @@ class Prolog:
             weight_dkv_kr=kv_a.native,
             rmsnorm_gamma_cq=q_norm.contiguous(),
             rmsnorm_gamma_ckv=kv_norm.contiguous(),
-            rope_sin=turn.sin[:, 0],
-            rope_cos=turn.cos[:, 0],
+            rope_sin=sin[:, 0],
+            rope_cos=cos[:, 0],
             kv_cache=c.view(*page, c.shape[1]),
             kr_cache=kp.view(*page, kp.shape[1]),
             cache_index=plan.rows[:, 0],

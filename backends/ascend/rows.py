@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from porthal.backends.ascend.calls import FLOATS, NPU
-from porthal.backends.ascend.plan import memory
+from porthal.backends.ascend.plan import memory, turn
+from porthal.backends.torch.tables import spliced
 from porthal.hal import Batch, Pages, any_of, at_least, at_most, limits, one_of, same_as
 
 MODES = {"interleaved": "interleave", "half": "half"}
@@ -32,10 +33,9 @@ class Rows:
     @limits(provider="torch_npu.npu_rotary_mul", dtypes={"x": FLOATS}, T=SOME, N=at_most(999), width=at_most(894))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, as tables in bfloat16 are no better than its 8 bits."""
-        turn, end = batch.native.turn(theta, width, layout), start + width
-        part = x[..., start:end].float().contiguous()
-        y: Tensor = NPU.npu_rotary_mul(input=part, r1=turn.cos, r2=turn.sin, rotary_mode=MODES[layout]).to(x.dtype)
-        return y if width == x.shape[-1] else torch.cat([x[..., :start], y, x[..., end:]], dim=-1)
+        cos, sin = batch.native.table(turn, theta, width, layout, torch.float32)
+        part = x[..., start : start + width].float().contiguous()
+        return spliced(x, NPU.npu_rotary_mul(input=part, r1=cos, r2=sin, rotary_mode=MODES[layout]), start)
 
     @limits(provider="torch_npu.npu_scatter_nd_update_", dtypes={"pages": FLOATS}, T=SOME)
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:

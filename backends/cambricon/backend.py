@@ -12,8 +12,8 @@ from torch import Tensor
 
 from porthal.backends.cambricon.calls import HALF, TMO, blocks, chosen, experts, product
 from porthal.backends.cambricon.int8 import Int8
-from porthal.backends.torch.interfaces.slots import Physical, joint, slots_of
-from porthal.backends.torch.tables import angles
+from porthal.backends.torch.interfaces.slots import Physical, int32_slots, joint, slots_of
+from porthal.backends.torch.tables import StepPlan, angles, spliced
 from porthal.backends.torch.vendor import Vendor
 from porthal.hal import (
     Batch,
@@ -36,6 +36,7 @@ class Cambricon(Int8, Physical, Vendor):
     """An MLU. A cache lies as [pages, 1, size, width], of which the base's fields are views."""
 
     kind, engine = "mlu", "cncl"
+    package, visible = "torch_mlu", "MLU_VISIBLE_DEVICES"
 
     # -- row by row --------------------------------------------------------------------------------------------------
 
@@ -59,13 +60,10 @@ class Cambricon(Int8, Physical, Vendor):
     @limits(provider="torch_mlu_ops.apply_rotary", T=at_least(1), width=at_most(256))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles, and on a copy, as it works in place. Sine first."""
-        angle = angles(batch.native.positions, theta, width)
         pairs = layout == "interleaved"
-        angle = angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2)
-        place = torch.arange(batch.T, dtype=torch.int32, device=x.device)[None]
+        sin, cos, place = batch.native.table(_turn, theta, width, pairs)
         part = x[None, :, :, start : start + width].to(torch.float32, copy=True)
-        y = TMO.apply_rotary(part, angle.sin(), angle.cos(), place, None, pairs, True, False, batch.T)
-        return torch.cat([x[..., :start], y[0].to(x.dtype), x[..., start + width :]], dim=-1)
+        return spliced(x, TMO.apply_rotary(part, sin, cos, place, None, pairs, True, False, batch.T)[0], start)
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +106,8 @@ class Cambricon(Int8, Physical, Vendor):
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         """Slots below 0 are passed over."""
         rows = first if second is None else torch.cat([first, second], dim=-1)
-        TMO.reshape_paged_cache(rows[:, None].contiguous(), None, blocks(pages), None, batch.native.int32_slots)
+        [slots] = batch.native.table(int32_slots)
+        TMO.reshape_paged_cache(rows[:, None].contiguous(), None, blocks(pages), None, slots)
         return pages
 
     # -- sparse attention --------------------------------------------------------------------------------------------
@@ -141,3 +140,10 @@ class Cambricon(Int8, Physical, Vendor):
                 head_size_v=512, compute_dtype=torch.float32,
             )  # fmt: skip
         return torch.where(length[:, None, None] > 0, out[:, 0], 0)
+
+
+def _turn(plan: StepPlan, theta: float, width: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sines and cosines, float32 [T, width], and int32 [1, T]: which row of them is whose."""
+    angle = angles(plan.positions, theta, width)
+    angle = angle.repeat_interleave(2, dim=-1) if pairs else angle.repeat(1, 2)
+    return angle.sin(), angle.cos(), torch.arange(len(angle), dtype=torch.int32, device=angle.device)[None]

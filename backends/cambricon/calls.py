@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from porthal.backends.torch.interfaces.library import Library
-from porthal.backends.torch.interfaces.slots import Slots, joint
+from porthal.backends.torch.interfaces.slots import Slots, joint, row_table
 from porthal.hal import Batch, Pages, Selection, SelectionSpec, Weight, one_of
 
 NORM = "x residual gamma beta bias eps store_output_before_norm quant_scale out dynamic_quant /"
@@ -90,6 +90,7 @@ def chosen(
     """The indexer's form for decoding, in which each row is a request of one: it alone reads a paged cache. It has 32 or 64
     heads, so others are filled up with zeros, of weight zero. Where keys are codes, with scales, queries are too."""
     plan, more = batch.native, (32 if iq.shape[1] <= 32 else 64) - iq.shape[1]
+    [pages] = plan.table(row_table)
     query, query_scale = F.pad(iq, (0, 0, 0, more))[:, None].contiguous(), None
     if key_scale is not None:
         query, query_scale = codes_of(query)
@@ -102,11 +103,11 @@ def chosen(
         query=query,
         k_cache=cache,
         weights=F.pad(w, (0, more))[:, None, :, None].contiguous(),
-        kv_cache_block_table=plan.row_table,
+        kv_cache_block_table=pages,
         cu_seq_q_lens=None,
         cu_seq_k_lens=None,
         k_context_lens=plan.visible,
-        k_cache_block_table=plan.row_table,
+        k_cache_block_table=pages,
         is_prefill=False,
         index_topk=k,
         kv_cache_block_size=batch.block_size,
@@ -118,4 +119,4 @@ def chosen(
         **precise,
     )
     length = torch.minimum(length.clamp(min=0), plan.visible.clamp(max=k))  # what it says of a row without keys is not known
-    return Selection(SelectionSpec(batch.T, k), Slots(slots[:, 0], length, plan.row_table, batch.block_size))
+    return Selection(SelectionSpec(batch.T, k), Slots(slots[:, 0], length, pages, batch.block_size))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from porthal.backends.cambricon.calls import EXPERTS, HALF, TMO, by_block, chosen, codes_of, experts, product
 from porthal.backends.torch.interfaces.packed import Packed
+from porthal.backends.torch.interfaces.slots import int32_slots
 from porthal.hal import Batch, Pages, Selection, Weight, any_of, at_least, at_most, limits, multiple_of, one_of
 
 
@@ -47,12 +49,12 @@ class Int8(Packed):
         plan, [(name, _), *other] = batch.native, pages.spec.fields
         if not (batch.slots >= 0).any():
             return pages
-        rows, slots = first.index_select(0, plan.written), plan.targets.to(plan.int32_slots.dtype)
+        rows, slots = first.index_select(0, plan.written), plan.targets.to(torch.int32)
         codes, scale = by_block(pages, pages[name]), by_block(pages, pages[f"{name}_scale"])[..., 0]
         TMO.quant_to_paged_cache(rows[:, None], None, codes, None, scale, None, slots)
         if second is not None:
             held = by_block(pages, pages[other[0][0]])
-            TMO.reshape_paged_cache(second[:, None].contiguous(), None, held, None, plan.int32_slots)
+            TMO.reshape_paged_cache(second[:, None].contiguous(), None, held, None, plan.table(int32_slots)[0])
         return pages
 
     kv_write.capturable = False

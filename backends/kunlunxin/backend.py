@@ -15,7 +15,7 @@ from porthal.backends.kunlunxin.int8 import Int8
 from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.interfaces.packed import Packed
 from porthal.backends.torch.interfaces.slots import Joint, joint
-from porthal.backends.torch.tables import angles
+from porthal.backends.torch.tables import StepPlan, angles, spliced
 from porthal.backends.torch.vendor import Vendor
 from porthal.hal import (
     Batch,
@@ -42,13 +42,19 @@ class Kunlunxin(Int8, Joint, Vendor):
     """A P800. To PyTorch it is "cuda", with a name and a capability that are not its own."""
 
     kind, engine = "cuda", "nccl"  # the vendor's layer puts its own library in the place of NCCL
+    package, visible = "torch_xmlir", "XPU_VISIBLE_DEVICES"
     captures = False  # its attention wants lengths on the host
 
     def __init__(self, device: str = "") -> None:
         if EMULATED:  # a CPU build of PyTorch has no "cuda" to give
+            self._number(device)
             Torch.__init__(self, "cpu")
         else:
             super().__init__(device)
+
+    def _count(self) -> int:
+        count: int = torch_xmlir.xpu.device_count()
+        return count
 
     @property
     def place(self) -> Place:
@@ -85,18 +91,17 @@ class Kunlunxin(Int8, Joint, Vendor):
     @limits(provider="kunlun_ops.rotary_embedding", T=at_least(1))
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles. A copy is turned in place, and a key of zeros."""
-        angle = angles(batch.native.positions, theta, width)
+        place, table, key = batch.native.table(_turn, theta, width)
         part = x[..., start : start + width].to(torch.float32, copy=True).flatten(1).contiguous()
         OPS.rotary_embedding(
-            positions=torch.arange(batch.T, device=x.device),
+            positions=place,
             query=part,
-            key=part.new_zeros(batch.T, width),
+            key=key,
             head_size=width,
-            cos_sin_cache=torch.cat([angle.cos(), angle.sin()], dim=-1),
+            cos_sin_cache=table,
             is_neox=layout == "half",
         )
-        y = part.view(*x.shape[:2], width).to(x.dtype)
-        return torch.cat([x[..., :start], y, x[..., start + width :]], dim=-1)
+        return spliced(x, part.view(*x.shape[:2], width), start)
 
     # -- experts -----------------------------------------------------------------------------------------------------
 
@@ -200,3 +205,10 @@ class Kunlunxin(Int8, Joint, Vendor):
 def _ordered(scores: Tensor) -> Tensor:
     """Dense float32 without NaN, of which nobody published what the top-k makes."""
     return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
+
+
+def _turn(plan: StepPlan, theta: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [T], which row of the table is whose; cosines beside sines, float32 [T, width]; a key of zeros, which stays so."""
+    angle = angles(plan.positions, theta, width)
+    place = torch.arange(len(angle), device=angle.device)
+    return place, torch.cat([angle.cos(), angle.sin()], dim=-1), angle.new_zeros(len(angle), width)

@@ -16,7 +16,7 @@ from porthal.backends.torch.interfaces.deep_gemm_fp8 import DeepGemmFp8
 from porthal.backends.torch.interfaces.flash_mla import FlashMla, FlashMlaPacked
 from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.ranking import highest
-from porthal.backends.torch.tables import angles
+from porthal.backends.torch.tables import StepPlan, angles, spliced
 from porthal.backends.torch.vendor import Vendor
 from porthal.hal import (
     Batch,
@@ -51,6 +51,7 @@ class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     """An S5000. Products and the write to the cache are aten's."""
 
     kind, engine = "musa", "mccl"
+    package, visible = "torch_musa", "MUSA_VISIBLE_DEVICES"
 
     _scores = Capturing._scores
 
@@ -68,6 +69,11 @@ class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
         return torch.rms_norm(x, weight.shape, weight, eps)
 
+    @limits(provider="torch.rms_norm", dtypes={"weight": same_as("x")})
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+        r = x + residual
+        return torch.rms_norm(r, weight.shape, weight, eps), r
+
     @limits(provider="torch.nn.functional.swish_glu")
     def silu_mul(self, x: Tensor) -> Tensor:
         return PATCHED.swish_glu(input=x)
@@ -76,20 +82,22 @@ class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
     def rope(self, x: Tensor, batch: Batch, *, theta: float, layout: str, start: int, width: int) -> Tensor:
         """In float32, so that no table of bfloat16 is made of the angles. Rows are a sequence of one request for it, and pairs
         lie in halves: its own flags for pairs are untested, or leave the result in that order."""
-        part = x[:, None, :, start : start + width].float()
+        part = x[:, None, :, start : start + width]
         pairs = layout == "interleaved"
         if pairs:
-            part = part.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            part = part.unflatten(-1, (-1, 2)).transpose(-1, -2)
+        part = part.to(torch.float32, memory_format=torch.contiguous_format)
+        [table] = batch.native.table(_turn, theta, width)
         y = PATCHED.rope(
-            input=part,
-            freq_cis=angles(batch.native.positions, theta, width).repeat(1, 2),
+            input=part.flatten(3),
+            freq_cis=table,
             rotary_interleaved=False,
             batch_first=False,
             multi_latent_attention=False,
         )[:, 0]
         if pairs:
-            y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        return torch.cat([x[..., :start], y.to(x.dtype), x[..., start + width :]], dim=-1)
+            y = y.unflatten(-1, (2, -1)).transpose(-1, -2).to(x.dtype, memory_format=torch.contiguous_format).flatten(2)
+        return spliced(x, y, start)
 
     @limits(provider="mate.moe_fused_gate", tie="any", E=EXPERTS, n_group=1)
     def moe_route(
@@ -108,3 +116,7 @@ class MooreThreads(FlashMlaPacked, FlashMla, DeepGemmFp8, DeepGemm, Vendor):
             apply_routed_scaling_factor_on_output=False,
         )
         return ids, scale * s / (s.sum(-1, keepdim=True) + 1e-20)
+
+
+def _turn(plan: StepPlan, theta: float, width: int) -> tuple[Tensor]:
+    return (angles(plan.positions, theta, width).repeat(1, 2),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -9,16 +10,31 @@ import torch
 
 from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.interfaces.library import lacks
-from porthal.hal import CallSpec, Kernel, Place
+from porthal.hal import CallSpec, Kernel, Place, Unavailable
 
 
 class Vendor(Torch):
-    """`kind` is the device's type in PyTorch, `engine` the name by which torch.distributed knows its library."""
+    """`kind` is the device's type in PyTorch, which it has from `package`; `visible` the variable that says which devices are
+    seen; `engine` the name by which torch.distributed knows the chip's library."""
 
     kind: ClassVar[str]
+    package: ClassVar[str]
+    visible: ClassVar[str]
 
     def __init__(self, device: str = "") -> None:
-        super().__init__(f"{self.kind}:{device or 0}")
+        super().__init__(f"{self.kind}:{self._number(device)}")
+
+    def _number(self, device: str) -> int:
+        """Of a device that is there."""
+        count = self._count()
+        if device and not (device.isdecimal() and int(device) < count):
+            shown = f", which {self.visible}={os.environ[self.visible]} shows" if self.visible in os.environ else ""
+            raise Unavailable(f"{self.name} has no device {device!r}: {self.package} sees {count}, numbered from 0{shown}")
+        return int(device or 0)
+
+    def _count(self) -> int:
+        count: int = getattr(torch, self.kind).device_count()
+        return count
 
     def __str__(self) -> str:
         return f"{self.name}:{torch.device(self.device).index or 0}"

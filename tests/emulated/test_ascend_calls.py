@@ -12,7 +12,8 @@ import torch
 
 import porthal
 from porthal.backends.ascend import emulated
-from porthal.hal import PagesSpec, Unavailable, bind, contracts, create, running
+from porthal.hal import Unavailable, bind, contracts, create
+from tests.adapters import BadInput
 
 torch_npu = emulated.install()  # before what imports it
 from porthal.backends.ascend import attention, experts, int8, int8_caches, prolog, rows  # noqa: E402
@@ -82,24 +83,9 @@ def test_a_torch_npu_without_sparse_attention_runs_it_on_the_base(monkeypatch):
     assert choices["sparse_mla"].reason.startswith(f"{name}: this torch_npu 2.13.0+emulated {why}; ")
 
 
-@pytest.mark.parametrize("device", ["1", "-1", "cpu"])
-def test_a_device_that_is_not_there(device, monkeypatch):
-    with pytest.raises(Unavailable, match=f"^ascend has no device {device!r}: torch_npu sees 1, numbered from 0$"):
-        create(f"ascend:{device}")
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4")
-    with pytest.raises(Unavailable, match=r"numbered from 0, which ASCEND_RT_VISIBLE_DEVICES=4 shows$"):
-        create(f"ascend:{device}")
-
-
-def test_memory_that_is_used_up_is_told_in_one_sentence():
-    backend = create("ascend")
-    torch.npu.set_per_process_memory_fraction(1e-9)
-    try:
-        told = r"^running on ascend:0 of porthal\.backends\.ascend failed: .*out of memory"
-        with pytest.raises(Unavailable, match=told), running(backend):
-            backend.alloc_pages(PagesSpec((("c", 512),), "bfloat16", 1024, 64))
-    finally:
-        torch.npu.set_per_process_memory_fraction(1.0)
+class TestBadInput(BadInput):
+    backend, package, file = "ascend", "torch_npu", "davinci0"
+    call = NPU, "npu_sparse_flash_attention", "sparse_mla"
 
 
 def test_a_chip_without_a_stream_for_another_graph_says_so(monkeypatch):

@@ -8,13 +8,14 @@ import torch
 
 import porthal
 from porthal.backends.cambricon import emulated
+from porthal.backends.cambricon.calls import TMO
 from porthal.backends.torch.backend import Torch
 from porthal.backends.torch.interfaces.slots import Slots
 from porthal.conformance import replay
-from porthal.hal import Batch, PagesSpec, Unavailable, create, probe
+from porthal.hal import Batch, PagesSpec, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
-from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
+from tests.adapters import CAPTURED, BadInput, engine_asked_for, missing, unlike_contracts
 from tests.launches import per_step
 
 OWN = {
@@ -73,9 +74,9 @@ def test_picked_rows_of_slots_stay_slots(chip):
     assert np.array_equal(chip.to_logical(picked)["indices"], chip.to_logical(mine)["indices"][[3, 0]])
 
 
-def test_a_device_that_is_not_there_is_one_sentence():
-    with pytest.raises(Unavailable, match="has no device 'mlu:7' here"):
-        create("cambricon:7")
+class TestBadInput(BadInput):
+    backend, package, file = "cambricon", "torch_mlu", "cambricon_dev0"
+    call = TMO, "single_query_cached_kv_attn", "sparse_mla"
 
 
 def test_it_is_here_and_says_where_it_ran(chip):
@@ -105,3 +106,10 @@ def test_the_page_says_how_many_operations_a_step_is():
     page = Path("docs/cambricon.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"is {own} operations, {vendors} of them the vendor's calls" in page
     assert f"it is {base}, views and allocations not counted" in page
+    assert own < 0.6 * base
+
+
+def test_a_plan_holds_nothing_of_rows_times_pages(chip):
+    """Which the indexer alone needs: of a long prompt in small pages it is gigabytes."""
+    plan = chip.plan(Batch.build([4096], [4096], [range(4096)], 1)).native
+    assert sum(x.numel() for x in (*plan, *vars(plan).values()) if isinstance(x, torch.Tensor)) < 20 * 4096

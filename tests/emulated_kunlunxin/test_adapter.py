@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from porthal.backends.kunlunxin import emulated
+from porthal.backends.kunlunxin.calls import OPS
 from porthal.hal import create, probe
 from tests import demo
-from tests.adapters import missing, unlike_contracts
+from tests.adapters import BadInput, missing, unlike_contracts
 from tests.launches import per_step
 
 OWN = {"add_rms_norm", "kv_write", "moe_experts", "moe_route", "rms_norm", "rope", "silu_mul", "sparse_mla"}
@@ -56,3 +57,12 @@ def test_the_page_says_how_many_operations_a_step_is():
     page = Path("docs/kunlunxin.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"is {own} operations, {vendors} of them the vendor's calls" in page
     assert f"it is {base}, views and allocations not counted" in page
+    assert own < 0.6 * base
+
+
+class TestBadInput(BadInput):
+    """Tensors are the CPU's, whose memory is not counted."""
+
+    backend, package, file = "kunlunxin", "torch_xmlir", "xpu0"
+    call = OPS, "fwd_kvcache_mla", "sparse_mla"
+    pages = 2**40

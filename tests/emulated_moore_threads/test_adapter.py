@@ -2,19 +2,23 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import porthal
+from porthal.backends.moore_threads import emulated
+from porthal.backends.torch.interfaces.flash_mla import FLASH_MLA
 from porthal.backends.torch.interfaces.library import Library
 from porthal.conformance import replay
-from porthal.hal import CallSpec, Unavailable, contracts, create, probe
+from porthal.hal import CallSpec, contracts, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
-from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
+from tests.adapters import CAPTURED, BadInput, engine_asked_for, missing, unlike_contracts
+from tests.launches import per_step
 
-OWN = {"grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+OWN = {"add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
 
 @pytest.fixture
@@ -58,9 +62,9 @@ def test_another_package_of_the_name_is_told_from_mate(monkeypatch):
     del Library.known["mate_of_matchers"]
 
 
-def test_a_device_that_is_not_there_is_one_sentence():
-    with pytest.raises(Unavailable, match="has no device 'musa:7' here"):
-        create("moore_threads:7")
+class TestBadInput(BadInput):
+    backend, package, file = "moore_threads", "torch_musa", "mtgpu.0"
+    call = FLASH_MLA, "flash_mla_sparse_fwd", "sparse_mla"
 
 
 def test_it_is_here_and_says_where_it_ran(chip):
@@ -84,3 +88,11 @@ def test_the_decode_step_is_a_graph_and_its_text_the_same():
     model = load(DEMO, porthal.bind("moore_threads"), dtype="bfloat16")
     assert model.ops.captures and not demo.model("moore_threads", "bfloat16").ops.captures  # which asks for scores
     assert model.generate(demo.PROMPT, 24) == demo.text("moore_threads", "bfloat16", 24)
+
+
+def test_the_page_says_how_many_operations_a_step_is():
+    (own, vendors), (base, _) = (per_step(backend, emulated.calls) for backend in ("moore_threads", "torch:musa:0"))
+    page = Path("docs/moore_threads.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"is {own} operations, {vendors} of them the vendor's calls" in page
+    assert f"it is {base}, views and allocations not counted" in page
+    assert own < 0.6 * base

@@ -33,11 +33,11 @@ MISTAKES = (
     Mistake("moe_experts", "no expert behind the last", "(ids < E), ids, E)", "(ids < E), ids, E - 1)", "calls"),
     Mistake("moe_experts", "the other weight twice", "product(h, w2, counts", "product(h, w13, counts", "calls"),
     Mistake("moe_experts", "rows for places", "weights, combine, None, ends", "weights, expand, None, ends", "calls"),
-    Mistake("kv_write", "all slots, in the order of rows", "native.int32_slots", "native.int32_slots.sort().values"),
-    Mistake("kv_write", "padded rows written to slot 0", "native.int32_slots", "native.int32_slots.clamp(min=0)"),
+    Mistake("kv_write", "all slots, in the order of rows", "None, slots)", "None, slots.sort().values)"),
+    Mistake("kv_write", "padded rows written to slot 0", "None, slots)", "None, slots.clamp(min=0))"),
     Mistake("kv_write", "the fields swapped", "torch.cat([first, second]", "torch.cat([second, first]"),
     Mistake("indexer_topk", "all keys of a request", "_lens=plan.visible", "_lens=plan.kv_len[plan.row_request]", "calls"),
-    Mistake("indexer_topk", "another table for slots", "kv_cache_block_table=plan", "kv_cache_block_table=1 + plan", "calls"),
+    Mistake("indexer_topk", "another table for slots", "kv_cache_block_table=pages", "kv_cache_block_table=1 + pages", "calls"),
     Mistake("indexer_topk", "no weights", "weights=F.pad(w,", "weights=F.pad(torch.ones_like(w),", "calls"),
     Mistake("indexer_topk", "pages for their places", "(place.gather(1, found) *", "(slots // native.size *", "slots"),
     Mistake("sparse_mla", "all of the table", "into, slots, length,", "into, slots, torch.full_like(length, slots.shape[1]),"),
@@ -45,7 +45,7 @@ MISTAKES = (
     Mistake(
         "sparse_mla", "rows without keys left as they are", "length[:, None, None] > 0, out", "length[:, None, None] >= -1, out"
     ),
-    Mistake("sparse_mla", "positions for slots", "page * size + position % size, -1)", "position, -1)", "slots"),
+    Mistake("sparse_mla", "positions for slots", "return positions + moves[", "return positions + 0 * moves[", "slots"),
     *edits("calls", LINEAR)(
         ("codes of float8", "quant_type=torch.int8", "quant_type=torch.float8_e4m3fn"),
         ("no scales of rows", "    return codes, scale", "    return codes, torch.ones_like(scale)"),
@@ -62,7 +62,7 @@ MISTAKES = (
     *edits("int8", LATENTS)(
         ("codes in the order of slots", "scale, None, slots)", "scale, None, slots.sort().values)"),
         ("rows of padding", "first.index_select(0, plan.written)", "first.roll(1, 0)"),
-        ("padding's second part to slot 0", "held, None, plan.int32_slots", "held, None, plan.int32_slots.clamp(min=0)"),
+        ("padding's second part to slot 0", "plan.table(int32_slots)[0])", "plan.table(int32_slots)[0].clamp(min=0))"),
     ),
     *edits("calls", KEYS)(
         ("scales of the queries left out", "q_scale=query_scale", "q_scale=torch.ones_like(query_scale)"),

@@ -43,10 +43,14 @@ MISTAKES = (
         ("the weight's magnitudes backwards", "w_pc_max=largest(w)", "w_pc_max=largest(w).flip(0)"),
         ("the rows' magnitudes left out", "x_pc_max=top", "x_pc_max=torch.ones_like(top)"),
     ),
-    *edits("int8", EXPERTS)(("the first product twice", "x, w13, w2, ids", "x, w13, w13, ids"),),
+    *edits("int8", EXPERTS)(
+        ("the first product twice", "x, w13, w2, ids", "x, w13, w13, ids"),
+        ("ids of all ranks", "ids - first_expert", "ids + 0"),
+    ),
     *edits("int8", WRITTEN)(
         ("slots in order", "cache, plan.targets,", "cache, plan.targets.sort().values,"),
         ("rows of padding", "first.index_select(0, plan.written)", "first.roll(1, 0)"),
+        ("every row for those that are written", "first.index_select(0, plan.written)", "first"),
         ("codes and scales of each slot side by side", "return DEEPGEMM if", 'return Layout(("k", "k_scale")) if'),
     ),
     *edits("int8", KEYS)(

@@ -12,7 +12,9 @@ CHOSEN = "indexer_topk,T=33,G=40,D=128,k=2048,scale=0.125,iq:bf16,keys%fp8_keys,
 WRITTEN = "kv_write,T=7,A=128,pages:bf16,-second,-b,pages%fp8_keys,batch=padded,block_size=64,0"
 PADDING = "kv_write,T=1,A=128,pages:bf16,-second,-b,pages%fp8_keys,batch=1/0,block_size=64,0"
 MISTAKES = (
-    Mistake("rms_norm", "epsilon left to the default", "weight, eps)", "weight, None)"),
+    Mistake("rms_norm", "epsilon left to the default", "(x, weight.shape, weight, eps)", "(x, weight.shape, weight, None)"),
+    Mistake("add_rms_norm", "the residual left out", "r = x + residual", "r = x + 0 * residual"),
+    Mistake("add_rms_norm", "the residual is the input", "weight, eps), r\n", "weight, eps), x\n"),
     Mistake("silu_mul", "the second half activated", "swish_glu(input=x)", "swish_glu(input=x.roll(x.shape[1] // 2, 1))"),
     Mistake("rope", "pairs not put into halves", "if pairs:\n            part = ", "if False:\n            part = "),
     Mistake("rope", "the result left with even elements first", "if pairs:\n            y = ", "if False:\n            y = "),
@@ -22,8 +24,9 @@ MISTAKES = (
     Mistake("moe_route", "weights not normalised", "scale * s / (s.sum(-1, keepdim=True) + 1e-20)", "scale * s", dtype=""),
     Mistake("moe_route", "the factor not applied", "return ids, scale * s", "return ids, s", dtype=""),
     Mistake("moe_route", "no bias", "bias=bias", "bias=torch.zeros_like(bias)", dtype=""),
-    Mistake("sparse_mla", "positions for slots", "page * size + position % size, -1)", "position, -1)", "slots"),
-    Mistake("sparse_mla", "pages of another size", "(position // size)", "(position // 64)", "slots"),
+    Mistake("sparse_mla", "positions for slots", "return positions + moves[", "return positions + 0 * moves[", "slots"),
+    Mistake("sparse_mla", "pages of another size", "_moves, batch.block_size)", "_moves, 64)", "slots"),
+    Mistake("sparse_mla", "pages of the first request", "plan.row_request[:, None]", "0 * plan.row_request[:, None]", "slots"),
     Mistake("sparse_mla", "the scale left out", "sm_scale=scale", "sm_scale=1.0", "flash_mla"),
     Mistake("sparse_mla", "the parts of a query swapped", "= q_latent, q_rope", "= q_latent, q_rope.flip(-1)", "flash_mla"),
     Mistake("sparse_mla", "blocks not filled up", "-slots.shape[1] % BLOCK", "0", "flash_mla"),
@@ -32,14 +35,12 @@ MISTAKES = (
         "sparse_mla", "the fields of the cache in another order", "rows.split(widths", "rows.roll(64, 1).split(widths", "slots"
     ),
     Mistake("grouped_gemm", "groups not aligned", "step = int(DEEP", "step = 1 + 0 * int(DEEP", "deep_gemm"),
-    Mistake("grouped_gemm", "counts for their sums", "// step * step).cumsum(0)", "// step * step)", "deep_gemm"),
-    Mistake(
-        "grouped_gemm", "every expert's rows from the first", "(counts.cumsum(0) - counts)", "(counts - counts)", "deep_gemm"
-    ),
+    Mistake("grouped_gemm", "gaps for their sums", "gaps.cumsum(0) - gaps", "gaps", "deep_gemm"),
+    Mistake("grouped_gemm", "counts for their sums", "(counts.cumsum(0), position", "(counts, position", "deep_gemm"),
     Mistake("moe_experts", "the other weight twice", "_product(h, w2, rows)", "_product(h, w13, rows)", "deep_gemm"),
     Mistake("moe_experts", "ids of other ranks", "ids - first_expert", "ids + 0", "deep_gemm"),
-    Mistake("moe_experts", "weights left out", "places, weights)", "places, torch.ones_like(weights))", "deep_gemm"),
-    Mistake("moe_experts", "a row for its choice", "_row_of(places, ids.shape[1])", "places", "deep_gemm"),
+    Mistake("moe_experts", "weights left out", "(weights[part, :, None] * chosen.float())", "chosen.float()", "deep_gemm"),
+    Mistake("moe_experts", "a row for its choice", "choice // k", "choice % len(x)", "deep_gemm"),
 )
 FP8 = (
     *edits("deep_gemm", WIDE)(
@@ -50,7 +51,7 @@ FP8 = (
     ),
     *edits("deep_gemm", GROUPS)(
         ("scales of the first expert", 'w.native["scale"]', 'w.native["scale"][:1].repeat(len(w.native["scale"]), 1, 1)'),
-        ("an expert for a row of none", "held(w), y, rows.expert", "held(w), y, rows.expert.clamp(min=0)"),
+        ("an expert for a row of none", "held(w), y[:-1], rows.expert", "held(w), y[:-1], rows.expert.clamp(min=0)"),
         ("codes taken for numbers", "codes_of(x), held(w)", "(codes_of(x)[0], torch.ones_like(codes_of(x)[1])), held(w)"),
     ),
     *edits("deep_gemm_fp8", EXPERTS)(
@@ -86,6 +87,6 @@ FP8 = (
         ("a schedule that is kept", "FLASH_MLA.get_mla_metadata()[0]", KEPT),
         ("the rotated part first", "q[:, :heads, :width], q[:, :heads, width:] =", "q[:, :heads, 64:], q[:, :heads, :64] ="),
     ),
-    *edits("slots", SELECTED)(("positions for slots", "page * size + position % size, -1)", "position, -1)"),),
+    *edits("slots", SELECTED)(("positions for slots", "return positions + moves[", "return positions + 0 * moves["),),
 )
 MISTAKES += FP8

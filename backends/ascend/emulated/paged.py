@@ -78,7 +78,8 @@ def requests_of(op, query, key, table, query_lengths, key_lengths, layout_query,
 
 
 def select(requests, rows, sparse_count, sparse_mode, keys_of, score):
-    """int32 [*rows, 1, sparse_count]: per row the visible positions of the highest score, in no order, then -1.
+    """int32 [*rows, 1, sparse_count]: per row the visible positions of the highest score, in no order, then -1. A row without
+    any is undefined.
 
     keys_of(slots) is a list of a request's rows; score(row, *these) is made of those that the row sees.
     """
@@ -89,6 +90,8 @@ def select(requests, rows, sparse_count, sparse_mode, keys_of, score):
         for row in range(request.rows):
             seen = length if sparse_mode == 0 else max(0, length - request.rows + row + 1)
             at = request.first + row
+            if seen == 0:  # nobody says what is there
+                continue
             made = score(at, *(x[:seen] for x in keys))
             best = seen - 1 - made.flip(0).argsort(descending=True, stable=True)[:sparse_count]
             flat[at] = -1

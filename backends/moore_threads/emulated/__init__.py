@@ -59,6 +59,7 @@ def install(count: int = 1) -> types.ModuleType:
     if _installed is not None:
         return _installed
     musa = device.install("musa", count)
+    torch_musa = publish("torch_musa", __doc__, {"__version__": "2.7.1+emulated"})
     add_graphs(musa, "musa")
     emulated = musa.get_device_properties()
     musa.get_device_properties = lambda device=None: types.SimpleNamespace(
@@ -78,5 +79,5 @@ def install(count: int = 1) -> types.ModuleType:
     torch.rms_norm = _or_torch(torch.rms_norm, "rms_norm", elementwise.rms_norm)
     torch.swish_glu = torch.nn.functional.swish_glu = on_device("swish_glu", elementwise.swish_glu)
     torch.nn.functional.rope = on_device("rope", elementwise.rope)
-    _installed = publish("torch_musa", __doc__, {"__version__": "2.7.1+emulated"})
+    _installed = torch_musa
     return _installed

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from porthal.backends.torch.backend import Torch, _combine, _row_of, _rows_or_zero, _sorted_by_expert
+from porthal.backends.torch.backend import Torch, _chunks
 from porthal.backends.torch.interfaces.library import Library
 from porthal.backends.torch.schemes import quantised
 from porthal.hal import Weight, limits, multiple_of, same_as, scheme_of
@@ -31,10 +32,10 @@ GROUPED = "deep_gemm.m_grouped_bf16_gemm_nt_contiguous+get_mk_alignment_for_cont
 
 
 class Aligned(NamedTuple):
-    """Where the rows of M sorted ones lie, with room for every distribution, so that nothing waits for the counts."""
+    """Where M rows of experts lie, with room for every distribution, so that nothing waits for the counts."""
 
-    expert: Tensor  # int32 [room], -1 for a row that stands for none
-    origin: Tensor  # int32 [room]: its sorted row, or -1
+    place: Tensor  # int64 [M]; behind the room for a row of no expert
+    expert: Tensor  # int32 [room], -1 for a place without a row
 
 
 class DeepGemm(Torch):
@@ -55,42 +56,53 @@ class DeepGemm(Torch):
 
 
 def by_expert(x: Tensor, w: Weight, counts: Tensor) -> Tensor:
-    """Rows by expert times its matrix; what is behind them is undefined."""
-    rows = _aligned(counts, x.shape[0])
-    y = _product(_rows_or_zero(x, rows.origin), w, rows)
-    out = x.new_zeros(x.shape[0] + 1, y.shape[1])  # what stands for no row lands behind the last
-    return out.index_copy_(0, rows.origin.long() % len(out), y)[:-1]
+    """Rows by expert times its matrix; what is behind them is zero."""
+    position = torch.arange(x.shape[0], device=x.device)
+    rows = _aligned(torch.searchsorted(counts.cumsum(0), position, right=True), counts)
+    return _product(_placed(x, rows), w, rows).index_select(0, rows.place)
 
 
 def experts(chip: Torch, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weights: Tensor) -> Tensor:
     """The layer of these experts, of whom ids count from 0. Rows are copied into their places once, and never sorted back."""
-    counts, source = _sorted_by_expert(ids, w13.spec.shape[0], 0)
-    rows = _aligned(counts, source.shape[0])
-    places = torch.where(rows.origin >= 0, source[rows.origin.clamp(min=0)], -1)
-    h = chip.silu_mul(_product(_rows_or_zero(x, _row_of(places, ids.shape[1])), w13, rows))
-    return _combine(_product(h, w2, rows), places, weights)
+    (T, k), E, flat = ids.shape, w13.spec.shape[0], ids.flatten()
+    expert, choice = torch.sort(flat.masked_fill((flat < 0) | (flat >= E), E), stable=True)
+    edges = torch.searchsorted(expert, torch.arange(E + 1, dtype=expert.dtype, device=x.device))
+    rows = _aligned(expert, edges.diff())
+    h = chip.silu_mul(_product(_placed(x.index_select(0, choice // k), rows), w13, rows)[:-1])
+    y = _product(h, w2, rows)
+    places = torch.empty_like(choice).index_copy_(0, choice, rows.place).view(T, k)
+    out = torch.empty_like(x)
+    for part in _chunks(0, T, 8 * k * x.shape[1]):
+        chosen = y.index_select(0, places[part].flatten()).view(-1, k, x.shape[1])
+        out[part] = (weights[part, :, None] * chosen.float()).sum(1)
+    return out
 
 
-def _aligned(counts: Tensor, M: int) -> Aligned:
+def _aligned(expert: Tensor, counts: Tensor) -> Aligned:
+    """Of rows by expert, each with the number of its own, which is that of all experts for a row of none."""
     step = int(DEEP_GEMM.get_mk_alignment_for_contiguous_layout())
-    experts = counts.shape[0]
+    M, experts = expert.shape[0], counts.shape[0]
     room = -(-(M + min(experts, M) * (step - 1)) // step) * step
-    ends = ((counts + step - 1) // step * step).cumsum(0)
-    place = torch.arange(room, device=counts.device)
-    expert = torch.searchsorted(ends, place, right=True)
-    inside = expert.clamp(max=experts - 1)
-    rank = place - (ends - (counts + step - 1) // step * step)[inside]
-    filled = (expert < experts) & (rank < counts[inside])
-    origin = (counts.cumsum(0) - counts)[inside] + rank
-    return Aligned(*(torch.where(filled, v, -1).to(torch.int32) for v in (expert, origin)))
+    gaps = -counts % step
+    moved = F.pad(gaps.cumsum(0) - gaps, (0, 1), value=room)[expert]
+    place = (torch.arange(M, device=expert.device) + moved).clamp(max=room)
+    marks = torch.full((room + 1,), -1, dtype=torch.int32, device=expert.device)
+    return Aligned(place, marks.index_copy_(0, place, expert.to(torch.int32))[:-1])
+
+
+def _placed(x: Tensor, rows: Aligned) -> Tensor:
+    """Zeros where no row lies, as the library computes there, too."""
+    room = x.new_zeros(rows.expert.shape[0] + 1, x.shape[1])
+    return room.index_copy_(0, rows.place, x)[:-1]
 
 
 def _product(x: Tensor, w: Weight, rows: Aligned) -> Tensor:
-    y = x.new_zeros(x.shape[0], w.spec.shape[1])
+    """With a row of zeros behind, for rows of no expert."""
+    y = x.new_zeros(x.shape[0] + 1, w.spec.shape[1])
     if w.spec.quantised:
-        DEEP_GEMM.m_grouped_fp8_gemm_nt_contiguous(codes_of(x), held(w), y, rows.expert)
+        DEEP_GEMM.m_grouped_fp8_gemm_nt_contiguous(codes_of(x), held(w), y[:-1], rows.expert)
     else:
-        DEEP_GEMM.m_grouped_bf16_gemm_nt_contiguous(x, w.native, y, rows.expert)
+        DEEP_GEMM.m_grouped_bf16_gemm_nt_contiguous(x, w.native, y[:-1], rows.expert)
     return y
 
 

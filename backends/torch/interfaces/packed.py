@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.backend import Plan
 from porthal.backends.torch.capture import Capturing
 from porthal.backends.torch.schemes import stored
+from porthal.backends.torch.tables import Tabled
 from porthal.hal import ANY_SCHEME, Batch, Pages, PagesSpec, limits, numpy_dtype
 from porthal.hal.layouts import Layout
 
 
-class Packed(Torch):
+class Packed(Tabled):
     """A field is [slots, width]; [pages, size, width] where a page holds all slots' first parts before their second."""
 
     _written = Capturing._written  # so that shapes do not follow padding
@@ -57,13 +58,18 @@ class Packed(Torch):
     def kv_write(self, pages: Pages, batch: Batch, first: Tensor, second: Tensor | None = None) -> Pages:
         """In place of a row without a slot the first that has one is written again; where none has, slot 0 keeps its own."""
         plan = batch.native
-        targets, kept = plan.targets.clamp(min=0), plan.targets[:, None] >= 0
+        targets, kept = plan.table(_targets)
         for (name, _), rows in zip(pages.spec.fields, (first, second)):
             for part, value in stored(pages, name, rows.index_select(0, plan.written)).items():
                 field = pages[part]
                 at = (targets,) if field.dim() == 2 else (targets // field.shape[1], targets % field.shape[1])
                 field.index_put_(at, torch.where(kept, value, field[at]))
         return pages
+
+
+def _targets(plan: Plan) -> tuple[Tensor, Tensor]:
+    """int64 [W] and bool [W, 1]: slots to write, and whether a row is written there."""
+    return plan.targets.clamp(min=0), plan.targets[:, None] >= 0
 
 
 def _named(layout: Layout, spec: PagesSpec) -> Layout:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from porthal.backends.torch.backend import Plan, Torch
+from porthal.backends.torch.backend import Plan
+from porthal.backends.torch.tables import Tabled
 from porthal.hal import Batch, Pages, PagesSpec, Rows, Selection, SelectionSpec
 
 
@@ -31,10 +33,28 @@ def slots_of(selection: Selection, batch: Batch) -> tuple[Tensor, Tensor]:
     native = selection.native
     if isinstance(native, Slots):
         return torch.where(_valid(native), native.slots, -1), native.length
-    plan: Plan = batch.native
-    size, position = batch.block_size, native.indices.clamp(min=0)
-    page = plan.block_table[plan.row_request].gather(1, (position // size).long())
-    return torch.where(native.indices >= 0, page * size + position % size, -1), native.length
+    moves, start = batch.native.table(_moves, batch.block_size)
+    positions = native.indices
+    return positions + moves[positions // batch.block_size + start], native.length
+
+
+def row_table(plan: Plan) -> tuple[Tensor]:
+    """int32 [T, max(B, 1)], see Slots: large, where many rows see many pages."""
+    return (plan.block_table.clamp(min=0)[plan.row_request],)
+
+
+def int32_slots(plan: Plan) -> tuple[Tensor]:
+    """int32 [T], of calls that take no other."""
+    return (plan.slots.to(torch.int32),)
+
+
+def _moves(plan: Plan, size: int) -> tuple[Tensor, Tensor]:
+    """int32 [R * (B+1)]: from positions of a page to its slots, of each request 0 first, so that -1 stays; int64 [T, 1]: which
+    of them is that of a row's page 0."""
+    B = plan.block_table.shape[1]
+    first = torch.arange(B, dtype=torch.int32, device=plan.slots.device)
+    moves = F.pad((plan.block_table - first) * size, (1, 0))
+    return moves.flatten(), plan.row_request[:, None].long() * (B + 1) + 1
 
 
 def joint(pages: Pages) -> Tensor:
@@ -47,7 +67,7 @@ def _valid(native: Slots) -> Tensor:
     return torch.arange(native.slots.shape[1], device=native.slots.device) < native.length[:, None]
 
 
-class Joint(Torch):
+class Joint(Tabled):
     """A cache of two fields is one array, of which the fields are columns."""
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
@@ -58,26 +78,8 @@ class Joint(Torch):
         return Pages(spec, {**dict(zip((name for name, _ in spec.fields), rows.split(widths, dim=1))), "joint": rows})
 
 
-class SlotPlan(Plan):
-    """A plan that has the table of each row."""
-
-    row_table: Tensor  # int32 [T, max(B, 1)], see Slots
-    int32_slots: Tensor  # int32 [T], of calls that take no other
-
-
 class Physical(Joint):
     """Of a chip whose indexer gives slots."""
-
-    def plan(self, batch: Batch, into: Batch | None = None) -> Batch:
-        planned = super().plan(batch, into)
-        plan = SlotPlan(*planned.native)
-        plan.row_table = plan.block_table.clamp(min=0)[plan.row_request]
-        plan.int32_slots = plan.slots.to(torch.int32)
-        if into is not None:
-            held: SlotPlan = into.native
-            plan.row_table = self.write(held.row_table, plan.row_table)
-            plan.int32_slots = self.write(held.int32_slots, plan.int32_slots)
-        return planned.with_native(plan)
 
     def rows(self, selection: Selection) -> Rows:
         native = selection.native
