@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from porthal.backends.onnxruntime.backend import Onnxruntime
 from porthal.backends.onnxruntime.functions import CODES, DOMAIN, IR, OPSET, SCHEMES, VERSION, needed
-from porthal.hal import Batch, Pages, PagesSpec, UsageError, Weight, WeightSpec, dtype, scheme_of
+from porthal.hal import Batch, Pages, PagesSpec, QuantisedSpec, UsageError, Weight, WeightSpec, dtype, scheme_of
 from porthal.hal.abstract import AbstractArray
 from porthal.hal.backend import Read
 from porthal.hal.dtypes import itemsize
@@ -152,7 +152,7 @@ class Graph(Onnxruntime):
         written = self._written(*form["codes"], codes())
         return {"codes": written, "scale": self.from_numpy(np.stack(scales))}
 
-    def typed(self, spec: WeightSpec, codes: Any) -> Any:
+    def typed(self, spec: WeightSpec | QuantisedSpec, codes: Any) -> Any:
         return codes
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
