@@ -25,8 +25,9 @@ most operators on bfloat16, and computes chains of float16 in float32 without ro
 Why some bodies are as they are, with onnxruntime 1.31.1: its Sigmoid is wrong below -8, so it is spelled with Exp;
 reductions of no rows keep the axis that they reduce, so nothing is run where no result has an element; ReduceMax
 drops a NaN, so it is looked for apart; an index of -1 is the last row, by which rows that stand for none read zeros;
-its LayerNormalization loses a small deviation beside a large mean, so the mean is taken off before. Loops are over
-rows of attention and over the experts that have rows, so that memory does not grow with both.
+its LayerNormalization loses a small deviation beside a large mean, so the mean is taken off before; the product that it
+makes of Transpose and MatMul divides by the count of rows, which may be none, so a Max of one operand stands between.
+Loops are over rows of attention and over the experts that have rows, so that memory does not grow with both.
 
 A weight under one of {schemes} is codes and scales, NAME_codes and
 NAME_scale, in a function of the scheme's name. In it stand DequantizeLinear before a product, by rows or by blocks, and
@@ -38,8 +39,8 @@ nor less than bytes. Under other schemes a model is not exported: of e2m1 this o
 |---|---|---|---|---|
 """
 TAIL = """
-Composites ({composites}) are called as the operators that they are made of. {others}, other schemes of
-weights and quantised caches have no function: where they are called the reference's kernels run.
+Composites ({composites}) are called as the operators that they are made of. Other
+schemes and quantised caches have no function: where they are called the reference's kernels run.
 
 The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on
 [peers.md](peers.md). None of a domain of its own is called: a graph of standard operators is what every runtime takes.
@@ -51,7 +52,7 @@ weight below 0, an expert twice in a row and a place without one cannot be said.
 
 | input | shape | |
 |---|---|---|
-| ids | rows, at least one | token ids of the step, int32 |
+| ids | rows; at least one where activations are quantised | token ids of the step, int32 |
 | positions, visible | rows | a row's place in its text, and how many keys it may see: one more; int32 |
 | slots | rows | where its key is written in the cache, -1: nowhere; int64 |
 | row_request | rows | which request it belongs to; int32 |
@@ -83,10 +84,9 @@ def page() -> str:
             name = f"{op}, {variant}" if variant else op
             inputs = ", ".join(f.input)
             rows.append(f"| {name} | {inputs} | {', '.join(f.attribute)} | {count(op, variant)} | {KERNELS.get(op, '')} |\n")
-    without = {op: bool(contract.decomposition) for op, contract in contracts().items() if not variants(op)}
-    composites, others = (", ".join(op for op, made in without.items() if made == kind) for kind in (True, False))
+    composites = ", ".join(op for op in contracts() if not variants(op))
     head = HEAD.format(domain=DOMAIN, opset=OPSET, ir=IR, schemes=", ".join(SCHEMES))
-    return head + "".join(rows) + TAIL.format(composites=composites, others=others)
+    return head + "".join(rows) + TAIL.format(composites=composites)
 
 
 def count(op: str, variant: str) -> int:
