@@ -137,7 +137,7 @@ class Onnxruntime(Reference):
         """The arrays of operands by the names that functions have for them."""
         for declared in contract.signature.operands:
             value = operands.get(declared.name)
-            if isinstance(value, Quantised) or isinstance(value, Weight) and value.spec.quantised:
+            if isinstance(value, Quantised) or (isinstance(value, Weight) and value.spec.quantised):
                 yield from self._parts(declared.name, value).items()
             elif isinstance(value, Weight):
                 yield declared.name, value.native

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STEMS = sorted(path.stem for path in FOLDER.glob("*.txt"))
 TEXTS = sorted({stem.replace("SCHEME", scheme) for stem in STEMS for scheme in SCHEMES})
 HELPERS = {
-    "best_experts", "candidates", "codes_fp8", "codes_int8", "columns", "copy_pages", "distributions", "e4m3", "expert_SCHEME", "expert_fp8_block",
-    "gated", "gathered", "routed", "scales_SCHEME", "scales_fp8_block", "scales_int8_channel", "sent", "sigmoid", "slots_of",
-    "taken_SCHEME", "taken_fp8_block", "taken_int8_channel", "turned", "verified", "without_nan", "write_rows",
+    "best_experts", "candidates", "codes_fp8", "codes_int8", "columns", "copy_pages", "distributions", "e4m3",
+    "expert_SCHEME", "expert_fp8_block", "gated", "gathered", "routed", "scales_SCHEME", "scales_fp8_block",
+    "scales_int8_channel", "sent", "sigmoid", "slots_of", "taken_SCHEME", "taken_fp8_block", "taken_int8_channel", "turned",
+    "verified", "without_nan", "write_rows",
 }  # fmt: skip
 
 
