@@ -18,7 +18,7 @@ def main(path: str, text: str, count: int) -> None:
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's have no class in common but this
-        why = str(error).splitlines()[0].rpartition("] ")[2]
+        why = str(error).splitlines()[0].split(" : ", 3)[-1]
         sys.exit(f"{path} cannot be run: {why}; expected it and {path}.data as they were exported, in one folder")
     ids = list(text.encode())
     if not ids:
