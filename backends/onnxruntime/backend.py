@@ -143,7 +143,8 @@ class Onnxruntime(Reference):
                 yield declared.name, value.native
             elif isinstance(value, Pages):
                 for (field, *_), (name, _) in zip(declared.fields, value.spec.fields):
-                    yield f"{declared.name}_{field}", value.native[name]
+                    for part in (part for part in value.form(value.spec) if part.removesuffix("_scale") == name):
+                        yield f"{declared.name}_{field}{part.removeprefix(name)}", value.native[part]
             elif isinstance(value, Selection):
                 for field, array in self.rows(value)._asdict().items():
                     yield f"{declared.name}_{field}", array
@@ -196,11 +197,12 @@ def _variant(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str
     """The variant of the function for these optional operands, words, and attributes that are not as usual."""
     signature = contract.signature
     words = {str(value) for value in attrs.values()} | {o.name for o in signature.operands if operands[o.name] is not None}
-    words |= {operands[o.name].spec.scheme for kind in ("Weight", "Quantised") for o in signature.of_kind(kind)}
+    words |= {operands[o.name].spec.scheme for kind in ("Weight", "Quantised", "Pages") for o in signature.of_kind(kind)}
     words |= {name for name, value in attrs.items() if value != contract.attributes[name].default}
     for declared in signature.of_kind("Pages"):
         words |= {field for (field, *_), _ in zip(declared.fields, operands[declared.name].spec.fields)}
-    return next((v for v in functions.variants(contract.name) if v in words), "")
+    fits = [v for v in functions.variants(contract.name) if words.issuperset(v.split("."))]
+    return max(fits, key=lambda v: v.count("."), default="")
 
 
 def _provider(name: str) -> str:

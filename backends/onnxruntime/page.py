@@ -39,8 +39,9 @@ nor less than bytes. Under other schemes a model is not exported: of e2m1 this o
 |---|---|---|---|---|
 """
 TAIL = """
-Composites ({composites}) are called as the operators that they are made of. Other
-schemes and quantised caches have no function: where they are called the reference's kernels run.
+Composites ({composites}) are called as the operators that they are made of. Of
+quantised caches those of int8 have functions, which take a field's codes and NAME_scale. Where another scheme is called the
+reference's kernels run.
 
 The last column names operators of onnxruntime's CPU provider that do the same; what of them holds is on
 [peers.md](peers.md). None of a domain of its own is called: a graph of standard operators is what every runtime takes.
@@ -61,7 +62,8 @@ weight below 0, an expert twice in a row and a place without one cannot be said.
 | hidden | rows, H | of the draft: what the step, or the draft before, gives as hidden or hidden_after |
 | cache_N_FIELD | slots, width | the cache, a page being 64 slots; of each comes back cache_N_FIELD_after |
 
-logits [requests, vocabulary] are float32; hidden and the cache are in the dtype of `--dtype`. The draft of a model with an
+logits [requests, vocabulary] are float32; hidden and the cache are in the dtype of `--dtype`. With `--cache-scheme` of int8 a
+field is int8, and a row's scales are beside it as cache_N_FIELD_scale. The draft of a model with an
 MTP layer takes the ids of the tokens after each row, and has fields of the cache of its own. Weights stand in
 FILE.onnx.data, which both graphs read. Bound to the memory of cache_N_FIELD, cache_N_FIELD_after is written in place."""
 KERNELS = {
@@ -81,7 +83,7 @@ def page() -> str:
     for op in contracts():
         for variant in variants(op):
             f = function(op, variant)
-            name = f"{op}, {variant}" if variant else op
+            name = ", ".join([op, *variant.split(".")]) if variant else op
             inputs = ", ".join(f.input)
             rows.append(f"| {name} | {inputs} | {', '.join(f.attribute)} | {count(op, variant)} | {KERNELS.get(op, '')} |\n")
     composites = ", ".join(op for op in contracts() if not variants(op))

@@ -10,7 +10,12 @@ import onnxruntime
 
 PAGE = 64  # tokens
 # Numbers of the cache: their code in ONNX, and what holds their bits. NumPy has no bfloat16.
-TYPES = {"tensor(float)": (1, np.float32), "tensor(float16)": (10, np.float16), "tensor(bfloat16)": (16, np.uint16)}
+TYPES = {
+    "tensor(float)": (1, np.float32),
+    "tensor(float16)": (10, np.float16),
+    "tensor(bfloat16)": (16, np.uint16),
+    "tensor(int8)": (3, np.int8),
+}
 
 
 def main(path: str, text: str, count: int) -> None:
