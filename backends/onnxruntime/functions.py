@@ -56,12 +56,10 @@ def spelled(stem: str) -> list[str]:
 def function(name: str, variant: str = "") -> FunctionProto:
     """One function; what it calls are others."""
     stem = f"{name}.{variant}" if variant else name
-    schemes = [(word, scheme, form) for word, forms in WORDS.items() for scheme, form in forms.items() if scheme in stem]
-    named = [(stem, "", "", ""), *((stem.replace(scheme, word), word, scheme, form) for word, scheme, form in schemes)]
-    path, *words = next((FOLDER / f"{text}.txt", *rest) for text, *rest in named if (FOLDER / f"{text}.txt").exists())
-    text = path.read_text(encoding="utf-8")
-    if words[0]:
-        text = text.replace(words[0], words[1]).replace("FORM", words[2])
+    named = [(word, scheme, form) for word, forms in WORDS.items() for scheme, form in forms.items() if scheme in stem]
+    paths = ((FOLDER / f"{stem.replace(s, word)}.txt", word, s, form) for word, s, form in [("", "", ""), *named])
+    path, word, scheme, form = next(found for found in paths if found[0].exists())
+    text = path.read_text(encoding="utf-8").replace(word, scheme).replace("FORM", form)
     made = onnx.parser.parse_function(HEAD + text)
     made.overload = variant
     return made
