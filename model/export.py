@@ -57,10 +57,10 @@ def _model(graph: Any, config: Config, source: Checkpoint, dtype: str, block_siz
     """The model on the graph: its weights are written."""
     if lost := sorted({config.latents, config.keys} - {NONE, *graph.caches}):
         raise UsageError(f"a cache is under {lost[0]}, which graphs have no codes for: expected {', '.join(graph.caches)}")
-    ops, kept = fit(config, source, bind(backend=graph, overrides={}, fallback="error", check=False), dtype, block_size)
-    if lost := sorted(set(source.kept().values()) - set(kept.values())):
+    if lost := sorted(set(source.kept().values()) - set(graph.schemes)):
         known = "a checkpoint of plain numbers or under " + ", ".join(graph.schemes)
         raise UsageError(f"{source.directory} is under {lost[0]}, which graphs have no codes for: expected {known}")
+    ops, kept = fit(config, source, bind(backend=graph, overrides={}, fallback="error", check=False), dtype, block_size)
     return Glm5(config, source, ops, dtype, block_size, kept=kept)
 
 
