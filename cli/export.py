@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from porthal.cli import text
-from porthal.cli.options import Dtype, DtypeOption, ModelOption
+from porthal.cli.options import CacheOption, Dtype, DtypeOption, ModelOption
 from porthal.cli.text import print
 
 
@@ -16,12 +16,13 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="the graph of a step")],
     model: ModelOption = None,
     dtype: DtypeOption = Dtype.float32,
+    cache_scheme: CacheOption = None,
     inline: Annotated[bool, typer.Option("--inline", help="standard operators alone, without functions")] = False,
 ) -> int:
     """Write a model as graphs of ONNX: its step, of a prompt as of one token, and its draft, beside the weights of both."""
     from porthal.model.export import export as write
     from porthal.model.load import DEMO, opened
 
-    written = write(*opened(model or DEMO), out, dtype.value, inline=inline)
+    written = write(*opened(model or DEMO, cache_scheme or ()), out, dtype.value, inline=inline)
     print("\n".join(f"{path}: {text.si(path.stat().st_size, 'B')}" for path in written))
     return 0

@@ -1,4 +1,7 @@
-"""Every call that something makes on a binding: for traces, profiles, the parts of composites, diff and benchmarks."""
+"""Every call that something makes on a binding: for traces, profiles, the parts of composites, diff and benchmarks.
+
+Not for exports, whose graph is which array goes from call to call, nor for captures, which keep what is launched below calls.
+"""
 
 from __future__ import annotations
 

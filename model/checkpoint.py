@@ -225,9 +225,29 @@ class Checkpoint:
         """The tensors of a matrix."""
         stem = name.removesuffix("weight")
         spelled = {part: stem + part.removeprefix("weight" if stem == name else "") for part in ("weight", *quantised.PARTS)}
+        block = 0
+        module, _, last = name.rpartition(".")
+        flat = {part: f"{module}._{last}_{end}" for part, end in quantised.TORCHAO.items()}
+        if flat["weight"] in self._where:
+            spelled, block = flat, self._tiled(name, flat["weight"])
         parts = {part: name for part, name in spelled.items() if name in self._where}
         self._asked.update(parts.values())
-        return _Matrix(self, name, parts)
+        return _Matrix(self, name, parts, block)
+
+    def _tiled(self, name: str, codes: str) -> int:
+        """Of a matrix of torchao's whose scales are in tiles, the columns that share one; else 0."""
+        file = self.file(codes)
+        try:
+            about = json.loads(file.metadata[name])
+            kind, facts = about["_type"], about["_data"]
+            block = int(facts["block_size"]) if facts.get("is_swizzled_scales") else 0
+        except (LookupError, ValueError, TypeError, AttributeError):
+            what = f"{codes!r} is of torchao, but the file's metadata does not say of which class"
+            raise UsageError(f"{file.path}: {what}: expected {name!r} there") from None
+        if kind not in quantised.TORCHAO_CLASSES:
+            known = ", ".join(quantised.TORCHAO_CLASSES)
+            raise UsageError(f"{file.path}: {name!r} is of torchao's class {kind!r}, expected one of {known}")
+        return block
 
     def file(self, name: str) -> TensorFile:
         """The file that holds a tensor."""
@@ -253,6 +273,7 @@ class _Matrix:
     checkpoint: Checkpoint
     name: str
     names: Mapping[str, str]
+    tiled: int = 0  # where scales are in tiles: the columns that share one
     index: int | None = None
 
     def at(self, index: int) -> _Matrix:
@@ -277,7 +298,16 @@ class _Matrix:
         return UsageError(f"{self.checkpoint.file(name).path}: {name!r} {what}")
 
     def _whole(self, part: str) -> Array:
-        return self.checkpoint.file(self.names[part]).tensor(self.names[part])
+        tensor = self.checkpoint.file(self.names[part]).tensor(self.names[part])
+        if part != "weight_scale" or not self.tiled:
+            return tensor
+        codes = self._whole("weight")
+        high, wide = codes.shape[0], codes.shape[-1] * (2 if codes.dtype == np.uint8 else 1)
+        scales = quantised.in_rows(tensor, high, -(-wide // self.tiled)) if codes.ndim == 2 else None
+        if scales is None:
+            expected = f"expected tiles of 128 x 4 scales of {high} x {wide} numbers"
+            raise self.wrong(part, f"has shape {list(tensor.shape)}, {expected}")
+        return scales
 
 
 def _finite(values: Array) -> bool:

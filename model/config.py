@@ -202,6 +202,10 @@ QUANTIZATION: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(("export", "global_quant_config", "layer_quant_config", "layer_type_quant_config"), HARMLESS),
         **dict.fromkeys(("exclude", "kv_cache_quant_config", "softmax_quant_spec", "quant_mode", "version"), HARMLESS),
     },
+    "torchao": {
+        **dict.fromkeys(("quant_type", "include_input_output_embeddings", "untie_embedding_weights"), HARMLESS),
+        **dict.fromkeys(NAMES, HARMLESS),
+    },
 }
 # Of AscendV1's quant_model_description.json: how it calls what `model.quantised` reads.
 ASCEND = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from porthal.hal import Pages, UsageError, bind, create
+from porthal.hal.scheme import NONE
 from porthal.model.attention import LayerCache
 from porthal.model.checkpoint import Checkpoint
 from porthal.model.config import Config
@@ -54,10 +55,12 @@ def export(
 
 def _model(graph: Any, config: Config, source: Checkpoint, dtype: str, block_size: int) -> Glm5:
     """The model on the graph: its weights are written."""
-    ops, kept = fit(config, source, bind(backend=graph, overrides={}, fallback="error", check=False), dtype, block_size)
-    if lost := sorted(set(source.kept().values()) - set(kept.values())):
+    if lost := sorted({config.latents, config.keys} - {NONE, *graph.caches}):
+        raise UsageError(f"a cache is under {lost[0]}, which graphs have no codes for: expected {', '.join(graph.caches)}")
+    if lost := sorted(set(source.kept().values()) - set(graph.schemes)):
         known = "a checkpoint of plain numbers or under " + ", ".join(graph.schemes)
         raise UsageError(f"{source.directory} is under {lost[0]}, which graphs have no codes for: expected {known}")
+    ops, kept = fit(config, source, bind(backend=graph, overrides={}, fallback="error", check=False), dtype, block_size)
     return Glm5(config, source, ops, dtype, block_size, kept=kept)
 
 
@@ -90,5 +93,5 @@ def _after(before: Sequence[LayerCache], after: Sequence[LayerCache]) -> dict[st
         pairs: list[tuple[Pages | None, Pages | None]] = [(old.kv, new.kv), (old.keys, new.keys)]
         for a, b in pairs:
             if a and b:
-                found |= {a.native[field].name + "_after": b.native[field] for field, _ in a.spec.fields}
+                found |= {array.name + "_after": b.native[part] for part, array in a.native.items()}
     return found

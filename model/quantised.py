@@ -4,8 +4,8 @@ A matrix is known by the tensors that it has, by their dtypes and shapes, and ne
 different things under one name. Codes times scale is exact here and is rounded once, to the dtype that is asked for; a
 product of two scales is rounded to float32 first, as the packers' own readers do.
 
-Sources: compressed-tensors 0.20.0 and nvidia-modelopt 0.47.0, by what they write; AscendV1 1.0.0 of msModelSlim, from its
-description and its saver.
+Sources: compressed-tensors 0.20.0, nvidia-modelopt 0.47.0 and torchao 0.18.0, by what they write; AscendV1 1.0.0 of
+msModelSlim, from its description and its saver.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ PARTS = (
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
     *("weight_offset", "weight_shape", "pre_quant_scale", "deq_scale", *ACTIVATIONS),
 )
+# How torchao spells parts: NAME.weight is NAME._weight_qdata and so on, and the file's metadata says under NAME.weight of
+# which class it is. Those of other classes than these have codes in an order of some kernel.
+TORCHAO = {
+    **{"weight": "qdata", "weight_scale": "scale", "weight_scale_2": "per_tensor_scale"},
+    **{"weight_zero_point": "zero_point", "pre_quant_scale": "act_pre_scale"},
+}
+TORCHAO_CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor", "NVFP4Tensor", "MXTensor")
+TILE = (32, 4, 4)  # scales of 128 rows and 4 columns, as tensor cores of Blackwell take them: row % 32, row // 32, column
 
 
 class Tensors(Protocol):
@@ -115,13 +123,23 @@ def values(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int], row
 def kept(tensors: Tensors, found: Scheme, shape: tuple[int, int]) -> str:
     """The scheme of calls that takes these codes and scales as they are, or "none". Of blocks as large as the matrix nobody
     can say whether they are all of it."""
-    others = ("weight_zero_point", "pre_quant_scale", "deq_scale", "weight_global_scale")
-    if any(part in tensors for part in others) or ("weight_offset" in tensors and tensors.array("weight_offset").any()):
+    if any(part in tensors for part in ("pre_quant_scale", "deq_scale", "weight_global_scale")):
+        return NONE
+    if ("weight_zero_point" in tensors or "weight_offset" in tensors) and _zeros(tensors, found).any():
         return NONE
     if found.codes == FP8 and found.scale == E8M0[1]:
         return NONE
     alike = (name for (codes, block), name in CALLS.items() if codes == found.codes and _alike(block, found.block, shape))
     return next(alike, NONE)
+
+
+def in_rows(tiles: Array, rows: int, columns: int) -> Array | None:
+    """Scales [rows, columns] that are stored in tiles, of which the last may be padded; None where these are not so many."""
+    high, wide = -(-rows // 128), -(-columns // 4)
+    if tiles.size != high * wide * 512:
+        return None
+    found: Array = tiles.reshape(high, wide, *TILE).transpose(0, 3, 2, 1, 4).reshape(high * 128, wide * 4)
+    return found[:rows, :columns]
 
 
 def _alike(one: tuple[int, int], other: tuple[int, int], shape: tuple[int, int]) -> bool:

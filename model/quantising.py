@@ -342,7 +342,8 @@ def _finish(
     group: int,
 ) -> None:
     """The index, what is copied, and config.json at last."""
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    headers = [TensorFile(file).header.values() for file in target.glob("*.safetensors")]
+    size = sum(end - begin for header in headers for begin, end in (tensor["data_offsets"] for tensor in header))
     _put_json(target / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
     for name in COPIED:
         if (source / name).is_file():

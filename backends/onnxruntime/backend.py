@@ -19,6 +19,8 @@ from porthal.hal import (
     Contract,
     Kernel,
     Pages,
+    Quantised,
+    QuantisedSpec,
     Rows,
     Selection,
     SelectionSpec,
@@ -31,7 +33,7 @@ from porthal.hal import (
     one_of,
 )
 from porthal.hal.backend import Read
-from porthal.hal.scheme import NONE
+from porthal.hal.scheme import NONE, SCHEMES, scheme_of
 
 Array = np.ndarray[Any, Any]
 SESSIONS = 256  # that are kept, each of some 100 KB without its weights, which calls hand over
@@ -67,9 +69,10 @@ class Onnxruntime(Reference):
         if not functions.variants(contract.name):
             return None
 
-        schemes = one_of(NONE, *(v for v in functions.variants(contract.name) if v in functions.SCHEMES))
+        schemes = [v for v in functions.variants(contract.name) if v in SCHEMES]
+        asked = {"scheme": one_of(*schemes)} if "scheme" in contract.attributes else {}
 
-        @limits(provider=f"onnxruntime, {functions.DOMAIN}.{contract.name}", schemes=schemes)
+        @limits(provider=f"onnxruntime, {functions.DOMAIN}.{contract.name}", schemes=one_of(NONE, *schemes), **asked)
         def kernel(*args: Any, **kwargs: Any) -> Any:
             return self._call(contract, *contract.arrange(args, kwargs))
 
@@ -98,6 +101,10 @@ class Onnxruntime(Reference):
                 rows = Rows(self.empty(shape, "int32"), self.empty(shape[:1], "int32"))
                 outputs |= {f"{result.name}_{field}": array for field, array in rows._asdict().items()}
                 found.append(Selection(SelectionSpec(*shape), rows))
+            elif result.kind == "Quantised":
+                made = Quantised.result_spec(shape, attrs)
+                found.append(Quantised(made, {part: self.empty(*form) for part, form in Quantised.form(made).items()}))
+                outputs |= self._parts(result.name, found[-1])
             else:
                 outputs[result.name] = self.empty(shape, of)
                 found.append(outputs[result.name])
@@ -115,9 +122,10 @@ class Onnxruntime(Reference):
         """The pages that a kernel gives back: these, as it writes into them."""
         return pages
 
-    def typed(self, spec: WeightSpec, codes: Array) -> Array:
+    def typed(self, spec: WeightSpec | QuantisedSpec, codes: Array) -> Array:
         """Codes in their dtype; of experts in bytes, as these are gathered, which ONNX cannot do with float8."""
-        return codes.view(numpy_dtype("float8_e4m3fn")) if spec.scheme == "fp8_block" and spec.shape[2:] == () else codes
+        of = scheme_of(spec.scheme).codes
+        return codes.view(numpy_dtype(of)) if of == "float8_e4m3fn" and not spec.shape[2:] else codes
 
     def rows_of(self, batch: Batch) -> Mapping[str, Any]:
         """What functions take of a batch: of its rows, and of its requests."""
@@ -129,14 +137,14 @@ class Onnxruntime(Reference):
         """The arrays of operands by the names that functions have for them."""
         for declared in contract.signature.operands:
             value = operands.get(declared.name)
-            if isinstance(value, Weight) and value.spec.quantised:
-                for part, array in value.native.items():
-                    yield f"{declared.name}_{part}", self.typed(value.spec, array) if part == "codes" else array
+            if isinstance(value, Quantised) or (isinstance(value, Weight) and value.spec.quantised):
+                yield from self._parts(declared.name, value).items()
             elif isinstance(value, Weight):
                 yield declared.name, value.native
             elif isinstance(value, Pages):
                 for (field, *_), (name, _) in zip(declared.fields, value.spec.fields):
-                    yield f"{declared.name}_{field}", value.native[name]
+                    for part in (part for part in value.form(value.spec) if part.removesuffix("_scale") == name):
+                        yield f"{declared.name}_{field}{part.removeprefix(name)}", value.native[part]
             elif isinstance(value, Selection):
                 for field, array in self.rows(value)._asdict().items():
                     yield f"{declared.name}_{field}", array
@@ -144,6 +152,10 @@ class Onnxruntime(Reference):
                 yield from self.rows_of(value).items()
             elif value is not None:
                 yield declared.name, value
+
+    def _parts(self, name: str, value: Weight | Quantised) -> dict[str, Array]:
+        """Codes and scales by the names that functions have for them."""
+        return {f"{name}_{n}": self.typed(value.spec, part) if n == "codes" else part for n, part in value.native.items()}
 
     def _run(self, f: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> None:
         """One call in place: outputs are overwritten, of which some may be inputs."""
@@ -185,11 +197,12 @@ def _variant(contract: Contract, operands: Mapping[str, Any], attrs: Mapping[str
     """The variant of the function for these optional operands, words, and attributes that are not as usual."""
     signature = contract.signature
     words = {str(value) for value in attrs.values()} | {o.name for o in signature.operands if operands[o.name] is not None}
-    words |= {operands[o.name].spec.scheme for o in signature.of_kind("Weight")}
+    words |= {operands[o.name].spec.scheme for kind in ("Weight", "Quantised", "Pages") for o in signature.of_kind(kind)}
     words |= {name for name, value in attrs.items() if value != contract.attributes[name].default}
     for declared in signature.of_kind("Pages"):
         words |= {field for (field, *_), _ in zip(declared.fields, operands[declared.name].spec.fields)}
-    return next((v for v in functions.variants(contract.name) if v in words), "")
+    fits = [v for v in functions.variants(contract.name) if words.issuperset(v.split("."))]
+    return max(fits, key=lambda v: v.count("."), default="")
 
 
 def _provider(name: str) -> str:

@@ -15,8 +15,8 @@ import onnx.inliner
 from onnx import TensorProto, helper
 
 from porthal.backends.onnxruntime.backend import Onnxruntime
-from porthal.backends.onnxruntime.functions import CODES, DOMAIN, IR, OPSET, SCHEMES, VERSION, needed
-from porthal.hal import Batch, Pages, PagesSpec, UsageError, Weight, WeightSpec, dtype, scheme_of
+from porthal.backends.onnxruntime.functions import CODES, DOMAIN, IR, KEYS, LATENTS, OPSET, SCHEMES, VERSION, needed
+from porthal.hal import Batch, Pages, PagesSpec, QuantisedSpec, UsageError, Weight, WeightSpec, dtype, scheme_of
 from porthal.hal.abstract import AbstractArray
 from porthal.hal.backend import Read
 from porthal.hal.dtypes import itemsize
@@ -58,7 +58,7 @@ class Traced(AbstractArray):
 class Graph(Onnxruntime):
     """Enters calls. `weights_in` says where weights go, which are written as they are read."""
 
-    schemes = tuple(SCHEMES)
+    schemes, caches = tuple(SCHEMES), (*KEYS, *LATENTS)  # that models may be under
 
     def __init__(self, device: str = "") -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Graph(Onnxruntime):
         self.tensors: dict[str, TensorProto] = {}
         self.of_batch: dict[str, Traced] = {}  # of the batch
         self.data: BinaryIO | None = None
-        self.count = self.caches = 0
+        self.count = self.cached = 0
 
     def weights_in(self, data: BinaryIO, name: str) -> None:
         """Weights are written to this file, which graphs know by this name."""
@@ -152,13 +152,13 @@ class Graph(Onnxruntime):
         written = self._written(*form["codes"], codes())
         return {"codes": written, "scale": self.from_numpy(np.stack(scales))}
 
-    def typed(self, spec: WeightSpec, codes: Any) -> Any:
+    def typed(self, spec: WeightSpec | QuantisedSpec, codes: Any) -> Any:
         return codes
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
-        name, free = f"cache_{self.caches}", {0: "slots"}
-        self.caches += 1
-        return Pages(spec, {f: self.input(f"{name}_{f}", (spec.slots, w), spec.dtype, free) for f, w in spec.fields})
+        name, free = f"cache_{self.cached}", {0: "slots"}
+        self.cached += 1
+        return Pages(spec, {part: self.input(f"{name}_{part}", *form, free) for part, form in Pages.form(spec).items()})
 
     def overwritten(self, pages: Pages) -> Pages:
         return Pages(pages.spec, {name: self.empty(array.shape, array.dtype) for name, array in pages.native.items()})

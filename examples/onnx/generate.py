@@ -10,7 +10,12 @@ import onnxruntime
 
 PAGE = 64  # tokens
 # Numbers of the cache: their code in ONNX, and what holds their bits. NumPy has no bfloat16.
-TYPES = {"tensor(float)": (1, np.float32), "tensor(float16)": (10, np.float16), "tensor(bfloat16)": (16, np.uint16)}
+TYPES = {
+    "tensor(float)": (1, np.float32),
+    "tensor(float16)": (10, np.float16),
+    "tensor(bfloat16)": (16, np.uint16),
+    "tensor(int8)": (3, np.int8),
+}
 
 
 def main(path: str, text: str, count: int) -> None:
@@ -18,7 +23,7 @@ def main(path: str, text: str, count: int) -> None:
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's have no class in common but this
-        why = str(error).splitlines()[0].rpartition("] ")[2]
+        why = str(error).splitlines()[0].split(" : ", 3)[-1]
         sys.exit(f"{path} cannot be run: {why}; expected it and {path}.data as they were exported, in one folder")
     ids = list(text.encode())
     if not ids:

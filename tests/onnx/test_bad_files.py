@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def exported(tmp_path_factory):
     return export(*opened(DEMO), tmp_path_factory.mktemp("exported") / "model.onnx")
 
 
-@pytest.mark.parametrize("fate", ["missing", "moved", "truncated", "empty", "half a graph", "no graph"])
+@pytest.mark.parametrize("fate", ["missing", "moved", "truncated", "empty", "half a graph", "no graph", "beyond"])
 def test_the_script_says_which_file_is_wrong(fate, exported, tmp_path):
     graph, data = (Path(shutil.copy(path, tmp_path)) for path in exported[:2])
     size = data.stat().st_size
@@ -38,11 +39,16 @@ def test_the_script_says_which_file_is_wrong(fate, exported, tmp_path):
         graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
     elif fate in ("truncated", "empty"):
         data.write_bytes(data.read_bytes()[: size // 2 if fate == "truncated" else 0])
+    elif fate == "beyond":
+        made = onnx.load(str(graph), load_external_data=False)
+        first = next(tensor for tensor in made.graph.initializer if tensor.external_data)
+        next(fact for fact in first.external_data if fact.key == "offset").value = str(2**63 - 1)  # where a tensor begins
+        graph.write_bytes(made.SerializeToString())
     else:
         (graph if fate == "no graph" else data).unlink()
     done = subprocess.run([sys.executable, "-I", str(SCRIPT), str(graph), "x", "2"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"{graph} cannot be run: ") and done.stderr.count("\n") == 1
+    assert re.match(rf"{graph} cannot be run: \w", done.stderr) and done.stderr.count("\n") == 1
     assert done.stderr.endswith(f"expected it and {graph}.data as they were exported, in one folder\n")
 
 

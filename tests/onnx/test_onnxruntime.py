@@ -68,6 +68,21 @@ def test_draws_at_the_borders():
     assert b.sample(np.zeros((6, 2), np.float32), u, ones, none, half).tolist() == [0] * 6
 
 
+@pytest.mark.parametrize(("scheme", "top"), [("int8_token", 127), ("fp8_group", 448)])
+def test_codes_are_those_of_the_rule(scheme, top):
+    """Rows whose scale is 1, so that halves are ties; a row of zeros; 130 columns, the last two of which are a group in fp8."""
+    b = porthal.bind("onnxruntime")
+    x = np.zeros((4, 130), np.float32)
+    x[0, :6] = top, -top, 2.5, 3.5, -0.5, -0.0
+    x[1, 128:] = 3 * top, -top
+    x[2] = np.linspace(-top, top, 130)
+    found, wanted = b.quantize(x, scheme=scheme), porthal.bind("reference").quantize(x, scheme=scheme)
+    for part in ("codes", "scale"):
+        assert found.native[part].tobytes() == wanted.native[part].tobytes(), part
+    said = b.dequantize(found, out="float32")
+    assert said[0, 0] == top and said[1, 128] == 3 * top and (said[3] == 0).all()
+
+
 def test_sessions_are_kept_and_bounded(monkeypatch):
     monkeypatch.setattr(module, "SESSIONS", 3)
     b = create("onnxruntime")

@@ -1,12 +1,13 @@
-"""Matrices as real packers write them: `python tests/packed/pack.py` writes the files beside this one anew.
+"""Matrices as real packers write them: `python tests/packed/pack.py [PACKAGE]` writes the files beside this one anew.
 
-Needs compressed-tensors 0.20.0 and nvidia-modelopt 0.47.0 with torch 2.13.0. `X.expected` is what the package's own reader
-makes of matrix X, or for `X.about` the matrix before it was quantised.
+Needs compressed-tensors 0.20.0, nvidia-modelopt 0.47.0 and torchao 0.18.0 with torch 2.13.0. `X.expected` is what the
+package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,60 @@ def modelopt() -> Tensors:
     return found
 
 
+def torchao() -> tuple[Tensors, dict[str, str]]:
+    """Flat, as transformers saves them, with what the file's metadata says of each."""
+    from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerGroup,
+        PerTensor,
+        quantize_,
+    )
+
+    few = torch.float4_e2m1fn_x2
+    kinds = {
+        "int8": Int8DynamicActivationInt8WeightConfig(),
+        "int8_alone": Int8WeightOnlyConfig(),
+        "int8_tensor": Int8WeightOnlyConfig(granularity=PerTensor()),
+        "int8_group": Int8WeightOnlyConfig(granularity=PerGroup(32)),
+        "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+        "int4_zero_points": IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC
+        ),
+        "fp8": Float8WeightOnlyConfig(),
+        "nvfp4": NVFP4WeightOnlyConfig(),
+        "mxfp8": MXDynamicActivationMXWeightConfig(),
+        "mxfp4": MXDynamicActivationMXWeightConfig(weight_dtype=few, activation_dtype=few),
+    }
+    model = torch.nn.ModuleDict()
+    expected: Tensors = {}
+    for name, config in kinds.items():
+        w = matrix(*((144, 160) if "fp4" in name or name == "mxfp8" else (20, 192)))  # of tiles of scales more than one
+        one = torch.nn.Sequential(torch.nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype))
+        one[0].weight.data = w
+        if name == "fp8":
+            one[0].weight.data[3] = 1  # of a row of zeros its codes are NaN
+        quantize_(one, config)
+        model[name] = one[0]
+        expected[name + ".expected"] = one[0].weight.dequantize()
+    tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    return tensors | expected, metadata
+
+
 if __name__ == "__main__":
     from importlib.metadata import version
 
     from safetensors.torch import save_file
 
-    for package, pack in (("compressed-tensors", compressed_tensors), ("nvidia-modelopt", modelopt)):
+    packers = {"compressed-tensors": compressed_tensors, "nvidia-modelopt": modelopt, "torchao": torchao}
+    for package in sys.argv[1:] or packers:
         torch.manual_seed(1)
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in pack().items()}
-        save_file(tensors, HERE / f"{package}.safetensors", metadata={"by": f"{package} {version(package)}"})
+        made = packers[package]()
+        found, metadata = made if isinstance(made, tuple) else (made, {})
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in found.items()}
+        save_file(tensors, HERE / f"{package}.safetensors", metadata={"by": f"{package} {version(package)}", **metadata})

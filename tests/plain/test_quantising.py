@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,87 @@ def test_a_config_names_what_is_not_quantised(written: dict[str, Path]) -> None:
     assert said["config_groups"]["group_0"]["weights"]["group_size"] == 128
     assert {"lm_head", "model.layers.1.mlp.gate"} < set(said["ignore"]) and not any("o_proj" in n for n in said["ignore"])
     assert sum(LINEAR.search(f"{name}.weight") is not None for name in said["ignore"]) == 0
+
+
+COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+WEIGHTS = {"type": "int", "symmetric": True, "dynamic": False}
+CONFIGS = {  # which the packers' readers go by; without the names of what is left out
+    "fp8": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "int8": COMPRESSED
+    | {
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "strategy": "channel", **WEIGHTS},
+                "input_activations": {
+                    **{"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+                },
+            }
+        },
+    },
+    "int4": COMPRESSED
+    | {
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "strategy": "group", "group_size": 128, **WEIGHTS},
+                "input_activations": None,
+            }
+        },
+    },
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+    "mxfp4": {
+        "quant_method": "quark",
+        "global_quant_config": {
+            "weight": {
+                **{"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "is_dynamic": False}
+            }
+        },
+    },
+    "ascend-w8a8": None,
+    "ascend-w4a8": None,
+}
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_config_says_what_was_written(written: dict[str, Path], scheme: str) -> None:
+    said = json.loads((written[scheme] / "config.json").read_text()).get("quantization_config")
+    left = said and {key: value for key, value in said.items() if key not in ("ignore", "exclude")}
+    assert left == CONFIGS[scheme]
+
+
+def test_the_group_is_the_largest_that_divides_all_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMATS["int4"]
+    for widths, group in (((256, 384), 128), ((128, 192), 64), ((96, 128), 32)):
+        shapes = {f"{width}": (8, width) for width in widths}
+        assert quantising._group(form, shapes, dict.fromkeys(shapes, "one")) == group
+    monkeypatch.setattr(quantising, "GROUPS", (32,))
+    quantise(DEMO, tmp_path, "int4")
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert said["weights"]["group_size"] == 32
+    [file] = tmp_path.glob("*.safetensors")
+    assert TensorFile(file).header["model.layers.0.self_attn.o_proj.weight_scale"]["shape"] == [256, 4]
+
+
+def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    """Files of the tokenizer are copied, others are not, and the index says how large the tensors are."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(DEMO, source)
+    copied = {name: f"{n} of the source" for n, name in enumerate(quantising.COPIED)}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} < set(copied)
+    for name, what in {**copied, "README.md": "not copied"}.items():
+        (source / name).write_text("{}" if name == "generation_config.json" else what)
+    quantise(source, target, "nvfp4")
+    for name in copied:
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert not (target / "README.md").exists()
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    [file] = target.glob("*.safetensors")
+    header = TensorFile(file).header
+    assert index["weight_map"] == dict.fromkeys(header, file.name)
+    assert index["metadata"] == {"total_size": sum(e - b for b, e in (t["data_offsets"] for t in header.values()))}
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
