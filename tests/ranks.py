@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from porthal.hal import bind, create
+from porthal.model.load import load
+
 ROOT = Path(__file__).resolve().parents[1]
 _ports = count(20000 + os.getpid() % 20000)  # only a part of the name under which ranks of one machine meet
 
@@ -46,3 +49,11 @@ def ran(
     with started(size, arguments, changed) as ranks:
         said = [each.communicate(timeout=timeout) for each in ranks]
         return [(each.returncode, *texts) for each, texts in zip(ranks, said)]
+
+
+def assert_the_text_of_two_ranks_is_the_reference_s(backend: str) -> None:
+    """A text of an emulated chip in float32, whose experts lie on two processes."""
+    text = "import os\n"
+    found = ran(2, ["-m", "porthal", "generate", text, "--max-new", "4", "--backend", backend, "--emulated"], timeout=300)
+    alone = load(binding=bind(backend=create("reference"))).generate(list(text.encode()), 4)
+    assert [(code, out) for code, out, _ in found] == [(0, text + bytes(alone).decode()), (0, "")], found

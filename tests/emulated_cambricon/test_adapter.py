@@ -16,6 +16,7 @@ from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
 from tests.launches import per_step
+from tests.ranks import assert_the_text_of_two_ranks_is_the_reference_s
 
 OWN = {
     "add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "layer_norm", "moe_experts", "moe_route", "moe_unpermute",
@@ -105,3 +106,7 @@ def test_the_page_says_how_many_operations_a_step_is():
     page = Path("docs/cambricon.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"is {own} operations, {vendors} of them the vendor's calls" in page
     assert f"it is {base}, views and allocations not counted" in page
+
+
+def test_two_ranks_make_the_text_of_the_reference():
+    assert_the_text_of_two_ranks_is_the_reference_s("cambricon")

@@ -13,6 +13,7 @@ from porthal.hal import CallSpec, Unavailable, contracts, create, probe
 from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import CAPTURED, engine_asked_for, missing, unlike_contracts
+from tests.ranks import assert_the_text_of_two_ranks_is_the_reference_s
 
 OWN = {"grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
@@ -84,3 +85,7 @@ def test_the_decode_step_is_a_graph_and_its_text_the_same():
     model = load(DEMO, porthal.bind("moore_threads"), dtype="bfloat16")
     assert model.ops.captures and not demo.model("moore_threads", "bfloat16").ops.captures  # which asks for scores
     assert model.generate(demo.PROMPT, 24) == demo.text("moore_threads", "bfloat16", 24)
+
+
+def test_two_ranks_make_the_text_of_the_reference():
+    assert_the_text_of_two_ranks_is_the_reference_s("moore_threads")

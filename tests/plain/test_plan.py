@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from porthal.bench.plan import Asked, Device, plans
-from porthal.bench.workloads import profile_home
+from porthal.cli.app import app
+from porthal.conformance.cases.profiles import home_of
 from porthal.hal import UsageError
 from porthal.model.config import Config
 
-GLM5 = Config.read(profile_home())
+GLM5 = Config.read(home_of())
 SIMPLE = Device("simple", "", 2e12, 1e12, {"bf16": 1e15, "int8": 2e15}, 8, 1e11, 1e10, 1e-5, 1e-6, ())
 
 
@@ -24,6 +26,12 @@ def test_one_device_holds_all_parameters_and_reads_those_of_a_token():
     assert plan.parts["memory"] == pytest.approx(active / 1e12, rel=0.05)
     assert plan.limit == "memory" and plan.rate == pytest.approx(1 / plan.seconds)
     assert not plan.parts["all-reduce"] and not plan.parts["all-to-all"]
+
+
+def test_a_published_config_is_known_by_its_name():
+    asked = ["plan", "--device", "h200", "--devices", "8", "--scheme", "fp8_block", "--model", "glm-5.2"]
+    made = CliRunner().invoke(app, asked)
+    assert made.exit_code == 0 and made.stdout.count("tp ") == 3
 
 
 def test_layouts_are_all_that_fit_the_fastest_first():
@@ -48,6 +56,13 @@ def test_a_scheme_makes_weights_and_what_is_sent_smaller():
     assert coded.parts["all-to-all"] < plain.parts["all-to-all"]
 
 
+@pytest.mark.parametrize(("scheme", "bits"), [("int4_g128", 4.25), ("int4_g32", 5), ("mxfp4", 4.25), ("nvfp4", 4.5)])
+def test_weights_of_few_bits_are_as_large_as_codes_and_scales(scheme, bits):
+    """All but the embedding, the head and the routers."""
+    [plain], [coded] = (plans(GLM5, SIMPLE, Asked(1, 1, 1, scheme=each)) for each in ("", scheme))
+    assert coded.memory / plain.memory == pytest.approx(bits / 16, rel=0.02)
+
+
 def test_devices_of_the_table_have_sources():
     for name in ("h800", "h200", "ascend-910c", "s5000"):
         device = Device.named(name, 1)
@@ -67,5 +82,7 @@ def test_devices_of_the_table_have_sources():
 def test_what_cannot_be_planned_is_said(asked, why):
     with pytest.raises(UsageError, match=why):
         plans(GLM5, SIMPLE, asked)
+    made = CliRunner().invoke(app, ["plan", "--device", "here", "--devices", "0"])  # nothing is measured before
+    assert made.exit_code == 2 and "--devices is 0: expected 1 to 65536" in made.stderr
     with pytest.raises(UsageError, match="device is 'abacus': expected here or one of h800"):
         Device.named("abacus", 1)
