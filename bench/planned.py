@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from porthal.bench.plan import HERE, Asked, Device, plans
-from porthal.bench.ranked import Group, _case
+from porthal.bench.ranked import Group, of_sizes
 from porthal.bench.workloads import half_config
+from porthal.conformance.cases.case import Case
 from porthal.hal import UsageError
 
 LAYOUTS = ((1, "ep", 1), (1, "ep", 8), (2, "tp+ep", 1), (2, "tp+ep", 8), (2, "dp+ep", 8), (4, "tp+ep", 4), (4, "dp+ep", 16),
            (8, "dp+ep", 16))  # fmt: skip
 CONTEXT, DTYPE = 1024, "bfloat16"
-STEPS, CALLS, ROUNDS = 12, 50, 20
-FEW = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vocab_size": 256, "q_lora_rank": 64}
+STEPS, CALLS = 12, 500
+FEW: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank"), 64)
 HEAD = ("ranks", "layout", "requests", "predicted", "median", "least", "processor", "off by, of the median", "of the processor")
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What this machine takes beside the work: seconds of a call, of an exchange of experts' rows, and of a sum."""
+    """What a processor takes beside the work: seconds of a call, of an exchange of experts' rows, and of a sum."""
 
     call: float
     exchange: float
@@ -42,7 +42,7 @@ def beside() -> Beside:
         call = min(seconds for _, seconds in one.ask("steps", STEPS)[0]) / calls
     sizes = {"H": 64, "k": 8, "E": 32, "N": 1, "T": 1, "M": 16, "ranks": 2}
     with closing(_group(2)) as two:
-        found = {op: _least(two, lambda op=op: _case(op, sizes)) for op in ("ep_dispatch", "ep_combine", "all_reduce")}
+        found = {op: _least(two, of_sizes(op, sizes)) for op in ("ep_dispatch", "ep_combine", "all_reduce")}
     return Beside(call, (found["ep_dispatch"] + found["ep_combine"]) / 2, found["all_reduce"])
 
 
@@ -50,10 +50,10 @@ def _group(ranks: int) -> Group:
     return Group("cpu", ranks, 20000 + os.getpid() % 20000)
 
 
-def _least(group: Group, case: Callable[[], Any]) -> float:
-    """Seconds of a call, as the slower rank makes it."""
-    group.ask("open", case())
-    return min(max(each.chained for each in group.ask("sample", CALLS)) for _ in range(ROUNDS))
+def _least(group: Group, case: Case) -> float:
+    """Seconds of a processor that a call takes, on the rank that it takes more of."""
+    group.ask("open", case)
+    return max(min(seconds for _, seconds in each) for each in group.ask("steps", CALLS))
 
 
 def row(took: Beside, ranks: int, kind: str, requests: int) -> list[str]:

@@ -99,18 +99,18 @@ def _cases(op: str, ranks: int) -> Iterator[Case]:
     if "k" in symbols:
         for tokens in TOKENS:
             sizes = {**EXPERTS, "ranks": ranks, "N": tokens, "M": ranks * tokens * EXPERTS["k"]}
-            yield _case(op, sizes, ((first, "bfloat16"),))
+            yield of_sizes(op, sizes, ((first, "bfloat16"),))
     elif not first:
-        yield _case(op, {"ranks": ranks}, ())
+        yield of_sizes(op, {"ranks": ranks}, ())
     else:
         for size in BYTES:
             parts = ranks if "n" in symbols else LEAST if contract.uneven else 1
             width = min(WIDEST, max(1, size // 4 // parts))
             rows = max(1, size // 4 // width)
-            yield _case(op, {"ranks": ranks, "H": width, "n": rows // ranks, "T": rows, "N": rows, "M": ranks * rows})
+            yield of_sizes(op, {"ranks": ranks, "H": width, "n": rows // ranks, "T": rows, "N": rows, "M": ranks * rows})
 
 
-def _case(op: str, sizes: Mapping[str, int], dtypes: tuple[tuple[str, str], ...] = ()) -> Case:
+def of_sizes(op: str, sizes: Mapping[str, int], dtypes: tuple[tuple[str, str], ...] = ()) -> Case:
     """Sums are of whole numbers, of which there is one right answer."""
     contract = collectives()[op]
     attrs = tuple((name, sizes[name]) for name in sorted(contract.attributes) if name in sizes)

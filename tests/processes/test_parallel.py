@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from porthal.cli.app import app
 from porthal.cli.experts import Chosen
-from porthal.cli.ranks import listed, ranked
+from porthal.cli.ranks import Said, listed, ranked
 from porthal.hal import Communicator, UsageError, bind, create, simulated
 from porthal.model.generate import generate
 from porthal.model.layout import Layout, owner_of
@@ -175,7 +175,17 @@ def test_launch_runs_nothing_else():
 def test_launch_ends_with_the_code_of_a_rank_that_fails():
     command = [sys.executable, "-m", "porthal", "launch", "--ranks", "3", "generate", TEXT, "--backend", "cpu"]
     done = subprocess.run([*command, "--layout", "tp+ep"], cwd=ROOT, capture_output=True, timeout=100)
-    assert done.returncode == 2 and b"num_attention_heads is 4 on 3 ranks" in done.stderr
+    assert done.returncode == 2 and done.stderr.count(b"num_attention_heads is 4 on 3 ranks") == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_ranks_say_is_said_once_and_in_whole_lines(capfd):
+    """Of each line as often as the rank that says it most often."""
+    said = Said()
+    for lines in (r"a\nb\na\n", r"b\na\nc", r"a\na\na\n"):
+        said.listen(subprocess.Popen(["sh", "-c", f"printf '{lines}' >&2"], stderr=subprocess.PIPE))
+    said.close()
+    assert sorted(capfd.readouterr().err.splitlines()) == ["a", "a", "a", "b", "c"]
 
 
 def test_ranks_end_with_the_process_that_started_them():
