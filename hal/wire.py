@@ -112,7 +112,7 @@ class Wire:
         rows[place] = pulled
         found = np.zeros(y.shape, np.float32)
         for j in range(weights.shape[1]):
-            found += rows.reshape(*weights.shape, -1)[:, j] * weights[:, j : j + 1]
+            found += rows.reshape(*weights.shape, *x.shape[1:])[:, j] * weights[:, j : j + 1]
         y[...] = found
 
     def group(self, members: Sequence[int]) -> Wire | None:

@@ -1,4 +1,5 @@
-"""A network that is cut, slow or lossy while ranks meet by it: in a network of their own, where the system lets us have one."""
+"""What is lost while the engine moves tensors: a rank, or the network, which is cut, slow or lossy, where the system lets us
+have one of our own."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from tests.ranks import ROOT, environment
+from tests.ranks import ran as run_as_ranks
 
 OWN = ["unshare", "--user", "--map-root-user", "--net"]
 RANK = """
@@ -66,3 +68,11 @@ def test_a_slow_and_lossy_network_changes_no_result():
         pytest.skip("this system cannot delay and lose packets: it has no `tc`, or no netem")
     for code, err, calls in ran(["tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "2ms", "loss", "1%"]):
         assert (code, err, calls) == (0, "", 199)
+
+
+def test_a_rank_that_dies_once_all_have_agreed_is_named():
+    dies = "torch.distributed.all_reduce = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
+    program = f"import os, signal, torch.distributed\nif os.environ['RANK'] == '1':\n    {dies}\n{RANK}"
+    (code, out, err), (killed, _, _) = run_as_ranks(2, ["-c", program], timeout=120)
+    assert (killed, code, out) == (-9, 3, "")
+    assert err.splitlines()[-1].startswith("all_reduce on rank 0: rank 1 is gone: see what that rank printed")

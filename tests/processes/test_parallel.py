@@ -78,7 +78,9 @@ def test_experts_lie_where_a_table_says_and_may_have_copies(kind, table, alone):
     [
         (((0, 1), (2,)), "the table of experts lists 2 ranks with 1, 2 experts: expected 2, each with equally many"),
         (((0, 1, 2, 3),), "lists 1 ranks with 4 experts: expected 2"),
-        (((0, 1), (2, 2)), "the table of experts lacks expert 3: expected 0 to 3, each at least once"),
+        (((0, 1), (2, 1)), "the table of experts lacks expert 3: expected 0 to 3, each at least once"),
+        (((0, 1), (2, 99)), "the table of experts has expert 99: expected 0 to 3, each at least once"),
+        (((0, 0, 1), (2, 3, 1)), "the table of experts has expert 0 twice on rank 0: expected copies on other ranks"),
         (((0, 1, 2), (3, 4, 0)), "the table of experts has expert 4: expected 0 to 3"),
     ],
 )
