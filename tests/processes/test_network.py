@@ -21,7 +21,7 @@ from porthal.hal import PeerLost, bind, create
 
 backend = create("torch")
 try:
-    with backend.communicator(4) as comm:
+    with backend.communicator(20) as comm:  # also for the others to start
         ops = bind(backend=backend)
         for n in range(200):
             found = ops.all_reduce(torch.ones(64, 1024), comm)
