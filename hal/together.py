@@ -64,7 +64,7 @@ def together(contract: Contract, backend: Backend, function: Function) -> Functi
             try:
                 return function(*args, **attrs)
             except Differ as found:
-                heard = found.heard
+                (heard,) = found.args
             finally:
                 comm.native.said = b""
         else:

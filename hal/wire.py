@@ -25,6 +25,7 @@ from porthal.hal.dtypes import numpy_dtype
 from porthal.hal.errors import PeerLost, UsageError
 
 Array = np.ndarray[Any, Any]
+Sizes = Sequence[int]  # of each rank
 LENGTH = struct.Struct("<Q")
 GRACE = 1.0  # seconds longer than rank 0 waits another rank, which is thus told who is late
 ALL, LOST = b"+", b"-"  # begins what rank 0 answers
@@ -33,11 +34,7 @@ VARIABLES = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
 class Differ(Exception):
-    """What all ranks say of their calls, which are not the same."""
-
-    def __init__(self, heard: list[bytes]) -> None:
-        super().__init__(heard)
-        self.heard = heard
+    """Its argument is what all ranks say of their calls, which are not the same."""
 
 
 class Wire:
@@ -80,9 +77,7 @@ class Wire:
         lengths = [int.from_bytes(each[:8], "little") for each in heard]
         yield [np.frombuffer(e[8:], x.dtype).reshape(n, *x.shape[1:]) for n, e in zip(lengths, heard)]
 
-    def pull(
-        self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array, chosen: Array | None = None
-    ) -> None:
+    def pull(self, what: str, x: Array, starts: Sizes, counts: Sizes, y: Array, chosen: Array | None = None) -> None:
         """Fill the first rows of y, which is dense, with counts[r] rows of each rank r's x, from row starts[r] on; where rows
         are `chosen`, of those that rank r's chosen names, from chosen[starts[r]] on."""
         at = 0
@@ -101,9 +96,7 @@ class Wire:
                 found += part
         y[...] = found
 
-    def mix(
-        self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], place: Array, weights: Array, y: Array
-    ) -> None:
+    def mix(self, what: str, x: Array, starts: Sizes, counts: Sizes, place: Array, weights: Array, y: Array) -> None:
         """y[t] = the sum over j of weights[t, j] * row, added in the order of j in float32, of rows that are pulled: the m-th
         of them is for place[m] = t*k + j; places without one add nothing."""
         pulled = np.empty((len(place), *x.shape[1:]), x.dtype)

@@ -14,7 +14,7 @@ from weakref import finalize
 import numpy as np
 
 from porthal.hal import PeerLost, UsageError, numpy_dtype
-from porthal.hal.wire import Differ, Sockets, Wire
+from porthal.hal.wire import Differ, Sizes, Sockets, Wire
 
 SEGMENT = 1 << 32  # bytes of a rank's part, of which only what was written takes memory
 LINE = 64
@@ -109,9 +109,7 @@ class SharedMemory(Wire):
                 merged.append((start, room))
         self.free = merged
 
-    def pull(
-        self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array, chosen: Array | None = None
-    ) -> None:
+    def pull(self, what: str, x: Array, starts: Sizes, counts: Sizes, y: Array, chosen: Array | None = None) -> None:
         row = x.itemsize * math.prod(x.shape[1:])
         x = self._given(x, self.room)
         if chosen is not None:
@@ -124,9 +122,7 @@ class SharedMemory(Wire):
             made = self.empty(y.shape, str(y.dtype))
         self._made(what, self.meeting.sum(self.said, x, y, made, whole, self.timeout))
 
-    def mix(
-        self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], place: Array, weights: Array, y: Array
-    ) -> None:
+    def mix(self, what: str, x: Array, starts: Sizes, counts: Sizes, place: Array, weights: Array, y: Array) -> None:
         x, weights = self._given(x, self.room), np.ascontiguousarray(weights)
         self._made(what, self.meeting.mix(self.said, x, starts, counts, place, weights, y, self.timeout))
 
