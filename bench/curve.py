@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from porthal.bench.run import COLD, Run
 from porthal.bench.scale import Bounds, Sized
-from porthal.bench.workloads import Row, Workload, profile_home
+from porthal.bench.workloads import Row, Workload
 from porthal.conformance.cases.compositions import Request
+from porthal.conformance.cases.profiles import home_of
 from porthal.model.config import Config
 from porthal.model.load import stepped
 
@@ -23,7 +24,7 @@ HEAD = ("context", "pairs, sparse of dense", "prompt's pairs", "indexer", "atten
 def curve(dtype: str, bounds: Bounds) -> Workload:
     """The three calls of one layer for one token at the end of each context: dense is the same attention with all keys
     selected."""
-    config = Config.read(profile_home())
+    config = Config.read(home_of())
     rows = []
     for context in contexts(config.max_position_embeddings):
         requests = (Request(1, context),)

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from math import ceil, inf, prod
 from pathlib import Path
@@ -139,14 +139,18 @@ class Asked:
     dtype: str = "bfloat16"
     scheme: str = ""
 
-    def check(self, config: Config, device: Device) -> None:
-        """UsageError where it cannot be planned."""
+    def sized(self, config: Config) -> None:
+        """UsageError where it asks for more than can be, or less."""
         most = {"devices": 2**16, "context": config.max_position_embeddings, "batch": 2**20}
         for name, limit in most.items():
             if not 1 <= getattr(self, name) <= limit:
                 raise UsageError(f"--{name} is {getattr(self, name)}: expected 1 to {limit}")
         if self.scheme and self.scheme not in WEIGHTS:
             raise UsageError(f"--scheme is {self.scheme!r}: expected one of {', '.join(WEIGHTS)}")
+
+    def check(self, config: Config, device: Device) -> None:
+        """UsageError where it cannot be planned."""
+        self.sized(config)
         if self.rate not in device.rates:
             known, what = ", ".join(device.rates), self.scheme or self.dtype
             raise UsageError(f"{what} needs a rate of {self.rate}, and of {device.name} are known {known}: choose another")
@@ -170,7 +174,7 @@ class Asked:
         scheme = scheme_of(self.scheme)
         each = 0.5 if "4" in scheme.codes.removeprefix("float8_e4") else 1.0
         block = prod(size for size in scheme.block if size)
-        return each + (itemsize(scheme.scale) / block if 0 not in scheme.block else 0.0)
+        return each + (itemsize(scheme.form((1, 1))["scale"][1]) / block if 0 not in scheme.block else 0.0)
 
 
 def plans(config: Config, device: Device, asked: Asked) -> list[Plan]:
@@ -179,14 +183,16 @@ def plans(config: Config, device: Device, asked: Asked) -> list[Plan]:
     found, least = [], inf
     for tp in _divisors(asked.devices):
         layout = Layout(Communicator(CommunicatorSpec(0, tp), None), "tp+ep")
-        with suppress(UsageError):  # heads that do not divide
+        try:
             layout.fits(config)
-            step = _Step(config, device, asked, layout)
-            for ep in _divisors(asked.devices):
-                if ep <= config.n_routed_experts:
-                    made = step.plan(ep)
-                    least = min(least, made.memory)
-                    found += [made] if made.memory <= device.memory else []
+        except UsageError:  # heads that do not divide
+            continue
+        step = _Step(config, device, asked, layout)
+        for ep in _divisors(asked.devices):
+            if ep <= config.n_routed_experts:
+                made = step.plan(ep)
+                least = min(least, made.memory)
+                found += [made] if made.memory <= device.memory else []
     if not found:
         needs = f"{least / 1e9:.3g} GB on each of {asked.devices} devices, of which each has {device.memory / 1e9:.3g} GB"
         raise UsageError(f"the model does not fit: the leanest layout needs {needs}: give more devices, or less to do")

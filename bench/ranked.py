@@ -23,6 +23,7 @@ from porthal.bench.call import Judged
 from porthal.bench.measured import Measured
 from porthal.bench.roofline import Work
 from porthal.bench.run import LONGEST, SHORTEST, Progress, Run, enough
+from porthal.bench.step import Random
 from porthal.bench.worker import SETTINGS, Side
 from porthal.bench.workloads import Row, Workload
 from porthal.conformance.cases.case import Case
@@ -34,8 +35,23 @@ from porthal.conformance.level import BRING_UP
 from porthal.conformance.report.facts import Facts
 from porthal.conformance.runner.workers import START, Worker, joined
 from porthal.conformance.verdicts import Failed, Judgement
-from porthal.hal import Communicator, PorthalError, Unavailable, UsageError, collectives, create, running
+from porthal.hal import (
+    Communicator,
+    PorthalError,
+    Unavailable,
+    UsageError,
+    bind,
+    collectives,
+    contracts,
+    create,
+    running,
+)
 from porthal.hal.dtypes import itemsize
+from porthal.model.config import Config
+from porthal.model.generate import step
+from porthal.model.glm5 import Glm5
+from porthal.model.layout import Layout
+from porthal.model.load import profile, stepped
 
 CHAINED, DRAINED = "chained", "drained"
 BYTES = tuple(4**n << 10 for n in range(9))  # that a rank gives: 1 KB to 64 MB
@@ -83,18 +99,18 @@ def _cases(op: str, ranks: int) -> Iterator[Case]:
     if "k" in symbols:
         for tokens in TOKENS:
             sizes = {**EXPERTS, "ranks": ranks, "N": tokens, "M": ranks * tokens * EXPERTS["k"]}
-            yield _case(op, sizes, ((first, "bfloat16"),))
+            yield of_sizes(op, sizes, ((first, "bfloat16"),))
     elif not first:
-        yield _case(op, {"ranks": ranks}, ())
+        yield of_sizes(op, {"ranks": ranks}, ())
     else:
         for size in BYTES:
             parts = ranks if "n" in symbols else LEAST if contract.uneven else 1
             width = min(WIDEST, max(1, size // 4 // parts))
             rows = max(1, size // 4 // width)
-            yield _case(op, {"ranks": ranks, "H": width, "n": rows // ranks, "T": rows, "N": rows, "M": ranks * rows})
+            yield of_sizes(op, {"ranks": ranks, "H": width, "n": rows // ranks, "T": rows, "N": rows, "M": ranks * rows})
 
 
-def _case(op: str, sizes: Mapping[str, int], dtypes: tuple[tuple[str, str], ...] = ()) -> Case:
+def of_sizes(op: str, sizes: Mapping[str, int], dtypes: tuple[tuple[str, str], ...] = ()) -> Case:
     """Sums are of whole numbers, of which there is one right answer."""
     contract = collectives()[op]
     attrs = tuple((name, sizes[name]) for name in sorted(contract.attributes) if name in sizes)
@@ -171,6 +187,27 @@ class OneRank:
         self._meet()
         copy = self._timed(lambda: np.copyto(*self.memory), calls)
         return Sample(chained, fmean(drained), copy)
+
+    def model(self, config: Config, kind: str, dtype: str, requests: Sequence[tuple[int, int]]) -> int:
+        """Keep a decode step of a model of random weights, of which this rank has its part, to be timed; how many ops of one
+        device it calls."""
+        layout = Layout(self.comm, kind)
+        calls = stepped(config, requests, dtype, layout=layout.recorded())
+        bound = bind(profile=profile(config, dtype, layout=layout.recorded()), backend=self.backend)
+        made = Glm5(config, Random(), bound, dtype, layout=layout)
+        made.config = replace(config, eos_token_id=())
+        self.run = step(made, requests)
+        self.run()
+        return sum(op in contracts() for op, _ in calls)
+
+    def steps(self, count: int) -> list[tuple[float, float]]:
+        """Seconds of each of so many calls by the clock, and of this rank's processor."""
+        found = []
+        for _ in range(count):
+            self._meet()
+            start = time.process_time()
+            found.append((self._timed(self.run), time.process_time() - start))
+        return found
 
     def _meet(self) -> None:
         self.comm.gather("bench", b"")

@@ -17,7 +17,7 @@ from porthal.bench.scale import BLOCK_SIZE, Bounds, Sized
 from porthal.bench.step import Whole
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request, spelled
-from porthal.conformance.cases.profiles import MODEL, profile_of
+from porthal.conformance.cases.profiles import home_of, profile_of
 from porthal.hal import FLOATS, CallSpec, UsageError, collectives, contracts, note
 from porthal.hal.scheme import NONE
 from porthal.model.config import Config
@@ -101,14 +101,14 @@ def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds, caches
     from porthal.bench.traced import read
 
     if name == "glm5":
-        return of_model(name, Config.read(profile_home()).cached(caches), kinds, dtype or "bfloat16", bounds)
+        return of_model(name, Config.read(home_of()).cached(caches), kinds, dtype or "bfloat16", bounds)
     if name == "demo":
         config = Config.read(DEMO).cached(caches)
         half = (Request(1, config.max_position_embeddings // 2),)
         whole = Whole("decode, 1 request at half of the context", half, caches=tuple(caches))
         return replace(of_model(name, config, kinds, dtype or "float32", bounds), whole=whole)
     if name == "half":
-        config = replace(Config.read(profile_home()), **HALF).cached(caches)
+        config = half_config().cached(caches)
         made = [step for kind in kinds for step in half_steps(kind)]
         whole = Whole(made[-1].group, made[-1].requests, made[-1].drafts, config)
         return replace(of_steps(name, config, made, dtype or "bfloat16", bounds), whole=whole)
@@ -126,11 +126,9 @@ def workload(name: str, kinds: Sequence[str], dtype: str, bounds: Bounds, caches
     return Workload(found.name, found.dtype, rows, {"file": name})
 
 
-def profile_home() -> str:
-    """The directory of the published config whose sizes the suite tests."""
-    from porthal.model import profiles
-
-    return f"{profiles.__path__[0]}/{MODEL}"
+def half_config() -> Config:
+    """The config of the model of half a billion parameters."""
+    return replace(Config.read(home_of()), **HALF)
 
 
 def of_model(name: str, config: Config, kinds: Sequence[str], dtype: str, bounds: Bounds) -> Workload:

@@ -11,12 +11,14 @@ import typer
 
 from porthal.cli import text
 from porthal.cli.options import CacheOption, Dtype, PeersOption, dtype_of
+from porthal.cli.ranks import MOST
 from porthal.cli.selecting import among
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 from porthal.hal import UsageError
 
 GIB = 2**30
+MEMORY = 0.5  # GiB
 
 
 def bench(
@@ -38,11 +40,12 @@ def bench(
         bool, typer.Option("--curve", help="cost of a token against its context, sparse and dense, as Markdown")
     ] = False,
     ranks: Annotated[
-        int | None, typer.Option("--ranks", metavar="N", min=2, help="time calls of so many processes: all-to-all and its like")
+        int | None,
+        typer.Option("--ranks", metavar="N", min=2, max=MOST, help="time calls of so many processes: all-to-all and its like"),
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="of each backend; default: all processors")] = None,
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="about how long to measure in all")] = 240,
-    memory: Annotated[float, typer.Option(metavar="GIB", help="for the operands of one call, on each backend")] = 0.5,
+    memory: Annotated[float, typer.Option(metavar="GIB", help="for the operands of one call, on each backend")] = MEMORY,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write it in pytest-benchmark's format")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write it as one page")] = None,
     resume: Annotated[
@@ -76,8 +79,10 @@ def bench(
     bounds = Bounds(memory=memory * GIB)
     if curve and (op or step or cache_scheme or workload != "glm5"):
         raise UsageError("--curve has calls of its own: give it without --op, --step, --workload and --cache-scheme")
-    if ranks and (curve or workload != "glm5" or step or dtype or threads or resume or peers or cache_scheme):
-        raise UsageError("--ranks has calls of its own, with one thread each: give it with --backend, --op and --seconds alone")
+    others = {"--curve": curve, "--workload": workload != "glm5", "--step": step, "--dtype": dtype, "--threads": threads,
+              "--resume": resume, "--peers": peers, "--cache-scheme": cache_scheme, "--memory": memory != MEMORY}  # fmt: skip
+    if ranks and (given := [option for option, value in others.items() if value]):
+        raise UsageError(f"--ranks has calls of its own, with one thread each: give it without {', '.join(given)}")
     kind = dtype.value if dtype else ""
     if ranks:
         calls = ranked.collective(ranks, op or ())

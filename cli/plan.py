@@ -18,10 +18,12 @@ BEST = 3  # layouts that are printed
 def plan(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="here, or one of bench/devices.json")],
     devices: Annotated[int, typer.Option("--devices", metavar="N", help="how many of them")],
-    model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="config.json is enough; default: GLM-5")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="config.json is enough, or glm-5, glm-5.2; default: glm-5")
+    ] = None,
     context: Annotated[int, typer.Option("--context", metavar="L", help="tokens of each request")] = 8192,
     batch: Annotated[int, typer.Option("--batch", metavar="B", help="requests, each of which gets a token in a step")] = 1,
-    scheme: Annotated[str, typer.Option("--scheme", metavar="NAME", help="of the weights, as porthal quantize has them")] = "",
+    scheme: Annotated[str, typer.Option("--scheme", metavar="NAME", help="of the weights, see docs/schemes.md")] = "",
     dtype: Annotated[
         Dtype, typer.Option("--dtype", parser=dtype_of, metavar="DTYPE", help="of all else; default: bfloat16")
     ] = Dtype.bfloat16,
@@ -33,12 +35,14 @@ def plan(
     """
     from porthal.bench.plan import Asked, Device, plans
     from porthal.bench.text import time_text
-    from porthal.bench.workloads import profile_home
+    from porthal.conformance.cases.profiles import MODEL, home_of
     from porthal.model.config import Config
 
     asked = Asked(devices, context, batch, dtype.value, scheme)
+    config = Config.read(home_of(model or Path(MODEL)))
+    asked.sized(config)
     chosen = Device.named(device, devices)
-    found = plans(Config.read(model or profile_home()), chosen, asked)
+    found = plans(config, chosen, asked)
     if json:
         made = [{**asdict(p), "seconds": p.seconds, "tokens_per_second": p.rate, "limit": p.limit} for p in found[:BEST]]
         text.as_json({"device": asdict(chosen), "asked": asdict(asked), "plans": made})

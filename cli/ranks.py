@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from porthal.hal import Backend
     from porthal.model.layout import Layout
 
+MOST = 64  # ranks
 PATIENCE = 20.0  # seconds in which the other ranks end once one has failed
 KILLED_WITH_PARENT = 1, signal.SIGKILL  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
@@ -72,9 +75,10 @@ def ranked(backend: Backend, layout: str | None, experts: Path | None = None) ->
 
 def launch(
     command: Annotated[list[str], typer.Argument(show_default=False, metavar="COMMAND...", help="generate and its options")],
-    ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="processes of this machine")] = 2,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, max=MOST, help="processes of this machine")] = 2,
 ) -> int:
-    """Run a command as several ranks, each of which has a part of the model; rank 0 alone writes its output.
+    """Run a command as several ranks, each of which has a part of the model; rank 0 alone writes its output, and what several
+    say is said once.
 
     Experts lie on ranks in blocks. With --layout ep all else is on every rank; with dp+ep each rank computes requests of its
     own; with tp+ep attention heads and dense layers are shared. The text does not depend on it.
@@ -86,24 +90,53 @@ def launch(
         )
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     common = {"OMP_NUM_THREADS": str(threads), **os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_port())}
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[subprocess.Popen[Any]] = []
+    said = Said()
     with stoppable():
         try:
             for rank in range(ranks):
                 environment = {**common, "RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 arguments = [sys.executable, "-m", "porthal", *command]
                 out = text.stdout() if rank == 0 else subprocess.DEVNULL
-                started.append(
-                    subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL, stdout=out, preexec_fn=_with_parent)
-                )
+                pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.PIPE}
+                started.append(subprocess.Popen(arguments, env=environment, preexec_fn=_with_parent, **pipes))
+                said.listen(started[-1])
             return _ended(started)
         finally:
             for each in started:
                 each.kill()
                 each.wait()
+            said.close()
 
 
-def _ended(started: list[subprocess.Popen[bytes]]) -> int:
+class Said:
+    """What ranks write on stderr, line by line: a line that another rank has written as often is not written again."""
+
+    def __init__(self) -> None:
+        self.written: Counter[bytes] = Counter()
+        self.turn = threading.Lock()
+        self.listeners: list[threading.Thread] = []
+
+    def listen(self, rank: subprocess.Popen[Any]) -> None:
+        self.listeners.append(threading.Thread(target=self._listen, args=(rank.stderr,), daemon=True))
+        self.listeners[-1].start()
+
+    def _listen(self, pipe: BinaryIO) -> None:
+        own: Counter[bytes] = Counter()
+        with pipe:
+            for line in pipe:
+                own[line] += 1
+                with self.turn:
+                    if own[line] > self.written[line]:
+                        self.written[line] += 1
+                        text.note(line.decode(errors="replace").removesuffix("\n"))
+
+    def close(self) -> None:
+        for each in self.listeners:
+            each.join()
+
+
+def _ended(started: list[subprocess.Popen[Any]]) -> int:
     """The exit code of the first that fails, else 0; the others have a while to say what they miss."""
     failed, end = 0, float("inf")
     while (codes := [each.poll() for each in started]).count(None) and time.monotonic() < end:

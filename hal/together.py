@@ -13,10 +13,12 @@ from porthal.hal.backend import Backend
 from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.errors import PorthalError, UsageError
 from porthal.hal.operands import Communicator
+from porthal.hal.wire import Differ
 
 Function = Callable[..., Any]
 RIGHT, REFUSED = b"+", b"-"  # begins what a rank says of its call
 MOST = 1024  # calls of which what is said is kept
+HEAD = 4096  # bytes of what is said that goes along with what a kernel moves, at most
 
 
 class _Known:
@@ -36,13 +38,14 @@ def together(contract: Contract, backend: Backend, function: Function) -> Functi
     late is a PeerLost. The kernel is given the communicator with what was told.
     """
     known: dict[Any, _Known] = {}
+    place = list(contract.signature.operands).index(next(iter(contract.signature.of_kind("Communicator"))))
     reads = bool(contract.told or contract.ranges)
+    carries = not reads and getattr(function, "carries", False)  # what is said goes along with what it moves
 
     def call(*args: Any, **attrs: Any) -> Any:
-        comm = next((value for value in (*args, *attrs.values()) if isinstance(value, Communicator)), None)
-        if comm is None:
-            given = contract.arrange(args, attrs)[0][contract.collective]
-            raise UsageError(f"{contract.name}: {contract.collective} is {type(given).__name__}, expected Communicator")
+        comm = args[place] if place < len(args) else contract.arrange(args, attrs)[0][contract.collective]
+        if not isinstance(comm, Communicator):
+            raise UsageError(f"{contract.name}: {contract.collective} is {type(comm).__name__}, expected Communicator")
         if comm.native is None:  # where calls are only recorded
             return function(*args, **attrs)
         try:
@@ -56,7 +59,16 @@ def together(contract: Contract, backend: Backend, function: Function) -> Functi
                 said += _told(contract, backend, right, contract.arrange(args, attrs)[0])
         except PorthalError as error:
             said = REFUSED + str(error).encode()
-        heard = comm.gather(contract.name, said)
+        if carries and comm.native.carries and said[:1] == RIGHT and len(said) <= HEAD:
+            comm.native.said = said
+            try:
+                return function(*args, **attrs)
+            except Differ as found:
+                (heard,) = found.args
+            finally:
+                comm.native.said = b""
+        else:
+            heard = comm.gather(contract.name, said)
         if not reads and said[:1] == RIGHT and heard.count(said) == comm.size:
             return function(*args, **attrs)
         knowing = comm.knowing(_agreed(contract, heard))

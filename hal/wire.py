@@ -25,6 +25,7 @@ from porthal.hal.dtypes import numpy_dtype
 from porthal.hal.errors import PeerLost, UsageError
 
 Array = np.ndarray[Any, Any]
+Sizes = Sequence[int]  # of each rank
 LENGTH = struct.Struct("<Q")
 GRACE = 1.0  # seconds longer than rank 0 waits another rank, which is thus told who is late
 ALL, LOST = b"+", b"-"  # begins what rank 0 answers
@@ -32,8 +33,19 @@ HELLO = 1 << 16  # bytes that a first message has at most
 VARIABLES = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
+class Differ(Exception):
+    """Its argument is what all ranks say of their calls, which are not the same."""
+
+
 class Wire:
-    """The ranks of a group as one of them sees them. `members` are their numbers among all ranks, by which errors name them."""
+    """The ranks of a group as one of them sees them. `members` are their numbers among all ranks, by which errors name them.
+
+    carries  whether `pull`, `sum` and `mix` send `said`, what this rank says of its call, and raise Differ, with nothing done,
+             where not all say the same; else ranks agree by `gather` before
+    """
+
+    carries = False
+    said = b""
 
     def __init__(self, rank: int, members: Sequence[int], timeout: float) -> None:
         self.rank, self.members, self.timeout = rank, tuple(members), timeout
@@ -65,13 +77,36 @@ class Wire:
         lengths = [int.from_bytes(each[:8], "little") for each in heard]
         yield [np.frombuffer(e[8:], x.dtype).reshape(n, *x.shape[1:]) for n, e in zip(lengths, heard)]
 
-    def pull(self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array) -> None:
-        """Fill the first rows of y, which is dense, with counts[r] rows of each rank r's x, from row starts[r] on."""
+    def pull(self, what: str, x: Array, starts: Sizes, counts: Sizes, y: Array, chosen: Array | None = None) -> None:
+        """Fill the first rows of y, which is dense, with counts[r] rows of each rank r's x, from row starts[r] on; where rows
+        are `chosen`, of those that rank r's chosen names, from chosen[starts[r]] on."""
         at = 0
-        with self.lent(what, x) as everyone:
+        with self.lent(what, x if chosen is None else x[chosen]) as everyone:
             for theirs, start, count in zip(everyone, starts, counts):
                 y[at : at + count] = theirs[start : start + count]
                 at += count
+
+    def sum(self, what: str, x: Array, y: Array, whole: bool = True) -> None:
+        """y = the sum of x over the ranks, or of this rank's part of x: in float32, in the order of ranks, rounded once."""
+        n = len(x) // self.size
+        with self.lent(what, x) as everyone:
+            parts = [each if whole else each[self.rank * n : (self.rank + 1) * n] for each in everyone]
+            found = parts[0].astype(np.float32)
+            for part in parts[1:]:
+                found += part
+        y[...] = found
+
+    def mix(self, what: str, x: Array, starts: Sizes, counts: Sizes, place: Array, weights: Array, y: Array) -> None:
+        """y[t] = the sum over j of weights[t, j] * row, added in the order of j in float32, of rows that are pulled: the m-th
+        of them is for place[m] = t*k + j; places without one add nothing."""
+        pulled = np.empty((len(place), *x.shape[1:]), x.dtype)
+        self.pull(what, x, starts, counts, pulled)
+        rows = np.zeros((weights.size, *x.shape[1:]), np.float32)
+        rows[place] = pulled
+        found = np.zeros(y.shape, np.float32)
+        for j in range(weights.shape[1]):
+            found += rows.reshape(*weights.shape, *x.shape[1:])[:, j] * weights[:, j : j + 1]
+        y[...] = found
 
     def group(self, members: Sequence[int]) -> Wire | None:
         """The wire of some of these ranks; None on the others. Every rank calls it, with the same members."""
@@ -247,13 +282,13 @@ class Sockets(Wire):
         return self.lost(what, rank, why)
 
     @contextmanager
-    def _opened(self, chosen: tuple[int, ...]) -> Iterator[tuple[str, Callable[[str], Wire]]]:
+    def _opened(self, chosen: tuple[int, ...]) -> Iterator[tuple[str, Callable[[str], Sockets]]]:
         first = chosen[0] == self.rank and len(chosen) > 1
         name = f"porthal/{secrets.token_hex(8)}" if first else ""
         listener = _listening(name) if first else None
         members = [self.members[rank] for rank in chosen]
 
-        def join(address: str) -> Wire:
+        def join(address: str) -> Sockets:
             if len(chosen) == 1:
                 return Sockets(0, members, self.timeout, {})
             if listener:

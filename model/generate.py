@@ -80,16 +80,17 @@ def step(model: Glm5, requests: Sequence[tuple[int, int]], drafts: int = 0) -> C
 
     requests  of each text the rows of the step, and the keys that the last of them sees
     """
-    run = _Run(model, [[0] for _ in requests], 4 * (drafts + 1), GREEDY, drafts, 0, None)
+    tokens = [n % model.config.vocab_size for n in range(len(requests))]  # which choose experts of their own
+    run = _Run(model, [[token] for token in tokens], 4 * (drafts + 1), GREEDY, drafts, 0, None)
     run.cache = model.new_cache([kv for _, kv in requests])
     for stream, (_, kv) in zip(run.streams, requests):
         stream.pages = run.cache.new_request()
         run.cache.step([stream.pages], [kv])
 
     def back() -> None:
-        for stream, (q, kv) in zip(run.streams, requests):
+        for stream, (q, kv), token in zip(run.streams, requests, tokens):
             run.cache.truncate(stream.pages, kv - q)
-            stream.out = [0]
+            stream.out = [token]
 
     back()
     rows = [q for q, _ in requests]

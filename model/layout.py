@@ -69,9 +69,13 @@ class Layout:
                 f"{ranks}, each with equally many"
             )
         listed = {expert for row in self.table for expert in row}
-        if wrong := sorted(listed ^ set(range(count))):
+        if wrong := sorted(listed - set(range(count))) or sorted(set(range(count)) - listed):
             what = "has" if wrong[0] in listed else "lacks"
             raise UsageError(f"the table of experts {what} expert {wrong[0]}: expected 0 to {count - 1}, each at least once")
+        for rank, row in enumerate(self.table):
+            if twice := [expert for expert in row if row.count(expert) > 1]:
+                where = f"expert {twice[0]} twice on rank {rank}"
+                raise UsageError(f"the table of experts has {where}: expected copies on other ranks")
 
     def agreed(self, **facts: Any) -> int:
         """This rank, once all are given the same: UsageError on each where they are not."""

@@ -61,7 +61,7 @@ def load(
     fitted, kept = fit(config, source, binding or bind(), dtype, block_size, layout=layout.recorded() if layout else None)
     if layout:
         facts = {"backend": fitted.backend.name, "dtype": dtype, "layout": layout.kind, "checkpoint": source.digest()}
-        facts["experts"] = json.dumps(layout.table)
+        facts |= {"experts": json.dumps(layout.table), "cache schemes": ", ".join(caches) or "none"}
         layout.comm.agree("load", {**facts, "config": hashlib.sha256(repr(config).encode()).hexdigest()[:16]})
     return Glm5(config, source, fitted, dtype, block_size, layout, kept)
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+from porthal.hal import bind, create
+from porthal.model.layout import Layout
+from porthal.model.load import load
 
 ROOT = Path(__file__).resolve().parents[1]
 _ports = count(20000 + os.getpid() % 20000)  # only a part of the name under which ranks of one machine meet
@@ -46,3 +53,40 @@ def ran(
     with started(size, arguments, changed) as ranks:
         said = [each.communicate(timeout=timeout) for each in ranks]
         return [(each.returncode, *texts) for each, texts in zip(ranks, said)]
+
+
+def forked(size: int, run: Callable[[], Any]) -> list[Any]:
+    """What `run` returns in so many ranks, which are forks of this process and know what it has imported."""
+    port, pipes = next(_ports), [os.pipe() for _ in range(size)]
+    ranks = [_forked(environment(rank, size, port), run, *pipe) for rank, pipe in enumerate(pipes)]
+    found = []
+    for rank, (reads, writes) in zip(ranks, pipes):
+        os.close(writes)
+        with open(reads, "rb") as said:
+            found.append(said.read())
+        os.waitpid(rank, 0)
+    return [pickle.loads(each) if each else None for each in found]
+
+
+def _forked(variables: Mapping[str, str], run: Callable[[], Any], reads: int, writes: int) -> int:
+    if child := os.fork():
+        return child
+    try:
+        os.environ.update(variables)
+        os.write(writes, pickle.dumps(run()))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def assert_the_text_of_two_ranks_is_the_reference_s(chip: str) -> None:
+    """A text of an emulated chip in float32, whose experts lie on two processes."""
+
+    def text() -> list[int]:
+        backend = create(chip)
+        with backend.communicator() as comm:
+            return load(binding=bind(backend=backend), layout=Layout(comm)).generate(list(b"import os\n"), 4)
+
+    expected = load(binding=bind(backend=create("reference"))).generate(list(b"import os\n"), 4)
+    assert forked(2, text) == [expected] * 2

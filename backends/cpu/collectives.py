@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import pairwise
+from math import prod
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -16,6 +18,13 @@ from porthal.hal.wire import joined
 
 Array = np.ndarray[Any, Any]
 OWN = limits(provider="shared memory")
+LARGE = 1 << 14  # elements of an array that ranks share, and that is not faulted in anew by each call
+
+
+def carrying(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a kernel whose one exchange takes along what this rank says of the call."""
+    vars(kernel)["carries"] = True
+    return OWN(kernel)
 
 
 class Collectives(Reference):
@@ -23,12 +32,23 @@ class Collectives(Reference):
 
     native: Any
     moe_unpermute: Any
+    shared: ref[SharedMemory] | None = None
 
     def communicator(self, timeout: float = 60.0) -> Communicator:
         sockets = joined(timeout, self.name)
-        return Communicator.over(SharedMemory(self.native, sockets) if sockets.size > 1 else sockets)
+        if sockets.size == 1:
+            return Communicator.over(sockets)
+        wire = SharedMemory(self.native, sockets)
+        self.shared = ref(wire)
+        return Communicator.over(wire)
 
-    @OWN
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Where ranks share memory, what is large lies there, and is lent to others without a copy."""
+        wire = self.shared() if self.shared and prod(shape) > LARGE else None
+        found = wire.fitting(shape, dtype) if wire else None
+        return super().empty(shape, dtype) if found is None else found
+
+    @carrying
     def all_to_all(self, x: Array, comm: Communicator) -> Array:
         y, n = self.empty(x.shape, dtype(x)), x.shape[0] // comm.size
         comm.native.pull("all_to_all", x, [comm.rank * n] * comm.size, [n] * comm.size, y)
@@ -42,7 +62,7 @@ class Collectives(Reference):
         comm.native.pull("all_to_all_v", x, starts[:, comm.rank].tolist(), counts[:, comm.rank].tolist(), y)
         return y, self._counts(counts[:, comm.rank])
 
-    @OWN
+    @carrying
     def all_gather(self, x: Array, comm: Communicator) -> Array:
         y = self.empty((comm.size * x.shape[0], x.shape[1]), dtype(x))
         comm.native.pull("all_gather", x, [0] * comm.size, [x.shape[0]] * comm.size, y)
@@ -54,22 +74,19 @@ class Collectives(Reference):
         comm.native.pull("all_gather_v", x, [0] * comm.size, rows.tolist(), y)
         return y, self._counts(rows)
 
-    @OWN
+    @carrying
     def all_reduce(self, x: Array, comm: Communicator) -> Array:
         y = self.empty(x.shape, dtype(x))
-        with comm.native.lent("all_reduce", x) as everyone:
-            _sum(everyone, y)
+        comm.native.sum("all_reduce", x, y)
         return y
 
-    @OWN
+    @carrying
     def reduce_scatter(self, x: Array, comm: Communicator) -> Array:
-        n = x.shape[0] // comm.size
-        y = self.empty((n, x.shape[1]), dtype(x))
-        with comm.native.lent("reduce_scatter", x) as everyone:
-            _sum([theirs[comm.rank * n : (comm.rank + 1) * n] for theirs in everyone], y)
+        y = self.empty((x.shape[0] // comm.size, x.shape[1]), dtype(x))
+        comm.native.sum("reduce_scatter", x, y, whole=False)
         return y
 
-    @OWN
+    @carrying
     def broadcast(self, x: Array, comm: Communicator, *, root: int = 0) -> Array:
         y, n = self.empty(x.shape, dtype(x)), x.shape[0]
         counts = [n * (rank == root) for rank in range(comm.size)]
@@ -91,15 +108,13 @@ class Collectives(Reference):
         tokens = (_by_expert(ids) // max(ids.shape[1], 1)).astype(np.int32)
         rows, expert = self.empty((M, x.shape[1]), dtype(x)), self.empty((M, 1), "int32")
         total = sum(arriving)
-        with comm.native.lent("ep_dispatch", tokens) as sent:
-            wanted = [each[start : start + count] for each, start, count in zip(sent, starts, arriving)]
-            if payload == NONE:
-                _take(comm, x, wanted, rows)
-            else:
-                parts = [(part, np.empty((total, part.shape[1]), part.dtype)) for part in _coded(payload, x)]
-                for part, there in parts:
-                    _take(comm, part, wanted, there)
-                rows[:total] = _numbers(payload, *(there for _, there in parts))
+        parts = [(x, rows)]
+        if payload != NONE:
+            parts = [(part, np.empty((total, part.shape[1]), part.dtype)) for part in _coded(payload, x)]
+        for part, there in parts:
+            comm.native.pull("ep_dispatch", part, starts, arriving, there, tokens)
+        if payload != NONE:
+            rows[:total] = _numbers(payload, *(there for _, there in parts))
         here = [np.repeat(np.arange(first, last), counts[first:last]) for counts in comm.told]
         expert[:total, 0] = np.concatenate(here)
         expert[total:] = -1
@@ -113,17 +128,17 @@ class Collectives(Reference):
         starts = (np.cumsum(counts, axis=0) - counts)[comm.rank].tolist()  # of the rows on each rank, where this one's begin
         arriving = counts[comm.rank].tolist()
         mine = rows[: counts[:, comm.rank].sum()]
-        parts = [mine] if payload == NONE else _coded(payload, mine)
-        back = [self.empty((ids.size, part.shape[1]), dtype(part)) for part in parts]
-        for part, there in zip(parts, back):
+        y = self.empty((len(ids), rows.shape[1]), dtype(rows))
+        if payload == NONE:
+            comm.native.mix("ep_combine", mine, starts, arriving, order, weights, y)
+            return y
+        back = [(part, np.empty((len(order), part.shape[1]), part.dtype)) for part in _coded(payload, mine)]
+        for part, there in back:
             comm.native.pull("ep_combine", part, starts, arriving, there)
         source = np.full(ids.size, -1, np.int32)
         source[: len(order)] = order
-        if payload == NONE:
-            return self.moe_unpermute(*back, source, weights)
-        y = self.empty((len(ids), rows.shape[1]), dtype(rows))
         wide = np.zeros((ids.size, rows.shape[1]), np.float32)
-        wide[: len(order)] = _numbers(payload, *(part[: len(order)] for part in back))
+        wide[: len(order)] = _numbers(payload, *(there for _, there in back))
         y[...] = self.moe_unpermute(wide, source, weights)
         return y
 
@@ -131,16 +146,6 @@ class Collectives(Reference):
         made = self.empty(counts.shape, "int32")
         made[...] = counts
         return made
-
-
-def _take(comm: Communicator, x: Array, wanted: Sequence[Array], y: Array) -> None:
-    """Fill y with the wanted rows of each rank's x, one behind the other."""
-    at = 0
-    with comm.native.lent("ep_dispatch", x) as everyone:
-        for theirs, rows in zip(everyone, wanted):
-            if len(rows):
-                np.take(theirs, rows, axis=0, out=y[at : at + len(rows)], mode="clip")
-            at += len(rows)
 
 
 def _coded(payload: str, x: Array) -> tuple[Array, Array]:
@@ -166,16 +171,3 @@ def _by_expert(ids: Array) -> Array:
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
     return order[np.count_nonzero(flat < 0) :]
-
-
-def _sum(parts: Sequence[Array], y: Array) -> None:
-    """Fill y, which is summed in place where it is float32."""
-    found = y if y.dtype == np.float32 else np.empty(y.shape, np.float32)
-    if found is y and parts[1:]:
-        np.add(parts[0], parts[1], out=y)
-    else:
-        found[...] = parts[0]
-    for each in parts[2 if found is y else 1 :]:
-        found += each
-    if found is not y:
-        y[...] = found

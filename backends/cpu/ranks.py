@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,7 +14,7 @@ from weakref import finalize
 import numpy as np
 
 from porthal.hal import PeerLost, UsageError, numpy_dtype
-from porthal.hal.wire import Sockets, Wire
+from porthal.hal.wire import Differ, Sizes, Sockets, Wire
 
 SEGMENT = 1 << 32  # bytes of a rank's part, of which only what was written takes memory
 LINE = 64
@@ -24,14 +25,18 @@ class _Block:
     """Bytes of a segment, which are taken as long as an array over them lives: NumPy lets views keep it alive, where it would
     let go of an array that is a view itself."""
 
-    def __init__(self, segment: Array, at: int, count: int) -> None:
-        self.segment = segment
-        address = segment.__array_interface__["data"][0] + at
-        self.__array_interface__ = {"shape": (count,), "typestr": "|u1", "data": (address, False), "version": 3}
+    def __init__(self, wire: SharedMemory, at: int, count: int, taken: int) -> None:
+        self.segment, self.returned, self.place = wire.segments[wire.rank], wire.returned, (at, taken)
+        self.__array_interface__ = {"shape": (count,), "typestr": "|u1", "data": (wire.first + at, False), "version": 3}
+
+    def __del__(self) -> None:
+        self.returned.append(self.place)  # at any time, so nothing else is touched
 
 
 class SharedMemory(Wire):
     """Ranks that share memory. What a rank sends lies in its own segment, from which each other rank copies its part."""
+
+    carries = True
 
     def __init__(self, native: Any, sockets: Sockets) -> None:
         super().__init__(sockets.rank, sockets.members, sockets.timeout)
@@ -45,7 +50,7 @@ class SharedMemory(Wire):
         self.segments = [self.meeting.segment(rank) for rank in range(self.size)]
         self.first = self.segments[self.rank].__array_interface__["data"][0]
         self.room = native.Meeting.room  # bytes that are moved with the message itself
-        self.free = [(0, SEGMENT)]
+        self.free, self.returned = [(0, SEGMENT)], deque[tuple[int, int]]()
 
     def _gather(self, what: str, message: bytes) -> list[bytes]:
         return list(self._met(what, self.meeting.gather(message, self.timeout)))
@@ -55,6 +60,11 @@ class SharedMemory(Wire):
         if isinstance(found, int):
             raise self.lost(what, found, self.late()) if found >= 0 else self.lost(what, -1 - found, "is gone")
         return found
+
+    def _made(self, what: str, found: Any) -> None:
+        """Of a call that was made by all; Differ where they do not make the same."""
+        if self._met(what, found):
+            raise Differ(found)
 
     @contextmanager
     def _opened(self, chosen: tuple[int, ...]) -> Iterator[Any]:
@@ -69,16 +79,25 @@ class SharedMemory(Wire):
 
     def empty(self, shape: Sequence[int], dtype: str) -> Array:
         """An array in this rank's segment, from which others copy without a copy before."""
+        found = self.fitting(shape, dtype)
+        if found is None:
+            raise UsageError(f"{list(shape)} of {dtype} do not fit into the {SEGMENT} bytes per rank that ranks share")
+        return found
+
+    def fitting(self, shape: Sequence[int], dtype: str) -> Array | None:
+        """The same; None where there is no room, or the group has ended."""
+        if self.broken:
+            return None
+        while self.returned:
+            self._freed(*self.returned.popleft())
         kind = numpy_dtype(dtype)
         count = math.prod(shape) * kind.itemsize
         taken = max(-(-count // LINE), 1) * LINE
         for i, (at, room) in enumerate(self.free):
             if room >= taken:
                 self.free[i] = (at + taken, room - taken)
-                block = _Block(self.segments[self.rank], at, count)
-                finalize(block, self._freed, at, taken)
-                return _over(np.asarray(block), shape, kind)
-        raise UsageError(f"{count} bytes do not fit into the memory that ranks share, of {SEGMENT} bytes per rank")
+                return np.asarray(_Block(self, at, count, taken)).view(kind).reshape(shape)
+        return None
 
     def _freed(self, at: int, taken: int) -> None:
         """Enter what is free again, joined with what is free beside it."""
@@ -90,40 +109,38 @@ class SharedMemory(Wire):
                 merged.append((start, room))
         self.free = merged
 
-    def pull(self, what: str, x: Array, starts: Sequence[int], counts: Sequence[int], y: Array) -> None:
+    def pull(self, what: str, x: Array, starts: Sizes, counts: Sizes, y: Array, chosen: Array | None = None) -> None:
+        row = x.itemsize * math.prod(x.shape[1:])
+        x = self._given(x, self.room)
+        if chosen is not None:
+            chosen = self._given(chosen, self.room - x.nbytes if x.nbytes <= self.room else self.room)
+        self._made(what, self.meeting.pull(self.said, x, row, starts, counts, y, chosen, self.timeout))
+
+    def sum(self, what: str, x: Array, y: Array, whole: bool = True) -> None:
+        x, made = self._given(x, self.room), y
+        if whole and x.nbytes > self.room and not self._lies(y):
+            made = self.empty(y.shape, str(y.dtype))
+        self._made(what, self.meeting.sum(self.said, x, y, made, whole, self.timeout))
+
+    def mix(self, what: str, x: Array, starts: Sizes, counts: Sizes, place: Array, weights: Array, y: Array) -> None:
+        x, weights = self._given(x, self.room), np.ascontiguousarray(weights)
+        self._made(what, self.meeting.mix(self.said, x, starts, counts, place, weights, y, self.timeout))
+
+    def _lies(self, x: Array) -> bool:
+        """Whether others can read it where it is."""
+        return x.flags.c_contiguous and 0 <= x.__array_interface__["data"][0] - self.first < SEGMENT
+
+    def _given(self, x: Array, room: int) -> Array:
+        """x as it can be given: dense, and where it does not fit into so many bytes of a message in this rank's segment."""
         if self.broken:
             raise PeerLost(self.broken)
-        if x.nbytes > self.room:
-            x, _ = self._placed(x)
-        elif not x.flags.c_contiguous:
-            x = np.ascontiguousarray(x)
-        self._met(what, self.meeting.pull(x, x.itemsize * math.prod(x.shape[1:]), starts, counts, y, self.timeout))
-
-    @contextmanager
-    def lent(self, what: str, x: Array) -> Iterator[list[Array]]:
-        """The x of every rank while all of them read it: each is used where it lies, if that is a segment."""
-        x, at = self._placed(x)
-        form = np.array([at, *x.shape], np.int64)
-        theirs = [np.frombuffer(each, np.int64).tolist() for each in self.gather(what, form.tobytes())]
-        found = []
-        for segment, (first, *shape) in zip(self.segments, theirs):
-            count = math.prod(shape) * x.dtype.itemsize
-            found.append(_over(segment[first : first + count], shape, x.dtype))
-        yield found
-        self.gather(what, b"")  # nobody may change what another has not read
-
-    def _placed(self, x: Array) -> tuple[Array, int]:
-        """x where others can read it, and where in the segment that is."""
-        at = x.__array_interface__["data"][0] - self.first
-        if x.flags.c_contiguous and 0 <= at < SEGMENT:
-            return x, at
+        if x.nbytes <= room:
+            return np.ascontiguousarray(x)
+        if self._lies(x):
+            return x
         staged = self.empty(x.shape, str(x.dtype))
         staged[...] = x
-        return staged, staged.__array_interface__["data"][0] - self.first
-
-
-def _over(memory: Array, shape: Sequence[int], kind: np.dtype[Any]) -> Array:
-    return memory.view(kind).reshape(shape)
+        return staged
 
 
 def _shared(native: Any, sockets: Sockets) -> tuple[int, list[int]]:

@@ -6,7 +6,7 @@ only asked once all ranks have agreed on a call, over sockets, which also name t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
@@ -31,29 +31,32 @@ scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 class Engine(Wire):
     """Ranks that have sockets to agree, and a process group to move tensors."""
 
-    def __init__(self, sockets: Sockets, group: Any) -> None:
+    def __init__(self, sockets: Sockets, group: Any, emulated: bool) -> None:
         super().__init__(sockets.rank, sockets.members, sockets.timeout)
-        self.sockets, self.process_group = sockets, group
+        self.sockets, self.process_group, self.emulated = sockets, group, emulated
 
     def gather(self, what: str, message: bytes) -> list[bytes]:
         return self.sockets.gather(what, message)
 
-    @contextmanager
-    def moving(self, what: str) -> Iterator[Any]:
-        """Around what the engine does; where it fails, the sockets say which rank is missing."""
+    def moved(self, what: str, call: Callable[..., Any], tensors: Sequence[Tensor], *more: Any) -> None:
+        """What the engine does with tensors, of which the first is the result; by way of the host where the device is emulated.
+        Where it fails, the sockets say which rank is missing."""
+        given = [tensor.cpu() for tensor in tensors] if self.emulated else tensors
         try:
-            yield self.process_group
+            call(*given, *more, group=self.process_group)
         except RuntimeError as error:
             self.gather(what, b"")
             rank = self.members[self.rank]
             self.broken = f"{what} on rank {rank}: {message_of(error)}: start all ranks again"
             raise PeerLost(self.broken) from error
+        if self.emulated:
+            tensors[0].copy_(given[0])
 
     @contextmanager
     def _opened(self, chosen: tuple[int, ...]) -> Iterator[Any]:
         def join(address: str) -> Wire:
             ranks = [self.members[rank] for rank in chosen]
-            return Engine(inner(address), dist.new_group(ranks, use_local_synchronization=True))
+            return Engine(inner(address), dist.new_group(ranks, use_local_synchronization=True), self.emulated)
 
         with self.sockets._opened(chosen) as (address, inner):
             yield address, join
@@ -68,13 +71,14 @@ class Engine(Wire):
 class Collectives:
     """Sums are made in float32 and rounded once."""
 
-    engine: ClassVar[str] = "nccl"  # of devices; the CPU has gloo
+    engine: ClassVar[str] = "nccl"  # of devices; the CPU has gloo, and what is emulated on it
     name: str
     device: str
     empty: Any
 
-    def communicator(self, timeout: float = 60.0) -> Communicator:
-        engine = "gloo" if torch.device(self.device).type == "cpu" else self.engine
+    def communicator(self: Any, timeout: float = 60.0) -> Communicator:
+        emulated = self.place == "emulated device"
+        engine = "gloo" if emulated or torch.device(self.device).type == "cpu" else self.engine
         if not dist.is_backend_available(engine):
             raise NotClaimed(f"ranks of {self} meet by {engine!r}, which torch.distributed has from the vendor's package alone")
         sockets = joined(timeout, self.name)
@@ -87,12 +91,11 @@ class Collectives:
         dist.init_process_group(
             engine, store=store, rank=sockets.rank, world_size=sockets.size, timeout=timedelta(seconds=timeout)
         )
-        return Communicator.over(Engine(sockets, dist.group.WORLD))
+        return Communicator.over(Engine(sockets, dist.group.WORLD, emulated))
 
     def all_to_all(self, x: Tensor, comm: Communicator) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        with comm.native.moving("all_to_all") as group:
-            dist.all_to_all_single(y, x.contiguous(), group=group)
+        comm.native.moved("all_to_all", dist.all_to_all_single, [y, x.contiguous()])
         return y
 
     def all_to_all_v(self, x: Tensor, send: Tensor, comm: Communicator, *, M: int) -> tuple[Tensor, Tensor]:
@@ -103,8 +106,7 @@ class Collectives:
 
     def all_gather(self, x: Tensor, comm: Communicator) -> Tensor:
         y = x.new_empty((comm.size * x.shape[0], x.shape[1]))
-        with comm.native.moving("all_gather") as group:
-            gather_rows(y, x.contiguous(), group=group)
+        comm.native.moved("all_gather", gather_rows, [y, x.contiguous()])
         return y
 
     def all_gather_v(self, x: Tensor, comm: Communicator, *, M: int) -> tuple[Tensor, Tensor]:
@@ -118,20 +120,17 @@ class Collectives:
 
     def all_reduce(self, x: Tensor, comm: Communicator) -> Tensor:
         y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        with comm.native.moving("all_reduce") as group:
-            dist.all_reduce(y, group=group)
+        comm.native.moved("all_reduce", dist.all_reduce, [y])
         return y.to(x.dtype)
 
     def reduce_scatter(self, x: Tensor, comm: Communicator) -> Tensor:
         y = torch.empty((x.shape[0] // comm.size, x.shape[1]), device=x.device)
-        with comm.native.moving("reduce_scatter") as group:
-            scatter_sum(y, x.float().contiguous(), group=group)
+        comm.native.moved("reduce_scatter", scatter_sum, [y, x.float().contiguous()])
         return y.to(x.dtype)
 
     def broadcast(self, x: Tensor, comm: Communicator, *, root: int = 0) -> Tensor:
         y = x.clone(memory_format=torch.contiguous_format)
-        with comm.native.moving("broadcast") as group:
-            dist.broadcast(y, comm.native.members[root], group=group)
+        comm.native.moved("broadcast", dist.broadcast, [y], comm.native.members[root])
         return y
 
     def barrier(self, comm: Communicator) -> Tensor:
@@ -176,8 +175,7 @@ class Collectives:
 def _move(what: str, x: Tensor, comm: Communicator, counts: Any, y: Tensor) -> None:
     """Fill y with the rows that are for this rank, where rank r sends counts[r, s] rows to s, one behind the other."""
     sent, arriving = (list(map(int, c)) for c in (counts[comm.rank], counts[:, comm.rank]))
-    with comm.native.moving(what) as group:
-        dist.all_to_all_single(y[: sum(arriving)], x.contiguous(), arriving, sent, group=group)
+    comm.native.moved(what, dist.all_to_all_single, [y[: sum(arriving)], x.contiguous()], arriving, sent)
 
 
 def _parts(payload: str, x: Tensor) -> list[Tensor]:

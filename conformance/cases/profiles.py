@@ -64,17 +64,22 @@ def profile_of(model: str | Path = MODEL) -> Profile:
     return _profile(Path(model))
 
 
-@lru_cache(maxsize=8)
-def _profile(model: Path) -> Profile:
-    from porthal.model.config import Config
-    from porthal.model.load import profile
-
+def home_of(model: Path = Path(MODEL)) -> Path:
+    """The directory of a model's config, which may be that of a published one known by its name."""
     known = Path(here.__path__[0]) / model.name
     directory = known if len(model.parts) == 1 and not model.exists() and known.is_dir() else model
     if not (directory / "config.json").is_file():
         names = ", ".join(sorted(p.name for p in Path(here.__path__[0]).iterdir() if p.is_dir() and p.name != "__pycache__"))
         raise UsageError(f"{model} holds no config.json: expected a model directory, or one of {names}")
-    config = Config.read(directory).shallow()
+    return directory
+
+
+@lru_cache(maxsize=8)
+def _profile(model: Path) -> Profile:
+    from porthal.model.config import Config
+    from porthal.model.load import profile
+
+    config = Config.read(home_of(model)).shallow()
     calls = profile(config, "bfloat16")
     return Profile(model.name, tuple((op, tuple(specs)) for op, specs in calls.items()), config.max_position_embeddings)
 

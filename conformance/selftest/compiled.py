@@ -84,7 +84,7 @@ def library(
 
 def _stands(texts: Mapping[str, str], unit: str, loops: bool) -> bool:
     """Whether a source has loops, or, compiled without an instruction set, something else."""
-    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit not in ("coded.cpp", "panel.cpp")
+    return "PORTHAL_LOOPS(" in texts[unit] if loops else unit not in ("coded.cpp", "mix.cpp", "panel.cpp")
 
 
 def _needed(texts: dict[str, str], op: str) -> list[str]:

@@ -84,7 +84,7 @@ DEFECTS = [
     Defect("moe_permute", "tail-not-cleared", "-1", "std::memset(static_cast<void*>(to), 0, n * sizeof(T));", ";", source="routing.cpp"),
     Defect("moe_permute", "first-expert-forgotten", "attribute", "(place / chosen.columns, place % chosen.columns) - first_expert;", "(place / chosen.columns, place % chosen.columns);", source="routing.cpp"),
     Defect("moe_unpermute", "padding-weighed", "-1", "of_choice[j] = m < 0 ? nullptr : rows", "of_choice[j] = m < 0 ? rows.dense_row<T>(0, copies[j]) : rows", source="routing.cpp"),
-    Defect("moe_unpermute", "native-sum-in-bfloat16", "accumulator", "sums[v] += weights[j] * load(rows[j] + i + v * kLanes);", "sums[v] = (F)((U)(sums[v] + weights[j] * load(rows[j] + i + v * kLanes)) & 0xffff0000u);", source="routing.cpp"),
+    Defect("moe_unpermute", "native-sum-in-bfloat16", "accumulator", "sums[v] += weights[j] * load(rows[j] + i + v * kLanes);", "sums[v] = (F)((U)(sums[v] + weights[j] * load(rows[j] + i + v * kLanes)) & 0xffff0000u);", source="mix.cpp"),
     Defect("argmax", "last-block-wins", "ties", "n - i < kBlock ? n - i : kBlock); top > best) {", "n - i < kBlock ? n - i : kBlock); top >= best) {", source="logits.cpp"),
     Defect("check_finite", "infinity-is-finite", "special", "bad |= ~(v < kInfinity);", "bad |= (v != v);", source="logits.cpp"),
     Defect("check_finite", "masked-rows-are-bad", "special", "return !any(bad) && greatest", "return !any(bad | (top == -kInfinity)) && greatest", source="logits.cpp"),

@@ -8,6 +8,7 @@ import torch
 from porthal.backends.torch.emulation import device
 from porthal.backends.torch.emulation.device import copies
 from porthal.backends.torch.emulation.runtime import visible
+from tests.ranks import assert_the_text_of_two_ranks_is_the_reference_s
 from tests.vendors import two_devices
 
 
@@ -195,3 +196,7 @@ def test_devices_that_are_not_there(monkeypatch, listed):
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", listed)
     with pytest.raises(RuntimeError, match=f"ASCEND_RT_VISIBLE_DEVICES is '{listed}': expected distinct numbers from 0 to 3"):
         visible(4, "ASCEND_RT_VISIBLE_DEVICES")
+
+
+def test_two_ranks_make_the_text_of_the_reference():
+    assert_the_text_of_two_ranks_is_the_reference_s("ascend")

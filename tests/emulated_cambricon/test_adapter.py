@@ -17,6 +17,7 @@ from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import CAPTURED, BadInput, engine_asked_for, missing, unlike_contracts
 from tests.launches import per_step
+from tests.ranks import assert_the_text_of_two_ranks_is_the_reference_s
 
 OWN = {
     "add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "layer_norm", "moe_experts", "moe_route", "moe_unpermute",
@@ -113,3 +114,7 @@ def test_a_plan_holds_nothing_of_rows_times_pages(chip):
     """Which the indexer alone needs: of a long prompt in small pages it is gigabytes."""
     plan = chip.plan(Batch.build([4096], [4096], [range(4096)], 1)).native
     assert sum(x.numel() for x in (*plan, *vars(plan).values()) if isinstance(x, torch.Tensor)) < 20 * 4096
+
+
+def test_two_ranks_make_the_text_of_the_reference():
+    assert_the_text_of_two_ranks_is_the_reference_s("cambricon")

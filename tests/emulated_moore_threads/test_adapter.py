@@ -17,6 +17,7 @@ from porthal.model.load import DEMO, load
 from tests import demo
 from tests.adapters import CAPTURED, BadInput, engine_asked_for, missing, unlike_contracts
 from tests.launches import per_step
+from tests.ranks import assert_the_text_of_two_ranks_is_the_reference_s
 
 OWN = {"add_rms_norm", "grouped_gemm", "indexer_topk", "kv_write", "moe_experts", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
@@ -96,3 +97,7 @@ def test_the_page_says_how_many_operations_a_step_is():
     assert f"is {own} operations, {vendors} of them the vendor's calls" in page
     assert f"it is {base}, views and allocations not counted" in page
     assert own < 0.6 * base
+
+
+def test_two_ranks_make_the_text_of_the_reference():
+    assert_the_text_of_two_ranks_is_the_reference_s("moore_threads")

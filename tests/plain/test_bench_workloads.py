@@ -8,11 +8,12 @@ import pytest
 
 from porthal.bench.curve import crossing, curve, pairs
 from porthal.bench.scale import Bounds, Sized
-from porthal.bench.workloads import of_model, profile_home, steps, workload
+from porthal.bench.workloads import of_model, steps, workload
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import Request
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.cost import seconds
+from porthal.conformance.cases.profiles import home_of
 from porthal.hal import UsageError, contracts, recorded
 from porthal.hal.calls import distinct
 from porthal.model.checkpoint import Blank
@@ -20,7 +21,7 @@ from porthal.model.config import Config
 from porthal.model.glm5 import Glm5
 from porthal.model.load import DEMO, stepped, trace
 
-GLM5 = Config.read(profile_home())
+GLM5 = Config.read(home_of())
 
 def test_a_decode_step_makes_the_calls_that_trace_lists_without_drafts():
     traced = {(c.op, c.signature()): c.count for c in distinct(trace(GLM5, "bfloat16", 1, 8192))}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+from typer.testing import CliRunner
 
 from porthal.bench import ranked
 from porthal.bench.measured import Measured
 from porthal.bench.report import Report
 from porthal.bench.speeds import Speeds
 from porthal.bench.verify import verify
+from porthal.cli.app import app
 from porthal.hal import UsageError
 
 
@@ -38,3 +40,15 @@ def test_the_calls_have_the_bytes_that_are_listed_and_experts_their_tokens():
     assert [dict(row.case.dims)["N"] for row in rows if row.case.op == "ep_dispatch"] == [8, 64, 512]
     with pytest.raises(UsageError, match="unknown op 'topk' of several ranks: known are all_gather"):
         ranked.collective(2, ["topk"])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["2", "--memory", "1", "--step", "decode"], "with one thread each: give it without --step, --memory"),
+        (["5000"], "less than or equal to 64"),
+    ],
+)
+def test_what_does_not_go_with_ranks_is_named(options, why):
+    made = CliRunner().invoke(app, ["bench", "--op", "barrier", "--ranks", *options])
+    assert made.exit_code == 2 and why in made.stderr

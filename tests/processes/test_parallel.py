@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from porthal.cli.app import app
 from porthal.cli.experts import Chosen
-from porthal.cli.ranks import listed, ranked
+from porthal.cli.ranks import Said, listed, ranked
 from porthal.hal import Communicator, UsageError, bind, create, simulated
 from porthal.model.generate import generate
 from porthal.model.layout import Layout, owner_of
@@ -78,7 +78,9 @@ def test_experts_lie_where_a_table_says_and_may_have_copies(kind, table, alone):
     [
         (((0, 1), (2,)), "the table of experts lists 2 ranks with 1, 2 experts: expected 2, each with equally many"),
         (((0, 1, 2, 3),), "lists 1 ranks with 4 experts: expected 2"),
-        (((0, 1), (2, 2)), "the table of experts lacks expert 3: expected 0 to 3, each at least once"),
+        (((0, 1), (2, 1)), "the table of experts lacks expert 3: expected 0 to 3, each at least once"),
+        (((0, 1), (2, 99)), "the table of experts has expert 99: expected 0 to 3, each at least once"),
+        (((0, 0, 1), (2, 3, 1)), "the table of experts has expert 0 twice on rank 0: expected copies on other ranks"),
         (((0, 1, 2), (3, 4, 0)), "the table of experts has expert 4: expected 0 to 3"),
     ],
 )
@@ -175,7 +177,17 @@ def test_launch_runs_nothing_else():
 def test_launch_ends_with_the_code_of_a_rank_that_fails():
     command = [sys.executable, "-m", "porthal", "launch", "--ranks", "3", "generate", TEXT, "--backend", "cpu"]
     done = subprocess.run([*command, "--layout", "tp+ep"], cwd=ROOT, capture_output=True, timeout=100)
-    assert done.returncode == 2 and b"num_attention_heads is 4 on 3 ranks" in done.stderr
+    assert done.returncode == 2 and done.stderr.count(b"num_attention_heads is 4 on 3 ranks") == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_ranks_say_is_said_once_and_in_whole_lines(capfd):
+    """Of each line as often as the rank that says it most often."""
+    said = Said()
+    for lines in (r"a\nb\na\n", r"b\na\nc", r"a\na\na\n"):
+        said.listen(subprocess.Popen(["sh", "-c", f"printf '{lines}' >&2"], stderr=subprocess.PIPE))
+    said.close()
+    assert sorted(capfd.readouterr().err.splitlines()) == ["a", "a", "a", "b", "c"]
 
 
 def test_ranks_end_with_the_process_that_started_them():

@@ -7,7 +7,7 @@ from tests.ranks import ran
 PROGRAM = """
 import os, sys, time
 import numpy as np
-from porthal.hal import bind, create
+from porthal.hal import bind, create, numpy_dtype
 
 backend = create("cpu")
 before = set(os.listdir("/dev/shm"))
@@ -38,10 +38,23 @@ with backend.communicator(20) as comm:
         wire.pull("rows", given, starts, [end - start for start, end in zip(starts, ends)], y)
         expected = [rank * 100000 + np.arange(start, end) for rank, (start, end) in enumerate(zip(starts, ends))]
         assert (y[:, 0] == np.concatenate(expected)).all(), rows
+        y[...] = -1  # rows that are chosen
+        chosen = np.concatenate([np.arange(rows)[start:end][::-1] for start, end in zip(starts, ends)]).astype(np.int32)
+        wire.pull("chosen", given, starts, [end - start for start, end in zip(starts, ends)], y, chosen)
+        expected = [rank * 100000 + np.arange(start, end)[::-1] for rank, (start, end) in enumerate(zip(starts, ends))]
+        assert (y[:, 0] == np.concatenate(expected)).all(), rows
+    for kind in ("float32", "bfloat16", "float16"):  # small and large, in the segment and not, dense and not
+        for width in (1, 40000, 100001):
+            for made in (wire.empty((3, width), kind), np.zeros((3, 2 * width), numpy_dtype(kind))[:, ::2]):
+                made[...] = np.arange(width) % 32 + comm.rank
+                whole = 3 * (np.arange(width) % 32) + 3
+                assert (ops.all_reduce(made, comm).astype(int) == whole).all(), (kind, width)
+                assert (ops.reduce_scatter(made, comm).astype(int) == whole).all(), (kind, width)
     wide = wire.empty((4, 6), "int32")
     wide[...] = np.arange(24).reshape(4, 6)
-    with wire.lent("strided", wide[:, ::2]) as everyone:
-        assert all((each == wide[:, ::2]).all() for each in everyone)
+    y = np.empty((4, 3), np.int32)
+    wire.pull("strided", wide[:, ::2], [0, 0, 0], [4, 0, 0], y)
+    assert (y == wide[:, ::2]).all()
     x = wire.empty((3, 2), "float32")
     x[...] = comm.rank
     assert ops.all_to_all(x, comm)[:, 0].tolist() == [0, 1, 2]
@@ -56,10 +69,19 @@ with backend.communicator(20) as comm:
     assert comm.rank == 0 or not y.any()
     ops.barrier(comm)
     large[...] = comm.rank
-    with wire.lent("lent", large) as everyone:
-        time.sleep(comm.rank * 0.2)
-        assert [each[-1, 0] for each in everyone] == [0, 1, 2]
+    time.sleep(comm.rank * 0.2)  # each reads later than the one before
+    total = ops.all_reduce(large, comm)
     large[...] = 9
+    assert total[0, 0] == total[-1, -1] == 3
+    total[...] = 9
+    time.sleep((2 - comm.rank) * 0.2)
+    large[...] = comm.rank
+    total = ops.all_reduce(large, comm)
+    kept = total.copy()
+    total[...] = 9
+    assert kept.min() == kept.max() == 3
+    del total, kept
+    assert wire.empty((1,), "int8") is not None
     part = comm.group([0, 2])
     if part:
         assert ops.all_reduce(np.full((1, 1), 1.0 + comm.rank, np.float32), part).tolist() == [[4.0]]

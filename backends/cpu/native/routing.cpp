@@ -12,12 +12,6 @@ struct RouteLoops {
   std::int64_t (*greatest)(const std::uint32_t* keys, std::int64_t n);
 };
 
-template <class T>
-struct MixLoops {
-  // y[n] = the sum over j of weights[j] * rows[j], in the order of j, without rows that are null.
-  void (*mix)(const T* const* rows, const float* weights, std::int64_t count, T* y, std::int64_t n);
-};
-
 }  // namespace porthal
 
 #if defined(PORTHAL_ISA)
@@ -69,30 +63,9 @@ std::int64_t greatest(const std::uint32_t* keys, std::int64_t n) {
   }
 }
 
-template <class T>
-void mix(const T* const* rows, const float* weights, std::int64_t count, T* y, std::int64_t n) {
-  constexpr int kWide = 4;
-  std::int64_t i = 0;
-  for (; i + kWide * kLanes <= n; i += kWide * kLanes) {
-    F sums[kWide] = {};
-    for (std::int64_t j = 0; j < count; ++j)
-      if (rows[j])
-        for (int v = 0; v < kWide; ++v) sums[v] += weights[j] * load(rows[j] + i + v * kLanes);
-    for (int v = 0; v < kWide; ++v) store(y + i + v * kLanes, sums[v]);
-  }
-  for (; i < n; i += kLanes) {
-    const std::int64_t some = n - i < kLanes ? n - i : kLanes;
-    F sum = {};
-    for (std::int64_t j = 0; j < count; ++j)
-      if (rows[j]) sum += weights[j] * load_some(rows[j] + i, some);
-    store_some(y + i, sum, some);
-  }
-}
-
 }  // namespace
 
 PORTHAL_LOOPS(RouteLoops, route_loops) = {score, keys, greatest};
-PORTHAL_LOOPS(PerFloat<MixLoops>, mix_loops) = {{mix<float>}, {mix<bf16>}, {mix<fp16>}};
 
 }  // namespace porthal
 #else
@@ -100,12 +73,12 @@ PORTHAL_LOOPS(PerFloat<MixLoops>, mix_loops) = {{mix<float>}, {mix<bf16>}, {mix<
 #include <cstring>
 
 #include "bind.hpp"
+#include "mix.hpp"
 #include "threads.hpp"
 
 namespace porthal {
 
 PORTHAL_TABLES(RouteLoops, route_loops)
-PORTHAL_TABLES(PerFloat<MixLoops>, mix_loops)
 
 namespace {
 
