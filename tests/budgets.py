@@ -17,7 +17,6 @@ BUDGETS = {
     "emulated_moore_threads": 8, "emulated_cambricon": 8, "emulated_kunlunxin": 3, "triton": 15, "processes": 18,
 }  # fmt: skip
 PROOF = {"proof": 660, "vendor": 30}  # `make proof` and `make vendor-ascend`, seldom
-PLANNED: dict[str, int] = {}  # parts still to come
 
 
 def spent() -> float:

@@ -39,6 +39,7 @@ PAGE = "block_size"
 SEEN = "seen"  # how many keys a choice has: as many as it takes, one more, or any number
 PLAIN = (*TELLING, "normal", "seesaw")  # values by which places are told apart
 SAME = "broadcast"  # a layout in which they are not
+UNCODED = ("special", "rim", "extreme")  # not finite, or near the end of float32: what codes say of it is not specified
 COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs so much less:
 LESS = 0.7
 CHEAP = 0.02  # seconds, below which a case of few rows is one in a second dtype, too
@@ -314,7 +315,8 @@ class Design:
             view=chosen["view"],
             schemes=chosen.get("schemes", ()),
         )
-        return None if refusal(case) else case
+        coded = case.schemes and any(recipe in UNCODED for _, recipe in case.recipes)
+        return None if coded or refusal(case) else case
 
     def _symbols(self) -> list[str]:
         rows = [self.contract.rows] if self.contract.rows else []
