@@ -13,6 +13,7 @@ from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 LINE = 64  # bytes of a cache line
+KEYS = "int8_keys", "fp8_keys"
 LATENTS = "int8_latents", "int8_tile_latents", "fp8_latents"
 
 
@@ -55,7 +56,7 @@ class Attention(Reference):
         )
         return o
 
-    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys"))
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, *KEYS))
     def indexer_scores(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
         scores, ((field, _),) = self.empty((batch.T, batch.max_kv), "float32"), keys.spec.fields
         self.native.indexer_scores(
@@ -69,7 +70,7 @@ class Attention(Reference):
         self.native.topk(scores, batch.visible, k, indices)
         return self._selection(indices, batch)
 
-    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys"))
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, *KEYS))
     def indexer_topk(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
         indices, ((field, _),) = self.empty((batch.T, k), "int32"), keys.spec.fields
         self.native.indexer_topk(
