@@ -218,10 +218,18 @@ struct Fours {
   static constexpr int kPer = 4;
 };
 
+constexpr std::int64_t kStrip = 2 * kTile;  // keys, and heads, whose products stay in registers
+
+// Strips of heads one behind the other.
+void pack_strips(const char* rows, std::ptrdiff_t stride, std::int64_t heads, std::int64_t words, Word* queries) {
+  for (std::int64_t h = 0; h < heads; h += kStrip)
+    pack_queries(rows + h * stride, stride, heads - h < kStrip ? heads - h : kStrip, words, 0, words, queries + h * words);
+}
+
 void pack_lines(const IndexerDims& d, const bf16* iq, std::ptrdiff_t stride, const bf16* weights, const float* weights32,
                 std::int64_t i, float*, float* packed) {
   const PackedRow<Pairs> row(d, packed, i);
-  pack_queries(reinterpret_cast<const char*>(iq), stride, d.heads, d.width / 2, 0, d.width / 2, row.queries);
+  pack_strips(reinterpret_cast<const char*>(iq), stride, d.heads, d.width / 2, row.queries);
   if (weights)
     widen_row(weights, d.heads, row.weights);
   else
@@ -230,7 +238,7 @@ void pack_lines(const IndexerDims& d, const bf16* iq, std::ptrdiff_t stride, con
 
 // How codes are multiplied: those of int8 as they are, those of e4m3 as the pairs of bf16 that they say, each of whose vectors
 // has the even ones of 64 codes, then the odd ones, in keys as in queries.
-void pairs_of_line(const char* codes, char* pairs) {
+inline void pairs_of_line(const char* codes, char* pairs) {
   U said[2];
   E4m3::pairs_of(load_raw<U>(codes), said);
   std::memcpy(pairs, said, sizeof said);
@@ -247,47 +255,54 @@ void pack_code_lines(const IndexerDims& d, const T* iq, std::ptrdiff_t stride, c
     codes = pairs;
   }
   const std::int64_t words = d.width / M::kPer;
-  pack_queries(codes, words * sizeof(Word), d.heads, words, 0, words, row.queries);
+  pack_strips(codes, words * sizeof(Word), d.heads, words, row.queries);
 }
 
-constexpr std::int64_t kStrip = 2 * kTile;  // keys whose products with two vectors of heads stay in registers
+// A row's products with a strip of keys, [strip of heads][key][head], of which the sums are not made yet.
+struct Strip {
+  const float *products, *weights, *scales;
+  float* to;
+  std::int64_t seen, done;
 
-// scores[k] of a strip's keys from their products with all heads. Of the last heads `last` are there; what others have may be
-// NaN.
-template <Words W>
-inline void strip_scores(const float* products, std::int64_t heads, __mmask16 last, const float* weights, float scale,
-                         const float* scales, float* scores) {
-  for (std::int64_t k = 0; k < kStrip; k += kLanes) {
+  bool waits() const { return done < seen; }
+
+  // The scores of the next 16 keys.
+  template <Words W>
+  void sum(std::int64_t vectors, float scale) {
     F of_key[kLanes];
 #pragma GCC unroll 16
     for (F& sum : of_key) sum = F{};
-    for (std::int64_t h = 0; h < heads; h += kLanes) {
-      const F weight = load(weights + h);
-      const __mmask16 there = h + kLanes < heads ? 0xffff : last;
+    for (std::int64_t v = 0; v < vectors; ++v) {
+      const float* const of_heads = products + (v / 2 * kStrip + done) * kStrip + v % 2 * kLanes;
+      const F weight = load(weights + v * kLanes);
 #pragma GCC unroll 16
-      for (std::int64_t i = 0; i < kLanes; ++i) {
-        const float* const at = products + (k + i) * heads + h;
-        const F product = W == Words::pairs ? load(at) : number(load_raw<I>(at));
-        of_key[i] += (F)_mm512_maskz_max_ps(there, __m512{}, (__m512)product) * weight;
+      for (int i = 0; i < kLanes; ++i) {
+        const float* const at = of_heads + i * kStrip;
+        of_key[i] += at_least(F{}, W == Words::pairs ? load(at) : number(load_raw<I>(at))) * weight;
       }
     }
-    totals(of_key, scores + k);
-    const F scaled = load(scores + k) * scale;
-    store(scores + k, scales ? scaled * load(scales + k) : scaled);
+    alignas(64) float sums[kLanes];
+    totals(of_key, sums);
+    F scores = load(sums) * scale;
+    if (scales) scores *= load(scales + done);
+    if (seen - done >= kLanes)
+      store(to + done, scores);
+    else
+      store_some(to + done, scores, seen - done);
+    done += kLanes;
   }
-}
+};
 
 // The same in tiles of 16 keys and 16 heads. A run of keys is multiplied where it lies, others are copied beside each other.
 // While tiles multiply a strip, the sums of the one before are made.
 template <class Key, class M, Words W>
 void scores_of_lines(const IndexerDims& d, const KeyBlock& keys, const KeyBlock& following, float* wide, const float* packed,
                      std::int64_t rows, const std::int64_t* visible, float* out, std::int64_t stride) {
-  const Heads heads(d.heads);
   constexpr bool kDecode = std::is_same_v<Key, E4m3>;
   const std::int64_t words = d.width / M::kPer, bytes = words * sizeof(Word), held = kDecode ? d.width : bytes;
-  const std::int64_t all = heads.padded();
+  const std::int64_t vectors = Heads(d.heads).vectors, steps = words / kTile;
   char* const copies = reinterpret_cast<char*>(wide);
-  float* products = wide + kIndexerKeys * words;
+  float *products = wide + kIndexerKeys * words, *others = products + (vectors + 1) / 2 * kStrip * kStrip;
   const bool copied = kDecode || !keys.apart;
   const char* const block = copied ? copies : keys.key[0];
   const std::ptrdiff_t apart = copied ? bytes : keys.apart;
@@ -301,42 +316,36 @@ void scores_of_lines(const IndexerDims& d, const KeyBlock& keys, const KeyBlock&
       __builtin_prefetch(next + i, 0, 2);
     }
   }
-  const __mmask16 last = static_cast<__mmask16>((1u << (d.heads - (all - kLanes))) - 1);
-  struct {
-    const float *products, *weights;
-    std::int64_t row, key;
-  } before{};
-  const auto finish = [&] {
-    if (!before.products) return;
-    alignas(64) float scores[kStrip];
-    strip_scores<W>(before.products, all, last, before.weights, d.scale, keys.scales ? keys.scales + before.key : nullptr, scores);
-    const std::int64_t seen = visible[before.row] - before.key;
-    std::memcpy(out + before.row * stride + before.key, scores, (seen < kStrip ? seen : kStrip) * sizeof(float));
-    before.products = nullptr;
+  Strip before{};
+  const auto sum = [&] {
+    if (before.waits()) before.sum<W>(vectors, d.scale);
   };
   TilesOf<W> tiles;
   for (std::int64_t t = 0; t < rows; ++t) {
     const PackedRow<M> row(d, const_cast<float*>(packed), t);
     for (std::int64_t k = 0; k < kIndexerKeys && k < visible[t]; k += kStrip) {
-      for (std::int64_t p = 0; p < heads.panels; ++p)
-        for (std::int64_t v = heads.first(p), end = heads.first(p + 1), in_word = end - v; v < end; v += 2) {
-          const Word* const queries = row.queries + heads.first(p) * kLanes * words + (v - heads.first(p)) * kLanes;
-          tiles.shape(kStrip, v + 1 < end ? 2 * kTile : kTile, kTile);
-          tiles.zero();
-          tiles.add(block + k * apart, apart, queries, in_word * kLanes * sizeof(Word), words / kTile, [] {});
-          finish();
-          tiles.store(products + v * kLanes, all * sizeof(float));
-        }
-      before = {products, row.weights, t, k};
-      products = products == wide + kIndexerKeys * words ? products + kStrip * all : wide + kIndexerKeys * words;
+      for (std::int64_t v = 0; v < vectors; v += 2) {
+        const std::int64_t width = v + 1 < vectors ? kStrip : kTile, none = v * kLanes + width - d.heads;
+        float* const to = products + v * kLanes * kStrip;
+        tiles.shape(kStrip, width, kTile);
+        tiles.zero();
+        tiles.add(block + k * apart, apart, row.queries + v * kLanes * words, width * sizeof(Word), steps, sum);
+        tiles.store(to, kStrip * sizeof(float));
+        for (std::int64_t i = 0; none > 0 && i < kStrip; ++i) std::memset(to + i * kStrip + width - none, 0, none * sizeof(float));
+      }
+      while (before.waits()) sum();
+      const std::int64_t seen = visible[t] - k;
+      before.products = products, before.weights = row.weights, before.scales = keys.scales ? keys.scales + k : nullptr;
+      before.to = out + t * stride + k, before.seen = seen < kStrip ? seen : kStrip, before.done = 0;
+      products = others, others = const_cast<float*>(before.products);
     }
   }
-  finish();
+  while (before.waits()) sum();
 }
 
 template <class M>
 std::int64_t floats_of_lines(const IndexerDims& d) {
-  const std::int64_t words = d.width / M::kPer, keys = kIndexerKeys * words + 2 * kStrip * Heads(d.heads).padded();
+  const std::int64_t words = d.width / M::kPer, keys = kIndexerKeys * words + (Heads(d.heads).vectors + 1) * kStrip * kStrip;
   const std::int64_t queries = d.heads * d.width;  // codes and their pairs take 3 bytes of 4
   return keys > queries ? keys : queries;
 }
