@@ -306,18 +306,18 @@ void scores_of_lines(const IndexerDims& d, const KeyBlock& keys, const KeyBlock&
   const bool copied = kDecode || !keys.apart;
   const char* const block = copied ? copies : keys.key[0];
   const std::ptrdiff_t apart = copied ? bytes : keys.apart;
-  for (std::int64_t k = 0; k < kIndexerKeys; ++k) {
-    const char *const key = keys.at(k), *const next = following.at(k);
-    for (std::int64_t i = 0; i < held; i += 64) {
+  for (std::int64_t k = 0; copied && k < kIndexerKeys; ++k)
+    for (std::int64_t i = 0; i < held; i += 64)
       if (kDecode)
-        pairs_of_line(key + i, copies + k * bytes + 2 * i);
-      else if (copied)
-        store(reinterpret_cast<float*>(copies + k * bytes + i), load_raw<F>(key + i));
-      __builtin_prefetch(next + i, 0, 2);
-    }
-  }
+        pairs_of_line(keys.at(k) + i, copies + k * bytes + 2 * i);
+      else
+        store(reinterpret_cast<float*>(copies + k * bytes + i), load_raw<F>(keys.at(k) + i));
+  const std::int64_t passes = kIndexerKeys / kStrip * ((vectors + 1) / 2) * steps, share = (kIndexerKeys + passes - 1) / passes;
+  std::int64_t fetched = 0;
   Strip before{};
-  const auto sum = [&] {
+  const auto beside = [&] {
+    for (const std::int64_t end = fetched + share < kIndexerKeys ? fetched + share : kIndexerKeys; fetched < end; ++fetched)
+      for (std::int64_t i = 0; i < held; i += 64) __builtin_prefetch(following.at(fetched) + i, 0, 2);
     if (before.waits()) before.sum<W>(vectors, d.scale);
   };
   TilesOf<W> tiles;
@@ -329,18 +329,18 @@ void scores_of_lines(const IndexerDims& d, const KeyBlock& keys, const KeyBlock&
         float* const to = products + v * kLanes * kStrip;
         tiles.shape(kStrip, width, kTile);
         tiles.zero();
-        tiles.add(block + k * apart, apart, row.queries + v * kLanes * words, width * sizeof(Word), steps, sum);
+        tiles.add(block + k * apart, apart, row.queries + v * kLanes * words, width * sizeof(Word), steps, beside);
         tiles.store(to, kStrip * sizeof(float));
         for (std::int64_t i = 0; none > 0 && i < kStrip; ++i) std::memset(to + i * kStrip + width - none, 0, none * sizeof(float));
       }
-      while (before.waits()) sum();
+      while (before.waits()) before.sum<W>(vectors, d.scale);
       const std::int64_t seen = visible[t] - k;
       before.products = products, before.weights = row.weights, before.scales = keys.scales ? keys.scales + k : nullptr;
       before.to = out + t * stride + k, before.seen = seen < kStrip ? seen : kStrip, before.done = 0;
       products = others, others = const_cast<float*>(before.products);
     }
   }
-  while (before.waits()) sum();
+  while (before.waits()) before.sum<W>(vectors, d.scale);
 }
 
 template <class M>
