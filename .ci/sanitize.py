@@ -49,7 +49,7 @@ def libraries(kind: str) -> dict[str, Path]:
 
 def build(kind: str, ops: Sequence[str], edits: Mapping[str, str]) -> Path:
     """A folder that, on PYTHONPATH, puts the sanitized module of these operators in the place of the real one."""
-    library = compiled.library(ops, [*KINDS[kind][0], "-g1", "-O1"], edits)
+    library = compiled.library([*ops, "plan"], [*KINDS[kind][0], "-g1", "-O1"], edits)
     folder = FOLDER / f"{kind}-{library.stem[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"_native{EXTENSION_SUFFIXES[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from porthal.hal.scheme import NONE
 
 Array = np.ndarray[Any, Any]
 LINE = 64  # bytes of a cache line
+KEYS = "int8_keys", "fp8_keys"
 LATENTS = "int8_latents", "int8_tile_latents", "fp8_latents"
 
 
@@ -24,6 +26,13 @@ def coded(pages: Pages) -> tuple[Array | None, int]:
     return pages[f"{field}_scale"], scheme.block[1]
 
 
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros that begin with a cache line."""
+    memory = np.zeros(math.prod(shape) * dtype.itemsize + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + len(memory) - LINE].view(dtype).reshape(shape)
+
+
 class Attention(Reference):
     """Pages keep their dtype. The fields of a slot are beside each other, so that its key is one run of memory."""
 
@@ -31,11 +40,8 @@ class Attention(Reference):
 
     def alloc_pages(self, spec: PagesSpec) -> Pages:
         if spec.quantised:  # codes and scales apart
-            return super().alloc_pages(spec)
-        dtype, width = numpy_dtype(spec.dtype), sum(width for _, width in spec.fields)
-        memory = np.zeros(spec.slots * width * dtype.itemsize + LINE, np.uint8)
-        start = -memory.ctypes.data % LINE
-        slots = memory[start : start + len(memory) - LINE].view(dtype).reshape(spec.slots, width)
+            return Pages(spec, {name: zeros(shape, numpy_dtype(dtype)) for name, (shape, dtype) in Pages.form(spec).items()})
+        slots = zeros((spec.slots, sum(width for _, width in spec.fields)), numpy_dtype(spec.dtype))
         ends = np.cumsum([width for _, width in spec.fields])
         return Pages(spec, {name: slots[:, end - width : end] for (name, width), end in zip(spec.fields, ends)})
 
@@ -55,7 +61,7 @@ class Attention(Reference):
         )
         return o
 
-    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys"))
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, *KEYS))
     def indexer_scores(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, scale: float) -> Array:
         scores, ((field, _),) = self.empty((batch.T, batch.max_kv), "float32"), keys.spec.fields
         self.native.indexer_scores(
@@ -69,7 +75,7 @@ class Attention(Reference):
         self.native.topk(scores, batch.visible, k, indices)
         return self._selection(indices, batch)
 
-    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, "int8_keys"))
+    @limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, *KEYS))
     def indexer_topk(self, iq: Array, w: Array, keys: Pages, batch: Batch, *, k: int, scale: float) -> Selection:
         indices, ((field, _),) = self.empty((batch.T, k), "int32"), keys.spec.fields
         self.native.indexer_topk(

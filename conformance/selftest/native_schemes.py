@@ -14,10 +14,11 @@ packing = partial(Defect, "linear", source="packed.cpp")
 codes = partial(Defect, source="codes.hpp")
 rows = partial(Defect, source="coded_rows.cpp")
 experts = partial(Defect, "moe_experts")
-keys = partial(Defect, source="indexer.hpp")
+keys = partial(Defect, source="indexer.cpp")
 nibble = "(I)(w << (28 - code_shift(C, i))) >> 28"
 scale_row = "scales.at<float>(row / form().high, g);"
-key_scale = "out[at - begin + i * stride + k] *= scales[now][k];"
+key_scale = "scaled * load(keys.scales + k)"
+query_scale = "if (one) of_heads[h] *= scale;"
 
 DEFECTS = [
     packing("codes-not-raised-by-128", "format", "*words = word ^ more;", "*words = word;"),
@@ -42,9 +43,13 @@ DEFECTS = [
     rows("kv_write", "scales-of-the-first-slot", "paging", "const_cast<float*>(scales.row<float>(slot))", "const_cast<float*>(scales.row<float>(0))"),
     rows("dequantize", "codes-unscaled", "scale", "Code::number_of(wide(bytes)) * *scales;", "Code::number_of(wide(bytes));"),
     Defect("sparse_mla", "latents-of-the-first-slot's-scale", "paging", "scales.row<float>(slot), dims.c", "scales.row<float>(0), dims.c", source="sparse_mla.hpp"),
-    Defect("indexer_scores", "queries-scales-forgotten", "scale", "of_heads[h] *= scale;", "", source="indexer.cpp"),
-    keys("indexer_scores", "first-key's-scale-for-all", "scale", key_scale, key_scale.replace("[k];", "[0];")),
-    keys("indexer_topk", "scales-of-the-next-block", "blocks", key_scale, key_scale.replace("[now]", "[1 - now]")),
+    keys("indexer_scores", "queries-scales-forgotten", "scale", query_scale, ""),
+    keys("indexer_scores", "first-key's-scale-for-all", "scale", key_scale, "scaled * keys.scales[0]"),
+    keys("indexer_topk", "scales-of-the-next-block", "blocks", key_scale, key_scale.replace("keys.", "following.")),
+    keys("indexer_scores", "one-scale-for-a-query-of-e4m3", "scale", "one ? d.width : Code::kGroup;", "d.width;"),
+    keys("indexer_scores", "numbers-of-a-query-unscaled", "scale", "one ? v : v * scale", "v"),
+    keys("indexer_topk", "keys-of-e4m3-read-as-int8", "format", "keys == Kind::i8 ? of_type.int8 : of_type.e4m3", "of_type.int8", source="indexer.hpp"),
+    keys("indexer_scores", "scale-of-a-page's-first-key", "paging", "*scales_.row<float>(slot + i)", "*scales_.row<float>(slot)", source="indexer.hpp"),
     experts("hidden-row-of-the-pick-before", "rows", "reinterpret_cast<char*>(values + i * inner)", "reinterpret_cast<char*>(values + i / 2 * inner)", source="moe_experts.cpp"),
     experts("codes-of-another-token", "rows", "tokens[token - begin]", "tokens[(token - begin) / 2]", source="moe_experts.cpp"),
 ]

@@ -16,6 +16,7 @@ except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
 from porthal.hal import Batch, PagesSpec, Rows, Selection, SelectionSpec, contracts, create, numpy_dtype, widen
+from porthal.hal.scheme import Scaled, scheme_of
 
 pytestmark = pytest.mark.usefixtures("isa")
 CPU = create("cpu")
@@ -197,6 +198,45 @@ def test_pages_keep_their_dtype_and_the_fields_of_a_slot_are_beside_each_other()
     assert c.dtype == kp.dtype == numpy_dtype("bfloat16")
     assert (c.strides, c.ctypes.data % 64, kp.ctypes.data - c.ctypes.data) == ((1152, 2), 0, 1024)
     assert not widen(c).any()
+    coded = CPU.alloc_pages(PagesSpec((("k", 128),), "bfloat16", 3, 64, "int8_keys"))
+    assert [(v.dtype.name, v.shape, v.ctypes.data % 64) for v in coded.leaves()] == [
+        ("int8", (192, 128), 0), ("float32", (192, 1), 0)
+    ]  # fmt: skip
     logical = {name: np.full((12, width), 3, numpy_dtype("bfloat16")) for name, width in spec.fields}
     assert CPU.from_logical(spec, logical, pages) is pages
     assert all(np.array_equal(widen(v), widen(logical[n])) for n, v in CPU.to_logical(pages).items())
+
+
+class CodedIndexer(Indexer):
+    """The same with keys under a scheme."""
+
+    def __init__(self, scheme, *shape):
+        super().__init__(*shape)
+        spec = replace(self.keys.spec, scheme=scheme)
+        parts = scheme_of(scheme).quantised(widen(self.keys["k"]))
+        parts["scale"][::5] *= np.float32(1.37)
+        top = {"int8_keys": 127, "fp8_keys": 448}[scheme]  # so that scales of queries are powers of two, and nothing is rounded
+        iq = np.random.default_rng(shape[0]).integers(-15, 16, self.iq.shape) * 1.0
+        iq[..., ::32] = top
+        self.iq = (iq * 2.0 ** -np.arange(iq.shape[1])[:, None].clip(max=9)).astype(self.iq.dtype)
+        self.keys = CPU.from_logical(spec, {"k": parts["codes"], "k_scale": parts["scale"]})
+        self.said = Scaled(scheme_of(scheme), parts)
+
+    def exact(self):
+        wide = replace(self.keys, native={"k": self.said})
+        return contracts()["indexer_scores"].reference(widen(self.iq), widen(self.w), wide, self.batch, scale=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["int8_keys", "fp8_keys"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "width", "size"),
+    [(1, 7, 7), (5, 128, 16), (16, 64, 64), (32, 128, 64), (40, 128, 48), (20, 192, 64), (96, 64, 128)],
+)
+def test_indexer_of_codes(scheme, dtype, heads, width, size):
+    call = CodedIndexer(scheme, heads + width, heads, width, [1, 3, 20, 1], [0, 200, 333, 64], size, dtype)
+    found, wanted = call.scores(), call.exact()
+    seen = np.isfinite(wanted)
+    assert np.array_equal(np.isneginf(found), ~seen)
+    assert np.abs(found[seen] - wanted[seen]).max() <= 2.0**-17 * np.abs(wanted[seen]).max()
+    assert all(np.array_equal(a, b) for a, b in zip(call.chosen(70), call.chosen_of_scores(70)))

@@ -99,15 +99,20 @@ def test_parts_come_back_bit_for_bit_and_take_little_more_than_they_must(scheme,
     assert all(back[name].tobytes() == odd[name].tobytes() for name in odd)
 
 
-def test_every_code_of_e4m3():
-    """Alone in a row of zeros each code is multiplied with 1: 256 numbers, of which two are NaN."""
-    codes = np.zeros((256, 256), np.uint8)
-    np.fill_diagonal(codes, np.arange(256))
-    made = native.Packed(1, 256, 256, F32, False, "fp8_block")
-    made.set_codes(0, codes, np.ones((2, 2), F32))
-    y = linear(np.full((1, 256), 448, F32), made, 256)[0] / 448
-    said = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(F32)
-    np.testing.assert_array_equal(y, said)
+@SCHEMES
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 20])
+def test_every_code(scheme, dtype, rows):
+    """Alone in a row of zeros each code is multiplied with what stands for 1, the lowest of int4 and int8 too, which no rule
+    of rounding makes; of 256 of e4m3 two are NaN."""
+    rule, top = scheme_of(scheme), {"int8_channel": 127, "fp8_block": 448}.get(scheme, 1)
+    every = {"int8": np.arange(-128, 128), "int4": np.arange(-8, 8)}.get(rule.codes, np.arange(256))
+    codes = np.zeros((len(every), 256), np.uint8 if rule.codes == "float8_e4m3fn" else np.int8)
+    np.fill_diagonal(codes, every)
+    made = native.Packed(1, *codes.shape, dtype, False, scheme)
+    made.set_codes(0, codes, np.ones(rule.form(codes.shape)["scale"][0], F32))
+    y = linear(np.full((rows, 256), top, dtype), made, len(every)) / top
+    np.testing.assert_array_equal(y, np.tile(rule.decoded(codes.diagonal()), (rows, 1)))
 
 
 @SCHEMES
