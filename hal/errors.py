@@ -49,6 +49,12 @@ class Unavailable(PorthalError, ImportError):
     """A backend that is not here, or is here and broken."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had no memory left: libraries have types of their own for that, or only words."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 def message_of(error: BaseException) -> str:
     """An exception in one line: its type and the first lines of what it says."""
     try:

@@ -111,4 +111,5 @@ def sample(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p:
     logits = dense_rows(logits)
     T, V = logits.shape
     given = (x.contiguous() for x in (u, temperature, top_k, top_p))
-    launch(_sample, T, logits, *given, ids, V, logits.stride(0), BLOCK=block_of(V, 1024), num_warps=4)
+    block = block_of(V, 4096)
+    launch(_sample, T, logits, *given, ids, V, logits.stride(0), BLOCK=block, num_warps=16 if block > 2048 else 4)
