@@ -10,7 +10,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from porthal.cli import text
 from porthal.hal import PorthalError
-from porthal.hal.errors import message_of, out_of_memory
 
 
 class Quick:
@@ -38,12 +37,6 @@ class Commands(Quick, TyperGroup):
             code = super().invoke(ctx)
         except PorthalError as error:
             text.note(f"porthal: {error}")
-            code = 2
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            advice = "take a smaller model, batch or context, or several devices"
-            text.note(f"porthal: the memory was not enough, {message_of(error)}; {advice}")
             code = 2
         except KeyboardInterrupt as stop:
             code = 128 + getattr(stop, "signal", signal.SIGINT)

@@ -78,7 +78,8 @@ def foreign(what: str, kind: type[PorthalError] = Unavailable) -> Iterator[None]
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
             raise
-        raise kind(f"{what}: {message_of(error)}{_raised_at(error)}") from error
+        advice = "; take a smaller model, batch or context, or several devices" if out_of_memory(error) else ""
+        raise kind(f"{what}: {message_of(error)}{_raised_at(error)}{advice}") from error
 
 
 def _raised_at(error: BaseException) -> str:

@@ -357,4 +357,4 @@ def test_memory_that_is_not_enough_is_one_sentence(site: Path, run: Run, texts: 
     install(site, "chip", backend=method("embedding", f"raise {raised}"))
     code, _, err = run("generate", "ab", "--backend", "chip", "--model", texts, "--max-new", 2)
     assert code == 2
-    a_sentence(err, "the memory was not enough, ", said, "; take a smaller model, batch or context, or several devices")
+    a_sentence(err, "running on chip of chip_plugin failed: ", said, "; take a smaller model, batch or context, or several")

@@ -94,7 +94,7 @@ def test_what_was_measured_decides(chip: Path, command_line: Any) -> None:
         binding.argmax(np.zeros((rows, 256), np.float32))
         assert called[-1] == (provider, rows)
     code, out, _ = command_line("explain", "--backend", "tuning")
-    assert code == 0 and re.search(r"argmax +own +tuning +few or many +measured: at 1 row few 1 µs, many 10 µs, wrong", out)
+    assert code == 0 and re.search(r"argmax +own +tuning +few +measured: at 1 row few 1 µs, many 10 µs, wrong", out)
     assert f"what was measured here on {kept['date']} decides" in out
 
     shipped = chip / "tuned" / file.name
