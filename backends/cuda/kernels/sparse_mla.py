@@ -91,7 +91,7 @@ def tile_for(N: int, wide: bool, width: int, shared: int) -> Tile:
     heads = block_of(N, 16 if wide or little else 32 if shared < LARGE else 64)
     keys = 16 if wide or little else 64 if heads == 16 and shared >= LARGE else 32
     stage = keys * width * (4 if wide else 2)
-    return Tile(heads, keys, 8 if heads >= 32 else 4, 2 if 3 * stage <= shared else 1)
+    return Tile(heads, keys, 8 if heads >= 32 or keys > 32 else 4, 2 if 3 * stage <= shared else 1)
 
 
 def sparse_mla(
