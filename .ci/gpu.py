@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS, VENV, CACHE = (ROOT / "build" / "gpu" / name for name in ("wheels", "venv", "cache"))
@@ -112,16 +114,21 @@ def named(out: Path) -> None:
         shutil.copy(table, kept)
 
 
-def _ended(part: Part, seconds: float | None, file: object, environment: dict[str, str]) -> str:
+def _ended(part: Part, seconds: float | None, file: IO[str], environment: dict[str, str]) -> str:
+    """How a part ends; one that takes too long is ended with all that it has started."""
     try:
-        done = subprocess.run(
-            part.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=seconds, check=False
-        )  # type: ignore[call-overload]
-    except subprocess.TimeoutExpired:
-        return "cut off"
+        child = subprocess.Popen(
+            part.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+        )
     except OSError as error:
         return f"failed: {error}"
-    return "good" if done.returncode == part.code else f"failed with {done.returncode}"
+    try:
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return "cut off"
+    return "good" if code == part.code else f"failed with {code}"
 
 
 def wheels() -> int:
