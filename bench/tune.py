@@ -70,7 +70,7 @@ def _timed(run: Run) -> Iterator[Timed]:
     for row in run.workload.rows:
         alike.setdefault((row.group, replace(row.case, via="").token), []).append(row)
     for (_, token), rows in alike.items():
-        seconds = {}
+        seconds: dict[str, float | None] = {}
         for row in rows:
             of = sorted(found.get(row.case.token, ()), key=lambda m: m.cache != COLD)
             if of and of[0].samples:

@@ -48,8 +48,8 @@ def by_shape(
             raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
         return kernel.function(*args, **attrs)
 
-    turns = [found for spec in specs if (found := backend.turns(contract, kernels, spec))]
-    reason = "; ".join(map(said, turns)) or "each shape goes to the first that takes it"
+    measured = [turns for spec in specs if (turns := backend.turns(contract, kernels, spec))]
+    reason = "; ".join(map(said, measured)) or "each shape goes to the first that takes it"
     tie = "any" if any(k.tie == "any" for k in used) else "lowest"
     providers = " or ".join(k.provider or k.owner for k in used)
     told = next((k for k in used if not k.capturable), used[0])

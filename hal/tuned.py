@@ -67,7 +67,7 @@ class Table:
     def of(cls, backend: Backend) -> Table:
         """That of a backend's device and versions, if there is one."""
         if backend.place != "hardware":
-            return cls(why=f"an {backend.place} has no speed")
+            return cls(why=f"{backend} runs on: {backend.place}, which has no speed")
         package = getattr(sys.modules.get(backend.__module__.rpartition(".")[0]), "__file__", None)
         shipped = [Path(package).parent / "tuned" / file_of(backend).name] if package else []
         for file in (file_of(backend), *shipped):
@@ -83,14 +83,11 @@ class Table:
             if kept.pop("schema") != SCHEMA:
                 return cls(why=f"{file} has another schema than {SCHEMA}: {again}")
             calls = tuple(map(Timed.read, kept.pop("calls")))
-            found = cls(calls, **kept)
+            found, here = cls(calls, **kept), versions(backend, calls)
+            other = next((f"{name} {v}" for name, v in found.versions.items() if here.get(name) != v), "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return cls(why=f"{file} is no table of porthal tune ({type(error).__name__}): {again}")
-        here = versions(backend, calls)
-        for name, then in found.versions.items():
-            if here.get(name) != then:
-                return cls(why=f"{file} was measured with {name} {then}, here is {here.get(name) or 'none'}: {again}")
-        return found
+        return cls(why=f"{file} was measured with {other}, which is not here: {again}") if other else found
 
     def save(self, file: Path) -> None:
         """Write it whole, or leave what is there."""

@@ -102,7 +102,8 @@ def test_what_was_measured_decides(chip: Path, command_line: Any) -> None:
     file.rename(shipped)
     assert chosen(8)[0].provider == "few"  # the package's own table
     for wrong, why in (
-        ({"versions": {"porthal": "0"}}, "was measured with porthal 0, here is none: run porthal tune --backend tuning"),
+        ({"versions": {"porthal": "0"}}, "was measured with porthal 0, which is not here: run porthal tune --backend tuning"),
+        ({"versions": []}, "is no table of porthal tune (AttributeError): run porthal tune"),
         ({"schema": 9}, "has another schema than 1: run porthal tune"),
         ({"calls": [{"op": "argmax", "spec": 3}]}, "is no table of porthal tune (TypeError): run porthal tune"),
         ({"calls": [{**kept["calls"][0], "seconds": {"few": "fast"}}]}, "is no table of porthal tune (ValueError)"),
