@@ -50,7 +50,7 @@ def tune(
     """
     if backend.place != "hardware":
         raise UsageError(f"{backend} runs on: {backend.place}, which has no speed; run porthal tune where the chip is")
-    known = backend.providers()
+    known = backend.alternatives()
     if not (asked := [op for op in known if not ops or op in ops]):
         among = f"{backend} has several kernels for {', '.join(known) or 'no op'}"
         raise UsageError(f"there is nothing to choose from: {among}{f', not for {ops[0]}' if ops else ''}")

@@ -32,7 +32,7 @@ from porthal.hal.operands import (
     WeightSpec,
     kind_of,
 )
-from porthal.hal.tuned import Seconds, Table
+from porthal.hal.tuned import Table
 from porthal.hal.wire import joined
 
 Array = Any
@@ -295,10 +295,6 @@ class Backend:
         """How long kernels took on this device, where `porthal tune` has measured that."""
         return Table.of(self)
 
-    def turns(self, contract: Contract, kernels: Sequence[Kernel], spec: CallSpec) -> Mapping[int, Seconds]:
-        """By rows, how long each of these kernels took for calls like this; {} where there is no choice, or none was timed."""
-        return self.tuned.turns(contract, spec) if sum(k.owner == self.name for k in kernels) > 1 else {}
-
     # -- capability --------------------------------------------------------------------------------------------------
 
     def derive(self, contract: Contract) -> Callable[..., Any] | None:
@@ -329,7 +325,7 @@ class Backend:
             kernels.insert(0, _needing(contract, kernel))
         return kernels
 
-    def providers(self) -> dict[str, tuple[str, ...]]:
+    def alternatives(self) -> dict[str, tuple[str, ...]]:
         """The ops for which there are several own kernels: their providers as the classes stand."""
         own = {op: [k.provider for k in self.candidates(c) if k.owner == self.name] for op, c in contracts().items()}
         return {op: tuple(each) for op, each in own.items() if len(each) > 1}

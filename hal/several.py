@@ -12,7 +12,7 @@ from porthal.hal.choice import Choice
 from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.errors import NotClaimed
 from porthal.hal.operands import Weight, WeightSpec
-from porthal.hal.tuned import at, first_of, in_order, said
+from porthal.hal.tuned import at, first_of, in_order, said, turns_of
 
 Function = Callable[..., Any]
 Chosen = tuple[Function, Choice, Kernel | None]
@@ -48,7 +48,7 @@ def by_shape(
             raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
         return kernel.function(*args, **attrs)
 
-    measured = [turns for spec in specs if (turns := backend.turns(contract, kernels, spec))]
+    measured = [turns for spec in specs if (turns := turns_of(backend, contract, kernels, spec))]
     reason = "; ".join(map(said, measured)) or "each shape goes to the first that takes it"
     tie = "any" if any(k.tie == "any" for k in used) else "lowest"
     providers = " or ".join(k.provider or k.owner for k in used)
@@ -62,7 +62,7 @@ def _classes(backend: Backend, contract: Contract, kernels: Sequence[Kernel], sp
     [] where some have none, or where it changes more often than a table of kernels is worth.
     """
     low, high = rows if isinstance(rows := spec.dims.get(contract.rows), tuple) else (0, 0)
-    turns = backend.turns(contract, kernels, spec)
+    turns = turns_of(backend, contract, kernels, spec)
 
     def part(start: int, end: int) -> CallSpec:
         return replace(spec, dims={**spec.dims, contract.rows: (start, end)}) if high else spec

@@ -109,6 +109,11 @@ class Table:
         return {rows: _together(found[rows]) for rows in sorted(found)}
 
 
+def turns_of(backend: Backend, contract: Contract, kernels: Sequence[Kernel], spec: CallSpec) -> Mapping[int, Seconds]:
+    """By rows, how long each of these kernels took for calls like this; {} where there is no choice, or none was timed."""
+    return backend.tuned.turns(contract, spec) if sum(k.owner == backend.name for k in kernels) > 1 else {}
+
+
 def kind_of(contract: Contract, spec: CallSpec) -> tuple[Any, ...]:
     """What calls have in common that one measurement stands for: all but rows, requests and context."""
     free = FREE | {contract.rows} | {d for o in contract.signature.of_kind("Batch") for d in o.dims}
