@@ -13,7 +13,7 @@ from porthal.bench.run import COLD, Progress, Run, bench
 from porthal.bench.scale import EXPERTS, Bounds
 from porthal.bench.workloads import Row, Workload
 from porthal.hal import Backend, CallSpec, UsageError, contracts
-from porthal.hal.tuned import FREE, Table, Timed, versions
+from porthal.hal.tuned import FREE, Table, Timed, first_of, versions
 
 UNTIMED = ("", "UNCLAIMED", "LEFT_OUT")  # verdicts that say nothing against a kernel
 
@@ -84,7 +84,7 @@ def _timed(run: Run) -> Iterator[Timed]:
 
 
 def _measured_as(row: Row) -> CallSpec | None:
-    """The step's call with as many rows as were timed, experts in proportion; None where it was made smaller otherwise."""
+    """The step's call with as many rows as were timed, or as many for each expert; None where it was made smaller otherwise."""
     assert row.spec
     contract, made, dims = contracts()[row.case.op], dict(row.case.dims), dict(row.spec.dims)
     free = FREE | {contract.rows, EXPERTS} | {d for o in contract.signature.of_kind("Batch") for d in o.dims}
@@ -92,5 +92,5 @@ def _measured_as(row: Row) -> CallSpec | None:
         return None
     if contract.rows in made:
         share = dims[EXPERTS] / made[EXPERTS] if EXPERTS in dims else 1  # type: ignore[operator]
-        dims[contract.rows] = round(made[contract.rows] * share)
+        dims[contract.rows] = min(first_of(row.spec, contract), round(made[contract.rows] * share))
     return replace(row.spec, dims=dims)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.errors import UsageError
+from porthal.hal.scheme import NONE
 
 if TYPE_CHECKING:
     from porthal.hal.backend import Backend, Kernel
@@ -116,9 +117,11 @@ def turns_of(backend: Backend, contract: Contract, kernels: Sequence[Kernel], sp
 
 def kind_of(contract: Contract, spec: CallSpec) -> tuple[Any, ...]:
     """What calls have in common that one measurement stands for: all but rows, requests and context."""
-    free = FREE | {contract.rows} | {d for o in contract.signature.of_kind("Batch") for d in o.dims}
-    dims = {name: size for name, size in spec.dims.items() if name not in free}
-    return CallSpec(dims, spec.dtypes, spec.attrs, spec.schemes).key()
+    signature = contract.signature
+    known = {*signature.symbols(), *(["block_size"] if signature.of_kind("Pages") else [])}
+    free = FREE | {contract.rows} | {d for o in signature.of_kind("Batch") for d in o.dims}
+    dims = {name: size for name, size in spec.dims.items() if name in known - free}
+    return CallSpec(dims, spec.dtypes, spec.attrs, {o: s for o, s in spec.schemes.items() if s != NONE}).key()
 
 
 def first_of(spec: CallSpec, contract: Contract) -> int:
