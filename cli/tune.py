@@ -11,6 +11,8 @@ from porthal.cli.options import BackendOption, Dtype, dtype_of
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 
+JUDGED = 30.0  # seconds to judge a call at most: one whose matrices are made narrower says nothing of what it stands for
+
 
 def tune(
     backend: BackendOption = None,
@@ -23,7 +25,7 @@ def tune(
         Dtype | None, typer.Option("--dtype", parser=dtype_of, metavar="DTYPE", help="default: bfloat16, of demo float32")
     ] = None,
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="about how long to measure in all")] = 240,
-    memory: Annotated[float, typer.Option(metavar="GIB", min=0.01, max=1024, help="for the operands of one call")] = 0.5,
+    memory: Annotated[float, typer.Option(metavar="GIB", min=0.01, max=1024, help="for the operands of one call")] = 1,
 ) -> int:
     """Time the kernels among which a backend chooses, each judged first, and keep a table that its choice reads from then on.
 
@@ -35,7 +37,7 @@ def tune(
     from porthal.hal import contracts, create, running, selected
     from porthal.hal.tuned import file_of, said
 
-    made, bounds = create(backend or selected()[0]), Bounds(memory=memory * 2**30)
+    made, bounds = create(backend or selected()[0]), Bounds(memory * 2**30, JUDGED)
     calls = named(workload, step or ["decode", "prefill"], dtype.value if dtype else "", bounds)
     with running(made), stoppable(lambda: "nothing is kept of it"), text.progress() as advance:
         table, wrong = run(made, calls, op or (), bounds, seconds, advance)

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from porthal.hal import CallSpec, Choice, bind, create
+from porthal.bench.scale import Bounds
+from porthal.bench.tune import _measured_as
+from porthal.bench.workloads import profile_home, workload
+from porthal.cli.tune import JUDGED
+from porthal.hal import CallSpec, Choice, bind, contracts, create
+from porthal.hal.tuned import first_of, kind_of
+from porthal.model.config import Config
+from porthal.model.load import profile
 from tests.plugins import install, installed
 
 CHIP = """
@@ -127,3 +134,16 @@ def test_what_was_measured_decides(chip: Path, command_line: Any) -> None:
 def test_what_cannot_be_measured_is_one_sentence(chip: Path, command_line: Any, given: tuple[str, ...], said: str) -> None:
     code, out, err = command_line("tune", *given)
     assert code == 2 and out == "" and said in err and "Traceback" not in err
+
+
+def test_what_is_timed_is_found_again_by_a_model() -> None:
+    """Calls that steps make, and those that stand for what a composite's kernel hides."""
+    bounds, known = Bounds(2**30, JUDGED), contracts()
+    config = Config.read(profile_home())
+    ops = ("sparse_mla", "grouped_gemm", "moe_experts")
+    wanted = profile(config, "bfloat16")
+    for row in workload("glm5", ["decode"], "", bounds).only(ops, bounds).rows:
+        spec, contract = _measured_as(row), known[row.case.op]
+        assert spec and kind_of(contract, spec) in [kind_of(contract, s) for s in wanted[row.case.op]], row.case.token
+        if "E" in spec.dims:  # made smaller with their rows
+            assert first_of(spec, contract) == first_of(row.spec, contract)  # type: ignore[arg-type]
