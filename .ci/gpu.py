@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
-WHEELS, VENV = ROOT / "build" / "gpu" / "wheels", ROOT / "build" / "gpu" / "venv"
+WHEELS, VENV, CACHE = (ROOT / "build" / "gpu" / name for name in ("wheels", "venv", "cache"))
+REPORTS = ("bring-up", "standard", "strict", "bench")  # the first has the device's name
 CARRIED = 64 << 20  # bytes
 NEEDED = ("jinja2", "ml_dtypes", "rich", "typer")  # NumPy comes with PyTorch
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -36,11 +41,12 @@ SMALL = "silu_mul,T=3,I=96,x:fp32,0"
 
 @dataclass
 class Part:
-    """A part of the visit: seconds that it may take, what it runs, and how that ended."""
+    """A part of the visit: seconds that it may take, what it runs, how that ended, and the exit code that it should have."""
 
     name: str
     most: float
     command: Sequence[str]
+    code: int = 0
     seconds: float = 0.0
     ended: str = "left out, as no time was left"
 
@@ -58,13 +64,14 @@ def parts(out: Path, dry: bool) -> list[Part]:
 
     timed = ["--workload", "demo", "--seconds", "5"] if dry else ["--seconds", "110"]
     short = ["--decode", "1"] if dry else []
-    sides = "torch" if dry else "cuda,torch:cuda"  # an emulated device has no speed
+    sides = "torch" if dry else "cuda,torch:cuda"  # an emulated device has no speed, which is what tune says of it
     sanitizer = [] if dry else ["compute-sanitizer", "--error-exitcode", "1"]
     made = [
         Part("backends", 30, [*porthal, "backends"]),
         Part("bring-up", 120, level("bring-up")),
         Part("text", 60, [*porthal, "generate", TEXT, "--backend", "cuda", "--max-new", "4" if dry else "135"]),
         Part("lockstep", 60, [*porthal, "diff", "--backend", "cuda", "--tokens", "2" if dry else "64", *emulated, *short]),
+        Part("tune", 75, [*porthal, "tune", "--backend", "cuda", "--memory", "4", "--seconds", "50"], 2 if dry else 0),
         Part("speed", 150, [*porthal, "bench", "--backend", sides, *timed, *one, "--json", f"{out}/bench.json"]),
         Part("standard", 240, level("standard")),
     ]
@@ -76,7 +83,7 @@ def parts(out: Path, dry: bool) -> list[Part]:
 def run(out: Path, dry: bool) -> int:
     end = time.monotonic() + (inf if dry else VISIT)
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORTHAL_CACHE": str(CACHE)}
     if dry:  # PyTorch and Triton of the environment that this runs in
         environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]), "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", VENV], check=True)
@@ -92,19 +99,36 @@ def run(out: Path, dry: bool) -> int:
             part.seconds = round(time.monotonic() - start, 1)
         print(f"{part.name}: {part.ended}, {part.seconds:g} s", flush=True)
         (out / "run.json").write_text(json.dumps([asdict(p) for p in visit], indent=1), encoding="utf-8")
+    named(out)
     return int(any(part.ended.startswith("failed") for part in visit))
 
 
-def _ended(part: Part, seconds: float | None, file: object, environment: dict[str, str]) -> str:
+def named(out: Path) -> None:
+    """Reports as docs/results keeps them and tables as the backend's package does, in OUT/results: with the device's name."""
+    (kept := out / "results").mkdir(exist_ok=True)
+    reports = [file for name in REPORTS if (file := out / f"{name}.json").is_file()]
+    for report in reports:
+        device = re.sub(r"[^a-z0-9]+", "-", json.loads(reports[0].read_text(encoding="utf-8"))["device"].lower())
+        shutil.copy(report, kept / f"cuda-{device.strip('-')}-{report.name}")
+    for table in CACHE.glob("tuned-*.json"):
+        shutil.copy(table, kept)
+
+
+def _ended(part: Part, seconds: float | None, file: IO[str], environment: dict[str, str]) -> str:
+    """How a part ends; one that takes too long is ended with all that it has started."""
     try:
-        done = subprocess.run(
-            part.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=seconds, check=False
-        )  # type: ignore[call-overload]
-    except subprocess.TimeoutExpired:
-        return "cut off"
+        child = subprocess.Popen(
+            part.command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+        )
     except OSError as error:
         return f"failed: {error}"
-    return f"failed with {done.returncode}" if done.returncode else "good"
+    try:
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return "cut off"
+    return "good" if code == part.code else f"failed with {code}"
 
 
 def wheels() -> int:

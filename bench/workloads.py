@@ -56,13 +56,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """A call in a group of rows: how often one step makes it, and what was scaled."""
+    """A call in a group of rows: how often one step makes it, what was scaled, and the call as the step makes it."""
 
     step: str
     group: str
     case: Case
     calls: float
     scaled: str = ""
+    spec: CallSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _rows(
         sized = Sized.of(op, spec, requests).within(bounds)
         before = found.get(sized.case)
         times = count * sized.stands_for + (before.calls if before else 0)
-        found[sized.case] = Row(step, group, sized.case, times, sized.scaled)
+        found[sized.case] = Row(step, group, sized.case, times, sized.scaled, before.spec if before else spec)
     yield from found.values()
 
 

@@ -49,6 +49,7 @@ from porthal.cli.ranks import ExpertsOption, LayoutOption, launch, ranked
 from porthal.cli.selecting import among, named, tested
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
+from porthal.cli.tune import tune
 from porthal.cli.verify import verify
 from porthal.hal import UsageError
 
@@ -350,6 +351,7 @@ app.command()(quantize)
 app.command()(compare)
 app.command()(verify)
 app.command()(doctor)
+app.command()(tune)
 
 
 @app.command()

@@ -46,6 +46,8 @@ def explain(
         head = ["op", "kernel", "owner", "provider", "reason"]
         text.table(head, [[c.op, c.status, c.owner, c.provider, c.reason] for c in choices.values()])
         print(bare.backend.describe())
+        if made.alternatives():
+            print(made.tuned.why or f"where there are several kernels, what was measured here on {made.tuned.date} decides")
         judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if needed else "without a model's profile"
         print(f"{bare.backend} ({bare.backend.place}), {judged}: {counts.summary()}")
     return 1 if missing else 0

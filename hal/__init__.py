@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from porthal.hal.recorder import Recorder, callers, recorded
     from porthal.hal.scheme import SCHEMES, Scheme, scheme_of
     from porthal.hal.spans import Reals
+    from porthal.hal.tuned import cache_folder
     from porthal.hal.wire import simulated
 
 __all__ = [
@@ -112,6 +113,7 @@ __all__ = [
     "best",
     "between",
     "bind",
+    "cache_folder",
     "called",
     "callers",
     "checked",
@@ -144,7 +146,7 @@ __all__ = [
 
 # Where the names are, the files first that need little.
 _FILES = (
-    "errors", "discovery", "dtypes", "limits", "operands", "scheme", "spans", "wire", "contract", "backend", "choice",
+    "errors", "discovery", "dtypes", "limits", "operands", "scheme", "spans", "wire", "contract", "tuned", "backend", "choice",
     "binding",
     "recorder",
 )  # fmt: skip

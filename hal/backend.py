@@ -17,7 +17,7 @@ from weakref import WeakSet
 import numpy as np
 
 from porthal.hal import dtypes as dt
-from porthal.hal.contract import CallSpec, Contract, operators
+from porthal.hal.contract import CallSpec, Contract, contracts, operators
 from porthal.hal.errors import DataNotTaken, NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits, Need
 from porthal.hal.operands import (
@@ -32,6 +32,7 @@ from porthal.hal.operands import (
     WeightSpec,
     kind_of,
 )
+from porthal.hal.tuned import Table
 from porthal.hal.wire import joined
 
 Array = Any
@@ -289,6 +290,11 @@ class Backend:
         """
         return {}
 
+    @cached_property
+    def tuned(self) -> Table:
+        """How long kernels took on this device, where `porthal tune` has measured that."""
+        return Table.of(self)
+
     # -- capability --------------------------------------------------------------------------------------------------
 
     def derive(self, contract: Contract) -> Callable[..., Any] | None:
@@ -318,6 +324,11 @@ class Backend:
                 kernel = replace(kernel, inner=kernels[0], tie=tie)
             kernels.insert(0, _needing(contract, kernel))
         return kernels
+
+    def alternatives(self) -> dict[str, tuple[str, ...]]:
+        """The ops for which there are several own kernels: their providers as the classes stand."""
+        own = {op: [k.provider for k in self.candidates(c) if k.owner == self.name] for op, c in contracts().items()}
+        return {op: tuple(each) for op, each in own.items() if len(each) > 1}
 
     def _packing(self, chain: Sequence[type]) -> Callable[..., Weight]:
         """`prepare` of the first of these classes that defines it."""

@@ -24,6 +24,7 @@ from porthal.hal.scheme import NONE
 from porthal.hal.services import Services
 from porthal.hal.several import Chosen, Function, by_scheme, by_shape
 from porthal.hal.together import together
+from porthal.hal.tuned import at, first_of, in_order, said, turns_of
 
 Wrap = Callable[[str, Function], Function]
 Profile = Mapping[str, Sequence[CallSpec]]
@@ -232,6 +233,8 @@ def _choose(
     if via and not (kernels := [k for k in kernels if k.provider == via and k.owner == chosen.name]):
         providers = ", ".join(k.provider for k in chosen.candidates(contract) if k.provider) or "none"
         raise NotClaimed(f"{chosen} has no kernel for {op} via {via!r}: its providers are {providers}")
+    turns = turns_of(chosen, contract, kernels, specs[0]) if specs and not via else {}
+    kernels = in_order(kernels, at(turns, first_of(specs[0], contract))) if turns else kernels
     if policy.divert and not via:
         kernels = [_diverting(binding, contract, specs, policy, kernels[i:]) for i in range(len(kernels))]
     own = [k for k in kernels if k.owner == chosen.name]
@@ -243,7 +246,7 @@ def _choose(
         return by_scheme_of_weight
     if shared := by_shape(chosen, contract, own, specs, None if via else rest):
         return shared
-    refusals, inherited = [], None
+    refusals, inherited = [said(turns)] if turns else [], None
     for kernel in kernels:
         if reason := next((r for s in specs if (r := kernel.refuses(s))), None if specs else _only_quantised(kernel)):
             named = via or (kernel in own and len(own) > 1)

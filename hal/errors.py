@@ -49,6 +49,12 @@ class Unavailable(PorthalError, ImportError):
     """A backend that is not here, or is here and broken."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had no memory left: libraries have types of their own for that, or only words."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 def message_of(error: BaseException) -> str:
     """An exception in one line: its type and the first lines of what it says."""
     try:
@@ -72,7 +78,8 @@ def foreign(what: str, kind: type[PorthalError] = Unavailable) -> Iterator[None]
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
             raise
-        raise kind(f"{what}: {message_of(error)}{_raised_at(error)}") from error
+        advice = "; take a smaller model, batch or context, or several devices" if out_of_memory(error) else ""
+        raise kind(f"{what}: {message_of(error)}{_raised_at(error)}{advice}") from error
 
 
 def _raised_at(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from porthal.hal.choice import Choice
 from porthal.hal.contract import CallSpec, Contract
 from porthal.hal.errors import NotClaimed
 from porthal.hal.operands import Weight, WeightSpec
+from porthal.hal.tuned import at, first_of, in_order, said, turns_of
 
 Function = Callable[..., Any]
 Chosen = tuple[Function, Choice, Kernel | None]
@@ -22,13 +23,13 @@ Classes = list[tuple[CallSpec, Kernel]]  # calls that are alike, and the kernel 
 def by_shape(
     backend: Backend, contract: Contract, kernels: Sequence[Kernel], specs: Sequence[CallSpec], rest: Kernel | None = None
 ) -> tuple[Function, Choice, Kernel] | None:
-    """One function made of several own kernels, where each shape of the profile goes to the first kernel that takes it; calls
-    under schemes that they do not take go to `rest`, an inherited one.
+    """One function made of several own kernels, where each shape of the profile goes to the first kernel that takes it, the
+    fastest first where that was measured; calls under schemes that they do not take go to `rest`, an inherited one.
 
     None where that is one kernel for all, or where none takes a shape. A weight has one packed form: kernels that pack
     differently are not combined.
     """
-    op, found = contract.name, [_classes(kernels, spec) for spec in specs] if rest or len(kernels) > 1 else []
+    op, found = contract.name, [_classes(backend, contract, kernels, spec) for spec in specs if rest or len(kernels) > 1]
     if rest and kernels:
         taken = [spec.schemes for spec, classes in zip(specs, found) if classes]
         left = [spec.schemes not in taken and not rest.refuses(spec) for spec in specs]
@@ -47,29 +48,33 @@ def by_shape(
             raise NotClaimed(f"{op} on {backend} is bound for other shapes: bind with a profile that has this call")
         return kernel.function(*args, **attrs)
 
-    reason = "each shape goes to the first that takes it"
+    measured = [turns for spec in specs if (turns := turns_of(backend, contract, kernels, spec))]
+    reason = "; ".join(map(said, measured)) or "each shape goes to the first that takes it"
     tie = "any" if any(k.tie == "any" for k in used) else "lowest"
     providers = " or ".join(k.provider or k.owner for k in used)
     told = next((k for k in used if not k.capturable), used[0])
     return call, Choice(op, "own", used[0].owner, providers, reason, tie), told
 
 
-def _classes(kernels: Sequence[Kernel], spec: CallSpec) -> Classes:
-    """The calls of a spec by the first kernel that takes them, cut where that changes with the rows T.
+def _classes(backend: Backend, contract: Contract, kernels: Sequence[Kernel], spec: CallSpec) -> Classes:
+    """The calls of a spec by the first kernel that takes them, cut where that changes with the rows.
 
     [] where some have none, or where it changes more often than a table of kernels is worth.
     """
-    low, high = rows if isinstance(rows := spec.dims.get("T"), tuple) else (0, 0)
+    low, high = rows if isinstance(rows := spec.dims.get(contract.rows), tuple) else (0, 0)
+    turns = turns_of(backend, contract, kernels, spec)
 
     def part(start: int, end: int) -> CallSpec:
-        return replace(spec, dims={**spec.dims, "T": (start, end)}) if high else spec
+        return replace(spec, dims={**spec.dims, contract.rows: (start, end)}) if high else spec
 
     classes: Classes = []
     while low <= high and len(classes) < CUTS:
-        kernel = next((k for k in kernels if not k.refuses(part(low, low))), None)
+        fewest = low or first_of(spec, contract)
+        kernel = next((k for k in in_order(kernels, at(turns, fewest)) if not k.refuses(part(low, low))), None)
         if kernel is None:
             return []
-        end = low + bisect_left(range(low, high), True, key=lambda last: bool(kernel.refuses(part(low, last + 1))))
+        last = min([high, *(rows - 1 for rows in turns if rows > fewest)])
+        end = low + bisect_left(range(low, last), True, key=lambda n: bool(kernel.refuses(part(low, n + 1))))
         classes.append((part(low, end), kernel))
         low = end + 1
     return classes if low > high else []

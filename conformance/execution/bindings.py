@@ -18,7 +18,6 @@ from porthal.hal import (
     Operand,
     UsageError,
     bind,
-    contracts,
     recorded,
     running,
 )
@@ -80,15 +79,6 @@ class Bindings:
     def _bind(self, op: str, profile: Mapping[str, Sequence[CallSpec]], via: str, checked: bool) -> Binding:
         rules = {op: VIA + via} if via else {}
         return bind(backend=self.backend, profile=profile, overrides=rules, fallback="error", check=checked, divert=False)
-
-    def providers(self) -> dict[str, tuple[str, ...]]:
-        """The ops for which the backend has several kernels of its own: their providers, the first choice first."""
-        found = {}
-        for op, contract in contracts().items():
-            own = [k.provider for k in self.backend.candidates(contract) if k.owner == self.backend.name]
-            if len(own) > 1:
-                found[op] = tuple(own)
-        return found
 
 
 def parts(inputs: Inputs, expand: Collection[str] | None = None) -> dict[str, list[CallSpec]]:

@@ -27,6 +27,7 @@ from porthal.conformance.execution.placing import Watch, filled, jointly, place,
 from porthal.conformance.verdicts import Failed
 from porthal.hal import Binding, DataNotTaken, NotClaimed, Pages, Weight
 from porthal.hal.dtypes import dtype
+from porthal.hal.errors import out_of_memory
 
 REPLAYS = 25  # runs of a choice among equals, as at any level while patience lasts
 PATIENCE = 0.5  # seconds, after which two runs are enough
@@ -283,7 +284,6 @@ def _churn(binding: Binding, results: Mapping[str, Any]) -> None:
 
 def told(error: BaseException) -> str:
     """What was raised, and where; Failed with CRASH where memory was lacking, in the words of NumPy and PyTorch."""
-    said, told = str(error).lower(), raised(error)
-    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
-        raise Failed("CRASH", f"out of memory: {told}") from error
-    return told
+    if out_of_memory(error):
+        raise Failed("CRASH", f"out of memory: {raised(error)}") from error
+    return raised(error)

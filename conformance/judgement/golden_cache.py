@@ -21,7 +21,7 @@ import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs
 from porthal.conformance.level import SUITE
-from porthal.hal import Contract, Operand, UsageError
+from porthal.hal import Contract, Operand, cache_folder
 from porthal.hal.dtypes import dtype
 
 LIMIT = 2**32  # bytes of all entries
@@ -36,12 +36,7 @@ _written = 0
 
 def folder() -> Path:
     """Where the entries lie: PORTHAL_CACHE, else golden in the user's cache folder."""
-    if named := os.environ.get("PORTHAL_CACHE"):
-        path = Path(named)
-        if any(os.path.exists(p) and not os.path.isdir(p) for p in (path, *path.parents)):
-            raise UsageError(f"PORTHAL_CACHE is {named!r}, which is or lies in a file: expected a folder, there or to be made")
-        return path
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porthal" / "golden"
+    return cache_folder("golden")
 
 
 def recall(inputs: Inputs, part: str, compute: Callable[[], Arrays]) -> Arrays:

@@ -77,7 +77,7 @@ def run(
             judged = stack.enter_context(everywhere(pool, bounds or Bounds()))
         else:
             bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
-            facts = Facts.of(bindings.backend, bindings.providers())
+            facts = Facts.of(bindings.backend, bindings.backend.alternatives())
             one = _one_here(bindings, level)
             judged = lambda cases: map(one, cases)  # noqa: E731
         if facts.captures:

@@ -341,3 +341,20 @@ def test_an_error_whose_text_cannot_be_read_is_a_sentence() -> None:
 def test_a_broken_pipe_of_a_plugin_is_one_of_its_errors() -> None:
     with pytest.raises(Unavailable, match=r"^chip: BrokenPipeError: gone"), foreign("chip"):
         raise BrokenPipeError("gone")
+
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (f"RuntimeError({OUT_OF_MEMORY!r})", f"RuntimeError: {OUT_OF_MEMORY}"),
+        ("MemoryError()", "MemoryError: no message"),
+    ],
+)
+def test_memory_that_is_not_enough_is_one_sentence(site: Path, run: Run, texts: Path, raised: str, said: str) -> None:
+    install(site, "chip", backend=method("embedding", f"raise {raised}"))
+    code, _, err = run("generate", "ab", "--backend", "chip", "--model", texts, "--max-new", 2)
+    assert code == 2
+    a_sentence(err, "running on chip of chip_plugin failed: ", said, "; take a smaller model, batch or context, or several")

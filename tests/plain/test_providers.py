@@ -13,7 +13,6 @@ from porthal.backends.reference.backend import Reference
 from porthal.conformance import replay, run
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.copies import build
-from porthal.conformance.execution.bindings import Bindings
 from porthal.hal import (
     CallSpec,
     NotClaimed,
@@ -262,7 +261,7 @@ def test_a_token_of_a_provider_has_the_same_values() -> None:
 def test_providers_of_one_op_have_names_of_their_own() -> None:
     nameless = type("Nameless", (Reference,), {"name": "nameless", "add": lambda self, a, b: a})
     twice = type("Twice", (type("Mixin", (), {"add": lambda self, a, b: a}), nameless), {})
-    assert Bindings(Chip()).providers() == {"linear": ("few.gemv", "many.gemm")}
+    assert Chip().alternatives() == {"linear": ("few.gemv", "many.gemm")}
     for wrong in ("gemm<4, 2>", " gemm", "gemm\n"):
         chip = type("Chip", (Reference,), {"name": "chip", "add": limits(provider=wrong)(lambda self, a, b: a)})
         with pytest.raises(UsageError, match=f"^chip names a provider {re.escape(repr(wrong))} for add: write it without"):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from porthal.backends import cuda as package
-from porthal.hal import Probe
+from porthal.hal import Probe, Unavailable
 
 
 @pytest.fixture
@@ -64,3 +64,38 @@ def test_a_cache_that_cannot_be_written_is_named(cuda, tmp_path, monkeypatch):
     assert closed_cache() is None
     monkeypatch.setenv("TRITON_CACHE_DIR", str(file / "cache"))
     assert closed_cache() == file / "cache"
+
+
+@pytest.fixture
+def gpu(cuda, monkeypatch):
+    """A class that takes a CPU for a GPU, and a function that says of what compute capability."""
+    import torch
+
+    from porthal.backends.cuda.own import Own
+    from porthal.backends.torch.backend import Torch
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(Torch, "__init__", lambda self, device: setattr(self, "device", device))
+
+    def of(name, major, minor):
+        found = SimpleNamespace(name=name, major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        return Own
+
+    return of
+
+
+def test_a_gpu_before_ampere_is_refused(gpu):
+    with pytest.raises(Unavailable) as refused:
+        gpu("Tesla V100", 7, 0)("1")
+    assert str(refused.value) == (
+        "Tesla V100 has compute capability 7.0: the kernels need 8.0 (A100) or later; use backend 'torch:cuda:1'"
+    )
+
+
+def test_a_gpu_without_a_cache_that_can_be_written_is_refused(gpu, tmp_path, monkeypatch):
+    (file := tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(file))
+    with pytest.raises(Unavailable) as refused:
+        gpu("NVIDIA H200", 9, 0)()
+    assert str(refused.value) == f"Triton cannot write its cache to {file}: set TRITON_CACHE_DIR to a folder of your own"

@@ -35,12 +35,13 @@ def _edge(logits, V, top, temperature, target, COUNTS: tl.constexpr, BEYOND: tl.
     edge, digit = tl.full((), 0, tl.uint32), tl.arange(0, 4)
     for turn in range(16):
         tried = edge | (digit.to(tl.uint32) << (30 - 2 * turn))
-        sums = tl.zeros((4,), tl.float32)
+        sums = tl.zeros((4, BLOCK), tl.float32)
         for start in range(0, V, BLOCK):
             keys, shares, real = _block(logits, start + tl.arange(0, BLOCK), V, top, temperature)
             weights = real.to(tl.float32) if COUNTS else shares
-            sums += tl.sum(tl.where(keys[None, :] >= tried[:, None], weights[None, :], 0.0), 1)
-        enough = sums > target if BEYOND else sums >= target
+            sums += tl.where(keys[None, :] >= tried[:, None], weights[None, :], 0.0)
+        reached = tl.sum(sums, 1)
+        enough = reached > target if BEYOND else reached >= target
         edge |= tl.sum((enough & (digit > 0)).to(tl.int32), 0).to(tl.uint32) << (30 - 2 * turn)
     return edge
 
@@ -111,4 +112,5 @@ def sample(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p:
     logits = dense_rows(logits)
     T, V = logits.shape
     given = (x.contiguous() for x in (u, temperature, top_k, top_p))
-    launch(_sample, T, logits, *given, ids, V, logits.stride(0), BLOCK=block_of(V, 1024), num_warps=4)
+    block = block_of(V, 4096)
+    launch(_sample, T, logits, *given, ids, V, logits.stride(0), BLOCK=block, num_warps=16 if block > 2048 else 4)

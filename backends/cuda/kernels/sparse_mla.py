@@ -72,31 +72,27 @@ def _sparse_mla(
 
 
 @triton.jit
-def _merge(sums, highest, norm, o, rows, C, parts, BN: tl.constexpr, BC: tl.constexpr):
-    """A row is a head of a query row."""
-    row, d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BC)
-    most = tl.full((BN,), float("-inf"), tl.float32)
-    for part in range(parts):
-        most = tl.maximum(most, tl.load(highest + row * parts + part, mask=row < rows, other=float("-inf")))
-    total, result = tl.zeros((BN,), tl.float32), tl.zeros((BN, BC), tl.float32)
-    inside = (row < rows)[:, None] & (d < C)[None, :]
-    for part in range(parts):
-        at = row * parts + part
-        own = tl.load(highest + at, mask=row < rows, other=float("-inf"))
-        share = tl.where(own == float("-inf"), 0.0, tl.exp(own - most))
-        total += share * tl.load(norm + at, mask=row < rows, other=0.0)
-        result += share[:, None] * tl.load(sums + at[:, None] * C + d[None, :], mask=inside, other=0.0)
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(o + row[:, None] * C + d[None, :], result.to(o.dtype.element_ty), mask=inside)
+def _merge(sums, highest, norm, o, C, parts, BP: tl.constexpr, BC: tl.constexpr):
+    """A head of a query row, and a block of its columns: all parts are read at once, as each waits for memory alone."""
+    blocks = tl.cdiv(C, BC)
+    row, part = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, BP)
+    d, at, here = tl.program_id(0) % blocks * BC + tl.arange(0, BC), row * parts + part, part < parts
+    own = tl.load(highest + at, mask=here, other=float("-inf"))
+    most = tl.max(own, 0)
+    share = tl.exp(own - tl.where(most == float("-inf"), 0.0, most))
+    total = tl.sum(share * tl.load(norm + at, mask=here, other=0.0), 0)
+    found = tl.load(sums + at[:, None] * C + d[None, :], mask=here[:, None] & (d < C)[None, :], other=0.0)
+    result = tl.sum(share[:, None] * found, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(o + row * C + d, result.to(o.dtype.element_ty), mask=d < C)
 
 
 def tile_for(N: int, wide: bool, width: int, shared: int) -> Tile:
     """`width` elements of a key, as wide as float32 or half of that; a program may hold `shared` bytes of shared memory."""
     little = shared < 96 << 10
     heads = block_of(N, 16 if wide or little else 32 if shared < LARGE else 64)
-    keys = 16 if wide or little else 32
+    keys = 16 if wide or little else 64 if heads == 16 and shared >= LARGE else 32
     stage = keys * width * (4 if wide else 2)
-    return Tile(heads, keys, 8 if heads >= 32 else 4, 2 if 3 * stage <= shared else 1)
+    return Tile(heads, keys, 8 if heads >= 32 or keys > 32 else 4, 2 if 3 * stage <= shared else 1)
 
 
 def sparse_mla(
@@ -113,7 +109,6 @@ def sparse_mla(
     if split:
         sums = empty((T, N, parts, C), "float32")
         highest, norm = empty((T, N, parts), "float32"), empty((T, N, parts), "float32")
-    wide = triton.next_power_of_2(C)
     launch(
         _sparse_mla, programs * parts, q, qr, c, kp, indices, length, request, table, sums, highest, norm, parts,
         N, C, qr.shape[2], q.stride(0), q.stride(1), qr.stride(0), qr.stride(1), c.stride(0), kp.stride(0),
@@ -121,5 +116,6 @@ def sparse_mla(
         BR=block_of(qr.shape[2], 1 << 16), BK=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
-        heads = 4
-        launch(_merge, triton.cdiv(T * N, heads), sums, highest, norm, o, T * N, C, parts, BN=heads, BC=wide)
+        wide, all_parts = block_of(C, 128), triton.next_power_of_2(parts)
+        warps = 8 if all_parts > 32 else 4
+        launch(_merge, T * N * triton.cdiv(C, wide), sums, highest, norm, o, C, parts, BP=all_parts, BC=wide, num_warps=warps)
