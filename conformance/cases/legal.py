@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 VIEWS = ("columns", "rows", "transposed", "broadcast")
 # Of operands as other kernels hand them over, where an op has such; with the last two the first array has a pitch of its own.
-LAYOUTS = ("heads", "slices", "joint", "first", "others")
+LAYOUTS = ("heads", "slices", "joint", "alone", "others")
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once

@@ -144,7 +144,7 @@ def view_of(name: str, case: Case, apart: str) -> str:
     if case.view == FAR:
         return FAR if name == apart else ""
     if case.view in LAYOUTS[3:]:
-        return "columns" if (name in joined(case.contract)[:1]) == (case.view == "first") else ""
+        return "columns" if (name in joined(case.contract)[:1]) == (case.view == "alone") else ""
     return case.view
 
 
