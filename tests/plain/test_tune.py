@@ -14,8 +14,9 @@ import pytest
 
 from porthal.bench.scale import Bounds
 from porthal.bench.tune import _measured_as
-from porthal.bench.workloads import profile_home, workload
+from porthal.bench.workloads import workload
 from porthal.cli.tune import JUDGED
+from porthal.conformance.cases.profiles import home_of
 from porthal.hal import CallSpec, Choice, bind, contracts, create
 from porthal.hal.tuned import first_of, kind_of
 from porthal.model.config import Config
@@ -139,7 +140,7 @@ def test_what_cannot_be_measured_is_one_sentence(chip: Path, command_line: Any, 
 def test_what_is_timed_is_found_again_by_a_model() -> None:
     """Calls that steps make, and those that stand for what a composite's kernel hides."""
     bounds, known = Bounds(2**30, JUDGED), contracts()
-    config = Config.read(profile_home())
+    config = Config.read(home_of())
     ops = ("sparse_mla", "grouped_gemm", "moe_experts")
     wanted = profile(config, "bfloat16")
     for row in workload("glm5", ["verify"], "", bounds).only(ops, bounds).rows:
