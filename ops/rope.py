@@ -35,8 +35,9 @@ def rope(x: Array, batch: Batch, *, theta: float, layout: str, start: int, width
     """
     i = np.arange(width // 2)
     angle = batch.positions[:, None, None] * theta ** (-2.0 * i / width)
-    # In float32 the frequency is off by a few ulps, so the error of the angle grows with the angle.
-    cos, sin = (elementary(f, angle) + (single(elementary(np.asarray, angle)) - angle) for f in (np.cos, np.sin))
+    # In float32 the frequency is off by a few ulps, and by what its exponent is; the error of the angle grows with the angle.
+    off = 4 + np.log(theta)
+    cos, sin = (elementary(f, angle) + (single(elementary(np.asarray, angle, off)) - angle) for f in (np.cos, np.sin))
     first, second = _pairs(layout, start, width)
     y = x.copy()
     y[..., first] = single(single(x[..., first] * cos) - single(x[..., second] * sin))

@@ -61,9 +61,11 @@ def bindings():
     return Bindings(create("cpu"))
 
 
-@pytest.mark.parametrize("case", CAPTURED, ids=[case.op for case in CAPTURED])
+@pytest.mark.parametrize("case", CAPTURED, ids=[case.token for case in CAPTURED])
 def test_every_op_can_be_recorded(case, bindings):
-    assert check(case, bindings).verdict == "PASS"
+    """But what the reference's kernels compute, which are those of schemes that the backend has no kernel for."""
+    foreign = {"mxfp4", "nvfp4", "int8_half_keys"} & {*dict(case.schemes).values(), dict(case.attrs).get("scheme")}
+    assert check(case, bindings).verdict == ("LEFT_OUT" if foreign else "PASS")
 
 
 def test_another_batch_is_written_over_a_planned_one_and_over_nothing_else():

@@ -313,7 +313,7 @@ def test_a_call_that_never_had_a_time_is_no_regression():
 def test_a_row_holds_unless_it_is_a_tenth_slower(times, holds):
     row = speeds(file_of()).rows[0]
     again = timed(*[times * row.time.median] * 9)
-    assert verify._checked(row, "cpu", again, same=False).holds is holds
+    assert verify._checked(row, "cpu", 0, again, same=False).holds is holds
 
 
 def test_a_row_that_is_noisy_here_is_not_judged(monkeypatch):

@@ -66,7 +66,7 @@ def test_a_token_of_another_version_is_refused(monkeypatch):
         ("rms_norm,T=2,H=4,x%fp8_block,0", "x is under scheme fp8_block, expected no scheme"),
         ("linear,T=2,K=4,N=4,w%int4,0", "w is under scheme int4, expected one of int8_channel, fp8_block, "),
         ("linear,T=2,K=4,N=4,w%,0", "w is under scheme empty, expected one of int8_channel, fp8_block, "),
-        ("linear,T=2,K=4,N=4,w%mxfp4,view=threads,0", "schemes do not go with threads"),
+        ("kv_write,T=2,A=4,B=4,pages%int8_keys,batch=mixed,block_size=64,view=beyond,0", "schemes do not go with beyond"),
     ],
 )
 def test_a_scheme_that_does_not_apply_is_named(token, why):

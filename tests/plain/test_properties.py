@@ -151,7 +151,7 @@ def test_drawn_cases_are_legal_and_differ(op):
 
 
 def test_drawn_cases_go_where_no_plan_goes():
-    tokens = [r.token for op in ("kv_write", "topk", "moe_experts") for r in search(contracts()[op], 50, passed)]
+    tokens = [r.token for op in ("kv_write", "topk", "moe_experts") for r in search(contracts()[op], 80, passed)]
     for wanted in (f"view={FAR}", "view=transposed", "ids~wild", "ids~repeated", "block_size=1", "T=0,"):
         assert any(wanted in t for t in tokens), wanted
     batches = [r.split("/") for t in tokens for p in t.split(",") if p.startswith("batch=") for r in p[6:].split("+")]
