@@ -46,13 +46,14 @@ def experts(chip: Torch, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weight
     kept = (ids >= 0) & (ids < E)
     spread = torch.arange(T * k, dtype=torch.int32, device=x.device).view(T, k) % E
     local = torch.where(kept, ids, spread).contiguous()
-    place, ends, rows = _sorted(x.contiguous(), local, E)
+    x, weights = x.contiguous(), weights.contiguous()  # and so what is made like them
+    place, ends, rows = _sorted(x, local, E)
     h = _product(rows, w13, ends, place, k)
     y = _product(chip.silu_mul(h), w2, ends, place, k)
     counted = torch.zeros_like(kept.flatten()).index_copy_(0, place.long(), kept.flatten())
     y = torch.where(counted[:, None], y, 0).view(T, k, -1)
     out = torch.zeros_like(x)
-    OPS.moe_post(y, place.view(T, k), weights.contiguous(), torch.ones_like(weights), out)
+    OPS.moe_post(y, place.view(T, k), weights, torch.ones_like(weights), out)
     return out
 
 
