@@ -59,7 +59,7 @@ LOADED_ROWS = 100  # where experts have different loads
 FIRST_LOADS = ("even", "crowded", "skewed")  # at bring-up
 EXPERTS = 256  # of GLM-5
 NARROW = 32  # widths of so many experts
-FAINT, LEAN, VAULT = "faint", "lean", "vault"
+FAINT, LEAN, VAULT, VERGE = "faint", "lean", "vault", "verge"
 BLOCKED, OF_ROWS = ("uneven", "pegged"), ("halfway", "dim")  # what quantised blocks are about, and rows that a call quantises
 RAGGED = (200, 150, 72)  # which no blocks fill
 BLOCKS = (712, 456, 328)  # several blocks, the last of which is not full
@@ -269,15 +269,16 @@ class _Plan:
         return [name for name in self.contract.legal if name in self.contract.attributes]
 
     def _words(self) -> Iterator[Case]:
-        """Every word that an attribute may be, in every dtype, and written in place; also of numbers too faint for float16."""
+        """Every word that an attribute may be, in every dtype, and written in place; also of numbers too faint for float16, and
+        about the ends of narrower dtypes."""
         words = [a for a in self.attrs if self.contract.attributes[a].type is str]
-        faint = tuple((n, FAINT) for n in (self.first,) if n and FAINT in options(self.contract, n))
+        ends_of = [word for word in (FAINT, VERGE) if self.first and word in options(self.contract, self.first)]
         for name in words:
             for value in ends(self.contract.allowed(name, SimpleNamespace())):
                 for combo in self.combos:
                     yield from self._made({name: value}, rows=3, dtypes=combo)
-                    if faint:
-                        yield from self._made({name: value}, rows=3, dtypes=combo, recipes=faint)
+                    for word in ends_of:
+                        yield from self._made({name: value}, rows=3, dtypes=combo, recipes=((self.first, word),))
                 yield from self._made({name: value}, dtypes=self._next(), seq="update")
 
     def _loads(self) -> Iterator[Case]:
@@ -356,13 +357,13 @@ class _Plan:
 
     def layouts(self, met: set[str]) -> Iterator[Case]:
         """A small call in each layout that none has met, as in pairs such calls may all have been too dear; and in each a call
-        of one row, of which strides are easily mistaken."""
+        of one row, of which strides are easily mistaken, and of a few."""
         for view in (*VIEWS, *LAYOUTS):
             if view not in met:
                 yield from self._made(view=view, dtypes=self._next())
             if view != SAME:
-                for combo in self._each():
-                    yield from self._made(rows=1, view=view, dtypes=combo)
+                for rows, combo in product((1, DEFAULT_ROWS) if self.level.thorough else (1,), self._each()):
+                    yield from self._made(rows=rows, view=view, dtypes=combo)
 
     def _threads(self) -> Iterator[Case]:
         """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as

@@ -40,8 +40,8 @@ drafts = partial(method, "drafts")
 held = partial(method, "results held")
 laid = partial(method, "layout")
 threads = partial(method, "threads")
-PACK = ("def prepare(self, spec, read, into=None):", "w = super().prepare(spec, read, into and Weight(spec, into.native['w']))")
-PACKED = ("def to_logical(self, operand):", "plain = isinstance(operand, Weight) and isinstance(operand.native, dict)",
+PACK = ("def prepare(self, spec, read, into=None):", "if spec.quantised:", "    return super().prepare(spec, read, into)", "w = super().prepare(spec, read, into and Weight(spec, into.native['w']))")
+PACKED = ("def to_logical(self, operand):", "plain = isinstance(operand, Weight) and not operand.spec.quantised and isinstance(operand.native, dict)",
           "return super().to_logical(Weight(operand.spec, operand.native['w']) if plain else operand)")
 
 DEFECTS = [

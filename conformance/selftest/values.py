@@ -35,6 +35,15 @@ FOUND_BY = {
             wide[gone, at:] = torch.where(torch.isneginf(wide[gone, :at]).all(1, keepdim=True), wide[gone, at:], -torch.inf) if at else -torch.inf
         return first_highest(wide)\n"""),
     ),
+    "halved": (
+        Defect("log_softmax", "halves-with-a-maximum-of-their-own", "value", rows.logs.keywords["old"], """def log_softmax(self, logits: Tensor) -> Tensor:
+        wide = logits.float()
+        parts = [part for part in wide.tensor_split(2, -1) if part.shape[1]]
+        tops = [part.amax(-1, keepdim=True) for part in parts]
+        sums = [torch.exp(part - top).sum(-1, keepdim=True) for part, top in zip(parts, tops)]
+        top = torch.stack(tops).amax(0)
+        return wide - top - torch.log(sum(n * torch.exp(t - top) for n, t in zip(sums, tops)))\n"""),
+    ),
     "shelves": (
         Defect("topk", "room-for-64-ties", "value", attention.picked, attention.picked.replace("<= room)", "<= room.clamp(max=64))"), source="ranking"),
     ),
@@ -82,6 +91,17 @@ FOUND_BY = {
     "faint": (
         Defect("cast", "small-ones-through-float16", "value", rows.cast.keywords["old"],
                "return torch.where(x.abs() < 2.0**-14, x.half().to(x.dtype), x).to(getattr(torch, to), copy=True)\n"),
+    ),
+    "lean": (
+        Defect("moe_unpermute", "weights-in-the-dtype-of-rows", "value", "return _combine(sorted, source, weights)\n",
+               "return _combine(sorted, source, weights.to(sorted.dtype).float())\n", dtypes=("bfloat16",), why="in float32 the edit rounds to the dtype that the value has"),
+    ),
+    "verge": (
+        Defect("cast", "above-the-largest-is-infinite", "value", rows.cast.keywords["old"], """y = x.to(getattr(torch, to), copy=True)
+        return torch.where(x.float().abs() > torch.finfo(y.dtype).max, torch.copysign(torch.full_like(x, torch.inf), x).to(y.dtype), y)\n"""),
+    ),
+    "vault": (
+        linear("float16-saturates", new="return F.linear(x, w.native).clamp(-65504, 65504) if x.dtype == torch.float16 else F.linear(x, w.native)\n"),
     ),
     "extreme": (
         Defect("take_rows", "doubled-and-halved", "value", rows.take.keywords["old"], "return _rows_or_zero(x, rows) * 2 / 2\n"),
