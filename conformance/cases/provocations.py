@@ -137,12 +137,6 @@ def beside_a_number_of_fewer_digits(draw: Draw) -> Array:
 
 
 @recipe
-def vault(draw: Draw) -> Array:
-    """Up to three quarters of float16's largest number: sums, and products with more than 1, leave its range."""
-    return draw.bell() * 2.0**14
-
-
-@recipe
 def verge(draw: Draw) -> Array:
     """Around the largest and the least number of narrower dtypes, and the middle to what would be the next."""
     at = []

@@ -98,10 +98,8 @@ FOUND_BY = {
     ),
     "verge": (
         Defect("cast", "above-the-largest-is-infinite", "value", rows.cast.keywords["old"], """y = x.to(getattr(torch, to), copy=True)
-        return torch.where(x.float().abs() > torch.finfo(y.dtype).max, torch.copysign(torch.full_like(x, torch.inf), x).to(y.dtype), y)\n"""),
-    ),
-    "vault": (
-        linear("float16-saturates", new="return F.linear(x, w.native).clamp(-65504, 65504) if x.dtype == torch.float16 else F.linear(x, w.native)\n"),
+        return torch.where(x.float().abs() > torch.finfo(y.dtype).max, torch.copysign(torch.full_like(x, torch.inf), x).to(y.dtype), y)\n""",
+            dtypes=("float32",), why="bfloat16 has no number between the largest of float16 and what is rounded to infinity"),
     ),
     "extreme": (
         Defect("take_rows", "doubled-and-halved", "value", rows.take.keywords["old"], "return _rows_or_zero(x, rows) * 2 / 2\n"),
