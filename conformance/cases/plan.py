@@ -269,8 +269,7 @@ class _Plan:
         return [name for name in self.contract.legal if name in self.contract.attributes]
 
     def _words(self) -> Iterator[Case]:
-        """Every word that an attribute may be, in every dtype, and written in place; also of numbers too faint for float16, and
-        about the ends of narrower dtypes."""
+        """Every word that an attribute may be, in every dtype, and written in place; also of numbers at the ends of dtypes."""
         words = [a for a in self.attrs if self.contract.attributes[a].type is str]
         ends_of = [word for word in (FAINT, VERGE) if self.first and word in options(self.contract, self.first)]
         for name in words:
@@ -289,6 +288,8 @@ class _Plan:
         least = {s: min(v for v in self.contract.cases[s] if v) for s in (*self.free, *self.attrs) if s != self.rows}
         least |= {s: min(least[s], NARROW) for s in self.free if s in least}
         sizes = {**least, "E": EXPERTS, **({"k": 8} if "k" in least else {})}
+        for combo in self.combos if ids and "k" in least and self.level.thorough else ():  # sums of many terms
+            yield from self._made({**sizes, "k": EXPERTS}, rows=24, dtypes=combo, most=MANY_ROWS * 128)
         for name in (*ids, *filter(None, [counted])) if experts else ():
             for recipe in [r for r in options(self.contract, name) if self.level.thorough or r in FIRST_LOADS]:
                 made = partial(self._made, sizes, recipes=((name, recipe),), most=MANY_ROWS * 128)

@@ -105,7 +105,7 @@ def _turned(x: Tensor, batch: Batch, theta: float) -> Tensor:
     width = x.shape[-1]
     i = torch.arange(0, width, 2, dtype=torch.float64)
     angle = batch.native.positions[:, None, None].double() * theta ** (-i / width)
-    turned = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * torch.exp(1j * angle).to(torch.complex64)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).clone()) * torch.exp(1j * angle).to(torch.complex64)
     return torch.view_as_real(turned).flatten(-2)
 
 
