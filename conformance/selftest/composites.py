@@ -16,7 +16,7 @@ mtp = partial(Defect, "mtp_input", source="fused")
 layer = partial(Defect, "moe_layer", source="fused")
 split = "q = _product(qr, q_b).unflatten(1, (heads, -1))\n"
 angle = "angle = batch.native.positions[:, None, None].double() * theta ** (-i / width)\n"
-turned = "turned = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * torch.exp(1j * angle).to(torch.complex64)\n"
+turned = "turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).clone()) * torch.exp(1j * angle).to(torch.complex64)\n"
 half = """first, second = x.chunk(2, -1)
     cos, sin = torch.cos(angle).float(), torch.sin(angle).float()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
