@@ -40,6 +40,7 @@ SEEN = "seen"  # how many keys a choice has: as many as it takes, one more, or a
 PLAIN = (*TELLING, "normal", "seesaw")  # values by which places are told apart
 SAME = "broadcast"  # a layout in which they are not
 UNCODED = ("special", "rim", "extreme")  # not finite, or near the end of float32: what codes say of it is not specified
+CODED_ROWS = 1024  # of a composite under a scheme: of more rows some code of an intermediate may be either of two
 COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs so much less:
 LESS = 0.7
 CHEAP = 0.02  # seconds, below which a case of few rows is one in a second dtype, too
@@ -353,6 +354,8 @@ def pair_cases(
         elif worth < 0:
             design.meet(met)
             left -= cost
+            if contract.decomposition and case.schemes and dict(case.dims).get(contract.rows, 0) > CODED_ROWS:
+                continue
             yield case
             if level.thorough and cost < CHEAP and not (met[1] or case.view):  # kernels have a way for each dtype
                 kinds = [combo for combo in combos(contract) if combo != case.dtypes]
