@@ -35,7 +35,6 @@ from porthal.hal.scheme import NONE, TOP
 from porthal.hal.signature import ARRAY, OperandSpec, evaluate
 
 Array = np.ndarray[Any, Any]
-LEAST = {"int8": -128, "int4": -8}  # codes
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,8 @@ def _parts(case: Case, operand: str, shape: tuple[int, ...], name: str, sizes: M
     scheme, x = scheme_of(name), np.asarray(RECIPES[case.recipe(operand)](draw), np.float64)
     if "whole" not in scheme.form(shape):
         parts = scheme.quantised(x)
-        if case.recipe(operand) == "pegged" and scheme.codes in LEAST:  # which no quantising gives, and other packers do
-            parts["codes"][parts["codes"] == -TOP[scheme.codes]] = LEAST[scheme.codes]
+        if case.recipe(operand) == "pegged" and scheme.codes.startswith("int"):  # the least, which other packers give
+            parts["codes"][parts["codes"] == -TOP[scheme.codes]] -= 1
         return parts
     halves = [scheme.quantised(half) for half in np.split(x, [shape[-2] // 2], -2) if half.size or not x.size]
     return {part: np.concatenate([half[part] for half in halves], -1 if part == "whole" else -2) for part in halves[0]}

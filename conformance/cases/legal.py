@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from porthal.conformance.cases.case import Case
 
 VIEWS = ("columns", "rows", "transposed", "broadcast")
-# Of operands as other kernels hand them over, where an op has such; with the last two the first array has a pitch of its own.
-LAYOUTS = ("heads", "slices", "joint", "alone", "others")
+PITCHES = ("alone", "others")  # of arrays with as many rows the first has a pitch of its own, or all others have
+LAYOUTS = ("heads", "slices", "joint", *PITCHES)  # of operands as other kernels hand them over, where an op has such
 FAR = "far"  # rows so far apart that byte offsets need more than 31 bits; takes 2 GiB of addresses, hence in few plans
 PAST_2G = "beyond"  # the cache, or the experts' weights, lie behind 2^31 elements
 THREADS = "threads"  # operands placed and the kernel called in several threads at once
@@ -98,7 +98,7 @@ def _refused_operands(case: Case) -> str:
         return f"{', '.join(case.absent)} cannot be left out, expected {_one_of(permitted or ['every operand'])}"
     if case.view not in ("", *(known := (*VIEWS, *LAYOUTS, FAR, PAST_2G, THREADS))):
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
-    if case.view in LAYOUTS[2:] and not joined(contract):
+    if case.view in ("joint", *PITCHES) and not joined(contract):
         return f"view {case.view} needs two arrays whose rows can lie side by side"
     if case.view in LAYOUTS[:2] and all(len(o.dims) != 3 for o in contract.signature.of_kind(ARRAY)):
         return f"view {case.view} needs an array of 3 axes"

@@ -321,8 +321,8 @@ class _Plan:
             for recipes in ((), *[r for r in self.recipes() if dict(r).get(self.first) == "summit"]):
                 yield from self._made(sizes, rows=1, batch=LONGEST_BATCH, recipes=recipes, dtypes=self._next())
         if self.contract.choice and self.has_batch and self.level.thorough:  # a prompt: each row sees one key more
-            for combo in self.combos:
-                yield from self._made(rows=PROMPT, dtypes=combo, batch=f"{PROMPT}/{PROMPT}")
+            for past, combo in product((0, 2), self.combos):  # rows of one tile see fewer than are chosen, and more
+                yield from self._made(rows=PROMPT, dtypes=combo, batch=f"{PROMPT}/{PROMPT + past}")
         for combo in self._each():
             yield from self._made(view=SAME, dtypes=combo)
         yield from self._narrowed()

@@ -14,7 +14,7 @@ import numpy as np
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.domain import joined
 from porthal.conformance.cases.inputs import Inputs
-from porthal.conformance.cases.legal import FAR, LAYOUTS
+from porthal.conformance.cases.legal import FAR, PITCHES
 from porthal.conformance.execution.distant import Distant
 from porthal.conformance.execution.fingerprint import Fingerprint, beyond_logical, shown_whole
 from porthal.conformance.execution.outcome import Array, Mutation, bits, difference, same_bits
@@ -143,7 +143,7 @@ def view_of(name: str, case: Case, apart: str) -> str:
     """How an operand is laid out: some views are those of one operand, or of all but one."""
     if case.view == FAR:
         return FAR if name == apart else ""
-    if case.view in LAYOUTS[3:]:
+    if case.view in PITCHES:
         return "columns" if (name in joined(case.contract)[:1]) == (case.view == "alone") else ""
     return case.view
 
