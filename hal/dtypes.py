@@ -23,6 +23,7 @@ _ONE, _HALF, _BELOW, _MIDDLE, _LOST = (np.array(n, np.uint32) for n in (1, 16, 0
 BLOCK = 2**14  # elements that stay in a core's cache while several passes go over them
 MOVED = (*FLOATS, "int32", "int8", "uint8")  # among ranks, bit for bit
 INTEGERS = ("int8", "uint8", "int32", "int64", "bool")
+DTYPES = (*UNIT_ROUNDOFF, *INTEGERS)
 
 
 def dtype(x: Any) -> str:
@@ -42,10 +43,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes
 
         return np.dtype(getattr(ml_dtypes, name))
-    if name in UNIT_ROUNDOFF or name in INTEGERS:
+    if name in DTYPES:
         return np.dtype(name)
-    known = ", ".join((*UNIT_ROUNDOFF, *INTEGERS))
-    raise UsageError(f"unknown dtype {name!r}: expected one of {known}")
+    raise UsageError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
 
 
 def is_float(name: str) -> bool:

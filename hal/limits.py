@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from porthal.hal.contract import CallSpec, Contract
-from porthal.hal.dtypes import INTEGERS, UNIT_ROUNDOFF, itemsize
+from porthal.hal.dtypes import DTYPES, itemsize
 from porthal.hal.errors import UsageError
 from porthal.hal.scheme import NONE, SCHEMES
 
 F = TypeVar("F", bound=Callable[..., Any])
-DTYPES = (*UNIT_ROUNDOFF, *INTEGERS)
 Dtypes = Mapping[str, str]  # of a call's operands, by name
 TIES = ("lowest", "any")
 

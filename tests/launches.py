@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from porthal.model.generate import generate
 from tests import demo
+from tests.proofs import ROOT
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -47,3 +48,12 @@ def per_step(backend: str, calls: Counter[str]) -> tuple[int, int]:
         found.append((launches.found.total(), calls.total() - before))
     vendor = found[1][1] - found[0][1]
     return found[1][0] - found[0][0] + vendor, vendor
+
+
+def assert_the_page_says_how_many(vendor: str, base: str, calls: Counter[str]) -> None:
+    """Operations of a step: of the vendor's backend fewer than 0.6 of those of the base, and as many as its page says."""
+    (own, called), (inherited, _) = (per_step(backend, calls) for backend in (vendor, base))
+    page = (ROOT / "docs" / f"{vendor}.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"is {own} operations, {called} of them the vendor's calls" in page
+    assert f"it is {inherited}, views and allocations not counted" in page
+    assert own < 0.6 * inherited

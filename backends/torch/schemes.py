@@ -137,11 +137,10 @@ def stored(pages: Pages, name: str, rows: Tensor) -> dict[str, Tensor]:
 
 def coded_rows(pages: Pages, name: str, slots: Tensor, rows: Tensor) -> Tensor:
     """Rows as the field of a cache holds them: where it holds codes, these, and the scales are written."""
-    if not pages.spec.quantised or name != pages.spec.quantised[0]:
-        return rows
-    held = quantised(pages.spec.quantised[1], rows)
-    pages[f"{name}_scale"].index_copy_(0, slots, held["scale"])
-    return held["codes"]
+    held = stored(pages, name, rows)
+    if (scale := f"{name}_scale") in held:
+        pages[scale].index_copy_(0, slots, held[scale])
+    return held[name]
 
 
 def _code(kind: str, ratio: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ ratio = "ratio = (blocks / scale.float()[..., None])"
 nearest = "return ratio.round().to(torch.int8)\n"
 coded8 = "return ratio.to(torch.float8_e4m3fn).view(torch.uint8)\n"
 coded4 = "at = torch.ldexp(ratio.abs(), 1 - exponent).round() + 2 * exponent\n"
-written = 'pages[f"{name}_scale"].index_copy_(0, slots, held["scale"])\n'
+written = "pages[scale].index_copy_(0, slots, held[scale])\n"
 cached = 'return cls(scheme, pages[name], pages[f"{name}_scale"])\n'
 chosen = "return Coded(self.scheme, *(x.index_select(axis, at) for x in (self.codes, self.scale))).numbers()\n"
 result = 'return {"codes": _code(scheme.codes, ratio), "scale": held}\n'
@@ -92,7 +92,7 @@ EDITS = (
     ("e2m1-ties-to-zero", "ties", coded4, coded4.replace(".round()", ".sub(0.5).ceil()"), ("quantize",)),
     ("e2m1-ties-away", "ties", coded4, coded4.replace(".round()", ".add(0.5).floor()"), ("quantize",)),
     ("scales-not-written", "outside", written, "pass\n", ("kv_write",)),
-    ("scale-of-the-row-before", "rows", written, written.replace('held["scale"])', 'held["scale"].roll(1, 0))'), ("kv_write",)),
+    ("scale-of-the-row-before", "rows", written, written.replace("held[scale])", "held[scale].roll(1, 0))"), ("kv_write",)),
     ("scale-one-slot-on", "off by one", written, written.replace("slots, ", '(slots + 1) % pages.spec.slots, '), ("kv_write",)),
     ("tiles-reversed", "block", cached, cached.replace('_scale"])', '_scale"].flip(-1))'), ("sparse_mla",)),
     ("scale-of-the-first-row", "rows", chosen, "codes, scale = (x.index_select(axis, at) for x in (self.codes, self.scale))\n        return Coded(self.scheme, codes, scale[:1].expand(scale.shape)).numbers()\n", ("sparse_mla", "indexer_scores")),
