@@ -135,10 +135,12 @@ def test_numpy_between_arguments_and_results_would_be_seen(xla: Backend) -> None
 # -- its arrays ----------------------------------------------------------------------------------------------------------
 
 
-def test_its_traits_leave_out_a_few_of_the_cases(xla: Backend) -> None:
-    """Those with views, for which it has no arrays; each is met with one row in every dtype."""
+def test_its_traits_leave_out_only_views_and_captured_calls(xla: Backend) -> None:
+    """It has no arrays for the one and no graphs for the other; four fifths of the cases ask for neither."""
     planned = [case for op in OWN for case in cases(contracts()[op], "standard") if not case.schemes]
-    assert sum(bool(left_out(case, xla)) for case in planned) <= 0.15 * len(planned)
+    left = [case for case in planned if left_out(case, xla)]
+    assert left and all(case.view or case.capture for case in left)
+    assert len(left) <= 0.2 * len(planned)
 
 
 def test_xla_reads_denormals_as_zero(xla: Backend) -> None:
