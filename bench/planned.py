@@ -37,17 +37,13 @@ class Beside:
 
 def beside() -> Beside:
     """Of one rank's calls of a model with hardly any numbers, and of two ranks' exchanges of hardly any."""
-    with closing(_group(1)) as one:
+    with closing(Group("cpu", 1)) as one:
         [calls] = one.ask("model", replace(half_config(), **FEW), "ep", DTYPE, [(1, 2)])
         call = min(seconds for _, seconds in one.ask("steps", STEPS)[0]) / calls
     sizes = {"H": 64, "k": 8, "E": 32, "N": 1, "T": 1, "M": 16, "ranks": 2}
-    with closing(_group(2)) as two:
+    with closing(Group("cpu", 2)) as two:
         found = {op: _least(two, of_sizes(op, sizes)) for op in ("ep_dispatch", "ep_combine", "all_reduce")}
     return Beside(call, (found["ep_dispatch"] + found["ep_combine"]) / 2, found["all_reduce"])
-
-
-def _group(ranks: int) -> Group:
-    return Group("cpu", ranks, 20000 + os.getpid() % 20000)
 
 
 def _least(group: Group, case: Case) -> float:
@@ -62,7 +58,7 @@ def row(took: Beside, ranks: int, kind: str, requests: int) -> list[str]:
     device = replace(Device.named(HERE, ranks), call=turns * took.call, latency=turns * took.exchange)
     found = plans(half_config(), device, Asked(ranks, CONTEXT, requests, DTYPE))
     plan = next(each for each in found if (each.tp, each.ep) == (tensor, ranks))
-    with closing(_group(ranks)) as group:
+    with closing(Group("cpu", ranks)) as group:
         for answers in (group.ask("model", half_config(), kind, DTYPE, [(1, CONTEXT)] * requests), group.ask("steps", STEPS)):
             if wrong := next((each for each in answers if not isinstance(each, (int, list))), None):
                 raise UsageError(f"{ranks} ranks, {kind}: {wrong.message}")

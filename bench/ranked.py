@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from multiprocessing.connection import wait
 from statistics import fmean
 from types import SimpleNamespace
@@ -60,6 +61,7 @@ TOKENS = (8, 64, 512)  # of each rank, where experts are called
 EXPERTS = {"H": 6144, "k": 8, "E": 256}  # GLM-5's
 LEAST = 16  # rows of a rank, where ranks may have different numbers
 DRAINS = 20  # calls of a sample before which all ranks meet, at most
+_STARTED = count()  # groups of this process: none meets under the number of one before
 SAMPLE, MOST = 4e-3, 500  # seconds of a sample of short calls, and how many there are at most
 PATIENCE = 60.0  # seconds in which a rank must answer another
 
@@ -235,8 +237,8 @@ def _work(inputs: Inputs, rows: Mapping[str, int]) -> Work:
 class Group:
     """The ranks of one backend, to be closed. Raises what the backend raises where one does not start."""
 
-    def __init__(self, backend: str, ranks: int, port: int) -> None:
-        settings = dict.fromkeys(SETTINGS, "1")
+    def __init__(self, backend: str, ranks: int) -> None:
+        settings, port = dict.fromkeys(SETTINGS, "1"), 20000 + (os.getpid() + next(_STARTED)) % 20000
         self.workers = [Worker(Setup(backend, rank, ranks, port), __name__, settings) for rank in range(ranks)]
         found = self._answers(START)
         for each in found:
@@ -274,8 +276,8 @@ def bench(workload: Workload, backends: Sequence[str], ranks: int, seconds: floa
     run = Run(workload, 1)
     with ExitStack() as stack:
         groups = {}
-        for n, name in enumerate(backends):
-            groups[name] = group = Group(name, ranks, 20000 + os.getpid() % 20000 + n)
+        for name in backends:
+            groups[name] = group = Group(name, ranks)
             stack.callback(group.close)
             run.sides[name] = group.side
         end = time.monotonic() + seconds
