@@ -45,7 +45,7 @@ class Facts:
         return cls(
             str(backend),
             backend.place,
-            environment(type(backend)) | _version(backend),
+            environment(type(backend)) | _version(backend) | _tuned(backend),
             waivers(backend),
             providers or {},
             _described(backend),
@@ -96,6 +96,14 @@ def _version(backend: Backend) -> dict[str, str]:
     """The version of the distribution that brings a plugin."""
     entries = importlib.metadata.entry_points(group="porthal.backends", name=backend.name)
     return {e.name: e.dist.version for e in entries if e.dist}
+
+
+def _tuned(backend: Backend) -> dict[str, str]:
+    """The table of `porthal tune` by which kernels are chosen, where there is one."""
+    with suppress(Exception):  # a hook of the plugin's, as above
+        if table := backend.tuned.calls and backend.tuned:
+            return {"kernels chosen by": f"{len(table.calls)} calls timed on {table.date}"}
+    return {}
 
 
 def environment(backend: type[Backend]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from porthal.bench.tune import _measured_as
 from porthal.bench.workloads import workload
 from porthal.cli.tune import JUDGED
 from porthal.conformance.cases.profiles import home_of
+from porthal.conformance.report.facts import Facts
 from porthal.hal import CallSpec, Choice, bind, contracts, create
 from porthal.hal.tuned import first_of, kind_of
 from porthal.model.config import Config
@@ -85,9 +86,12 @@ def chosen(rows: Any) -> tuple[Choice, Any]:
 
 def test_what_was_measured_decides(chip: Path, command_line: Any) -> None:
     assert chosen((1, 100))[0].provider == "wrong"  # as the classes stand
+    assert "kernels chosen by" not in Facts.of(create("tuning")).environment
     code, out, err = command_line(*TUNE)
     assert code == 1, err
     assert "argmax  measured: at 1 row few 1 µs, many 10 µs, wrong wrong; at 8 rows few 8 µs" in out
+    table = create("tuning").tuned
+    assert Facts.of(create("tuning")).environment["kernels chosen by"] == f"{len(table.calls)} calls timed on {table.date}"
     assert out.count("via=wrong,0: FAIL_VALUE") == 3
     [file] = (chip.parent / "cache").glob("tuned-*.json")
     kept = json.loads(file.read_text())
