@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from itertools import combinations
 from math import prod, sqrt
 from typing import Any
 
@@ -36,6 +37,9 @@ EXACT = -3  # for a run that perturbs nothing, and counts where it could
 SIZE, SIGN, FIRST_FACTOR, SECOND_FACTOR, HALF = (
     np.array(n, np.uint32) for n in (0x7FFFFFFF, 0x80000000, 0x9E3779B1, 0x85EBCA77, 15)
 )
+LAST_BITS = np.array(5, np.uint32)  # of a float32, which noise changes
+TURNS = 8  # runs of which a share of one half are as many numbers as:
+BALANCED = np.array([sum(1 << n for n in half) for half in combinations(range(TURNS), TURNS // 2)])
 HIGH = int(sys.byteorder == "little")  # which half of a float64 has its sign
 SUMMED = 32 * U_ACC  # how far off sums in float32 usually are at most, of the largest of a row
 ROOT_3 = float(np.sqrt(3))
@@ -167,6 +171,20 @@ class Noise:
         return out
 
 
+    def either(self, value: Array, slack: float, beside: float) -> Array:
+        """The value a share `slack` and `beside` further out or in: in half of the runs each, equal values of a row alike, and
+        others seldom in the same runs, so that what they lead to does not cancel in all."""
+        n, self.count = self.count, self.count + 1
+        if self.only is not None and self.only != n:
+            return value
+        word = (np.abs(value).astype(np.float32).view(np.uint32) + HALF) >> LAST_BITS  # as it is without noise
+        word ^= np.arange(n, n + value[..., :1].size, dtype=np.uint32).reshape(value[..., :1].shape) * SECOND_FACTOR
+        word *= FIRST_FACTOR
+        word ^= word >> HALF
+        outward = 2.0 * (BALANCED[word % len(BALANCED)] >> self.turn % TURNS & 1) - 1
+        return value * (1 + outward * slack) + outward * np.copysign(beside, value)
+
+
 @cache
 def _alike(u: float) -> Array:
     """How many low bits of a float32 are worth an eighth of u and less."""
@@ -273,15 +291,9 @@ def elementary(f: Callable[[Array], Array], x: Array, ulps: float = 4) -> Array:
 
 def nearest(value: Array, code: Callable[[Array], Array], slack: float, beside: float = 0.0) -> Array:
     """The value at its nearest code: where it lies within a share `slack` and `beside` of the middle between two, a chip may
-    take either. Of two noisy runs one takes the outer and one the inner."""
+    take either, the same for equal values."""
     mode = _perturbing()
-    if mode is None:
-        return code(value)
-    n, mode.count = mode.count, mode.count + 1
-    if mode.only is not None and mode.only != n:
-        return code(value)
-    outward = 1 if mode.turn % 2 else -1
-    return code(value * (1 + outward * slack) + outward * np.copysign(beside, value))
+    return code(value) if mode is None else code(mode.either(value, slack, beside))
 
 
 def unsettled(x: Array) -> float:

@@ -12,7 +12,7 @@ from porthal.ops.log_softmax import log_softmax
     independent=("T",),
     cases={"V": (154880, 256, 7)},
     ranges={"ids": (0, "V")},
-    values={"logits": ("normal", "large", "blocked", "halved", "rising", "seesaw")},
+    values={"logits": ("normal", "large", "blocked", "halved", "rising", "seesaw", "offset")},
 )
 def gather_logprob(logits: Array, ids: Array) -> Array:
     """logp[t] = log_softmax(logits)[t, ids[t]], in float32; natural logarithm."""

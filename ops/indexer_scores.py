@@ -11,7 +11,7 @@ from porthal.hal.spans import SCALE
     dtypes={"iq": FLOATS, "w": "float32 | iq", "keys": "iq", "scores": "float32"},
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.S),
     independent=("T",),
-    cases={"G": (32, 8, 1, 40), "D": (128,), "scale": (32**-0.5 * 128**-0.5, 0.125)},
+    cases={"G": (32, 8, 1, 40), "D": (128,), "scale": (32**-0.5 * 128**-0.5, 0.1021)},
     legal={"scale": SCALE},
     values={"iq": ("normal", "integer", "large"), "w": ("normal", "negative"), "keys": ("normal", "hollow", "seesaw")},
     schemes={"keys": KEYS},

@@ -13,7 +13,7 @@ from porthal.ops.topk import topk
     dtypes={"iq": FLOATS, "w": "float32 | iq", "keys": "iq"},
     cost=lambda d, b: (2 * d.T * d.S * d.G * (d.D + 1), d.R * d.S * d.D * b.keys + 4 * d.T * d.k),
     independent=("T",),
-    cases={"G": (32, 8, 1, 40), "D": (128,), "k": (2048, 128, 16), "scale": (32**-0.5 * 128**-0.5,)},
+    cases={"G": (32, 8, 1, 40), "D": (128,), "k": (2048, 128, 16), "scale": (32**-0.5 * 128**-0.5, 0.1021)},
     legal={"k": SELECTED, "scale": SCALE},
     choice="sel",
     values={

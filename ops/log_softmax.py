@@ -10,7 +10,7 @@ from porthal.hal.numerics import Array, elementary, single, softmax
     cost=lambda d, b: (5 * d.T * d.V, d.T * d.V * (b.logits + 4)),
     independent=("T",),
     cases={"V": (154880, 256, 7)},
-    values={"logits": ("normal", "large", "blocked", "halved", "rising", "seesaw")},
+    values={"logits": ("normal", "large", "blocked", "halved", "rising", "seesaw", "offset")},
 )
 def log_softmax(logits: Array) -> Array:
     """logp = logits - log(sum exp(logits)) over the last axis, in float32; natural logarithm."""

@@ -17,17 +17,19 @@ from porthal.hal.contract import Contract
 from porthal.hal.dtypes import is_float
 from porthal.hal.signature import ARRAY
 
-REPLAYS = 2
+REPLAYS, IDLE = 2, 3  # of any call, and of one with a batch the replay in which all is padding
 
 
 def calls(case: Case) -> list[Inputs]:
     """The call that is captured, then those that are replayed, each with values of its own in the same memory.
 
     The captured one has the longest requests. In the first replay they are shorter and some are padding; in the second these
-    are real, all have grown, and a row of the last is another's. Weights, experts and what else there is are others in each.
+    are real, all have grown, and a row of the last is another's; in the third, of a batch, all are padding. Weights, experts
+    and what else there is are others in each.
     """
     captured = build(case)
-    found = [captured, *(build(_replayed(case, n, captured.batch)) for n in range(1, REPLAYS + 1))]
+    last = IDLE if captured.batch and not _as_wide_as_the_longest(case.contract) else REPLAYS
+    found = [captured, *(build(_replayed(case, n, captured.batch)) for n in range(1, last + 1))]
     blocks = [value.spec.n_blocks for inputs in found for value in inputs.operands.values() if isinstance(value, Pages)]
     return [_with_pages(inputs, max(blocks)) for inputs in found] if blocks else found
 
@@ -47,10 +49,12 @@ def _requests(captured: Batch, n: int, kept: bool) -> Iterator[Request]:
     """Query rows and keys of each request of a replay; the longest is `kept` where an array is as wide as it."""
     longest = int(np.argmax(captured.kv_len)) if captured.R else 0
     q_lens, kv_lens = captured.q_len.tolist(), captured.kv_len.tolist()
-    if n > 1 and q_lens[-1] > 1 and kv_lens[0] > q_lens[0]:
+    if n == REPLAYS and q_lens[-1] > 1 and kv_lens[0] > q_lens[0]:
         q_lens[0], q_lens[-1] = q_lens[0] + 1, q_lens[-1] - 1
     for r, (q, kv) in enumerate(zip(q_lens, kv_lens)):
-        if kept and r == longest:
+        if n == IDLE:
+            yield Request(q, 0)
+        elif kept and r == longest:
             yield Request(q, kv)
         elif n == 1:
             yield Request(q, max(q, kv * (1 + r % 3) // 4) if kv and r % 3 != 1 else 0)

@@ -11,7 +11,6 @@ from functools import lru_cache
 from itertools import cycle
 
 from porthal.conformance.cases.boundaries import GRIDS, TILES, UNEVEN
-from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import (
     COMPOSITIONS,
     DECODING,
@@ -28,6 +27,7 @@ ENDS = (0, 1, LOADED - 1, 64, 256, 1024, 4096, 2**15, 2**16, 2**20)  # of the ma
 FEW = 3  # magnitudes, up to which rows are few
 CROWDED = 2**10  # rows, of which not each can be a request
 SHORT = 16  # rows of a composition that is a name
+LEAST = 2  # rows of a request whose drafts are verified
 VERIFIED = (5, 2, 8, 3, 7, 4, 6)  # rows of requests whose drafts are verified, in turn
 KEYS = "S"
 FORMS = ("decode", "prefill", "mixed", "padded", "idle", "shared", DRAFTS)  # of a batch
@@ -57,12 +57,12 @@ def points(label: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(n for n in found if size_class(n) == label))
 
 
-def form_of(case: Case) -> str:
-    """Of FORMS that of a case's batch."""
-    found = requests(case.batch)
+def form_of(batch: str, distinct: int = 0) -> str:
+    """Of FORMS that of a batch; copies share pages whatever it says."""
+    found = requests(batch)
     if found is None:
-        return NAMES.get(case.batch, "mixed")
-    if any(r.shared for r in found) and not case.distinct:
+        return NAMES.get(batch, "mixed")
+    if any(r.shared for r in found) and not distinct:
         return "shared"
     if any(not r.q for r in found):
         return "idle"
@@ -73,13 +73,19 @@ def form_of(case: Case) -> str:
     return "decode" if all(r.q == 1 for r in found) else "prefill" if len(found) == 1 else "mixed"
 
 
+@lru_cache(maxsize=256)
+def has_form(label: int, form: str) -> bool:
+    """Whether batches of so many rows have this form."""
+    return any(form_of(batch_of(form, rows, 2**12, 64, written=False)) == form for rows in points(label) if rows)
+
+
 def batch_of(form: str, rows: int, keys: int, size: int, written: bool) -> str:
     """A composition of this form: so many rows, the last of which see these keys, behind others that see few."""
-    if form == DRAFTS and rows <= SHORT:
-        return DRAFTS
     if form == "prefill" or (rows == 1 and form in ("mixed", DRAFTS)):
         return spelled([Request(rows, max(keys, rows))])
-    if form == DRAFTS and rows <= CROWDED:
+    if form == DRAFTS and 2 * LEAST <= rows <= SHORT and keys <= size:
+        return DRAFTS
+    if form == DRAFTS and 2 * LEAST <= rows <= CROWDED:
         return spelled(_verified(rows, keys, size))
     if form in ("mixed", DRAFTS) or rows > CROWDED:
         first = min((rows - 1) // 2 or 1, DECODING)  # of an even number rows are as many to a request as if all were alike
@@ -107,6 +113,8 @@ def _verified(rows: int, keys: int, size: int) -> list[Request]:
         if sum(found) + q >= rows:
             break
         found.append(q)
+    found = found or [rows // 2]
+    found[-1] -= sum(found) == rows - 1  # the last has drafts, too
     seen = (max(q, min(keys, 9 if n % 2 else size)) for n, q in enumerate(found))
     last = rows - sum(found)
     return [*map(Request, found, seen), Request(last, max(keys, last))]

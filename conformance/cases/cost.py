@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import log2, prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from porthal.hal.dtypes import itemsize
 from porthal.hal.signature import evaluate
 
 FLOPS, BYTES, GOLDEN = 4e10, 4e9, 1.5e10  # a second of a core: what a kernel does, what memory gives, what float64 does
-SORTED = 8e-8  # seconds to sort a number among others
+SORTED = 5e-9  # seconds to sort a number among others, for each doubling of these
 WIDENED = 2e-9  # and to read one in float64
 CALLS = 3  # a kernel's calls in one case
 PASSES = 18  # over the reference's products for one golden
@@ -82,9 +82,11 @@ def _numbers(case: Case, facts: Mapping[str, Any]) -> int:
     return sum(prod(evaluate(d, facts) for d in o.dims) for o in case.contract.signature.results if o.dims)
 
 
-def _ranked(case: Case, facts: Mapping[str, Any]) -> int:
-    """Numbers that are ranked: of the first operand, or all that its rows see."""
+def _ranked(case: Case, facts: Mapping[str, Any]) -> float:
+    """Numbers that are ranked, each as often as it is compared: of the first operand, or all that its rows see."""
     contract = case.contract
     if not (contract.admits or (contract.choice and "k" in facts)):
         return 0
-    return max(prod(evaluate(d, facts) for d in contract.signature.operands[0].dims), facts[contract.rows] * facts.get("S", 0))
+    *rows, width = (evaluate(d, facts) for d in contract.signature.operands[0].dims)
+    seen = facts.get("S", 0)
+    return max(prod((*rows, width)) * log2(width + 1), facts[contract.rows] * seen * log2(seen + 1))

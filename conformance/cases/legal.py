@@ -98,17 +98,24 @@ def _refused_operands(case: Case) -> str:
         return f"{', '.join(case.absent)} cannot be left out, expected {_one_of(permitted or ['every operand'])}"
     if case.view not in ("", *(known := (*VIEWS, *LAYOUTS, FAR, PAST_2G, THREADS))):
         return f"{case.view!r} is not a view, expected one of {', '.join(known)}"
-    if case.view in ("joint", *PITCHES) and not joined(contract):
-        return f"view {case.view} needs two arrays whose rows can lie side by side"
-    if case.view in LAYOUTS[:2] and all(len(o.dims) != 3 for o in contract.signature.of_kind(ARRAY)):
-        return f"view {case.view} needs an array of 3 axes"
-    kinds = {o.kind for o in operands.values()}
-    numbered = "Batch" in kinds or any(high == "P" for _, high in contract.ranges.values())
-    if case.view == PAST_2G and not (("Pages" in kinds and numbered) or per_expert(contract)):
-        return f"view {PAST_2G} needs a cache with a batch, or experts' weights with counts"
+    if why := unsuited(contract, case.view):
+        return why
     for name, (low, high) in contract.ranges.items():
         if low == 0 and sizes.get(str(high)) == 0 and _wide_enough(contract, name, sizes):
             return f"{name} has nothing to point to"
+    return ""
+
+
+def unsuited(contract: Contract, view: str) -> str:
+    """Why no call of a contract has its operands laid out so, or ""."""
+    if view in ("joint", *PITCHES) and not joined(contract):
+        return f"view {view} needs two arrays whose rows can lie side by side"
+    if view in LAYOUTS[:2] and all(len(o.dims) != 3 for o in contract.signature.of_kind(ARRAY)):
+        return f"view {view} needs an array of 3 axes"
+    kinds = {o.kind for o in contract.signature.operands}
+    numbered = "Batch" in kinds or any(high == "P" for _, high in contract.ranges.values())
+    if view == PAST_2G and not (("Pages" in kinds and numbered) or per_expert(contract)):
+        return f"view {PAST_2G} needs a cache with a batch, or experts' weights with counts"
     return ""
 
 

@@ -23,10 +23,10 @@ import numpy as np
 
 from porthal.conformance.cases.boundaries import TELLING, ends, most_of, sizes_of, values
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.classes import ENDS, FEW, FORMS, KEYS, batch_of, form_of, points, size_class
+from porthal.conformance.cases.classes import ENDS, FEW, FORMS, KEYS, batch_of, form_of, has_form, points, size_class
 from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.domain import absences, combos, free_symbols, mixed, schemes_alike
-from porthal.conformance.cases.legal import LAYOUTS, VIEWS, elements, refusal
+from porthal.conformance.cases.legal import LAYOUTS, VIEWS, elements, refusal, unsuited
 from porthal.conformance.cases.profiles import Profile
 from porthal.conformance.level import Level
 from porthal.hal.contract import PAGE_SIZES, Contract
@@ -50,8 +50,9 @@ FIRST = 300.0  # and a class that no case has had; ten times that where it is no
 HUGE = size_class(4096) + 2
 DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
+RARE = 1e15  # more than all pairs are worth
 USUALLY = {"absent": 2, "view": 4, "schemes": 2, SEEN: 4}  # every so many calls a pair takes what is not usual
-TRIES = 3  # at a pair, with other points of the same classes
+TRIES = 4  # at a pair: what meets most beside it, what is usual, and twice with large sizes, of which others may need more
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,15 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     most, kinds = most_of(contract, profile), {o.kind for o in contract.signature.operands}
     free = [s for s in free_symbols(contract) if s == contract.rows or level.thorough or len(contract.cases[s]) > 1]
     sizes = list(dict.fromkeys([contract.rows, *free])) if contract.rows else free
-    found = [Factor(s, tuple(_classes(1, most.get(s, 64), level)), True) for s in sizes]
+    facts: dict[str, Any] = dict(most)
+    found = [Factor(s, tuple(c for c in _classes(1, most.get(s, 64), level) if _lawful(contract, s, c)), True) for s in sizes]
     for name, attribute in contract.attributes.items():
         listed = contract.cases.get(name, ())
         if attribute.type is int:
             low = min(0 in (span if isinstance(span := contract.legal.get(name, (1,)), Sequence) else (1,)), 1)
-            high = max(most.get(name, 0), *listed, 1)
+            if name in contract.legal and name not in most:
+                facts[name] = contract.allowed(name, SimpleNamespace(**facts))[-1]  # type: ignore[index]
+            high = max(facts.get(name, 0), *listed, 1)
             found.append(Factor(name, tuple(_classes(1 - low, high, level)), True))
         elif name in contract.legal:
             span = contract.allowed(name, SimpleNamespace())
@@ -89,11 +93,17 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     if PAGE in contract.legal:
         found.append(Factor(PAGE, tuple(_classes(1, 1024, level)), True))
     found.append(Factor("dtypes", (*combos(contract), *mixed(contract))))
-    found.append(Factor("view", ("", *(v for v in VIEWS if v != SAME), *LAYOUTS)))
+    found.append(Factor("view", ("", *(v for v in (*VIEWS, *LAYOUTS) if v != SAME and not unsuited(contract, v)))))
     found.append(Factor("absent", ((), *absences(contract))))
     found.append(Factor("schemes", ((), *schemes_alike(contract))))
     found.append(Factor("recipes", ((), *recipes)))
     return [f for f in found if len(f.classes) > 1]
+
+
+def _lawful(contract: Contract, name: str, label: int) -> list[int]:
+    """The points of a class of sizes that no rule about this size forbids."""
+    rules = [rule for words, rule in contract.rules if name in words.split()]
+    return [p for p in points(label) if all(rule(SimpleNamespace(**{name: p})) for rule in rules)]
 
 
 def _classes(low: int, high: int, level: Level) -> Iterator[int]:
@@ -116,6 +126,8 @@ class Design:
         self.owner = np.repeat(np.arange(len(self.factors)), [len(f.classes) for f in self.factors])
         worth = np.concatenate([[self._worth(f, c) for c in f.classes] for f in self.factors])
         pairs = np.where(self.owner[:, None] != self.owner, worth[:, None] * worth, 0)
+        self.together = self._together()
+        pairs *= self.together
         self.open = np.stack([2 * pairs, pairs])  # what a pair is worth that no case has met: with few rows, and with many
         few = np.zeros(len(self.owner), bool)
         for label, place in self.places.get(contract.rows, {}).items():
@@ -142,6 +154,18 @@ class Design:
         self.used: Counter[tuple[str, int]] = Counter()
         self.turn = 0
 
+    def _together(self) -> Array:
+        """Which classes a call may have at once, as far as that is known before one is made."""
+        found = np.ones((len(self.owner), len(self.owner)), bool)
+        rows, recipes = self.places.get(self.contract.rows, {}), self.places.get("recipes", {})
+        coded = [place for schemes, place in self.places.get("schemes", {}).items() if schemes]
+        apart = [(a, b) for n, a in rows.items() for form, b in self.places.get("form", {}).items() if not has_form(n, form)]
+        apart += [(a, b) for of, a in recipes.items() for b in coded if any(recipe in UNCODED for _, recipe in of)]
+        apart += [(a, b) for n, a in rows.items() for b in coded if self.contract.decomposition and n > size_class(CODED_ROWS)]
+        for a, b in apart:
+            found[a, b] = found[b, a] = False
+        return found
+
     def _worth(self, f: Factor, of: Any) -> float:
         """Of a class: of a size that is more than a few, and of few rows, most."""
         if f.sized:
@@ -154,7 +178,8 @@ class Design:
         """The places of a case's classes, 0 where its rows are few and 1 where many, and whether places can be told apart."""
         env = sizes_of(case)
         known: dict[str, Any] = {**case.attributes, "dtypes": case.dtypes, "view": case.view, "absent": case.absent}
-        known |= {"recipes": case.recipes, "schemes": case.schemes, "form": form_of(case) if case.batch else ""}
+        known |= {"recipes": case.recipes, "schemes": case.schemes}
+        known |= {"form": form_of(case.batch, case.distinct) if case.batch else ""}
         known[SEEN] = {0: "all", 1: "one more"}.get(env.get(KEYS, 0) - env.get("k", 0), "")
         found = []
         for f in self.factors:
@@ -214,39 +239,41 @@ class Design:
 
     def _case(self, regime: int, a: int, b: int) -> tuple[Case | None, float]:
         """A case that has these two classes, and what it costs; None where none is legal, or within what a level allows."""
-        filled = self._filled(regime, a, b)
         fixed = {int(self.owner[p]) for p in (a, b)}
+        self.turn += 1
         for attempt in range(TRIES):
-            chosen = dict(filled)
-            for i, f in enumerate(self.factors if attempt else ()):  # what is bounded by others may need more of them
+            chosen = self._filled(regime, a, b, usual=attempt > 0)
+            if SEEN in chosen and self.at[KEYS] in fixed:  # k says how many keys are all, and one more
+                chosen |= {"k": chosen[KEYS]} if self.at[SEEN] in fixed else {SEEN: ""}
+            for i, f in enumerate(self.factors if attempt > 1 else ()):
                 if f.name in self.contract.signature.symbols() and f.name != self.contract.rows and i not in fixed:
-                    chosen[f.name] = f.classes[-min(attempt, len(f.classes))]
+                    chosen[f.name] = f.classes[-min(attempt - 1, len(f.classes))]
             case, cost = self._afforded(chosen, fixed, attempt)
             if case and {a, b} <= set(self.classes_of(case)[0].tolist()):
                 for f in self.factors:
                     if f.sized:
                         self.used[f.name, chosen[f.name]] += 1
                 return case, cost
-            if not case and cost:
+            if attempt and not case and cost:
                 break  # legal, but dear
         return None, 0.0
 
-    def _filled(self, regime: int, a: int, b: int) -> dict[str, Any]:
-        """A class for each factor: of two these, of the others what meets most with those before."""
-        self.turn += 1
+    def _filled(self, regime: int, a: int, b: int, usual: bool) -> dict[str, Any]:
+        """A class for each factor: of two these, of the others what meets most with those before, or what is usual."""
         taken = {int(self.owner[p]): p for p in (a, b)}
         order = [(n + self.turn) % len(self.factors) for n in range(len(self.factors))]
         for n in sorted(order, key=lambda n: n != self.at.get(self.contract.rows, -1)):
             if n in taken:
                 continue
-            part = self.slices[n]
-            score = self.open[regime, part][:, list(taken.values())].sum(-1)
-            if self.factors[n].sized:
-                score -= np.abs(np.array(self.factors[n].classes) - USUAL)  # of what meets as much neither tiny nor huge
+            f, part, before = self.factors[n], self.slices[n], list(taken.values())
+            score = self.open[regime, part][:, before].sum(-1) * (not usual)
+            if f.sized:
+                score -= np.abs(np.array(f.classes) - USUAL)  # of what meets as much neither tiny nor huge
+            if self.turn % USUALLY.get(f.name, 1) or (usual and not f.sized):  # most calls as most are
+                score[1:] -= RARE
             if n == self.at.get(self.contract.rows, -1):
                 score[[(place not in self.few) != regime for place in range(part.start, part.stop)]] = -np.inf
-            if self.turn % USUALLY.get(self.factors[n].name, 1):  # most calls as most are
-                score[1:] = -np.inf
+            score[~self.together[part][:, before].all(-1)] = -np.inf
             taken[n] = part.start + int(score.argmax())
         return {f.name: f.classes[taken[n] - self.slices[n].start] for n, f in enumerate(self.factors)}
 
@@ -260,7 +287,7 @@ class Design:
             if case is None:
                 break
             cost, n = seconds(case), elements(case)
-            if cost > COPIED and self.contract.independent and case.view != SAME:
+            if cost > COPIED and self.contract.independent and chosen.get("form") != "shared":
                 fewer = replace(case, distinct=8 if self.level.thorough else 4)
                 if not refusal(fewer) and (less := seconds(fewer)) < LESS * cost:
                     case, cost, n = fewer, less, elements(fewer)
@@ -277,7 +304,7 @@ class Design:
             listed = contract.cases.get(name, ()) if name != PAGE else values(PAGE_SIZES)
             most = max(self.most.get(name, 0), *listed) if listed else self.most.get(name, 2**20)
             own = sorted({v for v in (*listed, most, most - 1) if size_class(v) == chosen[name]}, reverse=True)
-            within = [p for p in dict.fromkeys((*own, *points(chosen[name]))) if p <= most] or [1]
+            within = [p for p in dict.fromkeys((*own, *_lawful(contract, name, chosen[name]))) if p <= most] or [1]
             v = within[(self.used[name, chosen[name]] + attempt) % len(within)]
             same = given.setdefault(chosen[name], v)
             return same if alike and same <= most else v
@@ -316,8 +343,7 @@ class Design:
             view=chosen["view"],
             schemes=chosen.get("schemes", ()),
         )
-        coded = case.schemes and any(recipe in UNCODED for _, recipe in case.recipes)
-        return None if coded or refusal(case) else case
+        return None if refusal(case) else case
 
     def _symbols(self) -> list[str]:
         rows = [self.contract.rows] if self.contract.rows else []
@@ -354,8 +380,6 @@ def pair_cases(
         elif worth < 0:
             design.meet(met)
             left -= cost
-            if contract.decomposition and case.schemes and dict(case.dims).get(contract.rows, 0) > CODED_ROWS:
-                continue
             yield case
             if level.thorough and cost < CHEAP and not (met[1] or case.view):  # kernels have a way for each dtype
                 kinds = [combo for combo in combos(contract) if combo != case.dtypes]

@@ -18,7 +18,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
-from porthal.conformance.cases.boundaries import boundary_cases, ends, telling
+from porthal.conformance.cases.boundaries import boundary_cases, ends, most_of, telling
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, parted, spelled
 from porthal.conformance.cases.cost import seconds
@@ -26,22 +26,19 @@ from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
     Combo,
     absences,
-    combos,
     first_float,
     fitting,
-    free_symbols,
     options,
     per_expert,
     schemes_alike,
-    takes_integers,
 )
-from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, elements, refusal
-from porthal.conformance.cases.pairs import LESS, SAME, pair_cases, plain
+from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, refusal
+from porthal.conformance.cases.made import DEFAULT_ROWS, PAGE, Made
+from porthal.conformance.cases.pairs import LESS, SAME, pair_cases
 from porthal.conformance.cases.profiles import MODEL, profile_cases, profile_of
 from porthal.conformance.cases.programs import programs
-from porthal.conformance.cases.provocations import COMPANIONS
 from porthal.conformance.cases.ranked import ranked_cases
-from porthal.conformance.cases.values import ANY_OP, FLOATING, RELATED, TIED
+from porthal.conformance.cases.values import TIED
 from porthal.conformance.level import BRING_UP, level_of
 from porthal.hal import scheme_of
 from porthal.hal.contract import Contract
@@ -49,7 +46,6 @@ from porthal.hal.dtypes import itemsize
 from porthal.hal.signature import ARRAY, evaluate, symbols
 
 MANY_ROWS = 65536  # where 16-bit row counters and launch grids overflow
-DEFAULT_ROWS = 7
 PICKED_ROWS = 33  # of which some are chosen
 SOME_ROWS = 259  # of calls with values of their own: in the dtypes that are served less, or in turn
 SERVED = "bfloat16"
@@ -66,7 +62,6 @@ BLOCKS = (712, 456, 328)  # several blocks, the last of which is not full
 LONG_BATCH, LONG_ROWS = "1/100000+1/65537", {"k": 2048}  # rows of scores as long as contexts are
 LONG_TIES = ("shelves", "crest", "special")  # runs of equals longer than what is chosen, and numbers that are none
 PROMPT = 768
-PAGE = 64  # slots, where a case is about something else
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 CAPTURED = {5: "1/70+1/9+1/131+2/150", 6: "2/70+2/9+2/150"}  # rows and requests of a call that is captured
 LONGEST_BATCH = f"1/{LONGEST}"
@@ -119,21 +114,7 @@ def among(case: Case, dtypes: Sequence[str] | None) -> bool:
     return dtypes is None or not (first := first_float(case.contract)) or case.dtype(first) in dtypes
 
 
-class _Plan:
-    def __init__(self, contract: Contract, level: str) -> None:
-        self.contract, self.level = contract, level_of(level)
-        operands = contract.signature.operands
-        results = contract.signature.results
-        self.sized = {s for o in (*operands, *results) for d in o.dims for s in symbols(d)}
-        self.has_batch = bool(contract.signature.of_kind("Batch"))
-        self.has_pages = bool(contract.signature.of_kind("Pages"))
-        self.free = free_symbols(contract)
-        self.rows = contract.rows
-        self.attrs = [s for s in contract.cases if s in contract.attributes]
-        self.first = first_float(contract)
-        self.combos = combos(contract)
-        self.turn = 0
-
+class _Plan(Made):
     def cases(self) -> Iterator[Case]:
         """What stands for itself; what meets in pairs is added to it."""
         yield from self._production()
@@ -211,6 +192,14 @@ class _Plan:
             if self.level.thorough:
                 whole = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
                 yield from self._made(whole, rows=5, dtypes=self._next(), schemes=schemes, most=MANY_ROWS * 256)
+            most = most_of(self.contract, profile_of(MODEL))
+            for wide in sizes if self.level.thorough else list(sizes)[:1]:  # more blocks, or groups, than one pass holds
+                least = {s: NARROW if s in sizes else min(self.contract.cases[s]) for s in self.free if s != self.rows}
+                yield from self._made(
+                    {**least, wide: most.get(wide, 0)}, rows=2, dtypes=served[0], schemes=schemes, recipes=recipes[0]
+                )
+            for many in (DEFAULT_ROWS, SOME_ROWS) if self.level.thorough else (DEFAULT_ROWS,):
+                yield from self._made(rows=many, dtypes=served[0], schemes=schemes, view="columns")
         yield from self._mixed()
 
     def _mixed(self) -> Iterator[Case]:
@@ -323,6 +312,9 @@ class _Plan:
         if self.contract.choice and self.has_batch and self.level.thorough:  # a prompt: each row sees one key more
             for past, combo in product((0, 2), self.combos):  # rows of one tile see fewer than are chosen, and more
                 yield from self._made(rows=PROMPT, dtypes=combo, batch=f"{PROMPT}/{PROMPT + past}")
+        if self.contract.signature.mutated and self.has_batch:  # a chunk of whole pages that begins within one
+            for combo in self._each():
+                yield from self._made(rows=PAGE, batch=f"{PAGE}/{PAGE + 19}", block_size=PAGE // 2, dtypes=combo)
         for combo in self._each():
             yield from self._made(view=SAME, dtypes=combo)
         yield from self._narrowed()
@@ -365,6 +357,9 @@ class _Plan:
             if view != SAME:
                 for rows, combo in product((1, DEFAULT_ROWS) if self.level.thorough else (1,), self._each()):
                     yield from self._made(rows=rows, view=view, dtypes=combo)
+        inner = {o.dims[1]: 1 for o in self.contract.signature.of_kind(ARRAY) if len(o.dims) > 2 and o.dims[1] in self.free}
+        for view in ("columns", "slices") if inner and self.level.thorough else ("columns",) * bool(inner):
+            yield from self._made(inner, view=view, dtypes=self._next())  # the stride of an axis of one says nothing
 
     def _threads(self) -> Iterator[Case]:
         """Several threads at once: at few rows, and at so many that a kernel takes memory for all of them; also as wide as
@@ -389,10 +384,13 @@ class _Plan:
                 if size == HELD[-1] and self.first and dict(combo).get(self.first) != "bfloat16":
                     continue  # costly, and so in the dtype that is served
                 yield from self._holding(size, combo) if size else self._made(seq=name, dtypes=combo, batch=batch)
+        yield from self._made(rows=SOME_ROWS, seq="update", dtypes=self._next())  # kernels have another way for many rows
         for turn, schemes in enumerate(schemes_alike(self.contract)):
             known = [name for name in programs(self.contract) if name not in ("held", "reuse")]
             for name in known if self.level.thorough else known[turn % len(known) :][:1]:
                 yield from self._made(seq=name, dtypes=self._next(), schemes=schemes)
+            if self.level.thorough or not turn:
+                yield from self._made(rows=SOME_ROWS, seq="update", dtypes=self._next(), schemes=schemes)
 
     def _holding(self, size: int, combo: Combo) -> Iterator[Case]:
         """The call whose first result just has more bytes than this, with as little else as there is."""
@@ -422,79 +420,3 @@ class _Plan:
                 return iter(found)
         batch = "" if not self.has_batch else "prefill" if self.contract.signature.mutated else CROWD
         return self._made(fixed, rows=rows, batch=batch, **fields)
-
-    def _next(self) -> Combo:
-        """The dtypes that are next in turn."""
-        self.turn += 1
-        return self.combos[self.turn % len(self.combos)]
-
-    def _each(self) -> list[Combo]:
-        """All dtypes, or at bring-up the next in turn."""
-        return self.combos if self.level.thorough else [self._next()]
-
-    def _made(
-        self, fixed: Mapping[str, Any] | None = None, rows: int = DEFAULT_ROWS, most: int = 0, **fields: Any
-    ) -> Iterator[Case]:
-        """The case with these values, everything else at its default; nothing where no legal or affordable one exists."""
-        facts = self._legal(dict(fixed or {}), rows)
-        if facts is None:
-            return
-        attributes = self.contract.attributes
-        dims = [(s, facts[s]) for s in dict.fromkeys((self.rows, *self.free)) if s]
-        attrs = [(a, attributes[a].type(facts[a])) for a in attributes if a in facts]
-        case = Case(
-            self.contract.name,
-            tuple(dims),
-            tuple((a, v) for a, v in attrs if v != attributes[a].default),
-            **fields,
-        )
-        if self.has_batch and not case.batch:
-            case = replace(case, batch="mixed")
-        if (self.has_pages or self.has_batch) and not case.block_size:
-            case = replace(case, block_size=PAGE)
-        if not refusal(case) and elements(case) <= (most or self.level.elements):
-            yield case
-
-    def _legal(self, fixed: dict[str, Any], rows: int) -> dict[str, Any] | None:
-        """Values for every dim and attribute that fulfil the contract's rules, as near the defaults as those allow."""
-        fixed = {self.rows: rows, **fixed} if self.rows else fixed
-        names = [s for s in (*self.free, *self.attrs) if s not in fixed]
-        for found in product(*(self._near(s) for s in names)):
-            facts = {**fixed, **dict(zip(names, found))}
-            defaults = {a.name: a.default for a in self.contract.attributes.values()}
-            if not self.contract.broken(SimpleNamespace(**{**defaults, **facts})):
-                return facts
-        return None
-
-    def _near(self, name: str) -> list[Any]:
-        """A symbol's values, the default first: the smallest size of at least 8, the first where there is none."""
-        found = list(self.contract.cases[name])
-        if name in self.sized and max(found) >= 8:
-            found.sort(key=lambda v: (v < 8, v))
-        return found
-
-    def recipes(self) -> Iterator[tuple[tuple[str, str], ...]]:
-        """One value generator at a time, in every operand that lists it; integers everywhere, so that results are exact."""
-        names = [o.name for o in self.contract.signature.operands if o.kind != "Batch"]
-        for chosen in {r: None for n in names for r in options(self.contract, n)[1:]}:
-            taken = [(n, chosen) for n in names if chosen in options(self.contract, n)]
-            if chosen in COMPANIONS:
-                kind, beside = COMPANIONS[chosen]
-                others = [n for n in names if kind in (self.contract.signature[n].kind, options(self.contract, n)[0])]
-                taken += [(n, beside) for n in others if (n, chosen) not in taken]
-            if chosen == "integer":
-                taken = [(n, chosen) for n in names if takes_integers(self.contract, n)]
-            yield tuple(taken)
-
-    def telling(self) -> list[tuple[tuple[str, str], ...]]:
-        """Values that meet other variations: where not all is tested those by which places are told apart."""
-        return [r for r in self.recipes() if self.level.thorough or plain(r)]
-
-    def _unlisted(self) -> Iterator[tuple[str, str]]:
-        """Unlisted generators that the op must take all the same: plain ones in its first floats, any for indices."""
-        listed = {o.name: options(self.contract, o.name) for o in self.contract.signature.operands if o.kind != "Batch"}
-        floats = [name for name, recipes in listed.items() if recipes[0] in FLOATING]
-        floats.sort(key=lambda name: self.contract.signature[name].kind != "array")
-        for name, recipes in listed.items():
-            domain = ANY_OP if name in floats[:1] else RELATED.get(recipes[0], ())
-            yield from ((name, recipe) for recipe in domain if recipe not in recipes)

@@ -25,6 +25,7 @@ from porthal.hal.signature import ARRAY, evaluate
 
 WORLDS = (1, 2, 3, 4, 8)
 SIZES = {"H": 5, "n": 3, "T": 4, "N": 7, "k": 2, "E": 5}  # of a plain call
+LONG = 2**16 + 3  # of one row
 TAG = 2**20  # elements of a rank, where its number and the element's are one number
 
 
@@ -158,6 +159,8 @@ def _made(contract: Contract, thorough: bool) -> Iterator[Case]:
             yield _case(contract, ranks, {"payload": payload, "H": 130}, recipes=((first, "normal"),))
         if first:
             yield from (_case(contract, ranks, view=view) for view in ("columns", "rows"))
+        long = next((s for s in ("H", "n") if s in contract.signature.symbols()), "")
+        yield from [_case(contract, ranks, {long: LONG})] * bool(long)  # messages that are sent in another way than short ones
     for ranks in (2, 4) if thorough else (2,):
         yield _case(contract, ranks, seq=GROUPS)
     for fault in RANK_FAULTS:

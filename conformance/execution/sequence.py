@@ -181,10 +181,10 @@ def _plans(program: Program) -> Iterator[Step]:
     one = first(program.case)
     a, b = program.stage(one), program.stage(_second(program.case, one))
     yield program.call(a, "the first plan")
-    yield program.call(b, "a second plan")
     assert one.batch
-    for n, (label, batch) in enumerate((("other pages", repaged(one.batch)), ("other rows", reparted(one.batch))), 2):
-        yield program.call(program.stage(other(program.case, n, batch)), f"a plan of {label}")
+    yield program.call(program.stage(other(program.case, 2, repaged(one.batch))), "a plan of other pages")
+    yield program.call(b, "a second plan")
+    yield program.call(program.stage(other(program.case, 3, reparted(one.batch))), "a plan of other rows")
     yield program.call(a, "the first plan again")
     for what, inputs in otherwise(program.case, one.batch):
         carried = {n: v for n, v in a.inputs.operands.items() if isinstance(v, Batch)}
