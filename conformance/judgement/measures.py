@@ -120,7 +120,7 @@ class Measure:
             np.divide(np.abs(x) - np.abs(ideal), u * np.maximum(np.abs(g), least), out=off)
         error = error.reshape(len(y), -1)
         if few:
-            return _alike(error)
+            return _alike(error, y.shape[1] if y.ndim > 2 and y.shape[1] >= SAMPLES else error.shape[1])
         mean = error.mean(0)
         if np.mean(mean**2) < STEADY**2:
             return 0.0
@@ -163,13 +163,14 @@ def _z(samples: Array, each: int) -> float:
     return float(samples.mean() / max(float(samples.std()), each**-0.5) * np.sqrt(len(samples)))
 
 
-def _alike(error: Array) -> float:
-    """z of how the errors of two rows agree, columns as samples: the mean over all pairs of rows of their product. What a
-    whole row leans is taken off, and no error counts as more than an ulp."""
+def _alike(error: Array, samples: int) -> float:
+    """z of how the errors of two rows agree, columns as samples, or heads, whose columns share roundings: the mean over all
+    pairs of rows of their product. What a whole row leans is taken off, and no error counts as more than an ulp."""
     error = np.clip(error, -2, 2)
     error -= error.mean(1, keepdims=True)
     rows = len(error)
     product = (error.sum(0) ** 2 - np.square(error).sum(0)) / (rows * (rows - 1))
     if product.mean() < STEADY**2:
         return 0.0
-    return float(product.mean() / max(float(product.std()), STEADY**2) * np.sqrt(len(product)))
+    each = product.reshape(samples, -1).mean(1)
+    return float(each.mean() / max(float(each.std()), STEADY**2 * (samples / product.size) ** 0.5) * np.sqrt(samples))

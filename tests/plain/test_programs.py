@@ -185,7 +185,7 @@ def test_lengths_remembered_by_shape() -> None:
         return truth("topk", scores, known.setdefault((batch.T, batch.R, batch.max_kv), batch), k=k)
 
     verdict, message = told(TOPK.format("plans"), topk=topk)
-    assert verdict == "FAIL_VALUE" and message.startswith("step 2 (a second plan): sel row ")
+    assert verdict == "FAIL_VALUE" and message.startswith("step 3 (a second plan): sel row ")
 
 
 def test_a_memo_in_the_plan_without_its_attributes() -> None:
