@@ -162,15 +162,15 @@ def _parts(case: Case, operand: str, shape: tuple[int, ...], name: str, sizes: M
     draw = _draw(case, operand, shape, "float32", {**sizes, "scheme": name})
     scheme, x = scheme_of(name), np.asarray(RECIPES[case.recipe(operand)](draw), np.float64)
     if "whole" not in scheme.form(shape):
-        return _coded(case, operand, scheme, x)
+        return _coded(scheme, x, case.recipe(operand) == "pegged")
     halves = [scheme.quantised(half) for half in np.split(x, [shape[-2] // 2], -2) if half.size or not x.size]
     return {part: np.concatenate([half[part] for half in halves], -1 if part == "whole" else -2) for part in halves[0]}
 
 
-def _coded(case: Case, operand: str, scheme: Scheme, x: Array) -> dict[str, Array]:
-    """Codes and scales; among values at the ends of codes also the least code, which other packers give."""
+def _coded(scheme: Scheme, x: Array, pegged: bool) -> dict[str, Array]:
+    """Codes and scales; where these are about the ends of codes also the least code, which other packers give."""
     parts = scheme.quantised(x)
-    if case.recipe(operand) == "pegged" and scheme.codes.startswith("int"):
+    if pegged and scheme.codes.startswith("int"):
         parts["codes"][parts["codes"] == -TOP[scheme.codes]] -= 1
     return parts
 
@@ -221,7 +221,7 @@ def _pages(case: Case, operand: OperandSpec, sizes: Mapping[str, Any], batch: Ba
         values[unread] = np.nan
         native[name] = narrow(values, dtype)
         if spec.quantised and spec.quantised[0] == name:
-            native |= _held(name, _coded(case, operand.name, spec.quantised[1], widen(native[name])), unread)
+            native |= _held(name, _coded(spec.quantised[1], widen(native[name]), pegged=True), unread)
     return Pages(spec, native)
 
 
