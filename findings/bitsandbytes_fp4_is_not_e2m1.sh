@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# One would guess: quant_type="fp4" is the four-bit float of everybody else, e2m1 (0 0.5 1 1.5 2 3 4 6), so its bytes can be handed
-#   to a chip's FP4 unit with a scale of amax / 6.
-# What happens: its smallest number is 0.03125 in these units, not 0.5; the eight codes stand in another order (0, 0.03125, 4, 6,
-#   2, 3, 1, 1.5); and the first element of a pair is the HIGH nibble, where MXFP4, NVFP4 and torch's float4_e2m1fn_x2 have it
-#   low. Of normal weights in blocks of 64 17% read back as that smallest number, next to nothing, and the error is 15% above
-#   that of e2m1 in the same blocks. Taken for e2m1 the bytes are noise: an error of more than 1, without any sign of it,
-#   since every code is legal and the scales fit.
+# One would guess: quant_type="fp4" is the four-bit float of everybody else, e2m1 (0 0.5 1 1.5 2 3 4 6), so its bytes can be
+#   handed to a chip's FP4 unit with a scale of amax / 6.
+# What happens: its smallest number is 0.03125 in these units, not 0.5; the eight codes stand in another order (0, 0.03125,
+#   4, 6, 2, 3, 1, 1.5); and the first element of a pair is the HIGH nibble, where MXFP4, NVFP4 and torch's float4_e2m1fn_x2
+#   have it low. Of normal weights in blocks of 64 17% read back as that smallest number, next to nothing, and the error is
+#   15% above that of e2m1 in the same blocks. Taken for e2m1 the bytes are noise: an error of more than 1, without any sign
+#   of it, since every code is legal and the scales fit.
 # Version: bitsandbytes 0.50.2, torch 2.13.0 (CPU).
 # Whom it hurts: who ports a bitsandbytes checkpoint to FP4 hardware, or compares "FP4" of two tools by error.
-# How to live with it: dequantise by its own table and quantise anew; tell formats by their tables and a known block, not by name.
+# How to live with it: dequantise by its own table and quantise anew; tell formats by their tables and a known block, not by
+#   name.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

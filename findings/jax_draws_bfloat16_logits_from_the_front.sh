@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# One would guess: jax.random.categorical draws token i with probability softmax(logits)[i], as exactly as the logits' dtype allows.
-# What happens: its noise has the dtype of the logits, made from 7 random bits in bfloat16 and 10 in float16, so that it takes 128
-#   (1024) values and never exceeds 4.84 (6.93). Of 4096 equal logits in bfloat16 98% of the draws fall on the first 512 tokens and
-#   none on the last 2048: the highest noise is a tie, which the first wins. A token of probability 0.0008 beside one of 0.86
-#   is drawn 30 times too rarely. random.uniform and bernoulli have the same grid: u < 0.001 holds for 0.8% of draws, so a
-#   speculative step accepts drafts that it should refuse. mode="high" mends categorical alone.
+# One would guess: jax.random.categorical draws token i with probability softmax(logits)[i], as exactly as the logits' dtype
+#   allows.
+# What happens: its noise has the dtype of the logits, made from 7 random bits in bfloat16 and 10 in float16, so that it
+#   takes 128 (1024) values and never exceeds 4.84 (6.93). Of 4096 equal logits in bfloat16 98% of the draws fall on the first
+#   512 tokens and none on the last 2048: the highest noise is a tie, which the first wins. A token of probability 0.0008
+#   beside one of 0.86 is drawn 30 times too rarely. random.uniform and bernoulli have the same grid: u < 0.001 holds for 0.8%
+#   of draws, so a speculative step accepts drafts that it should refuse. mode="high" mends categorical alone.
 #   torch.multinomial, F.gumbel_softmax (torch 2.13.0) and mlx.random.categorical (mlx 0.32.4) draw evenly from bfloat16.
 # Version: jax 0.10.2 (jaxlib 0.10.2). The rule is the same on every device.
-# Whom it hurts: sampling from a bfloat16 head, RL rollouts and synthetic data (length and vocabulary drift to low token ids), drafts
-#   that are verified by u < p.
-# How to live with it: logits.astype(float32) before categorical, u in float32; a test of EQUAL logits over a large vocabulary,
-#   where greedy tests and tests of a few tokens see nothing.
+# Whom it hurts: sampling from a bfloat16 head, RL rollouts and synthetic data (length and vocabulary drift to low token
+#   ids), drafts that are verified by u < p.
+# How to live with it: logits.astype(float32) before categorical, u in float32; a test of EQUAL logits over a large
+#   vocabulary, where greedy tests and tests of a few tokens see nothing.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
@@ -33,9 +34,9 @@ for name in ("float32", "bfloat16", "float16"):
         how = {} if mode == "default" else {"mode": "high"}
         equal = np.asarray(jax.random.categorical(KEY, jnp.zeros(4096, name), shape=(4096,), **how))
         drawn = np.asarray(jax.random.categorical(KEY, jnp.asarray(logits, name), shape=(N,), **how))
-        front, ratio = (equal < 512).mean(), np.bincount(drawn, minlength=5) / N / p
+        front, back, ratio = (equal < 512).mean(), (equal >= 2048).mean(), np.bincount(drawn, minlength=5) / N / p
         found[name, mode] = front, ratio[4]
-        print(f"{name}, mode {mode}: of 4096 equal tokens the first 512 get {front:.1%}, the last 2048 {(equal >= 2048).mean():.1%};"
+        print(f"{name}, mode {mode}: of 4096 equal tokens the first 512 get {front:.1%}, the last 2048 {back:.1%};"
               f" p = {p[4]:.5f} is drawn {ratio[4]:.2f} times as often as it should")
     u = np.asarray(jax.random.uniform(KEY, (N,), name)).astype(np.float64)
     below = np.asarray(jax.random.bernoulli(KEY, jnp.asarray(0.001, name), (N,))).mean()

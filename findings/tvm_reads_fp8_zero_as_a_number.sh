@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # One would guess: 8-bit floats that a compiler accepts are read as the formats are defined; above all, 0 is 0.
-# What happens: without hardware for them TVM widens the codes itself, and takes every code for a NORMAL number: in e4m3fn the code
-#   0 is read as 0.0078125, all subnormals come out too large, and NaN is 480. Writing fails where reading does: results below
-#   0.0151 go to wrong codes. The kinds of AMD (e4m3fnuz, e5m2fnuz) have another exponent, which is not
-#   known here: all 256 codes are read doubled, nearly all numbers are written halved, so that a round trip looks well.
-#   A row of 6144 zeros times ones is 48. It compiles and runs without a word.
+# What happens: without hardware for them TVM widens the codes itself, and takes every code for a NORMAL number: in e4m3fn
+#   the code 0 is read as 0.0078125, all subnormals come out too large, and NaN is 480. Writing fails where reading does:
+#   results below 0.0151 go to wrong codes. The kinds of AMD (e4m3fnuz, e5m2fnuz) have another exponent, which is not known
+#   here: all 256 codes are read doubled, nearly all numbers are written halved, so that a round trip looks well. A row of
+#   6144 zeros times ones is 48. It compiles and runs without a word.
 # Version: apache-tvm 0.27.0.post1, target llvm on x86. float16 and bfloat16 are right.
-# Whom it hurts: who compiles an FP8 checkpoint (weights of pruned or padded rows are 0, those cast without a scale are mostly
-#   subnormal), or tests a lowering for a chip with FP8 on the CPU, where round trips of larger numbers pass.
+# Whom it hurts: who compiles an FP8 checkpoint (weights of pruned or padded rows are 0, those cast without a scale are
+#   mostly subnormal), or tests a lowering for a chip with FP8 on the CPU, where round trips of larger numbers pass.
 # How to live with it: read all 256 codes once and compare them with ml_dtypes, and write back what was read; or convert to
 #   bfloat16 before the compiler.
 set -euo pipefail
