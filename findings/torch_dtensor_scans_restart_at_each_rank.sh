@@ -86,3 +86,14 @@ if __name__ == "__main__":
     sys.exit(0 if ok else "CHANGED: scans of a sharded dim are computed otherwise than described")
 PY
 "$tmp/venv/bin/python" "$tmp/try.py" "$tmp"
+# Seen 2026-11-28:
+#   torch 2.13.0+cpu
+#   cumsum: dim=1 right, dim=-1 WRONG
+#   cumprod: dim=1 right, dim=-1 WRONG
+#   logcumsumexp: dim=1 right, dim=-1 WRONG
+#   cummax: dim=1 right, dim=-1 right
+#   softmax: dim=1 right, dim=-1 right
+#   argsort: dim=1 right, dim=-1 right
+#   argmax: dim=1 right, dim=-1 right
+#   cumsum(-1) of eight ones on four ranks: 1 2 1 2 1 2 1 2
+#   top-p 0.9 of 4096 tokens keeps 778; sharded, with dim=1 778, with dim=-1 3850
