@@ -1,4 +1,4 @@
-"""Two emulated devices of another vendor, in a process of their own."""
+"""Two emulated devices of another vendor, in a process of their own, and the ranks that share them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,31 @@ except RuntimeError as error:
     print("refused")
 """
 
+RANKS = """
+import os
+import torch
+from porthal.backends.torch.emulation import device
+from porthal.backends.torch.vendor import Vendor
+device.install("musa", count=2)
+class Chip(Vendor):
+    name, kind, package, visible = "chip", "musa", "torch_musa", "MUSA_VISIBLE_DEVICES"
+for rank in (None, "0", "1", "2", "first"):
+    os.environ.pop("RANK", None) if rank is None else os.environ.update(RANK=rank)
+    for named in ("", "1"):
+        print(rank, named or "-", Chip(named), torch.musa.current_device(), Chip(named).empty((1,), "int32").device)
+"""
+
 
 def two_devices(vendor: str) -> tuple[str, str]:
     """What is printed to stdout, which is "refused" alone where all is right, and to stderr."""
-    script = SCRIPT.replace("VENDOR", vendor)
+    return _run(SCRIPT.replace("VENDOR", vendor))
+
+
+def devices_of_ranks() -> tuple[str, str]:
+    """A line per rank, without and with a named device: what the backend is called, the current device, that of an array."""
+    return _run(RANKS)
+
+
+def _run(script: str) -> tuple[str, str]:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     return done.stdout, done.stderr
