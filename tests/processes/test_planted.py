@@ -13,6 +13,7 @@ from porthal.conformance.report.reached import members
 from porthal.conformance.runner.ranked import in_threads
 from porthal.conformance.selftest.ranked import DEFECTS, Planted, caught
 from porthal.hal import UsageError, collectives, contracts
+from tests.plugins import install, installed
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -88,3 +89,28 @@ def test_processes_that_die_and_stall_are_replayed_by_token():
         assert not refusal(Case.from_token(token))
         result = replay(token, "cpu")
         assert (result.verdict, result.op) == ("PASS", token.partition(",")[0]), result.message
+
+
+RANKED = """
+    import os
+
+    from porthal.backends.reference.backend import Reference
+    from porthal.hal import collectives
+
+    class Chip(Reference):
+        def __init__(self, device=""):
+            super().__init__(device)
+            self.rank = os.environ.get("RANK")
+
+        def all_reduce(self, x, comm):
+            assert self.rank == str(comm.rank), f"made as rank {self.rank}, called as {comm.rank}"
+            return Reference.derive(self, collectives()["all_reduce"])(x, comm)
+"""
+
+
+def test_a_backend_knows_its_rank_when_it_is_made(tmp_path):
+    """By which it takes a device of its own."""
+    install(tmp_path, "ranked", backend=RANKED)
+    with installed(tmp_path):
+        result = replay("all_reduce,ranks=2,H=5,T=4,0", "ranked")
+    assert (result.verdict, result.message, result.status) == ("PASS", "", "own")
