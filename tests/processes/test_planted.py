@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from porthal.conformance import Case, replay
@@ -10,7 +12,8 @@ from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.ranked import given, world
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.reached import members
-from porthal.conformance.runner.ranked import in_threads
+from porthal.conformance.runner.ranked import Ranked, in_threads
+from porthal.conformance.runner.workers import Bounds, Setup
 from porthal.conformance.selftest.ranked import DEFECTS, Planted, caught
 from porthal.hal import UsageError, collectives, contracts
 from tests.plugins import install, installed
@@ -114,3 +117,26 @@ def test_a_backend_knows_its_rank_when_it_is_made(tmp_path):
     with installed(tmp_path):
         result = replay("all_reduce,ranks=2,H=5,T=4,0", "ranked")
     assert (result.verdict, result.message, result.status) == ("PASS", "", "own")
+
+
+FEW = """
+    from porthal.backends.reference.backend import Reference
+    from porthal.hal import NotClaimed
+
+    class Chip(Reference):
+        def communicator(self, timeout=60.0):
+            made = super().communicator(timeout)
+            if made.size < 3:
+                return made
+            made.close()
+            raise NotClaimed("3 ranks need a device each")
+"""
+
+
+def test_ranks_that_a_machine_has_no_devices_for_are_unclaimed(tmp_path):
+    """As in a run on two chips, whose cases have up to eight ranks; those of fewer go on afterwards."""
+    install(tmp_path, "few", backend=FEW)
+    with installed(tmp_path), closing(Ranked(Setup("few", "bring-up", False, 3), Bounds())) as ranks:
+        many, some = (ranks.one(Case.from_token(f"all_reduce,ranks={n},H=5,T=4,0")) for n in (3, 2))
+    assert (many.verdict, many.message) == ("UNCLAIMED", "rank 0: 3 ranks need a device each")
+    assert (some.verdict, some.message) == ("PASS", "")
