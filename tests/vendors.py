@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 SCRIPT = """
+import os
 import torch
 from porthal.backends.torch.emulation import device
+from porthal.backends.torch.vendor import Vendor
 module = device.install("VENDOR", count=2)
 a, b = torch.ones(2, device="VENDOR:0"), torch.ones(2, device="VENDOR:1")
 assert module.device_count() == 2 and b.is_VENDOR and b.device.index == 1
@@ -20,33 +22,20 @@ try:
 except RuntimeError as error:
     assert "same device" in str(error)
     print("refused")
-"""
 
-RANKS = """
-import os
-import torch
-from porthal.backends.torch.emulation import device
-from porthal.backends.torch.vendor import Vendor
-device.install("musa", count=2)
 class Chip(Vendor):
-    name, kind, package, visible = "chip", "musa", "torch_musa", "MUSA_VISIBLE_DEVICES"
-for rank in (None, "0", "1", "2", "first"):
-    os.environ.pop("RANK", None) if rank is None else os.environ.update(RANK=rank)
-    for named in ("", "1"):
-        print(rank, named or "-", Chip(named), torch.musa.current_device(), Chip(named).empty((1,), "int32").device)
+    name, kind, package, visible = "chip", "VENDOR", "torch_VENDOR", "VISIBLE"
+
+# A rank takes the device of its number, while there are as many, unless one is named; it is then the current one.
+for rank, named, device in ((None, "", 0), ("0", "", 0), ("1", "", 1), ("2", "", 0), ("first", "", 0), ("0", "1", 1)):
+    os.environ.update(RANK=rank) if rank else None
+    chip = Chip(named)
+    assert (str(chip), chip.empty((1,), "int32").device.index, module.current_device()) == (f"chip:{device}", device, device)
 """
 
 
 def two_devices(vendor: str) -> tuple[str, str]:
     """What is printed to stdout, which is "refused" alone where all is right, and to stderr."""
-    return _run(SCRIPT.replace("VENDOR", vendor))
-
-
-def devices_of_ranks() -> tuple[str, str]:
-    """A line per rank, without and with a named device: what the backend is called, the current device, that of an array."""
-    return _run(RANKS)
-
-
-def _run(script: str) -> tuple[str, str]:
+    script = SCRIPT.replace("VENDOR", vendor)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     return done.stdout, done.stderr
