@@ -98,12 +98,19 @@ RANKED = """
     import os
 
     from porthal.backends.reference.backend import Reference
-    from porthal.hal import collectives
+    from porthal.hal import NotClaimed, collectives
 
     class Chip(Reference):
         def __init__(self, device=""):
             super().__init__(device)
             self.rank = os.environ.get("RANK")
+
+        def communicator(self, timeout=60.0):
+            made = super().communicator(timeout)
+            if made.size < 3:
+                return made
+            made.close()
+            raise NotClaimed("3 ranks need a device each")
 
         def all_reduce(self, x, comm):
             assert self.rank == str(comm.rank), f"made as rank {self.rank}, called as {comm.rank}"
@@ -111,32 +118,10 @@ RANKED = """
 """
 
 
-def test_a_backend_knows_its_rank_when_it_is_made(tmp_path):
-    """By which it takes a device of its own."""
+def test_ranks_know_their_number_when_they_are_made_and_without_devices_are_unclaimed(tmp_path):
+    """By it they take a device each. Two chips are asked cases of up to eight ranks; those of fewer go on afterwards."""
     install(tmp_path, "ranked", backend=RANKED)
-    with installed(tmp_path):
-        result = replay("all_reduce,ranks=2,H=5,T=4,0", "ranked")
-    assert (result.verdict, result.message, result.status) == ("PASS", "", "own")
-
-
-FEW = """
-    from porthal.backends.reference.backend import Reference
-    from porthal.hal import NotClaimed
-
-    class Chip(Reference):
-        def communicator(self, timeout=60.0):
-            made = super().communicator(timeout)
-            if made.size < 3:
-                return made
-            made.close()
-            raise NotClaimed("3 ranks need a device each")
-"""
-
-
-def test_ranks_that_a_machine_has_no_devices_for_are_unclaimed(tmp_path):
-    """As in a run on two chips, whose cases have up to eight ranks; those of fewer go on afterwards."""
-    install(tmp_path, "few", backend=FEW)
-    with installed(tmp_path), closing(Ranked(Setup("few", "bring-up", False, 3), Bounds())) as ranks:
+    with installed(tmp_path), closing(Ranked(Setup("ranked", "bring-up", False, 3), Bounds())) as ranks:
         many, some = (ranks.one(Case.from_token(f"all_reduce,ranks={n},H=5,T=4,0")) for n in (3, 2))
     assert (many.verdict, many.message) == ("UNCLAIMED", "rank 0: 3 ranks need a device each")
-    assert (some.verdict, some.message) == ("PASS", "")
+    assert (some.verdict, some.message, some.status) == ("PASS", "", "own")
