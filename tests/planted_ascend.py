@@ -39,8 +39,8 @@ INT8 = {
 }
 # Planned cases are smaller than what the fused prolog takes.
 PROLOG = tuple(
-    f"mla_prolog,T={T},H=1024,Q=1536,N=2,D=128,C=512,R=64,theta=10000.0,eps=1e-05,h:bf16,batch={batch},block_size=64,0"
-    for T, batch in ((3, "1/5+2/130"), (5, "1/5+3/130+1/0"))
+    f"mla_prolog,T={T},H=1024,Q=1536,N={N},D=128,C=512,R=64,theta=10000.0,eps=1e-05,h:bf16,batch={batch},block_size=64,0"
+    for T, N, batch in ((3, 2, "1/5+2/130"), (5, 2, "1/5+3/130+1/0"), (16, 128, "16*1/1024"))
 )
 
 
@@ -129,11 +129,13 @@ DEFECTS = [
     Defect("experts", "moe_experts", "sources for places", "first_expert, PLACES, ENDS)", "first_expert, SOURCES, ENDS)"),
     Defect("experts", "moe_experts", "the second half is activated", "npu_swiglu(input=_grouped(rows, w13, groups)",
            "npu_swiglu(input=_grouped(rows, w13, groups).roll(w2.spec.shape[2], 1)"),
-    Defect("prolog", "mla_prolog", "the cache's rotated keys as they are", "_in_pairs(kp.index_select(0, plan.rows[:, 0]))",
-           "kp.index_select(0, plan.rows[:, 0])"),
-    Defect("prolog", "mla_prolog", "rotated queries as they are",
-           "return q_latent, _in_pairs(q_rope)", "return q_latent, q_rope"),
-    Defect("prolog", "mla_prolog", "tables of pairs", '"half", h.dtype', '"interleaved", h.dtype'),
+    Defect("prolog", "mla_prolog", "the cache's keys as they are", "updates=turned[:, -1].contiguous()",
+           "updates=halves[:, -1].to(h.dtype)"),
+    Defect("prolog", "mla_prolog", "turned halves as they are", "turned = _in_pairs(", "turned = ("),
+    Defect("prolog", "mla_prolog", "tables of pairs", 'kp.shape[1], "half"', 'kp.shape[1], "interleaved"'),
+    Defect("prolog", "mla_prolog", "turned twice", "plan.table(still, ", "plan.table(turn, "),
+    Defect("prolog", "mla_prolog", "turned by bfloat16", "*facts, torch.float32)", "*facts, h.dtype)"),
+    Defect("prolog", "mla_prolog", "a head's query for the key", "turned[:, -1].contiguous()", "turned[:, 0].contiguous()"),
     Defect("prolog", "mla_prolog", "sine before cosine", "rope_sin=sin[:, 0],\n            rope_cos=cos[:, 0]",
            "rope_sin=cos[:, 0],\n            rope_cos=sin[:, 0]"),
     Defect("prolog", "mla_prolog", "no query norm", "query_norm_flag=True", "query_norm_flag=False"),

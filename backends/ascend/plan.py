@@ -30,6 +30,12 @@ def turn(plan: StepPlan, theta: float, width: int, layout: str, dtype: torch.dty
     return Turn(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
 
 
+def still(plan: StepPlan, theta: float, width: int, layout: str, dtype: torch.dtype) -> Turn:
+    """What turns nothing."""
+    shape = len(plan.positions), 1, width
+    return Turn(plan.positions.new_ones(shape, dtype=dtype), plan.positions.new_zeros(shape, dtype=dtype))
+
+
 def paged(pages: Pages, field: int) -> Tensor:
     """A field as PA_BSND: [blocks, block_size, 1, width]."""
     name, width = pages.spec.fields[field]

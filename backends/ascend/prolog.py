@@ -10,12 +10,12 @@ from torch import Tensor
 
 from porthal.backends.ascend.attention import HEADS, PAGE
 from porthal.backends.ascend.calls import NPU
-from porthal.backends.ascend.plan import memory, turn
+from porthal.backends.ascend.plan import memory, still, turn
 from porthal.backends.ascend.rows import SOME
 from porthal.hal import Batch, Pages, Weight, WeightSpec, limits, one_of, same_as
 from porthal.hal.backend import Read
 
-PROLOG = "torch_npu.npu_mla_prolog_v3+npu_format_cast+npu_scatter_nd_update_"
+PROLOG = "torch_npu.npu_mla_prolog_v3+npu_format_cast+npu_rotary_mul+npu_scatter_nd_update_"
 NZ = 29  # FRACTAL_NZ, the order of the matrix unit's tiles
 
 
@@ -65,10 +65,12 @@ class Prolog:
         theta: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Pages]:
-        """It leaves the first elements of all pairs before the second ones, in q_rope and in the cache: both are put back."""
+        """It turns by bfloat16, whose errors all heads share: it is told to turn nothing, and pairs are turned behind it. It
+        leaves the first elements of all pairs before the second ones, in q_rope and in the cache: both are put back."""
         plan, page = batch.native, (-1, kv.spec.block_size, 1)
         c, kp = (memory(kv, name) for name, _ in kv.spec.fields)
-        cos, sin = plan.table(turn, theta, kp.shape[1], "half", h.dtype)
+        facts = theta, kp.shape[1], "half"
+        (cos, sin), by = plan.table(still, *facts, h.dtype), plan.table(turn, *facts, torch.float32)
         q_latent, q_rope, _, qr, _ = NPU.npu_mla_prolog_v3(
             token_x=h.contiguous(),
             weight_dq=q_a.native,
@@ -87,8 +89,10 @@ class Prolog:
             cache_mode="PA_BSND",
             query_norm_flag=True,
         )
-        NPU.npu_scatter_nd_update_(input=kp, indices=plan.rows, updates=_in_pairs(kp.index_select(0, plan.rows[:, 0])))
-        return q_latent, _in_pairs(q_rope), qr, kv
+        halves = torch.cat((q_rope, kp.index_select(0, plan.rows[:, 0])[:, None]), 1).float()
+        turned = _in_pairs(NPU.npu_rotary_mul(input=halves, r1=by.cos, r2=by.sin, rotary_mode="half").to(h.dtype))
+        NPU.npu_scatter_nd_update_(input=kp, indices=plan.rows, updates=turned[:, -1].contiguous())
+        return q_latent, turned[:, :-1], qr, kv
 
 
 def in_tiles(rows: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from porthal.backends.cuda.kernels.sample import sample
 from porthal.backends.cuda.kernels.silu_mul import silu_mul
 from porthal.backends.cuda.kernels.sparse_mla import sparse_mla
 from porthal.backends.cuda.kernels.topk import topk
+from porthal.backends.torch.collectives import number_of_rank
 from porthal.backends.torch.interfaces.packed import Packed
 from porthal.hal import (
     Batch,
@@ -86,7 +87,7 @@ class Own(Packed):
             super().__init__("cpu")
             self.processors, self.shared = 4, 1 << 20
             return
-        super().__init__(f"cuda:{device or 0}")
+        super().__init__(f"cuda:{device or number_of_rank(torch.cuda.device_count())}")
         found = torch.cuda.get_device_properties(self.device)
         if (found.major, found.minor) < (8, 0):
             raise Unavailable(

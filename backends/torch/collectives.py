@@ -6,6 +6,7 @@ only asked once all ranks have agreed on a call, over sockets, which also name t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,12 @@ from porthal.hal.wire import Sockets, Wire, joined
 # PyTorch 2.13 has new names for these two, and warns of the old ones, which vendors' releases have.
 gather_rows = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 scatter_sum = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def number_of_rank(count: int) -> int:
+    """Which of so many devices a process takes where none is named: each of several ranks its own, while there are as many."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) % count if rank.isdecimal() and count else 0
 
 
 class Engine(Wire):
@@ -82,6 +89,11 @@ class Collectives:
         if not dist.is_backend_available(engine):
             raise NotClaimed(f"ranks of {self} meet by {engine!r}, which torch.distributed has from the vendor's package alone")
         sockets = joined(timeout, self.name)
+        if engine != "gloo" and sockets.size > (count := getattr(torch, torch.device(self.device).type).device_count()):
+            sockets.close()
+            raise NotClaimed(
+                f"{sockets.size} ranks of {self.name} need a device each by {engine!r}, and PyTorch sees {count}: start {count}"
+            )
         if sockets.rank:
             (port, *_) = map(int, sockets.gather("start", b"0"))
             store = dist.TCPStore("localhost", port, sockets.size, False, timedelta(seconds=timeout))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from porthal.backends.torch.backend import Torch
+from porthal.backends.torch.collectives import number_of_rank
 from porthal.backends.torch.interfaces.library import lacks
 from porthal.hal import CallSpec, Kernel, Place, Unavailable
 
@@ -22,15 +23,17 @@ class Vendor(Torch):
     visible: ClassVar[str]
 
     def __init__(self, device: str = "") -> None:
-        super().__init__(f"{self.kind}:{self._number(device)}")
+        number = self._number(device)
+        super().__init__(f"{self.kind}:{number}")
+        getattr(torch, self.kind).set_device(number)  # some libraries run on the current one, wherever their tensors are
 
     def _number(self, device: str) -> int:
-        """Of a device that is there."""
+        """Of a device that is there; where none is named, that of this rank."""
         count = self._count()
         if device and not (device.isdecimal() and int(device) < count):
             shown = f", which {self.visible}={os.environ[self.visible]} shows" if self.visible in os.environ else ""
             raise Unavailable(f"{self.name} has no device {device!r}: {self.package} sees {count}, numbered from 0{shown}")
-        return int(device or 0)
+        return int(device) if device else number_of_rank(count)
 
     def _count(self) -> int:
         count: int = getattr(torch, self.kind).device_count()

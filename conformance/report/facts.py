@@ -16,14 +16,15 @@ import numpy as np
 
 from porthal.conformance.execution.traits import unasked
 from porthal.conformance.report.waivers import Waiver, waivers
-from porthal.hal import Backend
+from porthal.hal import Backend, operators
 from porthal.hal.errors import message_of
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A backend, where its kernels run, versions, waivers; and the ops for which it has kernels of several providers.
+    """A backend, where its kernels run, versions, waivers.
 
+    kernels  the ops for which it has kernels of its own, with the provider of each, "" where none is named
     device   the device and its driver, as the backend describes them
     sources  a digest of the files of porthal and of each backend that takes part
     captures whether it captures graphs
@@ -34,25 +35,30 @@ class Facts:
     place: str
     environment: Mapping[str, str]
     waivers: tuple[Waiver, ...]
-    providers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     device: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     unasked: tuple[str, ...] = ()
     captures: bool = False
 
     @classmethod
-    def of(cls, backend: Backend, providers: Mapping[str, tuple[str, ...]] | None = None) -> Facts:
+    def of(cls, backend: Backend) -> Facts:
         return cls(
             str(backend),
             backend.place,
             environment(type(backend)) | _version(backend) | _tuned(backend),
             waivers(backend),
-            providers or {},
+            _kernels(backend),
             _described(backend),
             sources(type(backend)),
             unasked(backend),
             backend.captures,
         )
+
+
+def _kernels(backend: Backend) -> dict[str, tuple[str, ...]]:
+    own = {op: [k.provider for k in backend.candidates(c) if k.owner == backend.name] for op, c in operators().items()}
+    return {op: tuple(providers) for op, providers in own.items() if providers}
 
 
 def _described(backend: Backend) -> str:

@@ -28,7 +28,16 @@ from porthal.conformance.report.files import parsed, why
 from porthal.conformance.report.page import report_page
 from porthal.conformance.report.reached import Reached, overall, parts_of, reached
 from porthal.conformance.report.receipt import Reproduced, check_receipt, origin, receipt
-from porthal.conformance.report.results import NOT_RUN, Result, Row, counted, figure, replay_command, verify_results
+from porthal.conformance.report.results import (
+    NOT_RUN,
+    Result,
+    Row,
+    counted,
+    figure,
+    replay_command,
+    untried,
+    verify_results,
+)
 from porthal.conformance.report.waivers import Waiver, expired, verify, waive
 from porthal.conformance.verdicts import NOT_READ
 from porthal.hal import Backend, UsageError, operators
@@ -37,7 +46,7 @@ from porthal.hal.backend import NOT_TAKEN
 if TYPE_CHECKING:
     from rich.console import Group
 
-SCHEMA = 5  # of the JSON
+SCHEMA = 6  # of the JSON
 LEGEND = (
     "GLM-5: passed by own kernels, of the cases in its dims and bfloat16; a level needs all, and no failure of the op anywhere"
 )
@@ -60,6 +69,7 @@ class Report:
     device: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     unasked: tuple[str, ...] = ()
+    untried: tuple[str, ...] = ()
     date: str = ""
     command: str = ""
     bounds: str = ""
@@ -97,6 +107,7 @@ class Report:
             device=facts.device,
             sources=facts.sources,
             unasked=facts.unasked,
+            untried=tuple(untried(facts.kernels, results)),
             bounds=bounds,
             model=model,
             date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -200,6 +211,19 @@ class Report:
         return [f"{len(rs)} of {op} unclaimed, {rs[0].token} for one: {rs[0].message}" for op, rs in found.items()]
 
     @property
+    def never_ran(self) -> list[str]:
+        """Own kernels that the backend states, and of which this run says nothing."""
+        few = len(self.untried) == 1
+        words = "1 own kernel that no case ran" if few else f"{len(self.untried)} own kernels that no case ran"
+        return [f"{words}: {', '.join(self.untried)}"] if self.untried else []
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the figures do not say."""
+        untested = *self.unread, *self.untaken, *self.unclaimed, *self.never_ran, *self.not_run
+        return [*self.unpromised, *self.too_few, *self.left_out, *untested]
+
+    @property
     def exit_code(self) -> int:
         """0 all good, 1 something failed, 2 nothing of the chip's own was tested."""
         if self.failures:
@@ -286,7 +310,8 @@ class Report:
             known = tuple(
                 Waiver(**w | {"expires": w["expires"] and date.fromisoformat(w["expires"])}) for w in data["waivers"]
             )
-            read = {"results": results, "levels": levels, "waivers": known, "unasked": tuple(data["unasked"])}
+            read = {"results": results, "levels": levels, "waivers": known}
+            read |= {name: tuple(data[name]) for name in ("unasked", "untried")}
             seen = Reproduced.read(data["reproduced"])
             report = cls(**{f.name: data[f.name] for f in fields(cls)} | read | {"reproduced": seen})
             for name, hint in get_type_hints(cls).items():
@@ -330,7 +355,7 @@ class Report:
         lines += [f"{n} waived: {reason}" for reason, n in Counter(r.reason for r in self.waived).items()]
         lines += [f"waivers.toml: {sentence}" for sentence in self.expired_waivers()]
         lines += [f"{op}: the kernel declares its own order of ties" for op in self.deviations]
-        lines += [*self.unpromised, *self.too_few, *self.left_out, *self.unread, *self.untaken, *self.unclaimed, *self.not_run]
+        lines += self.remarks
         lines += [f"{self.profile}: {self.overall}", self.summary]
         return Group(*map(Text, head), table, *map(Text, lines))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
@@ -134,6 +134,15 @@ class Result:
         if self.waived:
             lines.append(f"{self.waived} was waived: {self.reason}")
         return "\n".join(lines)
+
+
+def untried(kernels: Mapping[str, Sequence[str]], results: Sequence[Result]) -> list[str]:
+    """Of these own kernels of ops that were asked for, given as their providers, those that no call reached."""
+    reached = {(r.op, r.provider) for r in results if r.tested and r.own}
+    unknown = {r.op for r in results if r.status == "unknown"}  # nobody knows whose kernels these calls reached
+    asked = dict.fromkeys(r.op for r in results if r.op not in unknown)
+    pairs = [(op, provider) for op in asked for provider in kernels.get(op, ()) if (op, provider) not in reached]
+    return [op + (f" ({provider})" if provider else "") for op, provider in pairs]
 
 
 NOT_RUN = "not run again"

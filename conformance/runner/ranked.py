@@ -146,6 +146,7 @@ def serve(descriptor: int, parent: int) -> None:
     pipe = joined(descriptor, parent)
     with suppress(EOFError, BrokenPipeError):
         setup: Setup = pipe.recv()
+        os.environ["RANK"] = str(setup.rank)  # by which a backend chooses its device
         backend = create(setup.backend, setup.emulated)
         bindings, comm, port = Bindings(backend), None, 0
         pipe.send(None)

@@ -77,7 +77,7 @@ def run(
             judged = stack.enter_context(everywhere(pool, bounds or Bounds()))
         else:
             bindings = Bindings(create(backend, emulated) if isinstance(backend, str) else backend)
-            facts = Facts.of(bindings.backend, bindings.backend.alternatives())
+            facts = Facts.of(bindings.backend)
             one = _one_here(bindings, level)
             judged = lambda cases: map(one, cases)  # noqa: E731
         if facts.captures:
@@ -141,8 +141,8 @@ def _check_dtypes(contract: Contract, dtypes: Sequence[str]) -> None:
 
 def _further(case: Case, ran: Result, facts: Facts) -> Iterable[Case]:
     """The case on every other provider that the backend has for its op; those that do not take it are left out later."""
-    others = () if case.fault else facts.providers.get(case.op, ())
-    return [case.through(provider) for provider in others if provider != ran.provider]
+    own = facts.kernels.get(case.op, ())
+    return [case.through(provider) for provider in own if provider != ran.provider] if len(own) > 1 and not case.fault else []
 
 
 def _drawn(

@@ -115,7 +115,7 @@ def serve(descriptor: int, parent: int) -> None:
             backend = create(setup.backend, setup.emulated)
             with running(backend):
                 bindings = Bindings(backend)
-                facts = Facts.of(backend, backend.alternatives())
+                facts = Facts.of(backend)
                 proven = Proven(backend, setup.level) if setup.reuse else None
         except PorthalError as error:
             return pipe.send(error)

@@ -6,6 +6,7 @@ import torch
 
 from porthal.backends.ascend import emulated
 from porthal.hal import Batch, Pages, PagesSpec, WeightSpec, bind, create
+from porthal.hal.dtypes import narrow
 
 emulated.install()  # before what imports torch_npu
 from porthal.backends.ascend.plan import memory  # noqa: E402
@@ -76,6 +77,29 @@ def test_experts_are_packed_once_and_written_over_in_place(ops):
     assert ops.prepare(spec, second.__getitem__, into=weight) is weight
     assert weight.native.transpose(1, 2).is_contiguous()
     np.testing.assert_array_equal(ops.to_logical(weight)["w"], second)
+
+
+def test_the_prolog_turns_by_more_than_the_bits_of_bfloat16(ops):
+    """The call's own tables, in bfloat16, would shift a column for all heads and rows at one position alike."""
+    shapes = {"q_a": (1536, 1024), "q_b": (2 * 192, 1536), "kv_a": (576, 1024), "w_uk": (2, 512, 128)}
+    random = np.random.default_rng(0).standard_normal
+    rows = {name: narrow(random(shape).astype(np.float32) / 32, "bfloat16") for name, shape in shapes.items()}
+    q_a, q_b, kv_a, w_uk = (
+        ops.prepare(WeightSpec("mla_prolog", name, shape, "bfloat16"), rows[name].__getitem__) for name, shape in shapes.items()
+    )
+    h, ones = normal(1, 1024), [torch.ones(n).to(torch.bfloat16).npu() for n in (1536, 512)]
+
+    def turned(positions):
+        kv, batch = ops.alloc_pages(SPEC), ops.plan(Batch.build([1], [positions], [[0, 1, 2, 3]], 64))
+        made = ops.mla_prolog(h, q_a, ones[0], q_b, kv_a, ones[1], w_uk, kv, batch, theta=1e4, eps=1e-5)
+        return torch.cat((made[1].cpu()[0], kv["kp"].cpu()[positions - 1 : positions])).double()
+
+    angle = 199 * 1e4 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    pairs = torch.view_as_complex(turned(1).unflatten(-1, (32, 2)))
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones(32, dtype=torch.float64), angle)).flatten(-2)
+    assert (turned(200) - expected).abs().max() <= expected.abs().max() * 2**-8
+    off = (turned(200) - expected.to(torch.bfloat16).double()).abs() > 0
+    assert off.double().mean() < 0.02
 
 
 def test_a_captured_graph_turns_by_the_positions_of_now(ops):

@@ -1,13 +1,16 @@
 """An emulated device behaves like a device: own label, shared storage of views, no silent mixing, counted copies."""
 
 import copy
+import types
 
 import pytest
 import torch
 
+from porthal.backends.torch import collectives
 from porthal.backends.torch.emulation import device
 from porthal.backends.torch.emulation.device import copies
 from porthal.backends.torch.emulation.runtime import visible
+from porthal.hal import NotClaimed, create
 from tests.ranks import assert_the_text_of_two_ranks_is_the_reference_s
 from tests.vendors import two_devices
 
@@ -133,8 +136,19 @@ def test_a_second_vendor_and_a_missing_ordinal_are_refused():
 
 
 def test_another_vendor_has_several_ordinals():
-    """Musa; tests/proof has the others."""
+    """Musa, and ranks that each take one; tests/proof has the others."""
     assert two_devices("musa") == ("refused\n", "")
+
+
+def test_more_ranks_than_devices_are_refused_where_a_vendor_s_library_joins_them(monkeypatch):
+    closed = []
+    sockets = types.SimpleNamespace(rank=0, size=2, close=lambda: closed.append(True))
+    monkeypatch.setattr(collectives, "joined", lambda timeout, name: sockets)
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda engine: engine == "hccl")
+    chip = type("Chip", (type(create("ascend")),), {"place": "hardware"})()
+    with pytest.raises(NotClaimed, match=r"^2 ranks of ascend need a device each by 'hccl', and PyTorch sees 1: start 1$"):
+        chip.communicator()
+    assert closed == [True]
 
 
 def test_streams_and_events_run_in_order():

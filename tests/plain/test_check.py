@@ -15,7 +15,7 @@ from porthal.backends.reference.backend import Reference
 from porthal.conformance.diff import check, curve
 from porthal.conformance.diff.curve import Probe, probes, stored
 from porthal.conformance.report.facts import Facts
-from porthal.hal import bind, contracts, create
+from porthal.hal import Need, bind, contracts, create, limits
 from porthal.model.evaluate import logprobs
 from porthal.model.load import DEMO, load
 from porthal.model.quantising import quantise
@@ -206,3 +206,15 @@ def test_what_is_waived_or_not_claimed_is_no_pass():
         other = replace(report.results[0], verdict=verdict, message="of this kind")
         made = check.Check("reference", facts, "glm-5", (other, *report.results[1:]), (), 1.0)
         assert made.exit_code == 1 and f"  {verdict}: add: of this kind" in made.lines()
+
+
+def test_data_that_a_kernel_does_not_take_are_told_and_fail_nothing():
+    """In a model another kernel gets them. Where no other call is left, nothing of the chip was tested."""
+    finite = limits(needs={"logits": Need("no NaN", lambda x: not np.isnan(x).any())})
+    picky = chip(moe_route=finite(lambda self, *args, **attrs: truth("moe_route")(*args, **attrs)))
+    tokens = [f"moe_route,T=3,E=16,k=8,scale=2.5,{values}0" for values in ("", "logits~special,")]
+    passed, left = (conformance.replay(token, picky) for token in tokens)
+    assert (passed.verdict, left.verdict) == ("PASS", "UNCLAIMED")
+    made = check.Check("made", Facts.of(picky), "glm-5", (passed, left), (), 1.0)
+    assert made.exit_code == 0 and f"  UNCLAIMED: moe_route: {left.message}" in made.lines()
+    assert check.Check("made", Facts.of(picky), "glm-5", (left,), (), 1.0).exit_code == 2

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime
 from html import escape as html_escape
 from math import prod
@@ -30,7 +31,7 @@ from porthal.conformance.report.report import SCHEMA
 from porthal.conformance.report.results import Result
 from porthal.conformance.runner.check import check
 from porthal.conformance.verdicts import Judgement
-from porthal.hal import Backend, UsageError, Weight, contracts, create, limits, one_of
+from porthal.hal import Backend, Need, UsageError, Weight, at_least, contracts, create, limits, one_of
 from tests import inner
 
 
@@ -131,6 +132,35 @@ def test_unclaimed_calls_are_no_failures():
     assert report.ok
     assert {r.verdict for r in report.results if "x:fp16" in r.token} == {"UNCLAIMED"}
     assert {r.verdict for r in report.results if "x:bf16" in r.token} == {"PASS"}
+
+
+def test_own_kernels_that_no_case_ran_are_named():
+    """A limit that nothing meets, a provider of two that takes no call, data that no case has; not what was not asked for."""
+    few = type("Few", (), {"topk": limits(provider="few.topk", k=at_least(10**7))(truth("topk"))})
+    many = type("Many", (), {"topk": limits(provider="many.topk")(truth("topk"))})
+    picky = limits(needs={"a": Need("no number at all", lambda a: False)})(truth("add"))
+    members = {"name": "made", "rms_norm": limits(H=97)(truth("rms_norm")), "add": picky, "argmax": truth("argmax")}
+    made = type("Made", (few, many, Reference), {**members, "take_rows": limits(H=97)(truth("take_rows"))})()
+    bindings, asked = Bindings(made), ("argmax", "rms_norm", "topk", "add")
+    smallest = [min((c for c in cases(contracts()[op]) if not c.fault and not c.view), key=elements) for op in asked]
+    report = Report.of(made, "bring-up", [check(case, bindings) for case in smallest])
+    assert report.exit_code == 0 and report.untried == ("rms_norm", "topk (few.topk)", "add")
+    line = "3 own kernels that no case ran: rms_norm, topk (few.topk), add"
+    assert line in map(str, report.table().renderables) and f"{line}. " in report.html()
+    assert json.loads(report.json())["untried"] == ["rms_norm", "topk (few.topk)", "add"]
+    assert Report.from_json(report.json()) == report
+    one = run(made, ["rms_norm"], dtypes=["float16"])
+    assert "1 own kernel that no case ran: rms_norm" in map(str, one.table().renderables) and one.exit_code == 2
+
+
+def test_a_kernel_that_ended_its_process_ran():
+    """Where nobody knows whose kernel it was, none is said to have had no case."""
+    ended = Result.of(Case("add"), Judgement("CRASH", "gone"), None, 0.0)
+    facts = Facts.of(backend(add=truth("add")))
+    assert facts.kernels == {"add": ("",)}
+    assert Report.of(facts, "bring-up", [ended]).untried == ()
+    left = Result.of(Case("add"), Judgement("LEFT_OUT", "dense"), None, 0.0)
+    assert Report.of(facts, "bring-up", [replace(left, status="own")]).untried == ("add",)
 
 
 def test_composites_claim_their_parts_call_by_call():

@@ -6,11 +6,14 @@ import getpass
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from porthal.cli import doctor
 from porthal.cli.doctor import PASSED, STEPS, Step, private, report, run
+from porthal.conformance.diff.check import Check
+from porthal.conformance.diff.model import Difference
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in (ROOT / "docs").glob("*.md") if "porthal doctor --backend" in p.read_text(encoding="utf-8"))
@@ -47,6 +50,18 @@ def test_cases_that_passed_without_one_of_an_own_kernel_prove_nothing():
     assert re.search(PASSED, "65 of 66 cases passed (24 own, 37 inherited, 4 refusals); 1 UNCLAIMED")
     assert not re.search(PASSED, "56 of 56 cases passed (52 inherited, 4 refusals)")
     assert not re.search(PASSED, "nothing of ascend was tested yet: 56 of 56 cases passed (52 inherited, 4 refusals)")
+
+
+def test_what_diff_and_check_say_where_all_holds_is_what_their_pages_want():
+    patterns = {step.arguments[0]: step.pattern.replace("NAME", "chip") for step in STEPS}
+    said = SimpleNamespace(backend="chip:0", dtype="bfloat16", facts=SimpleNamespace(place="hardware"), _under="", seconds=9.0,
+                           calls=[1, 2], stopped="", at_fault=None, failed=["calls"], exit_code=0)
+    wrong = SimpleNamespace(label="linear", step=0, fault="too large")
+    sentence, verdict = (get.__get__(said) for get in (Difference.sentence.fget, Check.verdict.fget))
+    assert re.search(patterns["diff"], sentence()) and re.search(patterns["check"], verdict())
+    for code in (1, 2):
+        said.at_fault, said.exit_code = wrong, code
+        assert not re.search(patterns["diff"], sentence()) and not re.search(patterns["check"], verdict())
 
 
 def test_a_command_that_hangs_is_stopped():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from porthal.conformance import Case, replay
@@ -10,9 +12,11 @@ from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.ranked import given, world
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.report.reached import members
-from porthal.conformance.runner.ranked import in_threads
+from porthal.conformance.runner.ranked import Ranked, in_threads
+from porthal.conformance.runner.workers import Bounds, Setup
 from porthal.conformance.selftest.ranked import DEFECTS, Planted, caught
 from porthal.hal import UsageError, collectives, contracts
+from tests.plugins import install, installed
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -88,3 +92,36 @@ def test_processes_that_die_and_stall_are_replayed_by_token():
         assert not refusal(Case.from_token(token))
         result = replay(token, "cpu")
         assert (result.verdict, result.op) == ("PASS", token.partition(",")[0]), result.message
+
+
+RANKED = """
+    import os
+
+    from porthal.backends.reference.backend import Reference
+    from porthal.hal import NotClaimed, collectives
+
+    class Chip(Reference):
+        def __init__(self, device=""):
+            super().__init__(device)
+            self.rank = os.environ.get("RANK")
+
+        def communicator(self, timeout=60.0):
+            made = super().communicator(timeout)
+            if made.size < 3:
+                return made
+            made.close()
+            raise NotClaimed("3 ranks need a device each")
+
+        def all_reduce(self, x, comm):
+            assert self.rank == str(comm.rank), f"made as rank {self.rank}, called as {comm.rank}"
+            return Reference.derive(self, collectives()["all_reduce"])(x, comm)
+"""
+
+
+def test_ranks_know_their_number_when_they_are_made_and_without_devices_are_unclaimed(tmp_path):
+    """By it they take a device each. Two chips are asked cases of up to eight ranks; those of fewer go on afterwards."""
+    install(tmp_path, "ranked", backend=RANKED)
+    with installed(tmp_path), closing(Ranked(Setup("ranked", "bring-up", False, 3), Bounds())) as ranks:
+        many, some = (ranks.one(Case.from_token(f"all_reduce,ranks={n},H=5,T=4,0")) for n in (3, 2))
+    assert (many.verdict, many.message) == ("UNCLAIMED", "rank 0: 3 ranks need a device each")
+    assert (some.verdict, some.message, some.status) == ("PASS", "", "own")
