@@ -15,7 +15,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.hal import Binding, UsageError, bind, contracts, dtype, narrow, scheme_of, widen
 from porthal.model import quantised
-from porthal.model.checkpoint import TensorFile
+from porthal.model.checkpoint import Blank, Loader, TensorFile
 from porthal.model.config import Config
 from porthal.model.generate import generate
 from porthal.model.load import load, profile
@@ -152,6 +152,8 @@ def test_of_ascend(kind: str) -> None:
     expected = q * widen(SCALE)[:, None]
     assert np.allclose(held.values((6, 10)), expected, rtol=1e-6)  # a product of two scales is rounded once
     assert np.array_equal(held.values((6, 10), slice(1, 4)), held.values((6, 10))[1:4])
+    name = {"W8A8": "none", "W8A8_DYNAMIC": "int8_channel", "W4A8_DYNAMIC": "int4_g128"}[kind]  # the first has two scales
+    assert quantised.kept(held, quantised.scheme(held, (6, 10), BLOCK), (6, 10)) == name
     if kind == "W8A8":
         bits = held.tensors["deq_scale"].view(np.int32).astype(np.int64)  # as written for a model in float16
         whole = Held(held.tensors | {"deq_scale": bits})
@@ -429,6 +431,12 @@ def test_a_block_as_large_as_the_matrix(codes: str, scale: tuple[int, int], shap
     assert quantised.kept(held, quantised.scheme(held, shape, BLOCK), shape) == name
     if name != "none":
         assert scheme_of(name).form(shape)["scale"] == (quantised.parts(held, shape, BLOCK)["scale"].shape, "float32")
+
+
+def test_matrices_that_share_a_block_where_they_are_joined_are_read_as_plain_numbers(reference: Binding) -> None:
+    loader = Loader(Blank(), reference, "float32", {"gate": "fp8_block", "up": "fp8_block"})
+    made = loader.joined("linear.w", (200, 8), ["gate", "up"])  # each has 100 rows, a block 128
+    assert (made.spec.scheme, made.spec.shape) == ("none", (200, 8))
 
 
 def test_a_binding_for_plain_weights_keeps_none(checkpoints: dict[str, Path], tmp_path: Path, caplog: Any) -> None:

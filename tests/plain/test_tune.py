@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 import porthal
+from porthal.bench import tune
+from porthal.bench.measured import Measured
+from porthal.bench.run import COLD, WARM, Run
 from porthal.bench.scale import Bounds
 from porthal.bench.tune import _measured_as
-from porthal.bench.workloads import workload
+from porthal.bench.workloads import Workload, workload
 from porthal.cli.tune import JUDGED
 from porthal.conformance.cases.profiles import home_of
 from porthal.conformance.report.facts import Facts
@@ -237,7 +240,61 @@ def test_fewer_rows_than_were_measured_go_as_the_classes_stand(chip: Path) -> No
     assert chosen(8)[0].provider == "many"
 
 
+def test_what_is_measured_of_another_place_device_or_call_decides_nothing(
+    chip: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(timed(1, {"few": 1e-6, "many": 2e-6}))
+    cls: Any = type(create("tuning"))
+    monkeypatch.setattr(cls, "describe", lambda self: "another")
+    assert create("tuning").tuned.why == "nothing is measured on another"
+    monkeypatch.undo()
+    monkeypatch.setenv("PORTHAL_CACHE", str(chip.parent / "cache"))
+    assert chosen(8)[0].provider == "few"
+    monkeypatch.setattr(cls, "place", "emulated device")
+    assert create("tuning").tuned.why == "tuning runs on: emulated device, which has no speed"
+    assert chosen(8)[0].provider == "wrong"
+    code, out, err = command_line(*TUNE)
+    assert (code, out) == (2, "") and "which has no speed; run porthal tune where the chip is" in err
+    topk = contracts()["topk"]
+    short, long = (CallSpec({"T": 1}, {"scores": "float32"}, {"k": k}, {}) for k in (512, 2048))
+    assert kind_of(topk, short) == kind_of(topk, replace(short, dims={"T": 8})) != kind_of(topk, long)
+
+
+def test_ones_own_table_goes_before_the_packages(chip: Path) -> None:
+    file = keep(timed(1, {"many": 1e-6, "few": 2e-6}))
+    (chip / "tuned").mkdir()
+    (chip / "tuned" / file.name).write_bytes(file.read_bytes())
+    keep(timed(1, {"many": 2e-6, "few": 1e-6}))
+    assert chosen(8)[0].provider == "few"
+
+
+def test_times_are_of_cold_caches_and_of_the_models_matrices(chip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is made up: by provider the time with cold caches, and with warm ones."""
+    took = {"few": (2e-6, 1e-6), "many": (1e-6, 2e-6)}
+
+    def measured(calls: Workload, names: Any, threads: int, seconds: float, progress: Any = None) -> Run:
+        found = [
+            Measured(row.case.token, "tuning", cache, "PASS", samples=(t,) * 9)
+            for row in calls.rows
+            for cache, t in zip((COLD, WARM), took.get(row.case.via, ()))
+        ]
+        late = [Measured(row.case.token, "tuning", "", why="no time") for row in calls.rows if row.case.via not in took]
+        return Run(calls, threads, found=[*reversed(found), *late])
+
+    monkeypatch.setattr(tune, "bench", measured)
+    bounds = Bounds(2**30, JUDGED)
+    calls = workload("demo", ["decode"], "", bounds)
+    found = tune.tune(create("tuning"), calls, ["argmax"], bounds, 1)
+    assert [call.seconds for call in found.calls] == [{"many": 1e-6, "few": 2e-6}] * len(found.calls) != []
+    assert {*found.left.values()} == {"no time"} and not found.wrong
+    row = next(row for row in calls.rows if row.case.op == "argmax")
+    smaller = replace(row, case=replace(row.case, dims=tuple((s, n if s == "T" else n // 2) for s, n in row.case.dims)))
+    assert _measured_as(row) and _measured_as(smaller) is None
+
+
 def test_contexts_are_compared_where_all_kernels_were_measured() -> None:
+    mean = _together([timed(1, {"few": 1.0, "many": 4.0}), timed(1, {"few": 3.0, "many": 2.0})])
+    assert mean == {"few": 2.0, "many": 3.0}
     whole, part = timed(1, {"few": 3e-6, "many": 2e-6}), timed(1, {"few": 1e-6})
     assert _together([whole, part]) == {"few": 3e-6, "many": 2e-6}
     assert _together([part, timed(1, {"few": 3e-6, "wrong": None})]) == {"few": 3e-6, "wrong": math.inf}
