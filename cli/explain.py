@@ -60,7 +60,7 @@ def explain(
         head = ["op", "kernel", "owner", "provider", "reason"]
         text.table(head, [[c.op, c.status, c.owner, c.provider, c.reason] for c in choices.values()])
         print(bare.backend.describe())
-        if made.alternatives():
+        if made.alternatives() and made.place == "hardware":
             print(_measured(made, choices))
         judged = f"for {model or 'the demo checkpoint'} in {dtype.value}" if needed else "without a model's profile"
         print(f"{bare.backend} ({bare.backend.place}), {judged}: {counts.summary()}")
@@ -70,7 +70,7 @@ def explain(
 def _measured(made: Backend, choices: Mapping[str, Choice]) -> str:
     """What times of several kernels have to do with these choices."""
     if made.tuned.why:
-        return f"{made.tuned.why}{f': run porthal tune --backend {made}' * (made.place == 'hardware')}"
+        return f"{made.tuned.why}: run porthal tune --backend {made}"
     if any(choice.reason.startswith("measured: ") for choice in choices.values()):
         return f"where there are several kernels, what was measured here on {made.tuned.date} decides"
     return f"what was measured here on {made.tuned.date} is of no such call: porthal tune takes --workload, --op and --dtype"

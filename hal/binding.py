@@ -384,8 +384,8 @@ def _policy_ops() -> dict[str, str]:
     rules: dict[str, str] = {}
     for part in text.split(",") if text.strip() else ():
         op, _, backend = (word.strip() for word in part.partition("="))
-        if not op or not backend:
-            raise UsageError(f"PORTHAL_OPS has {part!r}: write op=backend, separated by commas")
+        if not op or backend in ("", VIA):
+            raise UsageError(f"PORTHAL_OPS has {part!r}: write op=backend or op=via=PROVIDER, separated by commas")
         if op in rules:
             raise UsageError(f"PORTHAL_OPS has {op}={rules[op]} and {op}={backend}: expected one of them")
         rules[op] = backend

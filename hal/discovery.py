@@ -229,7 +229,7 @@ def _known(name: str) -> None:
     if name not in _packages():
         from difflib import get_close_matches
 
-        close = get_close_matches(name, _packages(), 1)
+        close = get_close_matches(name.lower(), _packages(), 1)
         hint = f", did you mean {close[0]!r}?" if close else ";"
         states = ", ".join(f"{n} ({p.state + (p.why and f': {p.why}')})" for n, p in probes().items())
         raise UsageError(f"unknown backend {name!r}{hint} known are {states}")

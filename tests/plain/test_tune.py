@@ -305,6 +305,14 @@ def test_contexts_are_compared_where_all_kernels_were_measured() -> None:
     assert [k.provider for k in in_order(kernels, {"few": 1.0, "wrong": math.inf})] == ["few", "untimed", "wrong"]  # type: ignore[arg-type, list-item]
 
 
+def test_where_nothing_can_be_kept_nothing_is_measured(
+    chip: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORTHAL_CACHE", "/proc/porthal/golden")
+    code, out, err = command_line(*TUNE)
+    assert (code, out) == (2, "") and err.startswith("porthal: cannot write /proc/porthal/golden/tuned-tuning-")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
