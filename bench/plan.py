@@ -198,7 +198,7 @@ def plans(config: Config, device: Device, asked: Asked) -> list[Plan]:
                 least = min(least, made.memory)
                 found += [made] if made.memory <= device.memory else []
     if not found:
-        needs = f"{least / 1e9:.3g} GB on each of {asked.devices} devices, of which each has {device.memory / 1e9:.3g} GB"
+        needs = f"{least / 1e9:.3g} GB per device, and {asked.devices} with {device.memory / 1e9:.3g} GB are given"
         raise UsageError(f"the model does not fit: the leanest layout needs {needs}: give more devices, or less to do")
     return sorted(found, key=lambda each: each.seconds)
 

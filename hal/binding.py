@@ -279,7 +279,7 @@ def _choose(
 def _only_quantised(kernel: Kernel) -> str | None:
     """Why it is not chosen where nothing is known of the calls, which then are of plain numbers, or None."""
     taken = kernel.limits.schemes
-    return None if taken.holds(NONE, {}) else f"no profile has calls under {taken.text}, which alone the kernel takes"
+    return None if taken.holds(NONE, {}) else f"it takes calls under {taken.text} alone, and no such call is known"
 
 
 def _diverting(

@@ -44,7 +44,7 @@ def test_layouts_are_all_that_fit_the_fastest_first():
     expected = {(t, e, 6 // t) for t in (1, 2) for e in (1, 2, 3, 6)}  # 3 does not divide heads
     assert {(p.tp, p.ep, p.dp) for p in found} == expected
     assert [p.seconds for p in found] == sorted(p.seconds for p in found)
-    with pytest.raises(UsageError, match=r"the leanest layout needs .* GB on each of 2 devices, of which each has 400 GB"):
+    with pytest.raises(UsageError, match=r"the leanest layout needs .* GB per device, and 2 with 400 GB are given: "):
         plans(GLM5, replace(SIMPLE, memory=4e11), Asked(2, 1024, 1))
 
 

@@ -258,6 +258,9 @@ def test_what_is_measured_of_another_place_device_or_call_decides_nothing(
     topk = contracts()["topk"]
     short, long = (CallSpec({"T": 1}, {"scores": "float32"}, {"k": k}, {}) for k in (512, 2048))
     assert kind_of(topk, short) == kind_of(topk, replace(short, dims={"T": 8})) != kind_of(topk, long)
+    plain = CallSpec({"T": 1, "K": 8, "N": 8}, {"x": "float32", "w": "float32"}, {}, {"w": "none"})
+    kinds = [replace(plain, schemes={"w": "fp8_block"}), replace(plain, dtypes={"x": "bfloat16", "w": "bfloat16"})]
+    assert len({kind_of(contracts()["linear"], spec) for spec in (plain, replace(plain, schemes={}), *kinds)}) == 3
 
 
 def test_ones_own_table_goes_before_the_packages(chip: Path) -> None:
