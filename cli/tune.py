@@ -50,7 +50,8 @@ def tune(
         found = run(made, calls, op or (), bounds, seconds, advance)
     table, known = found.table, contracts()
     rows = dict.fromkeys((call.op, said(table.turns(known[call.op], call.spec))) for call in found.calls)
-    text.table(["op", "kernels"], list(rows))
+    if rows:
+        text.table(["op", "kernels"], list(rows))
     for token, why in {**found.wrong, **found.left}.items():
         print(f"not timed: {token}: {why}")
     if not found.calls:
