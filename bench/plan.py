@@ -31,7 +31,7 @@ from porthal.model.load import stepped
 DEVICES = Path(__file__).parent / "devices.json"
 HERE = "here"  # a thread of this machine, whose rates are measured; where there are more than processors they take turns
 BURSTS = 5  # of each rate
-LATENCY, CALL = 60e-6, 40e-6  # of ranks on this machine, and of a call from Python: docs/results/plan.md
+LATENCY, SUM, CALL = 60e-6, 15e-6, 40e-6  # of ranks on this machine, and of a call from Python: docs/results/plan.md
 FASTER = {"int8": "int8", "float8_e4m3fn": "fp8"}  # codes that are multiplied as they are, and the rate of these
 SUMS = {"all_reduce": 2, "all_gather_v": 1}  # how often a ring moves what they are given
 
@@ -44,6 +44,7 @@ class Device:
     rates      operations, by dtype or "int8", "fp8"
     node       how many devices a node has, between which `link` carries bytes in one direction; `network` those to other nodes
     latency    seconds of an exchange of nothing; `call` what a call takes beside its work
+    sums       seconds of a sum of nothing, where that is known; else as much as an exchange
     """
 
     name: str
@@ -57,6 +58,7 @@ class Device:
     latency: float
     call: float
     sources: tuple[str, ...]
+    sums: float | None = None
 
     @classmethod
     def named(cls, name: str, devices: int) -> Device:
@@ -86,7 +88,8 @@ class Device:
         """Seconds in which a group adds so many bytes of each, or gathers them: twice, or once, what a ring moves."""
         if group == 1:
             return 0.0
-        return self.latency + moved * (group - 1) / group / (self.link if group <= self.node else self.network)
+        nothing = self.latency if self.sums is None else self.sums
+        return nothing + moved * (group - 1) / group / (self.link if group <= self.node else self.network)
 
 
 def _here(devices: int) -> Device:
@@ -101,7 +104,8 @@ def _here(devices: int) -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
     link = found["copy"] / 2  # of which half is read
     facts = (what, memory, found["dram"], rates, devices, link, link, LATENCY * turns, CALL * turns)
-    return Device(HERE, *facts, ("rates, bandwidth, link: measured now", "latency, call: docs/results/plan.md"))
+    sources = "rates, bandwidth, link: measured now", "latency, sums, call: docs/results/plan.md"
+    return Device(HERE, *facts, sources, SUM * turns)
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ def plans(config: Config, device: Device, asked: Asked) -> list[Plan]:
                 least = min(least, made.memory)
                 found += [made] if made.memory <= device.memory else []
     if not found:
-        needs = f"{least / 1e9:.3g} GB on each of {asked.devices} devices, of which each has {device.memory / 1e9:.3g} GB"
+        needs = f"{least / 1e9:.3g} GB per device, and {asked.devices} with {device.memory / 1e9:.3g} GB are given"
         raise UsageError(f"the model does not fit: the leanest layout needs {needs}: give more devices, or less to do")
     return sorted(found, key=lambda each: each.seconds)
 

@@ -1,6 +1,7 @@
 """What `porthal plan --device here` predicts, beside the steps that ranks of this machine make.
 
-`python -m porthal.bench.planned` prints the table of docs/results/plan.md, in two minutes where nothing else runs.
+`python -m porthal.bench.planned` prints the table of docs/results/plan.md, and what the clock said, in two minutes where
+nothing else runs. It starts up to 8 ranks, however few processors there are.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _least(group: Group, case: Case) -> float:
 def row(took: Beside, ranks: int, kind: str, requests: int) -> list[str]:
     """A layout, predicted and as it is."""
     tensor, turns = ranks if kind == "tp+ep" else 1, max(1.0, ranks / len(os.sched_getaffinity(0)))
-    device = replace(Device.named(HERE, ranks), call=turns * took.call, latency=turns * took.exchange)
+    device = Device.named(HERE, ranks)
+    device = replace(device, call=turns * took.call, latency=turns * took.exchange, sums=turns * took.sum)
     found = plans(half_config(), device, Asked(ranks, CONTEXT, requests, DTYPE))
     plan = next(each for each in found if (each.tp, each.ep) == (tensor, ranks))
     with closing(Group("cpu", ranks)) as group:
@@ -71,11 +73,13 @@ def row(took: Beside, ranks: int, kind: str, requests: int) -> list[str]:
 
 
 def main() -> None:
+    if words := sys.argv[1:]:
+        sys.exit(f"python -m porthal.bench.planned takes no arguments, and was given {' '.join(words)}")
     found = beside()
     print(f"a call takes {found.call * 1e6:.0f} µs beside its work, an exchange {found.exchange * 1e6:.0f} µs, "
           f"a sum {found.sum * 1e6:.0f} µs")  # fmt: skip
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
-    for each in LAYOUTS[: int(sys.argv[1]) if sys.argv[1:] else None]:
+    for each in LAYOUTS:
         print(f"| {' | '.join(row(found, *each))} |", flush=True)
 
 

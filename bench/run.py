@@ -168,7 +168,7 @@ class _Stage:
 
     def late(self, case: Case) -> Iterator[Measured]:
         for name in self.run.sides:
-            yield Measured(case.token, name, "", why="there was no time left for it: give more --seconds, or --resume")
+            yield Measured(case.token, name, "", why="there was no time left for it: give more --seconds")
 
     def measured(self, case: Case, seconds: float) -> Iterator[Measured]:
         """The call on all backends in turns, judged and timed within about so many seconds."""

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from porthal.bench.measured import Measured
-from porthal.bench.run import COLD, Progress, Run, bench
+from porthal.bench.run import COLD, Progress, bench
 from porthal.bench.scale import EXPERTS, Bounds
 from porthal.bench.workloads import Row, Workload
 from porthal.hal import Backend, CallSpec, UsageError, contracts
-from porthal.hal.tuned import FREE, Table, Timed, first_of, versions
+from porthal.hal.tuned import FREE, Table, Timed, first_of
 
 UNTIMED = ("", "UNCLAIMED", "LEFT_OUT")  # verdicts that say nothing against a kernel
 
 
 class Tuned(NamedTuple):
-    """The table, and what was wrong or did not end."""
+    """What is kept from now on, the calls of it that were timed now, and by token why a kernel was not timed."""
 
     table: Table
-    wrong: list[Measured]
+    calls: list[Timed]
+    wrong: dict[str, str]
+    left: dict[str, str]
 
 
 def several(backend: Backend, workload: Workload) -> Workload:
@@ -34,10 +36,8 @@ def several(backend: Backend, workload: Workload) -> Workload:
 
 
 def _takers(backend: Backend, row: Row) -> Sequence[str]:
-    if row.spec is None or _measured_as(row) is None:
-        return ()
-    kernels = backend.candidates(contracts()[row.case.op])
-    taking = [k.provider for k in kernels if k.owner == backend.name and not k.refuses(row.spec)]
+    kernels = backend.candidates(contracts()[row.case.op]) if row.spec else ()
+    taking = [k.provider for k in kernels if k.owner == backend.name and row.spec and not k.refuses(row.spec)]
     return taking if len(taking) > 1 else ()
 
 
@@ -55,32 +55,40 @@ def tune(
         among = f"{backend} has several kernels for {', '.join(known) or 'no op'}"
         raise UsageError(f"there is nothing to choose from: {among}{f', not for {ops[0]}' if ops else ''}")
     calls = several(backend, workload.only(asked, bounds))
+    smaller = {row.case.token: f"its sizes are not the model's: {row.scaled}" for row in calls.rows if not _measured_as(row)}
+    calls = replace(calls, rows=tuple(filter(_measured_as, calls.rows)))
     run = bench(calls, [str(backend)], len(os.sched_getaffinity(0)), seconds, progress=progress)
-    timed = tuple(_timed(run))
-    table = Table(timed, backend.describe(), versions(backend, timed), time.strftime("%Y-%m-%d"))
-    return Tuned(table, [m for m in run.found if not m.samples and m.verdict not in UNTIMED])
+    found: dict[str, Measured] = {}
+    for m in sorted(run.found, key=lambda m: m.cache != COLD):
+        found.setdefault(m.token, m)
+    timed = list(_timed(run.workload, found))
+    wrong = {token: m.why for token, m in found.items() if _wrong(m)}
+    noisy = {token: f"too noisy ({m.summary.noise:.2f})" for token, m in found.items() if m.samples and m.summary.noisy}
+    left = {token: m.why for token, m in found.items() if not m.samples and token not in wrong}
+    return Tuned(Table.updated(backend, timed), timed, wrong, smaller | noisy | left)
 
 
-def _timed(run: Run) -> Iterator[Timed]:
+def _wrong(m: Measured) -> bool:
+    return not m.samples and m.verdict not in UNTIMED
+
+
+def _timed(workload: Workload, found: Mapping[str, Measured]) -> Iterator[Timed]:
     """Calls that tell one kernel from another: at least two were judged, one of them was right."""
-    found: dict[str, list[Measured]] = {}
-    for m in run.found:
-        found.setdefault(m.token, []).append(m)
     alike: dict[tuple[str, str], list[Row]] = {}
-    for row in run.workload.rows:
+    for row in workload.rows:
         alike.setdefault((row.group, replace(row.case, via="").token), []).append(row)
+    today = time.strftime("%Y-%m-%d")
     for (_, token), rows in alike.items():
         seconds: dict[str, float | None] = {}
         for row in rows:
-            of = sorted(found.get(row.case.token, ()), key=lambda m: m.cache != COLD)
-            if of and of[0].samples:
-                if not of[0].summary.noisy:
-                    seconds[row.case.via] = of[0].summary.median
-            elif of and of[0].verdict not in UNTIMED:
+            m = found[row.case.token]
+            if _wrong(m):
                 seconds[row.case.via] = None
+            elif m.samples and not m.summary.noisy:
+                seconds[row.case.via] = m.summary.median
         spec = _measured_as(rows[0])
         if spec and len(seconds) > 1 and any(seconds.values()):
-            yield Timed(rows[0].case.op, spec, seconds, token)
+            yield Timed(rows[0].case.op, spec, seconds, token, today)
 
 
 def _measured_as(row: Row) -> CallSpec | None:

@@ -31,18 +31,23 @@ def verify(
     bounds: Bounds | None = None,
     progress: Callable[[int, int, str, float], None] | None = None,
 ) -> Verification:
-    """Time that share of a file's calls again, on the backends that they were timed on or on another one.
+    """Time that share of a file's calls again, on the backends that they were timed on, or on this device of one of them.
 
     What is compared is the time as a multiple of what the machine's limit allows, each as measured in the same run: another
     machine is no reason to fail. A row holds unless its call is wrong here, significantly more than SLOWER times as slow, or
     faster than any limit permits, there or here; on the same machine, unless it takes ABSOLUTE times as long, too. What is too
     noisy here says nothing and is left out.
-    Raises UsageError for a file without rows to run, calls that do not fit `bounds`, and where all was too noisy.
+    Raises UsageError for a file without rows to run, a backend that is not timed in it, calls that do not fit `bounds`, and
+    where all was too noisy.
     """
-    rows = [row for side in file.by_backend.values() for row in {key.call: row for key, row in side.items()}.values()]
+    sides = {name: side for name, side in file.by_backend.items() if not backend or _kind(name) == _kind(backend)}
+    if not sides and file.by_backend:
+        raise UsageError(f"--backend is {backend}, which has no times in the report: expected {' or '.join(file.by_backend)}")
+    rows = [row for side in sides.values() for row in {key.call: row for key, row in side.items()}.values()]
     chosen = drawn(rows, share)
     cases = {row.token: _case(row.token, bounds or Bounds()) for row in chosen}
-    names = [backend] if backend else list(dict.fromkeys(row.backend for row in chosen))
+    said = {backend or row.backend: row.backend for row in chosen}
+    names = list(said)
     workload = Workload("verify", "", tuple(Row(r.step, r.group, cases[r.token], r.calls, r.scaled) for r in chosen))
     ranks = max((_ranks(case) for case in cases.values()), default=0)
     run = (
@@ -63,7 +68,7 @@ def verify(
     if not checked:
         raise UsageError(f"all {noisy} rows that were drawn were too noisy here: try again when the machine is quiet")
     facts = [run.sides[name].facts for name in names]
-    differences = [line for name in names for line in elsewhere(told(_said(file, name)), told(here[name]))]
+    differences = [line for name in names for line in elsewhere(told(_said(file, said[name])), told(here[name]))]
     sources = {name: digest for each in facts for name, digest in each.sources.items()}
     where = ", ".join(f"{name} ({each.place})" for name, each in zip(names, facts))
     return Verification(tuple(checked), len(rows), where, facts[0].device, sources, tuple(dict.fromkeys(differences)), noisy)
@@ -75,6 +80,11 @@ def _case(token: str, bounds: Bounds) -> Case:
     if WIDEST * elements(case) > bounds.memory:
         raise UsageError(f"{token} holds {elements(case):.3g} elements: expected a call that fits --memory")
     return case
+
+
+def _kind(backend: str) -> str:
+    """Without its device."""
+    return backend.partition(":")[0]
 
 
 def _said(file: Speeds, name: str) -> dict[str, object]:

@@ -199,7 +199,7 @@ def _alone(op: str, dtype: str, bounds: Bounds) -> Iterator[Row]:
         requests = (Request(1, USUAL),) * n
         for spec in profile_of().of(contract):
             sizes = {d: size for o in contract.signature.of_kind("Batch") for d, size in zip(o.dims[1:], (n, USUAL))}
-            sizes["block_size"] = BLOCK_SIZE
+            sizes |= {"block_size": BLOCK_SIZE} if "block_size" in contract.facts() else {}
             sizes |= {s: v[0] if isinstance(v, tuple) else v for s, v in spec.dims.items() if s not in sizes}
             if contract.rows:
                 rows = spec.dims.get(contract.rows, n)

@@ -97,7 +97,7 @@ def backends(json: JsonFlag = False) -> None:
     else:
         text.table(["", "backend", "state", "why"], [["*" * (n == name), n, f.state, f.why] for n, f in found.items()])
     if probe(name).state != "available":  # an unknown name is refused by probe itself
-        raise Unavailable(f"{rule} is {chosen!r}, which is {found[name].state}: {found[name].why}; choose another")
+        raise Unavailable(f"backend {chosen!r} ({rule}) is {found[name].state}: {found[name].why}")
     if not json:
         print(f"* is selected: {chosen} ({rule})")
 

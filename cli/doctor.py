@@ -81,7 +81,7 @@ def doctor(
     timeout: Annotated[int, typer.Option(metavar="SECONDS", min=1, help="of each command")] = 1800,
 ) -> int:
     """Run the ten commands of the first day with a chip, and write what they print, with the versions and the device, into one
-    file to send back. No secrets are in it, and no paths outside the package.
+    file to send back, which grows with each. No secrets are in it, and no paths outside the package.
 
     Exit code 1 where a command prints something else than it must.
     """
@@ -93,6 +93,8 @@ def doctor(
     machine = machine_facts(backend or name, emulated)
     done = []
     for number, step in enumerate(STEPS, 1):
+        if not file.is_fifo():  # whose reader would take it for the end
+            text.save(file, report(name, machine, done, step))
         outcome = run(step, backend or name, emulated, timeout)
         done.append(outcome)
         text.print(f"{number:2} {outcome.judged:15}  {step.shown.replace('NAME', name)}")
@@ -180,7 +182,8 @@ def _version(module: str) -> str:
     return str(getattr(sys.modules.get(module), "__version__", "not installed as a package"))
 
 
-def report(name: str, machine: Mapping[str, str], done: list[Outcome]) -> str:
+def report(name: str, machine: Mapping[str, str], done: list[Outcome], begun: Step | None = None) -> str:
+    """The file; `begun` is a command that has not ended."""
     lines = [f"porthal doctor, backend {name}", ""]
     lines += [f"{what}: {value}" for what, value in machine.items()]
     for number, outcome in enumerate(done, 1):
@@ -189,6 +192,8 @@ def report(name: str, machine: Mapping[str, str], done: list[Outcome]) -> str:
         words = outcome.step.words.replace("NAME", name)
         lines += [f"{outcome.judged}: {ended} after {outcome.seconds:.1f} s; it must print: {words}"]
         lines += outcome.output.splitlines()[-KEPT:]
+    if begun:
+        lines += ["", f"--- {len(done) + 1}. {begun.shown.replace('NAME', name)}", "it has begun, and not ended"]
     return private("\n".join(lines) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from porthal.cli.options import BackendOption, Dtype, dtype_of
 from porthal.cli.stopping import stoppable
 from porthal.cli.text import print
 
+SIZES = {"glm5": " --model glm-5", "demo": ""}  # how porthal explain is told of a workload
 JUDGED = 30.0  # seconds to judge a call at most: one whose matrices are made narrower says nothing of what it stands for
 
 
@@ -39,16 +41,25 @@ def tune(
 
     made, bounds = create(backend or selected()[0]), Bounds(memory * 2**30, JUDGED)
     calls = named(workload, step or ["decode", "prefill"], dtype.value if dtype else "", bounds)
+    with running(made):
+        file, before = file_of(made), made.tuned.why
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    text.check_writable(table=file)
     with running(made), stoppable(lambda: "nothing is kept of it"), text.progress() as advance:
-        table, wrong = run(made, calls, op or (), bounds, seconds, advance)
-    known = contracts()
-    rows = dict.fromkeys((call.op, said(table.turns(known[call.op], call.spec))) for call in table.calls)
-    text.table(["op", "kernels"], list(rows))
-    for m in wrong:
-        print(f"not timed: {m.token}: {m.why}")
-    if table.calls:
-        table.save(file := file_of(made))
-        print(f"kept in {file}: porthal explain shows what is chosen")
+        found = run(made, calls, op or (), bounds, seconds, advance)
+    table, known = found.table, contracts()
+    rows = dict.fromkeys((call.op, said(table.turns(known[call.op], call.spec))) for call in found.calls)
+    if rows:
+        text.table(["op", "kernels"], list(rows))
+    for token, why in {**found.wrong, **found.left}.items():
+        print(f"not timed: {token}: {why}")
+    if not found.calls:
+        print("nothing is kept: of no call two kernels were timed; give more --seconds, on a machine that does nothing else")
     else:
-        print("nothing is kept: there is no call of which two kernels were timed")
-    return 1 if wrong else 0 if table.calls else 2
+        if before and file.is_file():
+            print(f"replaced: {before}")
+        table.save(file)
+        shown = f"porthal explain --backend {made}{SIZES[workload]} --dtype {calls.dtype}" if workload in SIZES else ""
+        print(f"kept in {file}{shown and f': {shown} shows what is chosen'}")
+    return 1 if found.wrong else 0 if found.calls else 2

@@ -279,7 +279,7 @@ def _choose(
 def _only_quantised(kernel: Kernel) -> str | None:
     """Why it is not chosen where nothing is known of the calls, which then are of plain numbers, or None."""
     taken = kernel.limits.schemes
-    return None if taken.holds(NONE, {}) else f"no profile has calls under {taken.text}, which alone the kernel takes"
+    return None if taken.holds(NONE, {}) else f"it takes calls under {taken.text} alone, and no such call is known"
 
 
 def _diverting(
@@ -384,8 +384,8 @@ def _policy_ops() -> dict[str, str]:
     rules: dict[str, str] = {}
     for part in text.split(",") if text.strip() else ():
         op, _, backend = (word.strip() for word in part.partition("="))
-        if not op or not backend:
-            raise UsageError(f"PORTHAL_OPS has {part!r}: write op=backend, separated by commas")
+        if not op or backend in ("", VIA):
+            raise UsageError(f"PORTHAL_OPS has {part!r}: write op=backend or op=via=PROVIDER, separated by commas")
         if op in rules:
             raise UsageError(f"PORTHAL_OPS has {op}={rules[op]} and {op}={backend}: expected one of them")
         rules[op] = backend

@@ -38,10 +38,14 @@ NAMES = {"requires": "modules", "libraries": "modules", "variables": "environmen
 
 @dataclass(frozen=True)
 class Probe:
-    """Whether a backend can be used on this machine, and why not."""
+    """Whether a backend can be used on this machine, and why not.
+
+    mistake  whether it is the user who can mend that: no other backend takes its place, which would hide it
+    """
 
     state: State
     why: str = ""
+    mistake: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,9 @@ def running(backend: Backend) -> AbstractContextManager[None]:
 
 
 def best() -> str:
-    """The first available backend in the stated order, of those that have a rank."""
+    """The first backend in the stated order, of those that have a rank, that is available or would be but for a mistake."""
     for name in backend_names():
-        if _package(name).rank is not None and probe(name).state == "available":
+        if _package(name).rank is not None and ((found := probe(name)).state == "available" or found.mistake):
             return name
     raise Unavailable("no backend is available: reinstall porthal")
 
@@ -225,7 +229,7 @@ def _known(name: str) -> None:
     if name not in _packages():
         from difflib import get_close_matches
 
-        close = get_close_matches(name, _packages(), 1)
+        close = get_close_matches(name.lower(), _packages(), 1)
         hint = f", did you mean {close[0]!r}?" if close else ";"
         states = ", ".join(f"{n} ({p.state + (p.why and f': {p.why}')})" for n, p in probes().items())
         raise UsageError(f"unknown backend {name!r}{hint} known are {states}")

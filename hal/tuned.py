@@ -1,6 +1,7 @@
 """What `porthal tune` has measured: for calls of an op, how long each of a chip's kernels took on this device.
 
-A table holds for one device and one set of versions. It lies in the cache folder, or in the backend's own package, in `tuned`.
+A table holds for one device and one set of versions, the sources of the backend's package among them. It lies in the cache
+folder, or in that package, in `tuned`.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import packages_distributions, version
 from math import inf
 from pathlib import Path
+from sys import float_info
 from typing import TYPE_CHECKING, Any
 
-from porthal.hal.contract import CallSpec, Contract
-from porthal.hal.errors import UsageError
+from porthal.hal.contract import CallSpec, Contract, contracts
+from porthal.hal.errors import UsageError, message_of
 from porthal.hal.scheme import NONE
+from porthal.hal.sources import digest, library_files, package_files
 
 if TYPE_CHECKING:
     from porthal.hal.backend import Backend, Kernel
 
-SCHEMA = 1
+SCHEMA = 2
 FREE = {"P"}  # dims that change with every step, beside those of a batch
 Seconds = Mapping[str, float]  # by provider; inf where its result was wrong
 
@@ -46,12 +50,28 @@ class Timed:
     spec: CallSpec
     seconds: Mapping[str, float | None]
     token: str = ""  # of the case that was timed
+    date: str = ""
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any]) -> Timed:
+    def read(cls, facts: Mapping[str, Any], backend: Backend) -> Timed:
+        """From a file; ValueError, KeyError or TypeError where it is no call of this backend's kernels."""
         made = cls(**{**facts, "spec": CallSpec(**facts["spec"])})
-        made.spec.key()  # raises what other facts raise
-        return replace(made, seconds={p: None if s is None else float(s) for p, s in made.seconds.items()})
+        contract, spec = contracts()[made.op], made.spec
+        sizes, given = spec.dims.items(), {*spec.dtypes, *spec.schemes}
+        if wrong := [f"{name} is {size!r}" for name, size in sizes if type(size) is not int or size < 0]:
+            raise ValueError(wrong[0])
+        hash(spec)
+        lacking = {contract.rows} - {"", *spec.dims}
+        unknown = {*spec.dims, *spec.attrs} - {*contract.facts()} | given - {o.name for o in contract.signature.operands}
+        unknown |= made.seconds.keys() - {k.provider for k in backend.candidates(contract)}
+        if lacking or unknown:
+            raise ValueError(f"{made.op} has no {min(unknown)}" if unknown else f"{min(lacking)} is not there")
+        for provider, took in made.seconds.items():
+            if took is not None and not (type(took) in (int, float) and 0 < took < inf):
+                raise ValueError(f"{provider} took {took!r} s")
+        if type(made.token) is not str or type(made.date) is not str:
+            raise ValueError(f"{made.token!r} of {made.date!r}")
+        return made
 
 
 @dataclass(frozen=True)
@@ -61,8 +81,13 @@ class Table:
     calls: tuple[Timed, ...] = ()
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    date: str = ""
     why: str = ""
+
+    @property
+    def date(self) -> str:
+        """The first day of measuring, and the last."""
+        days = sorted(call.date for call in self.calls)
+        return " to ".join(dict.fromkeys((days[0], days[-1])))
 
     @classmethod
     def of(cls, backend: Backend) -> Table:
@@ -71,24 +96,37 @@ class Table:
             return cls(why=f"{backend} runs on: {backend.place}, which has no speed")
         package = getattr(sys.modules.get(backend.__module__.rpartition(".")[0]), "__file__", None)
         shipped = [Path(package).parent / "tuned" / file_of(backend).name] if package else []
-        for file in (file_of(backend), *shipped):
-            if file.is_file():
-                return cls._read(file, backend)
-        return cls(why=f"nothing is measured on {backend.describe()}: run porthal tune --backend {backend}")
+        found = [cls._read(file, backend) for file in (file_of(backend), *shipped) if file.is_file()]
+        nothing = cls(why=f"nothing is measured on {backend.describe()}")
+        return next((table for table in found if table.calls), (*found, nothing)[0])
 
     @classmethod
     def _read(cls, file: Path, backend: Backend) -> Table:
-        again = f"run porthal tune --backend {backend}"
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept.pop("schema") != SCHEMA:
-                return cls(why=f"{file} has another schema than {SCHEMA}: {again}")
-            calls = tuple(map(Timed.read, kept.pop("calls")))
-            found, here = cls(calls, **kept), versions(backend, calls)
-            other = next((f"{name} {v}" for name, v in found.versions.items() if here.get(name) != v), "")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return cls(why=f"{file} is no table of porthal tune ({type(error).__name__}): {again}")
-        return cls(why=f"{file} was measured with {other}, which is not here: {again}") if other else found
+            if kept["schema"] != SCHEMA:
+                return cls(why=f"{file} has another schema than {SCHEMA}")
+            calls = tuple(Timed.read(call, backend) for call in kept["calls"])
+            if not calls:
+                raise ValueError("it has no calls")
+            then, here = kept["versions"], versions(backend, calls)
+            other = next((name for name in (*here, *then) if here.get(name) != then.get(name)), "")
+            if kept["device"] != backend.describe():
+                return cls(why=f"{file} was measured on {kept['device']}, this is {backend.describe()}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            return cls(why=f"{file} is no table of porthal tune ({message_of(error)})")
+        if other:
+            was, now = then.get(other, "of a version that it does not say"), here.get(other, "not found")
+            return cls(why=f"{file} was measured with {other} {was}, here it is {now}")
+        return cls(calls, kept["device"], then)
+
+    @classmethod
+    def updated(cls, backend: Backend, calls: Sequence[Timed]) -> Table:
+        """What is kept for this device and these versions, with calls that were measured now."""
+        now = {(call.op, call.spec) for call in calls}
+        before = [call for call in backend.tuned.calls if (call.op, call.spec) not in now]
+        every = (*before, *calls)
+        return cls(every, backend.describe(), versions(backend, every))
 
     def save(self, file: Path) -> None:
         """Write it whole, or leave what is there."""
@@ -131,18 +169,22 @@ def first_of(spec: CallSpec, contract: Contract) -> int:
 
 
 def _together(calls: Sequence[Timed]) -> Seconds:
-    """The mean of all contexts that were measured; inf where a kernel was wrong, or left out, in one of them."""
-    return {p: sum(call.seconds.get(p) or inf for call in calls) / len(calls) for call in calls for p in call.seconds}
+    """The mean of the contexts in which all of these kernels were measured, else of all; inf where one was ever wrong."""
+    every = {p for call in calls for p in call.seconds}
+    whole = [call for call in calls if call.seconds.keys() == every] or calls
+    alike = [p for p in whole[0].seconds if all(p in call.seconds for call in whole)]
+    wrong = {p: inf for call in calls for p, took in call.seconds.items() if took is None}
+    return {p: sum(call.seconds[p] or inf for call in whole) / len(whole) for p in alike} | wrong
 
 
 def at(turns: Mapping[int, Seconds], rows: int) -> Seconds:
-    """Of the last turn that has no more rows; with fewer than all, of the first."""
-    return turns[max((n for n in turns if n <= rows), default=min(turns))] if turns else {}
+    """Of the last turn that has no more rows; {} with fewer than were measured."""
+    return turns[max(fewer)] if (fewer := [n for n in turns if n <= rows]) else {}
 
 
 def in_order(kernels: Iterable[Kernel], seconds: Seconds) -> list[Kernel]:
-    """The kernels that were measured first, the fastest before all; then the others as they stand."""
-    return sorted(kernels, key=lambda k: seconds.get(k.provider, inf))
+    """The kernels that were measured first, the fastest before all; then the others as they stand, and what was wrong."""
+    return sorted(kernels, key=lambda k: seconds.get(k.provider, float_info.max))
 
 
 def said(turns: Mapping[int, Seconds]) -> str:
@@ -161,8 +203,18 @@ def file_of(backend: Backend) -> Path:
 
 
 def versions(backend: Backend, calls: Iterable[Timed]) -> dict[str, str]:
-    """Of the modules that the backend needs, and of the libraries that the calls were measured with."""
-    package = sys.modules.get(backend.__module__.rpartition(".")[0])
-    modules = {p.partition(".")[0] for call in calls for p in call.seconds if "." in p} | {*getattr(package, "requires", ())}
-    names = packages_distributions()
-    return {m: ", ".join(f"{d} {version(d)}" for d in sorted({*names.get(m, ())})) for m in sorted(modules)}
+    """Of porthal, of the modules that the backend needs, and of the libraries that the calls were measured with. A digest
+    stands for the backend's own package, and for a library that is in no distribution."""
+    package = backend.__module__.rpartition(".")[0]
+    named = *(p for call in calls for p in call.seconds), *getattr(sys.modules.get(package), "requires", ())
+    found = {"porthal": sys.modules["porthal"].__version__, package: f"of sources {digest(package_files(package))}"}
+    names = _distributions()
+    for module in sorted({name.partition(".")[0] for name in named} - {"porthal", package}):
+        if module in names:
+            found[module] = ", ".join(f"{d} {version(d)}".removeprefix(f"{module} ") for d in sorted({*names[module]}))
+        elif files := library_files(module):
+            found[module] = f"of sources {digest(files)}"
+    return found
+
+
+_distributions = cache(packages_distributions)  # looks at every package that is installed

@@ -360,11 +360,11 @@ def _quantised(raw: dict[str, Any], where: str) -> tuple[tuple[int, int], list[s
     return (block[0], block[1]), unknown
 
 
-def described(directory: str | Path) -> None:
-    """UsageError where AscendV1's description says what porthal does not read; nothing where there is none."""
+def described(directory: str | Path) -> dict[str, str]:
+    """What AscendV1's description says of each tensor, {} where there is none. UsageError where porthal does not read that."""
     path = Path(directory) / "quant_model_description.json"
     if not os.path.lexists(path):
-        return
+        return {}
     raw = _object(path)
     rotated = raw.get("metadata")
     if isinstance(rotated, dict) and rotated.get("quarot"):
@@ -372,6 +372,7 @@ def described(directory: str | Path) -> None:
     for name, kind in raw.items():
         if "." in name and kind not in ASCEND:
             raise UsageError(f"{path} has {name!r} = {shown(kind)}: expected one of {', '.join(ASCEND)}")
+    return {name: kind for name, kind in raw.items() if "." in name}
 
 
 def _object(path: Path) -> dict[str, Any]:

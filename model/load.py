@@ -128,7 +128,7 @@ def opened(path: str | Path, caches: Sequence[str] = ()) -> tuple[Config, Checkp
     used, or other than the one that is used in its place.
     """
     config = Config.read(path).cached(caches)
-    described(path)
+    kinds = described(path)
     source = Checkpoint(path, config.fp8_block)
     recorded(lambda ops: Glm5(config, source, ops))  # asks for every tensor that a model reads
     layers, embed, head = config.num_hidden_layers, "model.embed_tokens.weight", "lm_head.weight"
@@ -162,6 +162,10 @@ def opened(path: str | Path, caches: Sequence[str] = ()) -> tuple[Config, Checkp
             "correct config.json, or remove what is left over"
         )
     _check_experts(source.schemes, path)
+    if other := [name for name, how in source.schemes.items() if name in kinds and (kinds[name] == "FLOAT") == bool(how)]:
+        how = source.schemes[other[0]] or "not quantised"
+        why = f"{other[0]!r} is {how}, the description says {kinds[other[0]]}"
+        note(f"{path}: matrices read as their tensors say, not as quant_model_description.json does: {len(other)}, as {why}")
     for why, count in without.items():
         note(f"{path}: tensors not used: {count}, since {why}")
     return config, source

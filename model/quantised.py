@@ -227,8 +227,7 @@ def _two(shape: tuple[int, ...]) -> tuple[int, int] | None:
 def _unpacked(tensors: Tensors, scheme: Scheme, shape: tuple[int, int], start: int, stop: int) -> Array:
     if "weight_packed" in tensors and scheme.codes.startswith("int"):
         bits = int(scheme.codes[3:])
-        _shaped(tensors, "weight_shape", (2,))
-        if (said := tuple(map(int, tensors.array("weight_shape")))) != shape:
+        if (said := tuple(map(int, _shaped(tensors, "weight_shape", (2,), "int64", "int32")))) != shape:
             raise tensors.wrong("weight_shape", f"holds {list(said)}, expected {list(shape)}")
         return _stream(tensors.array("weight_packed")[start:stop], bits, shape[1])
     if scheme.codes == FP4:
@@ -251,16 +250,23 @@ def _stream(words: Array, bits: int, count: int) -> Array:
 
 
 def _zeros(tensors: Tensors, scheme: Scheme) -> Array:
-    """The code that says 0, of each scale."""
+    """The number among the codes that says 0, of each scale. UsageError where no code can be that."""
     sizes = _two(tensors.shape(_scales(tensors)))
     assert sizes
-    if "weight_offset" in tensors:
-        return widen(_shaped(tensors, "weight_offset", sizes)).astype(np.float64).reshape(sizes)
+    name = "weight_offset" if "weight_offset" in tensors else "weight_zero_point"
+    if not scheme.codes.startswith("int"):
+        raise tensors.wrong(name, f"stands beside codes of {scheme.codes}, expected none: their zero is 0")
+    if "weight_offset" in tensors and "weight_zero_point" in tensors:
+        raise tensors.wrong(name, "has weight_zero_point beside it, expected one of them")
     bits = int(scheme.codes[3:])
-    if "weight_packed" not in tensors:
-        return _shaped(tensors, "weight_zero_point", sizes).astype(np.float64)
-    words = _shaped(tensors, "weight_zero_point", (-(-sizes[0] * bits // 32), sizes[1]))
-    return _stream(np.ascontiguousarray(words.T), bits, sizes[0]).T  # packed along the rows of the matrix
+    if "weight_packed" in tensors and name == "weight_zero_point":  # packed along the rows of the matrix
+        words = _shaped(tensors, name, (-(-sizes[0] * bits // 32), sizes[1]), "int32")
+        return _stream(np.ascontiguousarray(words.T), bits, sizes[0]).T
+    found = widen(np.array(_shaped(tensors, name, sizes))).astype(np.float64).reshape(sizes)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if (wrong := ~((low <= found) & (found <= high))).any():
+        raise tensors.wrong(name, f"holds {found[wrong].flat[0]}, expected {low} to {high}, as codes of {scheme.codes} are")
+    return found
 
 
 def _factors(tensors: Tensors, scheme: Scheme) -> Array:
@@ -295,9 +301,12 @@ def _unbiased(tensors: Tensors) -> None:
     if not ("quant_bias" in tensors and "input_offset" in tensors):
         return
     sums = tensors.array("weight").sum(axis=1, dtype=np.int64)
-    correction = sums * float(tensors.array("input_offset").reshape(-1)[0])
-    left = tensors.array("quant_bias").reshape(-1) + correction
-    if (np.abs(left) > 0.5 + np.abs(correction) * 2.0**-22).any():
+    offset, bias = tensors.array("input_offset").reshape(-1), tensors.array("quant_bias").reshape(-1)
+    for name, held, count in (("input_offset", offset, 1), ("quant_bias", bias, len(sums))):
+        if held.size != count:
+            raise tensors.wrong(name, f"has shape {list(tensors.shape(name))}, expected [{count}]")
+    correction = sums * float(offset[0])
+    if not (np.abs(bias + correction) <= 0.5 + np.abs(correction) * 2.0**-22).all():
         raise tensors.wrong("quant_bias", "holds a bias, expected the correction for input_offset alone")
 
 
@@ -310,11 +319,14 @@ def _whole(tensors: Tensors, name: str) -> float:
     return float(_positive(tensors, name, scale).reshape(-1)[0])
 
 
-def _shaped(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Array:
+def _shaped(tensors: Tensors, name: str, shape: tuple[int, ...], *kinds: str) -> Array:
+    """A tensor of this shape, and of one of these dtypes if there are any."""
     if name not in tensors:
         raise tensors.wrong("weight_packed", f"has no {name} beside it")
     if tensors.shape(name) != shape:
         raise tensors.wrong(name, f"has shape {list(tensors.shape(name))}, expected {list(shape)}")
+    if kinds and tensors.dtype(name) not in kinds:
+        raise tensors.wrong(name, f"is {tensors.dtype(name)}, expected {' or '.join(kinds)}")
     return tensors.array(name)
 
 

@@ -15,5 +15,5 @@ def probe() -> Probe:
         return Probe("broken", "its native module is not built: run pip install -e . in the clone, or install a wheel")
     try:
         return Probe("available", policy.text(importlib.import_module("porthal.backends.cpu._native")))
-    except UsageError as error:  # it is here: another backend in its place would hide the mistake
-        return Probe("available", str(error))
+    except UsageError as error:
+        return Probe("broken", str(error), mistake=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from porthal.conformance.cases.inputs import Array, Inputs
 from porthal.conformance.level import SUITE
-from porthal.hal import Contract, Operand, cache_folder
+from porthal.hal import Contract, Operand, cache_folder, note
 from porthal.hal.dtypes import dtype
 
 LIMIT = 2**32  # bytes of all entries
@@ -122,8 +122,11 @@ def _sources(contract: Contract) -> str:
 def _keep(file: Path, arrays: Arrays) -> None:
     """Whole or not at all; a full or read-only disk only costs time."""
     global _written
-    with suppress(OSError):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return note(f"porthal: nothing is kept for the next run: {file.parent} cannot be made: {error.strerror}")
+    with suppress(OSError):
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
             try:
                 np.savez(out, **arrays, **{NAMES: np.array(list(arrays), str)})  # type: ignore[arg-type]  # allow_pickle

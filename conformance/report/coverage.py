@@ -15,12 +15,12 @@ from porthal.conformance.cases.boundaries import REASONS, REQUESTS, Boundary, co
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.profiles import MODEL, profile_of
 from porthal.conformance.level import LEVELS, STANDARD, STRICT
-from porthal.hal import UsageError, contracts
+from porthal.hal import UsageError, collectives, contracts
 
 HEAD = """# Coverage
 
-Kernels break where tiles, counters and grids end. For everything that a call counts this page says which of these numbers have
-planned cases on both sides, and at which level first; and for the rest why not. It is made by
+Kernels break where tiles, counters and grids end. For everything that a call of one device counts this page says which of these
+numbers have planned cases on both sides, and at which level first; and for the rest why not. It is made by
 `python -m porthal.conformance.report.coverage`; `porthal coverage --op OP --json` names the cases.
 
 A product such as `T*k` counts rows of a grid; `columns` are those of a block table, `P` pages; 2^31 and 2^32 are elements of
@@ -38,7 +38,9 @@ class Row:
 
 
 def rows(op: str, level: str = STANDARD.name, model: str = MODEL) -> list[Row]:
-    """Every boundary of an op; UsageError for an unknown one."""
+    """Every boundary of an op; UsageError for an unknown one, and for one of several ranks."""
+    if op in collectives():
+        raise UsageError(f"{op} is a call of several ranks, whose sizes are not counted: expected an op of one device")
     if op not in contracts():
         raise UsageError(f"unknown op {op!r}: known are {', '.join(contracts())}")
     contract, profile = contracts()[op], profile_of(model)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +15,7 @@ from porthal.conformance.execution.traits import unasked
 from porthal.conformance.report.waivers import Waiver, waivers
 from porthal.hal import Backend, operators
 from porthal.hal.errors import message_of
+from porthal.hal.sources import digest, package_files, stored_files
 
 
 @dataclass(frozen=True)
@@ -70,32 +68,11 @@ def _described(backend: Backend) -> str:
 
 def sources(backend: type[Backend]) -> dict[str, str]:
     """A digest of the Python files of porthal, and one of the backend's own package with its native code."""
-    found = {"porthal": _digest(tuple(sorted(_files("porthal"))))}
+    found = {"porthal": digest(stored_files("porthal"))}
     package = backend.__module__.rpartition(".")[0]
     if getattr(sys.modules.get(package), "__file__", None):
-        found[backend.name] = _digest(package_files(package))
+        found[backend.name] = digest(package_files(package))
     return found
-
-
-def package_files(package: str) -> tuple[Path, ...]:
-    """The Python files of a package that is imported, and its native code: what it has loaded, and what ctypes may load."""
-    loaded = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(f"{package}.")]
-    native = {Path(file) for file in loaded if file and not file.endswith(".py")}
-    return tuple(sorted(_files(package) | native))
-
-
-def _files(package: str) -> set[Path]:
-    homes = [Path(home) for home in getattr(sys.modules.get(package), "__path__", ())]  # several of a namespace package
-    folders = *homes, *(folder for home in homes for folder in home.glob("*/"))  # porthal's may be links
-    return {file for folder in folders for kind in ("*.py", "*.so") for file in folder.rglob(kind)}
-
-
-@cache
-def _digest(files: tuple[Path, ...]) -> str:
-    digest = hashlib.blake2b(digest_size=6)
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _version(backend: Backend) -> dict[str, str]:

@@ -24,10 +24,11 @@ from porthal.conformance.cases.case import Case
 from porthal.conformance.execution.bindings import Bound
 from porthal.conformance.judgement.golden_cache import folder
 from porthal.conformance.level import SUITE
-from porthal.conformance.report.facts import environment, package_files
+from porthal.conformance.report.facts import environment
 from porthal.conformance.report.results import Result, reused
 from porthal.hal import Backend, contracts
 from porthal.hal.backend import names_in
+from porthal.hal.sources import package_files
 
 Kernels = dict[str, list[list[str]]]  # op -> owner and provider of each kernel, the first choice first
 

@@ -18,7 +18,7 @@ from tests.adapters import BadInput
 torch_npu = emulated.install()  # before what imports it
 from porthal.backends.ascend import attention, experts, int8, int8_caches, prolog, rows  # noqa: E402
 from porthal.backends.ascend.calls import NPU  # noqa: E402
-from porthal.backends.torch.interfaces.library import Library  # noqa: E402
+from porthal.backends.torch.interfaces.library import Library, lacks  # noqa: E402
 
 FAMILIES = (attention, experts, int8, int8_caches, prolog, rows)
 
@@ -53,14 +53,14 @@ def test_what_this_torch_npu_lacks_is_told_in_one_sentence(monkeypatch):
     monkeypatch.setattr(Library, "known", {})
     written, this = "kernels are written for torch-npu 2.13", "this torch_npu 2.13.0+emulated"
 
-    def lacks(name, arguments):
+    def why(name, arguments):
         return Library("torch_npu", wanted="torch-npu 2.13", **{name: arguments}).lacks(name)
 
-    assert lacks("npu_rms_norm", "input gamma") is None  # epsilon has a default
-    assert lacks("npu_x", "input") == f"{this} has no npu_x: {written}"
-    assert lacks("npu_rms_norm", "input gamma eps") == f"npu_rms_norm of {this} takes no argument 'eps': {written}"
+    assert why("npu_rms_norm", "input gamma") is None  # epsilon has a default
+    assert why("npu_x", "input") == f"{this} has no npu_x: {written}"
+    assert why("npu_rms_norm", "input gamma eps") == f"npu_rms_norm of {this} takes no argument 'eps': {written}"
     missing = f"npu_rms_norm of {this} wants an argument 'gamma', which kernels do not pass: {written}"
-    assert lacks("npu_rms_norm", "input") == missing
+    assert why("npu_rms_norm", "input") == missing
 
 
 def test_of_an_op_with_several_overloads_any_will_do(monkeypatch):
@@ -69,6 +69,19 @@ def test_of_an_op_with_several_overloads_any_will_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "aten", types.ModuleType("aten"))
     assert Library("aten", sum="self dim keepdim").lacks("sum") is None  # not of the first, which sums all
     assert Library("aten", sum="self axis").lacks("sum") == "sum of this aten takes no argument 'axis'"
+
+
+def test_every_function_of_a_provider_is_looked_at(monkeypatch):
+    monkeypatch.setattr(Library, "known", {})
+    one, other = types.ModuleType("one"), types.ModuleType("other")
+    one.first = other.second = lambda x: x
+    monkeypatch.setitem(sys.modules, "one", one)
+    monkeypatch.setitem(sys.modules, "other", other)
+    Library("one", first="x", second="x")
+    Library("other", first="x", second="x y")
+    assert lacks("one.first") is lacks("one.first+unknown.second") is None
+    assert lacks("one.first+second") == "this one has no second"
+    assert lacks("one.first+other.second+first") == "second of this other takes no argument 'y'"
 
 
 def test_a_torch_npu_without_sparse_attention_runs_it_on_the_base(monkeypatch):

@@ -17,7 +17,7 @@ except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
 from porthal.backends.cpu import policy
-from porthal.hal import UsageError, create, numpy_dtype, probe
+from porthal.hal import Unavailable, best, create, numpy_dtype, probe
 
 
 @pytest.fixture(autouse=True)
@@ -97,12 +97,15 @@ def test_products_read_subnormals_as_zero_where_it_is_stated_and_nowhere_else(mo
      ("PORTHAL_THREADS", "9" * 5000, "a number"), ("PORTHAL_THREADS", "\u00b2", "a number"),
      ("OMP_NUM_THREADS", "many", "a number"), ("OMP_NUM_THREADS", "-1", "a number")],
 )  # fmt: skip
-def test_bad_values_are_one_sentence_wherever_they_are_read(monkeypatch, name, value, expected):
+def test_bad_values_are_one_sentence_wherever_they_are_read(monkeypatch, command_line, name, value, expected):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=f"^{name} is '.*': expected {expected}"):
+    with pytest.raises(Unavailable, match=f"^backend 'cpu' is broken: {name} is '.*': expected {expected}"):
         create("cpu")
-    assert probe("cpu").state == "available"  # else another backend would be chosen in silence
-    assert probe("cpu").why.startswith(f"{name} is ")
+    assert probe("cpu").state == "broken" and probe("cpu").why.startswith(f"{name} is ")
+    assert best() == "cpu"  # another backend in its place would hide the mistake
+    code, out, err = command_line("backends")
+    assert code == 2 and "*  cpu            broken" in out
+    assert err.startswith(f"porthal: backend 'cpu' (the first available in this order) is broken: {name} is ")
 
 
 def test_a_process_uses_the_processors_that_it_may_run_on():

@@ -92,3 +92,9 @@ def test_a_call_that_is_too_large_is_refused_before_anything_runs(verify, writte
     written["benchmarks"][0]["extra_info"]["token"] = "rms_norm,T=4096,H=6144,x:fp32,0"
     (code, out, err), _ = verify(written, "--share", "100%", "--memory", "0.1")
     assert (code, out) == (2, "") and "expected a call that fits --memory" in err and err.count("\n") == 1
+
+
+def test_another_backend_says_nothing_about_these_times(verify, written):
+    (code, out, err), _ = verify(written, "--backend", "cpu")
+    assert (code, out) == (2, "")
+    assert err == "porthal: --backend is cpu, which has no times in the report: expected reference\n"

@@ -232,6 +232,7 @@ def test_composites_can_be_taken_apart_by_policy(monkeypatch: pytest.MonkeyPatch
         ("PORTHAL_OPS", "topk", "PORTHAL_OPS has 'topk': write op=backend"),
         ("PORTHAL_OPS", "topk=nowhere", "unknown backend 'nowhere'"),
         ("PORTHAL_OPS", "=cpu", "PORTHAL_OPS has '=cpu': write op=backend"),
+        ("PORTHAL_OPS", "topk=via=", "PORTHAL_OPS has 'topk=via=': write op=backend or op=via=PROVIDER"),
         ("PORTHAL_OPS", "topk=reference,", "PORTHAL_OPS has '': write op=backend"),
         ("PORTHAL_OPS", "topk=torch, topk=reference", "PORTHAL_OPS has topk=torch and topk=reference: expected one of them"),
         ("PORTHAL_OPS", "topk=reference:1", "reference has no device '1': expected 'reference' alone"),

@@ -211,7 +211,7 @@ def test_trace_expands_composites(run, checkpoints):
     ("args", "sentence"),
     [
         (["explain", "--backend", "torhc"], "porthal: unknown backend 'torhc', did you mean 'torch'?"),
-        (["explain", "--model", "{none}"], "porthal: {none}/config.json does not exist: expected a model directory"),
+        (["explain", "--model", "{none}"], "porthal: {none} holds no config.json: expected a model directory, or one of glm-5"),
         (["trace", "--model", "{none}"], "porthal: {none}/config.json does not exist"),
         (["trace", "--model", "{tiny}", "--rows", "-1"], "porthal: --rows is -1 and --context -1: expected 1 <= rows"),
         (["trace", "--model", "{tiny}", "--rows", "4", "--context", "2"], "porthal: --rows is 4 and --context 2"),

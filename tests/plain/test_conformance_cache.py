@@ -176,10 +176,13 @@ def test_what_is_used_least_goes_first(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_only_costs_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("PORTHAL_CACHE", "/proc/porthal/golden")
     monkeypatch.setattr(cache, "WORTH", 0.0)
     assert Golden(inputs("rms_norm")).spread()["y"].value.shape == (7, 96)
+    assert "nothing is kept for the next run: /proc/porthal/golden cannot be made: No such file or directory" in caplog.text
 
 
 def test_where_entries_lie(monkeypatch: pytest.MonkeyPatch) -> None:

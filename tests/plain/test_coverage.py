@@ -97,6 +97,8 @@ def test_the_command(capsys):
     assert code == 0 and {f["level"] for f in found} == {"", "bring-up"} and all(f["op"] == "topk" for f in found)
     code, out, err = command(capsys, "--op", "fft")
     assert (code, out) == (2, "") and err.startswith("porthal: unknown op 'fft': known are add, ")
+    code, out, err = command(capsys, "--op", "all_reduce")
+    assert (code, out) == (2, "") and err.startswith("porthal: all_reduce is a call of several ranks, whose sizes are not ")
 
 
 def test_the_page_is_what_is_generated():

@@ -275,6 +275,8 @@ def test_a_class_with_a_constructor_of_its_own_says_what_its_devices_are(site: S
 def test_unknown_names_get_a_hint() -> None:
     with pytest.raises(UsageError, match=r"^unknown backend 'refrence', did you mean 'reference'\? known are "):
         create("refrence")
+    with pytest.raises(UsageError, match=r"^unknown backend 'CPU', did you mean 'cpu'\? known are "):
+        create("CPU")
     with pytest.raises(UsageError, match=r"^unknown backend '';  ?known are "):
         create("")
 

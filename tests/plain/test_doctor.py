@@ -83,6 +83,20 @@ def test_one_file_with_versions_variables_and_what_was_printed(command_line, tmp
     assert str(tmp_path) not in told and str(ROOT) not in told
 
 
+def test_what_was_run_before_it_was_stopped_is_in_the_file(command_line, tmp_path, monkeypatch):
+    def ended(step, *more):
+        if step is not FEW:
+            raise KeyboardInterrupt
+        return run(step, *more)
+
+    monkeypatch.setattr(doctor, "STEPS", (FEW, Step(("check", "--backend", "NAME"), "one verdict: it holds")))
+    monkeypatch.setattr(doctor, "run", ended)
+    code, _, _ = command_line("doctor", "--backend", "reference", "--out", file := tmp_path / "told.txt")
+    told = file.read_text()
+    assert code == 130 and "--- 1. porthal backends\nas expected: exit code 0 after " in told
+    assert told.endswith("--- 2. porthal check --backend reference\nit has begun, and not ended\n")
+
+
 def test_paths_are_told_from_the_package_on_and_names_not_at_all():
     line = f'{ROOT}/backends/torch/backend.py, File "/opt/secret/lib/x.py", ~/key/file and /dev/mtgpu.0 of {getpass.getuser()}x'
     told = private(line)

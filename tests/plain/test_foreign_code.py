@@ -106,7 +106,7 @@ INIT = {
     "probe gives text": ("def probe(): return 'here'", "its probe returned 'here', expected a Probe"),
     "probe gives another state": (
         "from porthal.hal import Probe\ndef probe(): return Probe('here')",
-        "its probe returned Probe(state='here', why=''), expected a Probe of available, not here, broken",
+        "its probe returned Probe(state='here', why='', mistake=False), expected a Probe of available, not here, broken",
     ),
     "probe is a number": ("probe = 7", "TypeError: 'int' object is not callable"),
     "probe takes arguments": ("def probe(device): ...", "TypeError: probe() missing 1 required positional argument: 'device'"),

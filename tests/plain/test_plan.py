@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from porthal.bench import plan
+from porthal.bench import plan, planned
 from porthal.bench.plan import Asked, Device, Plan, plans
 from porthal.cli.app import app
 from porthal.conformance.cases.profiles import home_of
@@ -43,7 +44,7 @@ def test_layouts_are_all_that_fit_the_fastest_first():
     expected = {(t, e, 6 // t) for t in (1, 2) for e in (1, 2, 3, 6)}  # 3 does not divide heads
     assert {(p.tp, p.ep, p.dp) for p in found} == expected
     assert [p.seconds for p in found] == sorted(p.seconds for p in found)
-    with pytest.raises(UsageError, match=r"the leanest layout needs .* GB on each of 2 devices, of which each has 400 GB"):
+    with pytest.raises(UsageError, match=r"the leanest layout needs .* GB per device, and 2 with 400 GB are given: "):
         plans(GLM5, replace(SIMPLE, memory=4e11), Asked(2, 1024, 1))
 
 
@@ -54,6 +55,7 @@ def test_an_exchange_is_as_slow_as_its_slower_link():
     assert SIMPLE.sum(1e9, 8) == pytest.approx(1e-5 + 7 / 8 * 1e9 / 1e11)
 
 
+    assert replace(SIMPLE, sums=1e-6).sum(1e9, 8) == pytest.approx(1e-6 + 7 / 8 * 1e9 / 1e11)
     assert SIMPLE.sum(1e9, 16) == pytest.approx(1e-5 + 15 / 16 * 1e9 / 1e10)  # through the network all
 
 
@@ -118,7 +120,7 @@ def test_this_machine_has_the_rates_that_are_measured(monkeypatch):
     for ranks, turns in ((1, 1), (2, 1), (8, 4)):  # which share two processors
         here = Device.named("here", ranks)
         assert (here.bandwidth, here.link, here.rates) == (20e9 / turns, 5e9 / turns, {"bf16": 1e12 / turns})
-        assert (here.latency, here.call) == (turns * plan.LATENCY, turns * plan.CALL)
+        assert (here.latency, here.sums, here.call) == (turns * plan.LATENCY, turns * plan.SUM, turns * plan.CALL)
 
 
 def test_a_scheme_makes_weights_and_what_is_sent_smaller():
@@ -158,3 +160,10 @@ def test_what_cannot_be_planned_is_said(asked, why):
     assert made.exit_code == 2 and "--devices is 0: expected 1 to 65536" in made.stderr
     with pytest.raises(UsageError, match="device is 'abacus': expected here or one of h800"):
         Device.named("abacus", 1)
+
+
+def test_what_is_measured_beside_a_plan_takes_no_words(monkeypatch):
+    monkeypatch.setattr(planned, "beside", lambda: pytest.fail("it measures first"))
+    monkeypatch.setattr(sys, "argv", ["planned", "--help"])
+    with pytest.raises(SystemExit, match="takes no arguments, and was given --help"):
+        planned.main()

@@ -319,4 +319,4 @@ def test_one_scheme_alone_needs_no_sharing() -> None:
 def test_where_no_calls_are_known_a_kernel_of_codes_alone_is_not_taken() -> None:
     choice = bind(backend=Coding(), overrides={}).choices["linear"]
     assert choice.status == "inherited"
-    assert choice.reason == "coding: no profile has calls under one of int8_channel, which alone the kernel takes"
+    assert choice.reason == "coding: it takes calls under one of int8_channel alone, and no such call is known"

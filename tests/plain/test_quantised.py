@@ -15,7 +15,7 @@ import pytest
 from porthal.backends.reference.backend import Reference
 from porthal.hal import Binding, UsageError, bind, contracts, dtype, narrow, scheme_of, widen
 from porthal.model import quantised
-from porthal.model.checkpoint import TensorFile
+from porthal.model.checkpoint import Blank, Loader, TensorFile
 from porthal.model.config import Config
 from porthal.model.generate import generate
 from porthal.model.load import load, profile
@@ -152,14 +152,22 @@ def test_of_ascend(kind: str) -> None:
     expected = q * widen(SCALE)[:, None]
     assert np.allclose(held.values((6, 10)), expected, rtol=1e-6)  # a product of two scales is rounded once
     assert np.array_equal(held.values((6, 10), slice(1, 4)), held.values((6, 10))[1:4])
+    name = {"W8A8": "none", "W8A8_DYNAMIC": "int8_channel", "W4A8_DYNAMIC": "int4_g128"}[kind]  # the first has two scales
+    assert quantised.kept(held, quantised.scheme(held, (6, 10), BLOCK), (6, 10)) == name
     if kind == "W8A8":
         bits = held.tensors["deq_scale"].view(np.int32).astype(np.int64)  # as written for a model in float16
         whole = Held(held.tensors | {"deq_scale": bits})
         assert np.array_equal(whole.values((6, 10)), held.values((6, 10)))
         assert str(quantised.scheme(whole, (6, 10), BLOCK)) == "int8 with a scale of float32 for 1 x all"
-        biased = Held(held.tensors | {"quant_bias": held.tensors["quant_bias"] + 3})
-        with pytest.raises(UsageError, match="quant_bias holds a bias, expected the correction for input_offset alone"):
-            biased.values((6, 10))
+        bias = held.tensors["quant_bias"]
+        for part, wrong, said in (
+            ("quant_bias", bias + 3, "quant_bias holds a bias, expected the correction for input_offset alone"),
+            ("input_offset", np.float32([np.nan]), "quant_bias holds a bias, expected the correction for input_offset alone"),
+            ("quant_bias", bias[:5], r"quant_bias has shape \[5\], expected \[6\]"),
+            ("input_offset", np.float32([]), r"input_offset has shape \[0\], expected \[1\]"),
+        ):
+            with pytest.raises(UsageError, match=said):
+                Held(held.tensors | {part: wrong}).values((6, 10))
 
 
 def test_an_offset_is_taken_off_before_the_scale() -> None:
@@ -223,7 +231,16 @@ def put(part: str, value: Any) -> Callable[[Held], object]:
         ("int4", put("weight_scale", np.ones((20, 5), np.float32)), r"has shape \[20, 5\], expected \[1, 1\] or \[20, 1\]"),
         ("int4", put("weight_scale", np.ones((20, 3), np.int32)), "is int32, expected one of float32, bfloat16, float16"),
         ("int4", put("weight_scale", np.full((20, 3), 127, np.uint8)), "is uint8, expected one of float32"),
+        ("int4", put("weight_shape", np.float32([np.nan, 192])), "is float32, expected int64 or int32"),
         ("int4_zero_points", put("weight_zero_point", np.zeros((2, 6), np.int32)), r"has shape \[2, 6\], expected \[3, 6\]"),
+        ("int4_zero_points", put("weight_zero_point", np.zeros((3, 6), np.int64)), "is int64, expected int32"),
+        ("int4_zero_points", put("weight_offset", np.zeros((20, 6), np.float32)), "has weight_zero_point beside it"),
+        ("int8", put("weight_zero_point", np.int32([[0]] * 19 + [[128]])), "holds 128.0, expected -128 to 127"),
+        ("int8", put("weight_offset", np.full((20, 1), 1e30, np.float32)), "weight_offset holds 1.*e.30, expected -128 to 127"),
+        ("int8", put("weight_offset", np.full((20, 1), np.nan, np.float32)), "weight_offset holds nan, expected -128 to 127"),
+        ("fp8_row", put("weight_offset", np.zeros((20, 1), np.float32)), "stands beside codes of float8_e4m3fn, expected none"),
+        ("fp8_block", put("weight_zero_point", np.int8([[1, 2]])), "weight_zero_point stands beside codes of float8_e4m3fn"),
+        ("mxfp4", put("weight_zero_point", np.int8([[1, 2]])), "weight_zero_point stands beside codes of float4_e2m1fn"),
         ("int8", put("weight_scale", np.zeros((20, 1), np.float32)), "holds 0.0, expected finite numbers above 0"),
         ("int8", put("weight_scale", np.full((20, 1), np.nan, np.float32)), "holds nan, .*: its packer may have divided by"),
         ("int8", put("weight", np.zeros((20, 191), np.int8)), r"is int8 \[20, 191\], which holds the codes .* in no known way"),
@@ -296,8 +313,14 @@ def test_a_quantised_checkpoint_runs_as_its_numbers(
     assert "matrices kept as int8_channel: 96, of int8 with a scale of float32 for 1 x all" in caplog.text
     directory = rewritten(checkpoints["glm5"], tmp_path / "ascend", ascend8)
     (directory / "model.safetensors").rename(directory / "quant_model_weights.safetensors")
-    describe(directory, **{"model.layers.1.mlp.experts.0.up_proj.weight": "W8A8_DYNAMIC"})
+    first, second = (f"model.layers.1.mlp.experts.{n}.up_proj.weight" for n in range(2))
+    describe(directory, **{first: "W8A8_DYNAMIC"})
     assert text(load(directory, reference)) == expected
+    assert "as quant_model_description.json does" not in caplog.text
+    describe(directory, **{first: "W8A8_DYNAMIC", second: "FLOAT"})
+    load(directory, reference)
+    said = f"{second!r} is int8 with a scale of float32 for 1 x all, the description says FLOAT"
+    assert f"matrices read as their tensors say, not as quant_model_description.json does: 1, as {said}" in caplog.text
 
 
 class Unquantised(Reference):
@@ -408,6 +431,12 @@ def test_a_block_as_large_as_the_matrix(codes: str, scale: tuple[int, int], shap
     assert quantised.kept(held, quantised.scheme(held, shape, BLOCK), shape) == name
     if name != "none":
         assert scheme_of(name).form(shape)["scale"] == (quantised.parts(held, shape, BLOCK)["scale"].shape, "float32")
+
+
+def test_matrices_that_share_a_block_where_they_are_joined_are_read_as_plain_numbers(reference: Binding) -> None:
+    loader = Loader(Blank(), reference, "float32", {"gate": "fp8_block", "up": "fp8_block"})
+    made = loader.joined("linear.w", (200, 8), ["gate", "up"])  # each has 100 rows, a block 128
+    assert (made.spec.scheme, made.spec.shape) == ("none", (200, 8))
 
 
 def test_a_binding_for_plain_weights_keeps_none(checkpoints: dict[str, Path], tmp_path: Path, caplog: Any) -> None:

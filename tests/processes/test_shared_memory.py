@@ -43,6 +43,18 @@ with backend.communicator(20) as comm:
         wire.pull("chosen", given, starts, [end - start for start, end in zip(starts, ends)], y, chosen)
         expected = [rank * 100000 + np.arange(start, end)[::-1] for rank, (start, end) in enumerate(zip(starts, ends))]
         assert (y[:, 0] == np.concatenate(expected)).all(), rows
+    for lender in range(3):  # whose rows alone are too many for a message
+        counts = [70000 if rank == lender else 5 for rank in range(3)]
+        given = wire.empty((counts[comm.rank], 1), "int64")
+        given[:, 0] = comm.rank * 100000 + np.arange(len(given))
+        y = np.full((sum(counts), 1), -1)
+        wire.pull("uneven", given, [0, 0, 0], counts, y)
+        given[...] = -2
+        expected = [rank * 100000 + np.arange(count) for rank, count in enumerate(counts)]
+        assert (y[:, 0] == np.concatenate(expected)).all(), lender
+    for width in (1, 100001):  # in the order of ranks: what the second rounds away is not there for the third
+        made = np.full((1, width), [1, 1e8, -1e8][comm.rank], np.float32)
+        assert not ops.all_reduce(made, comm).any(), width
     for kind in ("float32", "bfloat16", "float16"):  # small and large, in the segment and not, dense and not
         for width in (1, 40000, 100001):
             for made in (wire.empty((3, width), kind), np.zeros((3, 2 * width), numpy_dtype(kind))[:, ::2]):
