@@ -15,9 +15,11 @@ import pytest
 import porthal.ops
 from porthal.hal import UNIT_ROUNDOFF, contracts
 from porthal.hal.numerics import (
+    BALANCED,
     FLUSHED,
     ROUNDED,
     ROUNDED_TO_ZERO,
+    TURNS,
     U_ACC,
     Known,
     _contract,
@@ -26,6 +28,7 @@ from porthal.hal.numerics import (
     dot,
     elementary,
     may_round,
+    nearest,
     noise,
     sigmoid,
     single,
@@ -265,6 +268,20 @@ def test_only_one_point_can_be_perturbed(rng: np.random.Generator) -> None:
     assert relative[2] == pytest.approx(2.0**-8 / np.sqrt(3), rel=0.01)
     assert relative[3] == pytest.approx(U_ACC / np.sqrt(3), rel=0.01)
     assert relative[4] == 0
+
+
+def test_a_number_between_two_codes_is_either_in_half_of_the_runs() -> None:
+    """Equal ones of a row alike, since a chip divides them alike; those of two rows seldom in the same runs."""
+    x = np.full((600, 3), 63.5)
+    x[:, 2] = -63.5
+    seen = []
+    for turn in range(TURNS):
+        with noise(np.random.default_rng(turn), {"x": "bfloat16"}, turn=turn):
+            seen.append(nearest(x * (1 + 1e-8 * (-1) ** turn), np.round, 2.0**-22))
+    outer = np.abs(seen) == 64
+    assert (np.abs(seen)[~outer] == 63).all() and (outer.sum(0) == TURNS // 2).all()
+    assert (outer[..., 0] == outer[..., 1]).all() and (outer[..., 0] == outer[..., 2]).all()
+    assert 40 <= len(np.unique(outer[..., 0], axis=1).T) <= len(BALANCED) == 70
 
 
 def test_contexts_nest_and_end_with_an_exception(rng: np.random.Generator) -> None:
