@@ -22,13 +22,18 @@ porthal export --out model.onnx                        a model as graphs, to run
 the start and one at the end, so float32, float16 and bfloat16 need no other kernels: the CPU provider has none for
 most operators on bfloat16, and computes chains of float16 in float32 without rounding between.
 
-Why some bodies are as they are, with onnxruntime 1.31.1: its Sigmoid is wrong below -8, so it is spelled with Exp;
-reductions of no rows keep the axis that they reduce, so nothing is run where no result has an element; ReduceMax
-drops a NaN, so it is looked for apart; an index of -1 is the last row, by which rows that stand for none read zeros;
-its LayerNormalization loses a small deviation beside a large mean, so the mean is taken off before; the product that it
-makes of Transpose and MatMul divides by the count of rows, which may be none, so a Max of one operand stands between.
-Codes that a loop reads are cast, as it moves DequantizeLinear past a Reshape and then makes no session.
-Loops are over rows of attention and over the experts that have rows, so that memory does not grow with both.
+Some bodies work around what onnxruntime 1.31.1 does:
+
+- Its Sigmoid is wrong below -8: it is spelled with Exp.
+- Its reductions of no rows keep the axis that they should drop: a call whose results have no element runs no graph.
+- Its ReduceMax drops a NaN: NaN is looked for apart.
+- Its LayerNormalization loses a small deviation beside a large mean: the mean is subtracted before.
+- It fuses Transpose and MatMul into a product that divides by the number of rows, which may be 0: a Max of one operand stands
+  between the two, so that they are not fused.
+- In a loop it moves DequantizeLinear past a Reshape, and then makes no session: there codes are converted by Cast.
+
+An index of -1 is the last row: zeros are put there, for rows that stand for none. Loops are over rows of attention and over the
+experts that have rows, so that memory does not grow with both.
 
 A weight under one of {schemes} is codes and scales, NAME_codes and
 NAME_scale, in a function of the scheme's name. In it stand DequantizeLinear before a product, by rows or by blocks, and
