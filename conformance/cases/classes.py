@@ -80,11 +80,12 @@ def has_form(label: int, form: str) -> bool:
 
 
 def batch_of(form: str, rows: int, keys: int, size: int, written: bool) -> str:
-    """A composition of this form: so many rows, the last of which see these keys, behind others that see few."""
+    """A composition of this form: so many rows, the last of which see these keys, behind others that see few. Of few rows
+    drafts are a name, since their tables are longer than requests are."""
+    if form == DRAFTS and rows <= SHORT:
+        return DRAFTS
     if form == "prefill" or (rows == 1 and form in ("mixed", DRAFTS)):
         return spelled([Request(rows, max(keys, rows))])
-    if form == DRAFTS and 2 * LEAST <= rows <= SHORT and keys <= size:
-        return DRAFTS
     if form == DRAFTS and 2 * LEAST <= rows <= CROWDED:
         return spelled(_verified(rows, keys, size))
     if form in ("mixed", DRAFTS) or rows > CROWDED:

@@ -95,7 +95,7 @@ def attempt(task: tuple[str, str]) -> Tried:
     level, key = task
     defect, started = outside()[key], time.process_time()
     chosen = plan(defect.op, source=defect.source, level=level)
-    result, cases = first_failing(chosen, Bindings(plant(key, defect.source, *defect.edits)), level)
+    result, cases = first_failing(chosen, Bindings(plant(key, defect.source, *defect.edits)), level, source=defect.source)
     found = (result.token, result.verdict) if result else ("", "")
     return Tried(level, defect.op, defect.name, *found, cases, time.process_time() - started)
 
