@@ -5,8 +5,11 @@ import pytest
 
 pytest.importorskip("porthal.backends.cpu._native", reason="the native module is not built; run `pip install .`")
 
+from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.plan import cases
+from porthal.conformance.execution.bindings import Bindings
+from porthal.conformance.runner.check import check
 from porthal.hal import Operand, contracts, create
 
 
@@ -26,3 +29,18 @@ def test_a_composite_is_its_parts(op):
                 flat += cpu.to_logical(value).values() if isinstance(value, Operand) else [value]
             results.append([np.asarray(x).tobytes() for x in flat])
         assert results[0] == results[1], case
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        # columns of a head share roundings: that errors of few rows agree is told by heads, not by columns
+        "mla_prolog,T=3,H=264,Q=19,N=96,D=64,C=264,R=50,theta=100000000.0,eps=1.37e-06,h:fp16,kv_norm:fp32,q_a%fp8_block,"
+        "q_b%fp8_block,kv_a%fp8_block,w_uk%fp8_block,batch=1/9+2*1/48,block_size=257,0",
+        # numbers of two heads in the middle between two codes, whose effects cancel where both are rounded alike
+        "indexer_scores,T=1024,G=5,D=128,scale=0.015625000000000003,iq:bf16,w:bf16,keys~seesaw,keys%int8_keys,"
+        "batch=1023*1/3+1/3/1,block_size=3,view=columns,0",
+    ],
+)
+def test_what_a_right_kernel_was_accused_of(token):
+    assert check(Case.from_token(token), Bindings(create("cpu")), "standard").verdict == "PASS"
