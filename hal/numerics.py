@@ -172,16 +172,19 @@ class Noise:
 
 
     def either(self, value: Array, slack: float, beside: float) -> Array:
-        """The value a share `slack` and `beside` further out or in: in half of the runs each, equal values of a row alike, and
-        others seldom in the same runs, so that what they lead to does not cancel in all."""
+        """The value a share `slack` and `beside` further out or in, in half of the runs each. Of operands equal values of a row
+        alike, and others seldom in the same runs, so that what they lead to does not cancel in all; intermediates, which
+        lie `beside` what they are and differ from run to run, all at once."""
         n, self.count = self.count, self.count + 1
         if self.only is not None and self.only != n:
             return value
-        word = (np.abs(value).astype(np.float32).view(np.uint32) + HALF) >> LAST_BITS  # as it is without noise
-        word ^= np.arange(n, n + value[..., :1].size, dtype=np.uint32).reshape(value[..., :1].shape) * SECOND_FACTOR
-        word *= FIRST_FACTOR
-        word ^= word >> HALF
-        outward = 2.0 * (BALANCED[word % len(BALANCED)] >> self.turn % TURNS & 1) - 1
+        outward: Any = 2.0 * (self.turn % 2) - 1
+        if not beside:
+            word = (np.abs(value).astype(np.float32).view(np.uint32) + HALF) >> LAST_BITS  # as it is without noise
+            word ^= np.arange(n, n + value[..., :1].size, dtype=np.uint32).reshape(value[..., :1].shape) * SECOND_FACTOR
+            word *= FIRST_FACTOR
+            word ^= word >> HALF
+            outward = 2.0 * (BALANCED[word % len(BALANCED)] >> self.turn % TURNS & 1) - 1
         return value * (1 + outward * slack) + outward * np.copysign(beside, value)
 
 
