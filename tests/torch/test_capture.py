@@ -153,10 +153,10 @@ def test_right_kernels_pass(case):
 
 def test_replays_vary_what_they_say():
     case = Case.from_token("kv_write,T=5,A=8,B=4,pages:bf16,batch=1/70+1/9+1/0+2/150,block_size=64,capture,0")
-    captured, short, grown = (inputs.operands for inputs in calls(case))
-    lengths = [found["batch"].kv_len.tolist() for found in (captured, short, grown)]
-    assert lengths == [[70, 9, 0, 150], [17, 0, 0, 37], [70, 9, 1, 150]]
-    assert len({found["pages"].spec for found in (captured, short, grown)}) == 1
+    captured, short, grown, idle = (inputs.operands for inputs in calls(case))
+    lengths = [found["batch"].kv_len.tolist() for found in (captured, short, grown, idle)]
+    assert lengths == [[70, 9, 0, 150], [17, 0, 0, 37], [70, 9, 1, 150], [0, 0, 0, 0]]
+    assert len({found["pages"].spec for found in (captured, short, grown, idle)}) == 1
     assert not np.array_equal(short["first"], grown["first"])
     [_, first, second] = calls(next(c for c in CAPTURED if c.op == "moe_experts"))
     assert [dict(inputs.case.recipes)["ids"] for inputs in (first, second)] == ["crowded", "nowhere"]

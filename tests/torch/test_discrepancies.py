@@ -138,7 +138,6 @@ def test_kernels_have_the_signatures_of_their_contracts(backend):
 EXEMPT = {
     "speculative_verify": {"row counts"},
     "select_rows": {"row counts"},
-    "mla_prolog": {"row counts"},
     "page_copy": {"permute and pad"},
     "grouped_gemm": {"permute and pad"},
     "moe_permute": {"permute and pad"},
