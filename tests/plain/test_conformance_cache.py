@@ -181,6 +181,7 @@ def test_a_folder_that_cannot_be_written_only_costs_time(
 ) -> None:
     monkeypatch.setenv("PORTHAL_CACHE", "/proc/porthal/golden")
     monkeypatch.setattr(cache, "WORTH", 0.0)
+    monkeypatch.setattr(cache, "_memory", cache._Memory())  # in which other tests may have put it
     assert Golden(inputs("rms_norm")).spread()["y"].value.shape == (7, 96)
     assert "nothing is kept for the next run: /proc/porthal/golden cannot be made: No such file or directory" in caplog.text
 
