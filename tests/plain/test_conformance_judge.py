@@ -39,7 +39,7 @@ from tests.honest import (
 )
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", [name for name in HONEST if name != "sparse_mla"])  # which takes a minute, and is proved
 def test_honest_kernels_pass_at_the_strict_level(name, monkeypatch):
     """Judged strictly and run twice; tests/proof runs them as often as the level says."""
     monkeypatch.setitem(LEVELS, "strict", replace(LEVELS["strict"], runs=2))
