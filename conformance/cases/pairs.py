@@ -66,18 +66,15 @@ class Factor:
 
 def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequence[Recipes]) -> list[Factor]:
     """Everything that a case of an op chooses, rows first. A width that a contract lists alone stays unless all is tested."""
-    most, kinds = most_of(contract, profile), {o.kind for o in contract.signature.operands}
+    most, kinds = reach(contract, profile), {o.kind for o in contract.signature.operands}
     free = [s for s in free_symbols(contract) if s == contract.rows or level.thorough or len(contract.cases[s]) > 1]
     sizes = list(dict.fromkeys([contract.rows, *free])) if contract.rows else free
-    facts: dict[str, Any] = dict(most)
     found = [Factor(s, tuple(c for c in _classes(1, most.get(s, 64), level) if _lawful(contract, s, c)), True) for s in sizes]
     for name, attribute in contract.attributes.items():
         listed = contract.cases.get(name, ())
         if attribute.type is int:
             low = min(0 in (span if isinstance(span := contract.legal.get(name, (1,)), Sequence) else (1,)), 1)
-            if name in contract.legal and name not in most:
-                facts[name] = contract.allowed(name, SimpleNamespace(**facts))[-1]  # type: ignore[index]
-            high = max(facts.get(name, 0), *listed, 1)
+            high = max(most.get(name, 0), *listed, 1)
             found.append(Factor(name, tuple(_classes(1 - low, high, level)), True))
         elif name in contract.legal:
             span = contract.allowed(name, SimpleNamespace())
@@ -100,6 +97,15 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     return [f for f in found if len(f.classes) > 1]
 
 
+def reach(contract: Contract, profile: Profile) -> dict[str, int]:
+    """The largest size of each symbol; of an attribute that a model does without, as much as its other sizes permit."""
+    most = most_of(contract, profile)
+    for name, attribute in contract.attributes.items():
+        if attribute.type is int and name in contract.legal and most.get(name, 0) <= 1:
+            most[name] = contract.allowed(name, SimpleNamespace(**most))[-1]  # type: ignore[index]
+    return most
+
+
 def _lawful(contract: Contract, name: str, label: int) -> list[int]:
     """The points of a class of sizes that no rule about this size forbids."""
     rules = [rule for words, rule in contract.rules if name in words.split()]
@@ -117,7 +123,7 @@ class Design:
     """The pairs of an op's classes: which are met, and cases for the others."""
 
     def __init__(self, contract: Contract, level: Level, profile: Profile, recipes: Sequence[Recipes]) -> None:
-        self.contract, self.level, self.most = contract, level, most_of(contract, profile)
+        self.contract, self.level, self.most = contract, level, reach(contract, profile)
         self.factors = factors(contract, level, profile, recipes)
         self.at = {f.name: n for n, f in enumerate(self.factors)}
         starts = np.cumsum([0, *(len(f.classes) for f in self.factors)])
