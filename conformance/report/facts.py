@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from porthal.conformance.cases.edges import edges
 from porthal.conformance.execution.traits import unasked
 from porthal.conformance.report.waivers import Waiver, waivers
 from porthal.hal import Backend, operators
@@ -26,6 +27,7 @@ class Facts:
     device   the device and its driver, as the backend describes them
     sources  a digest of the files of porthal and of each backend that takes part
     captures whether it captures graphs
+    edges    tokens of calls at the ends of what its kernels state
     unasked  what no case is asked there, because of what the backend's arrays are like
     """
 
@@ -38,6 +40,7 @@ class Facts:
     sources: Mapping[str, str] = field(default_factory=dict)
     unasked: tuple[str, ...] = ()
     captures: bool = False
+    edges: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, backend: Backend) -> Facts:
@@ -51,6 +54,7 @@ class Facts:
             sources(type(backend)),
             unasked(backend),
             backend.captures,
+            tuple(case.token for case in edges(backend)),
         )
 
 
