@@ -155,7 +155,8 @@ def msmodelslim() -> Tensors:
         saver.write_tensor = lambda key, _, tensor: found.__setitem__(key, tensor)
         getattr(saver, f"on_{kind}")(name, quantizer.deploy())
         # It calculates with FP8 that is not rounded, and with another scale than the product of two that it writes.
-        found |= {name + ".about": w} if name in ("fp8", "w8a8", "w8a8_half") else {name + ".expected": known.to(dtype)}
+        about = name in ("fp8", "w8a8", "w8a8_half")
+        found[name + (".about" if about else ".expected")] = w if about else known.to(dtype)
     return found
 
 
