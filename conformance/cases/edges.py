@@ -26,10 +26,9 @@ ROWS = 9
 def edges(backend: Backend) -> list[Case]:
     """For each own kernel a call at each end of each of its limits, as far as memory goes."""
     found: dict[str, Case] = {}
-    for contract in contracts().values():
-        for kernel in backend.candidates(contract):
-            if kernel.owner == backend.name:
-                found |= {case.token: case for case in _Edges(contract, backend, kernel).cases()}
+    for op, kernels in backend.own().items():
+        for kernel in kernels if op in contracts() else ():
+            found |= {case.token: case for case in _Edges(contracts()[op], backend, kernel).cases()}
     return list(found.values())
 
 

@@ -164,7 +164,7 @@ class _Plan(Made):
     def _under_schemes(self) -> Iterator[Case]:
         """Few rows and many, one block and several, the last not full, values that blocks are about; a model's own sizes; and
         operands under different schemes."""
-        signature = self.contract.signature
+        signature, most = self.contract.signature, most_of(self.contract, profile_of(MODEL))
         for schemes in schemes_alike(self.contract):
             found = [signature[operand] for operand, _ in schemes]
             dims = [d for o in found for d in (*o.dims[-2:], *(width for _, width, _ in o.fields)) if len(symbols(d)) == 1]
@@ -203,7 +203,6 @@ class _Plan(Made):
             if self.level.thorough:
                 whole = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
                 yield from self._made(whole, rows=5, dtypes=self._next(), schemes=schemes, most=MANY_ROWS * 256)
-            most = most_of(self.contract, profile_of(MODEL))
             for wide in sizes if self.level.thorough else list(sizes)[:1]:  # more blocks, or groups, than one pass holds
                 least = {s: NARROW if s in sizes else min(self.contract.cases[s]) for s in self.free if s != self.rows}
                 yield from self._made(

@@ -14,7 +14,7 @@ import numpy as np
 from porthal.conformance.cases.edges import edges
 from porthal.conformance.execution.traits import unasked
 from porthal.conformance.report.waivers import Waiver, waivers
-from porthal.hal import Backend, operators
+from porthal.hal import Backend
 from porthal.hal.errors import message_of
 from porthal.hal.sources import digest, package_files, stored_files
 
@@ -49,18 +49,13 @@ class Facts:
             backend.place,
             environment(type(backend)) | _version(backend) | _tuned(backend),
             waivers(backend),
-            _kernels(backend),
+            {op: tuple(k.provider for k in kernels) for op, kernels in backend.own().items()},
             _described(backend),
             sources(type(backend)),
             unasked(backend),
             backend.captures,
             tuple(case.token for case in edges(backend)),
         )
-
-
-def _kernels(backend: Backend) -> dict[str, tuple[str, ...]]:
-    own = {op: [k.provider for k in backend.candidates(c) if k.owner == backend.name] for op, c in operators().items()}
-    return {op: tuple(providers) for op, providers in own.items() if providers}
 
 
 def _described(backend: Backend) -> str:
