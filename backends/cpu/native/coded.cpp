@@ -55,8 +55,14 @@ struct Pairs {
       store_some(reinterpret_cast<bf16*>(row), v, n);
   }
 };
-using BestPairs = Pairs;
+#if defined(__AMX_BF16__)
+struct TiledPairs : Pairs {};
+using BestPairs = TiledPairs;
 #else
+using BestPairs = Pairs;
+#endif
+#else
+using Pairs = Singles;
 using BestPairs = Singles;
 #endif
 
@@ -83,7 +89,7 @@ using BestBytes = Singles;
 // Words of a panel as words of a block.
 template <class Code, class Kind>
 inline void decode(const std::uint32_t* from, std::int64_t units, std::uint32_t* to) {
-  constexpr int kPart = kForms[static_cast<int>(Code::kCoding)].unit / Kind::kPer;
+  constexpr int kPart = form_of(Code::kCoding).unit / Kind::kPer;
   for (; units; --units, from += kPanel, to += kPart * kPanel)
     for (int j = 0; j < kVectors; ++j) {
       const U w = load_raw<U>(from + j * kLanes);
@@ -152,6 +158,36 @@ struct Block {
   }
 };
 
+// The words of a panel, and what lies behind them.
+template <class Code>
+class Panel {
+ public:
+  static constexpr std::int64_t kUnit = form_of(Code::kCoding).unit;
+  Panel(const void* panel, std::int64_t depth)
+      : words_(static_cast<const std::uint32_t*>(panel)),
+        scales_(reinterpret_cast<const char*>(words(depth))),
+        groups_(Code::kGroup ? (depth + Code::kGroup - 1) / Code::kGroup : 1) {}
+
+  const std::uint32_t* words(std::int64_t at) const { return words_ + at / kUnit * kPanel; }
+  // The scales of a group in float32: themselves, or in `room` what they say.
+  const float* scales(std::int64_t group, float* room) const {
+    if constexpr (form_of(Code::kCoding).scale == 1) {
+      for (int j = 0; j < kPanel; j += kLanes) {
+        F scale = Code::scale_of(load_raw<B>(scales_ + group * kPanel + j));
+        if (form_of(Code::kCoding).of_column) scale *= load(reinterpret_cast<const float*>(scales_ + groups_ * kPanel) + j);
+        store(room + j, scale);
+      }
+      return room;
+    }
+    return reinterpret_cast<const float*>(scales_) + group * kPanel;
+  }
+
+ private:
+  const std::uint32_t* words_;
+  const char* scales_;
+  std::int64_t groups_;
+};
+
 template <class Kind, int Rows>
 void tile(const Block& b, const char* const* a, float* out) {
   using Sum = typename Kind::Sum;
@@ -198,7 +234,7 @@ constexpr Tile<Kind> kTiles[] = {
 
 // Whether a block is read in whole steps of tiles.
 template <class Kind>
-constexpr bool kTiled = kHasTiles && Kind::kPer == 2;
+constexpr bool kTiled = kHasTiles && std::is_same<Kind, BestPairs>::value;
 
 // What products of one kind need beside their operands.
 template <class Kind>
@@ -217,14 +253,14 @@ void products(Space<Kind>&, const Block& b, const char* const* a, std::int64_t c
 constexpr std::int64_t kColumns = 2 * kTile, kRows = 2 * kTile;  // of products in tiles
 
 template <>
-struct Space<Pairs> {
+struct Space<TiledPairs> {
   Tiles tiles;
   alignas(64) float sums[kRows * kColumns];
 };
 
 // The same in tiles. Rows lie equally far apart.
 template <>
-void products<Pairs>(Space<Pairs>& space, const Block& b, const char* const* a, std::int64_t count, float* out) {
+void products<TiledPairs>(Space<TiledPairs>& space, const Block& b, const char* const* a, std::int64_t count, float* out) {
   const std::int64_t stride = count > 1 ? a[1] - a[0] : 64;
   for (std::int64_t m = 0; m < count; m += kRows)
     for (std::int64_t c = 0; c < kPanel; c += kColumns) {
@@ -241,25 +277,24 @@ void products<Pairs>(Space<Pairs>& space, const Block& b, const char* const* a, 
 
 // Of a few rows each step is multiplied as soon as it is decoded, which hides how long a tile's sums take.
 template <class Code>
-void few_in_tiles(const char* const* a, std::int64_t count, const std::uint32_t* words, std::int64_t depth, float* sums) {
-  constexpr std::int64_t kUnit = kForms[static_cast<int>(Code::kCoding)].unit, kStep = 2 * kTile;
-  const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
+void few_in_tiles(const char* const* a, std::int64_t count, const Panel<Code>& panel, std::int64_t depth, float* sums) {
+  constexpr std::int64_t kUnit = Panel<Code>::kUnit, kStep = 2 * kTile;
   const std::int64_t stride = count > 1 ? a[1] - a[0] : 64, scales = Code::kTop ? row_codes(depth, Pairs::kItem) : 0;
   const FewRows tiles(count);
   alignas(64) std::uint32_t steps[2][kTile * kPanel];
-  alignas(64) float found[kTile * kPanel];
+  alignas(64) float found[kTile * kPanel], room[kPanel];
   std::int64_t turn = 0;
   for (std::int64_t k = 0, g = 0; k < depth; k += Code::kGroup, ++g) {
     const std::int64_t end = depth - k < Code::kGroup ? depth : k + Code::kGroup;
     tiles.zero();
     for (std::int64_t at = k; at < end; at += kStep, turn = 1 - turn) {
       const std::int64_t units = (end - at < kStep ? end - at : kStep) / kUnit;
-      decode<Code, Pairs>(words + at / kUnit * kPanel, units, steps[turn]);
+      decode<Code, Pairs>(panel.words(at), units, steps[turn]);
       if (units < kStep / kUnit) std::memset(steps[turn] + units * kUnit / 2 * kPanel, 0, (kStep - units * kUnit) * kPanel * 2);
       tiles.add(a[0] + at * Pairs::kItem, stride, steps[turn]);
     }
     tiles.store(found);
-    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, columns + g * kPanel, k == 0};
+    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, panel.scales(g, room), k == 0};
     for (std::int64_t i = 0; i < count; ++i)
       for (int j = 0; j < kPanel; j += kLanes)
         now.add(load(found + i * kPanel + j), now.scale_of(a[i]), j, sums + i * kPanel + j);
@@ -289,29 +324,62 @@ void bytes_in_tiles(const char* const* a, std::int64_t count, const std::uint32_
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// Of rows that one tile has room for codes are multiplied as soon as they are decoded, and stored nowhere.
+template <class Code, int Rows>
+void stream(const char* const* a, const Panel<Code>& panel, std::int64_t depth, float* sums) {
+  constexpr std::int64_t kUnit = Panel<Code>::kUnit, kPart = kUnit / Pairs::kPer;
+  const std::int64_t scales = Code::kTop ? row_codes(depth, Pairs::kItem) : 0;
+  for (std::int64_t k = 0, g = 0, end; k < depth; k = end, ++g) {
+    end = depth - k < Code::kGroup ? depth : k + Code::kGroup;
+    F found[Rows][kVectors] = {};
+    for (std::int64_t at = k; at < end; at += kUnit)
+      for (int j = 0; j < kVectors; ++j) {
+        U said[kPart];
+        Code::pairs_of(load_raw<U>(panel.words(at) + j * kLanes), said);
+        for (int i = 0; i < kPart; ++i)
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m) found[m][j] = Pairs::dot(found[m][j], a[m] + at * Pairs::kItem + 4 * i, said[i]);
+      }
+    alignas(64) float room[kPanel];
+    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, panel.scales(g, room), k == 0};
+    for (int m = 0; m < Rows; ++m)
+      for (int j = 0; j < kVectors; ++j) now.add(found[m][j], now.scale_of(a[m]), j * kLanes, sums + m * kPanel + j * kLanes);
+  }
+}
+
+template <class Code>
+constexpr decltype(&stream<Code, 1>) kStreams[] = {
+  stream<Code, 1>, stream<Code, 2>, stream<Code, 3>, stream<Code, 4>, stream<Code, 5>, stream<Code, 6>};
+#endif
+
 template <class T, class Code, class Kind>
-void multiply(const void* const* rows, std::int64_t count, const void* panel, std::int64_t, std::int64_t depth, std::int64_t,
+void multiply(const void* const* rows, std::int64_t count, const void* of_panel, std::int64_t, std::int64_t depth, std::int64_t,
               const void*, float* sums) {
-  constexpr std::int64_t kUnit = kForms[static_cast<int>(Code::kCoding)].unit, kPart = kUnit / Kind::kPer;
+  constexpr std::int64_t kUnit = Panel<Code>::kUnit, kPart = kUnit / Kind::kPer;
   constexpr std::int64_t kGroup = Code::kGroup ? Code::kGroup : kBlock;
   static_assert(kGroup <= kBlock, "a block is in L1");
   const char* const* const a = reinterpret_cast<const char* const*>(rows);
-  const auto* const words = static_cast<const std::uint32_t*>(panel);
-  const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
+  const Panel<Code> panel(of_panel, depth);
   const std::int64_t scales = Code::kTop ? row_codes(depth, Kind::kItem) : 0;
 #if defined(__AMX_BF16__)
-  if constexpr (Kind::kPer == 2)
-    if (count <= kTile) return few_in_tiles<Code>(a, count, words, depth, sums);
+  if constexpr (kTiled<Kind>)
+    if (count <= kTile) return few_in_tiles<Code>(a, count, panel, depth, sums);
+#endif
+#if defined(__AVX512BF16__)
+  if constexpr (Kind::kPer == 2 && !kTiled<Kind>)
+    if (count && count <= kTileRows) return kStreams<Code>[count - 1](a, panel, depth, sums);
 #endif
   Space<Kind> space;
   alignas(64) std::uint32_t block[kGroup / Kind::kPer * kPanel];
+  alignas(64) float room[kPanel];
   for (std::int64_t k = 0, g = 0; k < depth; k += kGroup, ++g) {
     const std::int64_t units = (depth - k < kGroup ? depth - k : kGroup) / kUnit;
-    decode<Code, Kind>(words + k / kUnit * kPanel, units, block);
+    decode<Code, Kind>(panel.words(k), units, block);
     std::int64_t steps = units * kPart;
     for (; kTiled<Kind> && steps % 16; ++steps) std::memset(block + steps * kPanel, 0, kPanel * 4);
     const std::int64_t which = Code::kGroup ? g : 0;
-    const Block now{k * Kind::kItem, steps, block, scales ? scales + 4 * which : 0, columns + which * kPanel, k == 0};
+    const Block now{k * Kind::kItem, steps, block, scales ? scales + 4 * which : 0, panel.scales(which, room), k == 0};
     products<Kind>(space, now, a, count, sums);
   }
 }
@@ -352,15 +420,17 @@ constexpr CodedLoops<T> loops_of() {
 
 template <class T>
 constexpr Coded<T> loops() {
-  using Kept = typename std::conditional<std::is_same<T, bf16>::value, BestPairs, Singles>::type;
+  constexpr bool kPairs = std::is_same<T, bf16>::value;
+  using Kept = typename std::conditional<kPairs, BestPairs, Singles>::type;
+  using Short = typename std::conditional<kPairs, Pairs, Singles>::type;  // of groups that do not fill a step of tiles
   return {{
 #if defined(__AVX512VNNI__)
     {1, ready<T, Int8, Bytes>, ready<float, Int8, Bytes>, multiply_bytes<T>},
 #else
     loops_of<T, Int8, Singles>(),
 #endif
-    loops_of<T, E4m3, BestPairs>(), loops_of<T, Int4<Coding::int4_g128, 128>, Kept>(),
-    loops_of<T, Int4<Coding::int4_g32, 32>, Kept>()}};
+    loops_of<T, E4m3, BestPairs>(), loops_of<T, Int4<Coding::int4_g128>, Kept>(),
+    loops_of<T, Int4<Coding::int4_g32>, Kept>(), loops_of<T, E2m1<Coding::mxfp4>, Kept>(), loops_of<T, E2m1<Coding::nvfp4>, Short>()}};
 }
 
 }  // namespace

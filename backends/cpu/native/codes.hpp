@@ -91,20 +91,52 @@ struct E4m3 {
   static F number_of(I code) { return number_of((U)code & 0xffu, 0); }
 };
 
-template <Coding C, std::int64_t Group>
+#if defined(__AVX512BF16__)
+// Of four bits by a table of bfloat16, twice over: of an index 5 bits count.
+inline void pairs_of_nibbles(U w, __m256i numbers, U (&said)[4]) {
+  const __m512i table = _mm512_maskz_broadcast_i64x4(0xff, numbers);
+  for (int i = 0; i < 4; ++i) said[i] = (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
+}
+#endif
+
+template <Coding C>
 struct Int4 {
   static constexpr Coding kCoding = C;
-  static constexpr std::int64_t kGroup = Group;
+  static constexpr std::int64_t kGroup = form_of(C).group;
   static constexpr float kTop = 0.0f;  // the other operand stays as it is
   static F number_of(U w, int i) { return number((I)(w << (28 - code_shift(C, i))) >> 28); }
 #if defined(__AVX512BF16__)
   static void pairs_of(U w, U (&said)[4]) {
-    const __m512i table = _mm512_maskz_broadcast_i64x4(0xff, _mm256_set_epi16(
+    pairs_of_nibbles(w, _mm256_set_epi16(
       (short)0xbf80, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100,
-      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0));  // 0 to 7 and -8 to -1; of the index 5 bits count
-    for (int i = 0; i < 4; ++i) said[i] = (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
+      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0), said);  // 0 to 7 and -8 to -1
   }
 #endif
+};
+
+// e2m1, with scales of a byte: e8m0 in MXFP4, e4m3 in NVFP4.
+template <Coding C>
+struct E2m1 {
+  static constexpr Coding kCoding = C;
+  static constexpr std::int64_t kGroup = form_of(C).group;
+  static constexpr float kTop = 0.0f;
+  static F number_of(U w, int i) {
+    const U code = w >> code_shift(C, i), size = code & 7u, small = (U)(size < 2u);
+    const U normal = (size << 22) + (126u << 23), below = (U)(number((I)size) * 0.5f);
+    return (F)((small & below) | (~small & normal) | ((code & 8u) << 28));
+  }
+#if defined(__AVX512BF16__)
+  static void pairs_of(U w, U (&said)[4]) {
+    pairs_of_nibbles(w, _mm256_set_epi16(
+      (short)0xc0c0, (short)0xc080, (short)0xc040, (short)0xc000, (short)0xbfc0, (short)0xbf80, (short)0xbf00, (short)0x8000,
+      0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0), said);  // 0, 0.5, 1, 1.5, 2, 3, 4, 6, and below zero
+  }
+#endif
+  static F scale_of(B byte) {
+    if constexpr (C == Coding::nvfp4) return E4m3::number_of(wide(byte));
+    const U power = (U)wide(byte) & 0xffu, ends = (U)(power == 0u) | (U)(power == 0xffu);
+    return (F)((power << 23) | (ends & 0x400000u));  // 2^-127 and NaN
+  }
 };
 
 // -- rows ---------------------------------------------------------------------------------------------------------------
