@@ -1,8 +1,8 @@
 // Panels of codes under a scheme: what products with them read, and what they take of the other operand.
 //
-// A panel is [depth / unit][columns] words of 32 bits, each of which holds the next `unit` codes of a column's depth, then
-// [groups][columns] scales, in float32 or the bytes of the scheme, and [columns] of float32 where these are multiplied with one
-// for the whole column. No number is kept that the codes say.
+// A panel is one stream: of each group [group / unit][columns] words of 32 bits, each of which holds the next `unit` codes of a
+// column's depth, and then [columns] scales, in float32 or the bytes of the scheme; before all groups, where their scales are
+// multiplied with one for the whole column, [columns] of these in float32. No number is kept that the codes say.
 #pragma once
 
 #include "panel.hpp"
@@ -22,8 +22,12 @@ struct Form {
   bool of_column;      // each is multiplied with one for the whole column
 };
 constexpr Form kForms[] = {
-  {"none", 1, 0, 1, false, 0, false},       {"int8_channel", 4, 0, 1, true, 4, false}, {"fp8_block", 4, 128, 128, false, 4, false},
-  {"int4_g128", 8, 128, 1, true, 4, false}, {"int4_g32", 8, 32, 1, true, 4, false},    {"mxfp4", 8, 32, 1, false, 1, false},
+  {"none", 1, 0, 1, false, 0, false},
+  {"int8_channel", 4, 0, 1, true, 4, false},
+  {"fp8_block", 4, 128, 128, false, 4, false},
+  {"int4_g128", 8, 128, 1, true, 4, false},
+  {"int4_g32", 8, 32, 1, true, 4, false},
+  {"mxfp4", 8, 32, 1, false, 1, false},
   {"nvfp4", 8, 16, 1, false, 1, true}};
 constexpr const Form& form_of(Coding coding) { return kForms[static_cast<int>(coding)]; }
 

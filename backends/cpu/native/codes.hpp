@@ -89,6 +89,18 @@ struct E4m3 {
     return (I)((small & below) | (~small & normal) | (U)rounded >> 31 << 7);
   }
   static F number_of(I code) { return number_of((U)code & 0xffu, 0); }
+  static F number_of(B byte) {
+#if defined(__AVX512F__)
+    const __m256i high = _mm256_slli_epi16(_mm256_cvtepi8_epi16((__m128i)byte), 7);
+    const __m256i half = _mm256_and_si256(high, _mm256_set1_epi16((short)0xbf80));
+    const __m128i size = _mm_and_si128((__m128i)byte, _mm_set1_epi8(0x7f));
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(size, _mm_set1_epi8(0x7f));
+    const F v = (F)_mm512_maskz_cvtph_ps(0xffff, half) * 256.0f;  // the exponent of float16 has another bias
+    return (F)_mm512_mask_mov_ps((__m512)v, nan, _mm512_set1_ps(__builtin_nanf("")));
+#else
+    return number_of(wide(byte));
+#endif
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -133,9 +145,16 @@ struct E2m1 {
   }
 #endif
   static F scale_of(B byte) {
-    if constexpr (C == Coding::nvfp4) return E4m3::number_of(wide(byte));
+    if constexpr (C == Coding::nvfp4) return E4m3::number_of(byte);
+    constexpr std::uint32_t kEnd = 0x400000u;  // in 2^-127 and NaN, which have 0 and 255
+#if defined(__AVX512F__)
+    const __mmask16 ends = _mm_cmp_epu8_mask(_mm_add_epi8((__m128i)byte, _mm_set1_epi8(1)), _mm_set1_epi8(1), _MM_CMPINT_LE);
+    const U power = (U)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)byte) << 23;
+    return (F)_mm512_mask_or_epi32((__m512i)power, ends, (__m512i)power, _mm512_set1_epi32(kEnd));
+#else
     const U power = (U)wide(byte) & 0xffu, ends = (U)(power == 0u) | (U)(power == 0xffu);
-    return (F)((power << 23) | (ends & 0x400000u));  // 2^-127 and NaN
+    return (F)((power << 23) | (ends & kEnd));
+#endif
   }
 };
 

@@ -108,14 +108,16 @@ using Whole = std::optional<py::array>;
 
 void set_codes(Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale, const Whole& whole) {
   check_expert(packed, expert);
-  const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale"), of_rows = whole ? array(*whole, "whole") : Array{};
+  const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale");
+  const Array of_rows = whole ? array(*whole, "whole") : Array{};
   py::gil_scoped_release release;
   packed.set(expert, of_codes, of_scale, whole ? &of_rows : nullptr);
 }
 
 void get_codes(const Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale, const Whole& whole) {
   check_expert(packed, expert);
-  const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale"), of_rows = whole ? array(*whole, "whole") : Array{};
+  const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale");
+  const Array of_rows = whole ? array(*whole, "whole") : Array{};
   py::gil_scoped_release release;
   packed.get(expert, of_codes, of_scale, whole ? &of_rows : nullptr);
 }

@@ -146,11 +146,21 @@ void Packed::get(std::int64_t expert, void* logical) const {
 
 namespace {
 
-// Where the parts of a column begin in its panel: words and scales `panel` apart, and one for the column.
+// A column of a panel: what is multiplied with all its scales; of each group its words, `panel` apart, and its scale.
 struct Column {
-  std::uint32_t* words;
-  char* scales;
   float* whole;
+  char* groups;
+  const Form& form;
+  std::int64_t panel, index, depth;
+
+  std::int64_t group() const { return form.group ? form.group : depth; }
+  char* of(std::int64_t g) const { return groups + g * panel * (4 * group() / form.unit + form.scale); }
+  std::uint32_t& word(std::int64_t k) const {
+    return reinterpret_cast<std::uint32_t*>(of(k / group()))[k % group() / form.unit * panel + index];
+  }
+  char* scale(std::int64_t g) const {
+    return of(g) + std::min(depth - g * group(), group()) / form.unit * panel * 4 + index * form.scale;
+  }
 };
 
 }  // namespace
@@ -173,11 +183,9 @@ void Packed::each_column(std::int64_t expert, const Array& codes, const Array& s
   parallel_for(panels, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
       char* const at = memory_.get() + (expert * panels + p) * panel_bytes();
-      char* const scales = at + depth / form().unit * panel * 4;
       for (std::int64_t c = 0; c < panel; ++c) {
         const std::int64_t up = gated && c >= half, row = gated ? p * half + c - up * half : p * panel + c;
-        visit(Column{reinterpret_cast<std::uint32_t*>(at) + c, scales + c * form().scale,
-                     reinterpret_cast<float*>(scales + groups() * panel * form().scale) + c},
+        visit(Column{reinterpret_cast<float*>(at) + c, at + form().of_column * panel * 4, form(), panel, c, depth},
               row < all ? up * all + row : -1);
       }
     }
@@ -192,14 +200,14 @@ void Packed::set(std::int64_t expert, const Array& codes, const Array& scale, co
   each_column(expert, codes, scale, whole, [&](Column to, std::int64_t row) {
     std::vector<std::uint8_t> copy;
     const std::uint8_t* const code = row < 0 ? nullptr : from.dense_row<std::uint8_t>(row, copy);
-    for (std::int64_t k = 0; k < depth; k += form().unit, to.words += panel) {
+    for (std::int64_t k = 0; k < depth; k += form().unit) {
       std::uint32_t word = 0;
       for (std::int64_t i = 0; code && i < std::min(form().unit, columns - k); ++i)
         word |= (code[k + i] & mask) << code_shift(coding, static_cast<int>(i));
-      *to.words = word ^ more;
+      to.word(k) = word ^ more;
     }
     for (std::int64_t g = 0; code && g < groups(); ++g)
-      std::memcpy(to.scales + g * panel * size, &scales.at<char>(row / form().high, g), size);
+      std::memcpy(to.scale(g), &scales.at<char>(row / form().high, g), size);
     if (code && whole) *to.whole = whole->at<float>(row);
   });
 }
@@ -213,13 +221,13 @@ void Packed::get(std::int64_t expert, const Array& codes, const Array& scale, co
   each_column(expert, codes, scale, whole, [&](Column from, std::int64_t row) {
     if (row < 0) return;
     for (std::int64_t k = 0; k < columns; ++k) {
-      const std::uint32_t word = from.words[k / form().unit * panel] ^ more;
+      const std::uint32_t word = from.word(k) ^ more;
       const auto byte = static_cast<std::uint8_t>(word >> code_shift(coding, static_cast<int>(k % form().unit)));
-      const auto nibble = static_cast<std::uint8_t>(form().whole_numbers ? static_cast<std::int8_t>(byte << 4) >> 4 : byte & 0xf);
-      to[row * columns + k] = form().unit == 8 ? nibble : byte;
+      const int nibble = form().whole_numbers ? static_cast<std::int8_t>(byte << 4) >> 4 : byte & 0xf;
+      to[row * columns + k] = form().unit == 8 ? static_cast<std::uint8_t>(nibble) : byte;
     }
     for (std::int64_t g = 0; row % form().high == 0 && g < groups(); ++g)
-      std::memcpy(scales + (row / form().high * groups() + g) * size, from.scales + g * panel * size, size);
+      std::memcpy(scales + (row / form().high * groups() + g) * size, from.scale(g), size);
     if (wholes) wholes[row] = *from.whole;
   });
 }
