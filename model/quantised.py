@@ -4,8 +4,8 @@ A matrix is known by the tensors that it has, by their dtypes and shapes, and ne
 different things under one name. Codes times scale is exact here and is rounded once, to the dtype that is asked for; a
 product of two scales is rounded to float32 first, as the packers' own readers do.
 
-Sources: compressed-tensors 0.20.0, nvidia-modelopt 0.47.0 and torchao 0.18.0, by what they write; AscendV1 1.0.0 of
-msModelSlim, from its description and its saver.
+Sources: compressed-tensors 0.20.0, nvidia-modelopt 0.47.0, torchao 0.18.0 and amd-quark 0.13, by what they write; AscendV1
+1.0.0 of msModelSlim, from its description and its saver.
 """
 
 from __future__ import annotations
@@ -262,7 +262,9 @@ def _zeros(tensors: Tensors, scheme: Scheme) -> Array:
     if "weight_packed" in tensors and name == "weight_zero_point":  # packed along the rows of the matrix
         words = _shaped(tensors, name, (-(-sizes[0] * bits // 32), sizes[1]), "int32")
         return _stream(np.ascontiguousarray(words.T), bits, sizes[0]).T
-    found = widen(np.array(_shaped(tensors, name, sizes))).astype(np.float64).reshape(sizes)
+    if _two(tensors.shape(name)) != sizes:  # as the scale's, whichever way that is written
+        raise tensors.wrong(name, f"has shape {list(tensors.shape(name))}, expected {list(sizes)}")
+    found = widen(np.array(tensors.array(name))).astype(np.float64).reshape(sizes)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if (wrong := ~((low <= found) & (found <= high))).any():
         raise tensors.wrong(name, f"holds {found[wrong].flat[0]}, expected {low} to {high}, as codes of {scheme.codes} are")

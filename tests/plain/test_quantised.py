@@ -22,7 +22,7 @@ from porthal.model.load import load, profile
 from tests.checkpoints import variant
 
 PACKED = Path(__file__).resolve().parents[1] / "packed"
-FILES = {name: TensorFile(PACKED / f"{name}.safetensors") for name in ("compressed-tensors", "nvidia-modelopt")}
+FILES = {name: TensorFile(PACKED / f"{name}.safetensors") for name in ("compressed-tensors", "nvidia-modelopt", "amd-quark")}
 WHAT = (".expected", ".about")
 CASES = [(file, name.partition(".")[0]) for file in FILES for name in FILES[file].header if name.endswith(WHAT)]
 SCHEMES = {
@@ -92,6 +92,7 @@ def test_of_a_real_packer(file: str, case: str) -> None:
 def test_there_is_something_of_each_packer() -> None:
     assert len([case for file, case in CASES if file == "compressed-tensors"]) == 11
     assert len([case for file, case in CASES if file == "nvidia-modelopt"]) == 9
+    assert len([case for file, case in CASES if file == "amd-quark"]) == 5
 
 
 @pytest.mark.parametrize(("file", "case"), CASES)
@@ -112,6 +113,7 @@ def test_what_is_kept_of_each_packer() -> None:
     names = [(quantised.kept(held, quantised.scheme(held, shape, BLOCK), shape), file) for file, held, shape in all_held()]
     assert {name for name, file in names if file == "compressed-tensors"} >= {"fp8_block", "int8_channel", "mxfp4", "none"}
     assert {name for name, file in names if file == "nvidia-modelopt"} >= {"fp8_block", "nvfp4", "mxfp4", "none"}
+    assert {name for name, file in names if file == "amd-quark"} == {"int8_channel", "mxfp4", "none"}
 
 
 def all_held() -> Any:
