@@ -105,13 +105,13 @@ def test_codes_that_are_kept_say_the_numbers_that_are_read(file: str, case: str)
         return
     parts = quantised.parts(held, shape, BLOCK)
     assert {part: (a.shape, str(a.dtype)) for part, a in parts.items()} == scheme_of(name).form(shape)
-    said, read = scheme_of(name).numbers(parts), held.values(shape)  # the reader rounds the product of two scales
-    assert np.allclose(said, read, rtol=2**-23, atol=0) if name == "nvfp4" else np.array_equal(said, read)
+    said, read = scheme_of(name).numbers(parts), held.values(shape)  # the reader rounds the product of two scales, or quotient
+    assert np.allclose(said, read, rtol=2**-22, atol=0) if name == "nvfp4" else np.array_equal(said, read)
 
 
 def test_what_is_kept_of_each_packer() -> None:
     names = [(quantised.kept(held, quantised.scheme(held, shape, BLOCK), shape), file) for file, held, shape in all_held()]
-    assert {name for name, file in names if file == "compressed-tensors"} >= {"fp8_block", "int8_channel", "mxfp4", "none"}
+    assert {name for name, file in names if file == "compressed-tensors"} >= {"fp8_block", "int8_channel", "mxfp4", "nvfp4", "none"}
     assert {name for name, file in names if file == "nvidia-modelopt"} >= {"fp8_block", "nvfp4", "mxfp4", "none"}
     assert {name for name, file in names if file == "amd-quark"} == {"int8_channel", "mxfp4", "none"}
 
