@@ -4,8 +4,8 @@ A matrix is known by the tensors that it has, by their dtypes and shapes, and ne
 different things under one name. Codes times scale is exact here and is rounded once, to the dtype that is asked for; a
 product of two scales is rounded to float32 first, as the packers' own readers do.
 
-Sources: compressed-tensors 0.20.0, nvidia-modelopt 0.47.0 and torchao 0.18.0, by what they write; AscendV1 1.0.0 of
-msModelSlim, from its description and its saver.
+Sources: compressed-tensors 0.20.0, nvidia-modelopt 0.47.0, torchao 0.18.0 and amd-quark 0.13, by what they write; AscendV1
+1.0.0 of msModelSlim, from its description and its saver.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from porthal.hal.scheme import NONE
 Array = np.ndarray[Any, Any]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 FP8, FP4, E8M0 = "float8_e4m3fn", "float4_e2m1fn", ("uint8", "float8_e8m0fnu")
+DIVISOR = "weight_global_scale"
 FLOAT_SCALES = ("float32", "bfloat16", "float16")
 # Of the activations' own quantisation, which a matrix of plain numbers does without.
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_offset", "quant_bias", "scale_bias", "output_scale")
@@ -89,7 +90,7 @@ def scheme(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int]) -> 
     high, wide = shape
     scale = tensors.dtype(name)
     if codes == FP4 and scale == FP8:
-        if not ("weight_scale_2" in tensors or "weight_global_scale" in tensors):
+        if not ("weight_scale_2" in tensors or DIVISOR in tensors):
             raise tensors.wrong(name, "has neither weight_scale_2 nor weight_global_scale beside it, expected one of them")
         options = {(high, -(-wide // 16)): (1, 16)}
     elif codes in (FP4, FP8) and scale in E8M0:
@@ -123,7 +124,7 @@ def values(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int], row
 def kept(tensors: Tensors, found: Scheme, shape: tuple[int, int]) -> str:
     """The scheme of calls that takes these codes and scales as they are, or "none". Of blocks as large as the matrix nobody
     can say whether they are all of it."""
-    if any(part in tensors for part in ("pre_quant_scale", "deq_scale", "weight_global_scale")):
+    if "pre_quant_scale" in tensors or "deq_scale" in tensors:
         return NONE
     if ("weight_zero_point" in tensors or "weight_offset" in tensors) and _zeros(tensors, found).any():
         return NONE
@@ -156,8 +157,11 @@ def parts(tensors: Tensors, shape: tuple[int, int], block: tuple[int, int]) -> d
         scale = scale.view(np.uint8)
     else:
         scale = _positive(tensors, name, scale).astype(np.float32)
-    whole = {"whole": np.full(shape[0], _whole(tensors, "weight_scale_2"), np.float32)} if "weight_scale_2" in tensors else {}
-    return {"codes": _held(tensors, found, shape), "scale": scale, **whole}
+    parts = {"codes": _held(tensors, found, shape), "scale": scale}
+    if found.scale == FP8:  # a divisor becomes the nearest factor: what is said differs by what rounds the product
+        whole = 1 / _whole(tensors, DIVISOR) if DIVISOR in tensors else _whole(tensors, "weight_scale_2")
+        parts["whole"] = np.full(shape[0], whole, np.float32)
+    return parts
 
 
 def _held(tensors: Tensors, found: Scheme, shape: tuple[int, int]) -> Array:
@@ -264,7 +268,9 @@ def _zeros(tensors: Tensors, scheme: Scheme) -> Array:
     if "weight_packed" in tensors and name == "weight_zero_point":  # packed along the rows of the matrix
         words = _shaped(tensors, name, (-(-sizes[0] * bits // 32), sizes[1]), "int32")
         return _stream(np.ascontiguousarray(words.T), bits, sizes[0]).T
-    found = widen(np.array(_shaped(tensors, name, sizes))).astype(np.float64).reshape(sizes)
+    if _two(tensors.shape(name)) != sizes:  # as the scale's, whichever way that is written
+        raise tensors.wrong(name, f"has shape {list(tensors.shape(name))}, expected {list(sizes)}")
+    found = widen(np.array(tensors.array(name))).astype(np.float64).reshape(sizes)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if (wrong := ~((low <= found) & (found <= high))).any():
         raise tensors.wrong(name, f"holds {found[wrong].flat[0]}, expected {low} to {high}, as codes of {scheme.codes} are")
@@ -286,8 +292,8 @@ def _factors(tensors: Tensors, scheme: Scheme) -> Array:
         stored = stored.astype(np.uint32).view(np.float32)
     found = _positive(tensors, name, stored).reshape(sizes)
     if scheme.scale == FP8:
-        divides = "weight_global_scale" in tensors
-        whole = _whole(tensors, "weight_global_scale" if divides else "weight_scale_2")
+        divides = DIVISOR in tensors
+        whole = _whole(tensors, DIVISOR if divides else "weight_scale_2")
         with np.errstate(over="ignore"):
             product = (found / whole if divides else found * whole).astype(np.float32)
         return _positive(tensors, name, product)

@@ -9,7 +9,7 @@ import numpy as np
 from porthal.backends.cpu import _native
 from porthal.backends.reference.backend import Reference
 from porthal.hal import Weight, WeightSpec, limits, numpy_dtype, one_of
-from porthal.hal.scheme import NONE
+from porthal.hal.scheme import NONE, WEIGHTS
 
 Array = np.ndarray[Any, Any]
 PACKED = {
@@ -17,8 +17,7 @@ PACKED = {
     "mtp_input",
 }  # fmt: skip
 GATED = {"w13", "shared13"}  # gate rows, then up rows
-SCHEMES = NONE, "int8_channel", "fp8_block", "int4_g128", "int4_g32"  # that are packed
-ROWS = limits(provider="C++", batch_invariant=True, schemes=one_of(*SCHEMES))
+ROWS = limits(provider="C++", batch_invariant=True, schemes=one_of(NONE, *WEIGHTS))
 
 
 class Products(Reference):
@@ -34,7 +33,7 @@ class Products(Reference):
         for e in range(shape[0]):  # one expert at a time: a model's experts need not fit twice
             part = read(slice(None) if len(spec.shape) == 2 else e)
             if spec.quantised:
-                packed.set_codes(e, part["codes"], part["scale"])
+                packed.set_codes(e, **part)
             else:
                 packed.set(e, part)
         return into or Weight(spec, packed)
@@ -77,4 +76,4 @@ class Products(Reference):
 
 
 def _packs(spec: WeightSpec) -> bool:
-    return spec.op in PACKED and spec.scheme in SCHEMES
+    return spec.op in PACKED

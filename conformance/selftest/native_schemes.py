@@ -12,23 +12,25 @@ TABLE, SHIFTS = "pairs of bfloat16 are read by a table", "float32 is read by shi
 products = partial(Defect, "linear", source="coded.cpp")
 packing = partial(Defect, "linear", source="packed.cpp")
 codes = partial(Defect, source="codes.hpp")
+streams = partial(Defect, "linear", source="coded.cpp", dtypes=("bfloat16",), why="float32 is read in blocks")
+fours = partial(Defect, source="codes.hpp")
 rows = partial(Defect, source="coded_rows.cpp")
 experts = partial(Defect, "moe_experts")
 keys = partial(Defect, source="indexer.cpp")
 nibble = "(I)(w << (28 - code_shift(C, i))) >> 28"
-scale_row = "scales.at<float>(row / form().high, g);"
+scale_row = "&scales.at<char>(row / form().high, g), size"
 key_scale = "scaled * load(keys.scales + k)"
 query_scale = "if (one) of_heads[h] *= scale;"
 
 DEFECTS = [
-    packing("codes-not-raised-by-128", "format", "*words = word ^ more;", "*words = word;"),
+    packing("codes-not-raised-by-128", "format", "to.word(k) = word ^ more;", "to.word(k) = word;"),
     packing("last-codes-of-a-row-lost", "vector tail", "code && i < std::min(form().unit, columns - k)", "code && columns - k >= form().unit && i < form().unit"),
-    packing("scales-of-whole-blocks-alone", "ragged", scale_row, "scales.at<float>(std::min(row / form().high, std::max<std::int64_t>(rows / form().high - 1, 0)), g);"),
-    packing("scales-of-the-first-group", "scale", scale_row, "scales.at<float>(row / form().high, 0);"),
+    packing("scales-of-whole-blocks-alone", "ragged", scale_row, "&scales.at<char>(std::min(row / form().high, std::max<std::int64_t>(rows / form().high - 1, 0)), g), size"),
+    packing("scales-of-the-first-group", "scale", scale_row, "&scales.at<char>(row / form().high, 0), size"),
     experts("up-codes-are-those-of-gate", "preparation", "row < all ? up * all + row : -1", "row < all ? row : -1", source="packed.cpp"),
     products("what-128-add-is-left", "offset", "(I)(load_raw<U>(to) - static_cast<std::uint32_t>(more))", "(I)load_raw<U>(to)"),
-    products("columns-of-the-first-group", "scale", "const std::int64_t which = Code::kGroup ? g : 0;", "const std::int64_t which = 0 * g;"),
-    products("scales-of-the-first-row", "scale", "b.add(sums[m][j], b.scale_of(a[m]), j * kLanes, to);", "b.add(sums[m][j], b.scale_of(a[0]), j * kLanes, to);"),
+    products("columns-of-the-first-group", "scale", "panel.scales(last, which, room)", "panel.scales(last - which * kGroup, 0, room)"),
+    products("scales-of-the-first-row", "scale", "b.add(sums[m][j], b.scale_of(a[m]), load(b.columns + j * kLanes), to);", "b.add(sums[m][j], b.scale_of(a[0]), load(b.columns + j * kLanes), to);"),
     products("activations-not-rounded", "activations", "v = coded<Code>(v, scale);", "v = v / scale;"),
     products("sums-of-older-blocks-lost", "blocks", "(first ? F{} : load(to)) + sums", "sums"),
     Defect("grouped_gemm", "row-scales-in-bfloat16", "scale", "if (scale) std::memcpy(&found, row + scale, sizeof found);", "if (scale) std::memcpy(reinterpret_cast<char*>(&found) + 2, row + scale + 2, 2);", source="coded.cpp"),
@@ -42,6 +44,18 @@ DEFECTS = [
     rows("kv_write", "one-scale-for-a-row", "scale", "*scales = scale_of<T, Code>(x, step, begin, end);", "*scales = scale_of<T, Code>(x, step, 0, n);"),
     rows("kv_write", "scales-of-the-first-slot", "paging", "const_cast<float*>(scales.row<float>(slot))", "const_cast<float*>(scales.row<float>(0))"),
     rows("dequantize", "codes-unscaled", "scale", "Code::number_of(wide(bytes)) * *scales;", "Code::number_of(wide(bytes));"),
+    streams("streams-scaled-by-the-first-group", "scale", "panel.scales(end, g, j * kLanes)", "panel.scales(end - g * Code::kGroup, 0, j * kLanes)"),
+    streams("streams-of-the-first-row", "rows", "a[m] + at * Pairs::kItem + 4 * i", "a[m / 2 * 2] + at * Pairs::kItem + 4 * i"),
+    streams("rows-of-the-part-before", "blocks", "(a + begin, panel, depth, sums + begin * kPanel)", "(a + begin / 4 * 4, panel, depth, sums + begin * kPanel)"),
+    fours("linear", "six-is-eight", "format", "0x40c0, 0x4080, 0x4040", "0x4100, 0x4080, 0x4040", dtypes=("bfloat16",), why=TABLE),
+    fours("moe_experts", "one-and-a-half-below-zero-is-one", "format", "(short)0xbfc0, (short)0xbf80, (short)0xbf00", "(short)0xbf80, (short)0xbf80, (short)0xbf00", dtypes=("bfloat16",), why=TABLE),
+    fours("linear", "a-half-is-zero", "format", "number((I)size) * 0.5f", "number((I)size) * 0.0f", dtypes=("float32",), why=SHIFTS),
+    fours("head_linear", "fours-without-their-sign", "format", "((code & 8u) << 28)", "0u", dtypes=("float32",), why=SHIFTS),
+    fours("grouped_gemm", "powers-of-four", "scale", "(__m128i)byte) << 23;", "(__m128i)byte) << 24;"),
+    fours("grouped_gemm", "scales-of-e4m3-with-the-other-bias", "scale", "* 256.0f;", "* 128.0f;"),
+    products("scale-of-the-whole-left", "scale", "kForm.of_column ? scale * load(columns_ + column) : scale", "scale"),
+    experts("whole-of-the-first-columns", "scale", "scale * load(columns_ + column)", "scale * load(columns_)", source="coded.cpp"),
+    experts("whole-of-the-first-row", "scale", "whole->at<float>(row)", "whole->at<float>(0)", source="packed.cpp"),
     Defect("sparse_mla", "latents-of-the-first-slot's-scale", "paging", "scales.row<float>(slot), dims.c", "scales.row<float>(0), dims.c", source="sparse_mla.hpp"),
     keys("indexer_scores", "queries-scales-forgotten", "scale", query_scale, ""),
     keys("indexer_scores", "first-key's-scale-for-all", "scale", key_scale, "scaled * keys.scales[0]"),

@@ -10,12 +10,13 @@ except ImportError as error:
     pytest.skip(f"the native module is not built ({error}); run `pip install .`", allow_module_level=True)
 
 from porthal.hal import scheme_of
+from porthal.hal.scheme import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("isa")
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
-SCHEMES = pytest.mark.parametrize("scheme", ["int8_channel", "fp8_block", "int4_g128", "int4_g32"])
+SCHEMES = pytest.mark.parametrize("scheme", WEIGHTS)
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-CODE_BYTES = {"int8_channel": 1, "fp8_block": 1, "int4_g128": 0.5, "int4_g32": 0.5}
+ONE = {"mxfp4": 127, "nvfp4": 0x38}  # as a scale of a byte
 
 
 def parts_of(scheme, w):
@@ -23,10 +24,13 @@ def parts_of(scheme, w):
 
 
 def packed(scheme, w, dtype, gated=False):
-    matrices = w.reshape(-1, *w.shape[-2:])
-    made = native.Packed(*matrices.shape, dtype, gated, scheme)
-    for e, matrix in enumerate(matrices):
-        made.set_codes(e, **parts_of(scheme, matrix))
+    return of_parts(scheme, [parts_of(scheme, matrix) for matrix in w.reshape(-1, *w.shape[-2:])], dtype, gated)
+
+
+def of_parts(scheme, matrices, dtype, gated=False):
+    made = native.Packed(len(matrices), *matrices[0]["codes"].shape, dtype, gated, scheme)
+    for e, parts in enumerate(matrices):
+        made.set_codes(e, **parts)
     return made
 
 
@@ -36,13 +40,22 @@ def linear(x, w, rows):
     return y
 
 
-def whole(scheme, rng, *shape):
-    """Weights that the scheme says exactly, with scales that are powers of two; and the largest of a block among them."""
+def exact(scheme, rng, *shape):
+    """Parts whose scales are powers of two; of codes that a rule makes, the largest of a block is among them."""
+    if scheme in ONE:
+        form = scheme_of(scheme).form(shape)
+        step = 1 if scheme == "mxfp4" else 8
+        parts = {
+            "codes": rng.integers(0, 16, shape).astype(np.uint8),
+            "scale": (ONE[scheme] + step * rng.integers(-1, 2, form["scale"][0])).astype(np.uint8),
+            "whole": (2.0 ** rng.integers(-1, 2, shape[:1])).astype(F32),
+        }
+        return {name: parts[name] for name in form}
     top = {"int8_channel": 127, "fp8_block": 448, "int4_g128": 7, "int4_g32": 7}[scheme]
     w = rng.integers(-7, 8, shape).astype(np.float64)
     w[..., ::2, ::32] = top * rng.choice([-1, 1], w[..., ::2, ::32].shape)
     w[..., 1::2, ::32] = -top
-    return w / 8
+    return parts_of(scheme, w / 8)
 
 
 @SCHEMES
@@ -54,12 +67,12 @@ def whole(scheme, rng, *shape):
 def test_exact_products(scheme, dtype, rows, depth, columns):
     """Where every sum is a whole number below 2**24 times a power of two nothing is rounded: the value is known."""
     rng = np.random.default_rng(rows + depth)
-    x, w = rng.integers(-3, 4, (rows, depth)).astype(np.float64), whole(scheme, rng, columns, depth)
+    x, parts = rng.integers(-3, 4, (rows, depth)).astype(np.float64), exact(scheme, rng, columns, depth)
     x[:, ::32] = 127 if scheme == "int8_channel" else 7  # so that the scales of rows are powers of two, or x stays exact
     if scheme == "fp8_block":
         x[:, ::32] = 448 / 64
-    y = linear(x.astype(dtype), packed(scheme, w, dtype), columns)
-    assert np.array_equal(y, (x @ w.T).astype(F32))
+    y = linear(x.astype(dtype), of_parts(scheme, [parts], dtype), columns)
+    assert np.array_equal(y, (x @ scheme_of(scheme).numbers(parts).T).astype(F32))
 
 
 @SCHEMES
@@ -90,7 +103,8 @@ def test_parts_come_back_bit_for_bit_and_take_little_more_than_they_must(scheme,
         back = {name: np.zeros_like(part) for name, part in parts.items()}
         made.get_codes(0, **back)
         assert all(back[name].tobytes() == parts[name].tobytes() for name in parts)
-        assert made.nbytes <= 1.05 * (parts["codes"].size * CODE_BYTES[scheme] + parts["scale"].nbytes)
+        code_bytes = parts["codes"].size * (1 if "8" in scheme_of(scheme).codes else 0.5)
+        assert made.nbytes <= 1.05 * (code_bytes + sum(part.nbytes for name, part in parts.items() if name != "codes"))
     odd = parts_of(scheme, rng.standard_normal((130, 131)))
     made = native.Packed(1, 130, 131, dtype, True, scheme)
     made.set_codes(0, **{name: np.asfortranarray(part) for name, part in odd.items()})
@@ -107,12 +121,31 @@ def test_every_code(scheme, dtype, rows):
     of rounding makes; of 256 of e4m3 two are NaN."""
     rule, top = scheme_of(scheme), {"int8_channel": 127, "fp8_block": 448}.get(scheme, 1)
     every = {"int8": np.arange(-128, 128), "int4": np.arange(-8, 8)}.get(rule.codes, np.arange(256))
-    codes = np.zeros((len(every), 256), np.uint8 if rule.codes == "float8_e4m3fn" else np.int8)
+    every = np.arange(16) if rule.codes == "float4_e2m1fn" else every
+    form = rule.form((len(every), 256))
+    codes = np.zeros(*form["codes"])
     np.fill_diagonal(codes, every)
-    made = native.Packed(1, *codes.shape, dtype, False, scheme)
-    made.set_codes(0, codes, np.ones(rule.form(codes.shape)["scale"][0], F32))
+    ones = {name: np.full(shape, ONE.get(scheme, 1) if name == "scale" else 1, kind) for name, (shape, kind) in form.items()}
+    made = of_parts(scheme, [ones | {"codes": codes}], dtype)
     y = linear(np.full((rows, 256), top, dtype), made, len(every)) / top
     np.testing.assert_array_equal(y, np.tile(rule.decoded(codes.diagonal()), (rows, 1)))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("scheme", ONE)
+def test_every_scale_of_a_byte(scheme, dtype, rows):
+    """Negative ones, NaN, subnormal ones and the least power of two among them; ragged groups of a ragged panel."""
+    rule, depth = scheme_of(scheme), 40
+    form = rule.form((256, depth))
+    parts = {name: np.full(shape, ONE[scheme] if name == "scale" else 2, kind) for name, (shape, kind) in form.items()}
+    at = np.random.default_rng(6).integers(0, form["scale"][0][1], 256)
+    parts["scale"][np.arange(256), at] = np.arange(256)
+    for first in range(0, depth, rule.block[1]):
+        x = np.zeros((rows, depth))
+        x[:, first] = 1
+        y = linear(x.astype(dtype), of_parts(scheme, [parts], dtype), 256)
+        np.testing.assert_array_equal(y, (x @ rule.numbers(parts).T).astype(F32))
 
 
 @SCHEMES
@@ -217,6 +250,7 @@ def test_attention_over_latents_that_are_codes(scheme, dtype):
 def test_bad_codes_are_refused_in_a_sentence():
     made, plain = native.Packed(1, 5, 3, F32, False, "int8_channel"), native.Packed(1, 5, 3, F32)
     codes, scale, w = np.zeros((5, 3), np.int8), np.ones((5, 1), F32), np.zeros((5, 3), F32)
+    short, halves = native.Packed(1, 5, 3, F32, False, "nvfp4"), np.zeros((5, 3), np.uint8)
     for call, words in [
         (lambda: made.set_codes(0, codes.view(np.uint8), scale), "codes has dtype uint8, expected native int8"),
         (lambda: made.set_codes(0, codes[:4], scale), r"codes has shape \[4, 3\], expected \[5, 3\]"),
@@ -225,7 +259,11 @@ def test_bad_codes_are_refused_in_a_sentence():
         (lambda: made.set(0, w), "packed under a scheme: set their codes"),
         (lambda: made.get(0, w), "packed under a scheme: get their codes"),
         (lambda: plain.set_codes(0, codes, scale), "packed without a scheme: they have no codes"),
-        (lambda: native.Packed(1, 5, 3, F32, False, "nvfp4"), "scheme is 'nvfp4', expected one that this module packs"),
+        (lambda: native.Packed(1, 5, 3, F32, False, "int5"), "scheme is 'int5', expected one that this module packs"),
+        (lambda: made.set_codes(0, codes, scale, scale), "whole must be None under int8_channel"),
+        (lambda: short.set_codes(0, halves, halves[:, :1]), "whole must be given under nvfp4"),
+        (lambda: short.set_codes(0, halves, halves[:, :1], scale[:4, 0]), r"whole has shape \[4\], expected \[5\]"),
+        (lambda: short.set_codes(0, halves, scale, scale[:, 0]), "scale has dtype float32, expected native uint8"),
         (lambda: native.Packed(1, 1, 1 << 17, F32, False, "int8_channel"), "columns is 131072, expected at most 131071"),
         (lambda: linear(np.ones((2, 3), BF16), made, 5), "x has dtype bfloat16, expected native float32"),
         (lambda: native.quantize(w, codes, scale, 2), r"scale has shape \[5, 1\], expected \[5, 2\]"),

@@ -1,7 +1,12 @@
 """Matrices as real packers write them: `python tests/packed/pack.py [PACKAGE]` writes the files beside this one anew.
 
+<<<<<<< HEAD
 Needs compressed-tensors 0.20.0, msmodelslim 26.1.0, nvidia-modelopt 0.47.0 and torchao 0.18.0 with torch 2.13.0.
 `X.expected` is what the package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
+=======
+Needs compressed-tensors 0.20.0, nvidia-modelopt 0.47.0, torchao 0.18.0 and amd-quark 0.13 with torch 2.13.0. `X.expected` is what the
+package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
+>>>>>>> lowp
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -205,17 +211,57 @@ def torchao() -> tuple[Tensors, dict[str, str]]:
     return tensors | expected, metadata
 
 
+def quark() -> Tensors:
+    """A projection of a model that is exported and read back; times the identity it is what Quark's reader says."""
+    from quark.torch import ModelQuantizer, export_safetensors, import_model_from_safetensors
+    from quark.torch.quantization.config import config
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    still = {"is_dynamic": False}
+    whole = {"symmetric": True, "scale_type": "float", "round_method": "half_even", **still}
+    kinds = {
+        "fp8_tensor": config.FP8E4M3PerTensorSpec(observer_method="min_max", **still),
+        "fp8_row": config.FP8E4M3PerChannelSpec(ch_axis=0, **still),
+        "int8_tensor": config.Int8PerTensorSpec(observer_method="min_max", **whole),
+        "int8": config.Int8PerChannelSpec(ch_axis=0, **whole),
+        "mxfp4": config.OCP_MXFP4Spec(ch_axis=-1, **still),
+    }
+    sizes = {"hidden_size": 192, "intermediate_size": 20, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    found: Tensors = {}
+    for name, spec in kinds.items():
+        model, empty = (LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).eval() for _ in range(2))
+        model.model.layers[0].mlp.gate_proj.weight.data = matrix(20, 192)
+        layer = config.QLayerConfig(weight=spec.to_quantization_spec())
+        done = ModelQuantizer(config.QConfig(global_quant_config=layer, exclude=["lm_head", "*down_proj"])).quantize_model(
+            model, [torch.arange(16)[None]]
+        )
+        with TemporaryDirectory() as folder, torch.no_grad():
+            export_safetensors(ModelQuantizer.freeze(done), folder)
+            for key, tensor in load_file(Path(folder) / "model.safetensors").items():
+                if ".gate_proj." in key:
+                    found[f"{name}.{key.rpartition('.')[2]}"] = tensor
+            back = import_model_from_safetensors(empty, folder)
+            found[name + ".expected"] = back.model.layers[0].mlp.gate_proj(torch.eye(192, dtype=torch.bfloat16)).T
+    return found
+
+
 if __name__ == "__main__":
     from importlib.metadata import version
 
     from safetensors.torch import save_file
 
+<<<<<<< HEAD
     packers = {
         "compressed-tensors": compressed_tensors,
         "msmodelslim": msmodelslim,
         "nvidia-modelopt": modelopt,
         "torchao": torchao,
     }
+=======
+    packers = {"compressed-tensors": compressed_tensors, "nvidia-modelopt": modelopt, "torchao": torchao, "amd-quark": quark}
+>>>>>>> lowp
     for package in sys.argv[1:] or packers:
         torch.manual_seed(1)
         made = packers[package]()

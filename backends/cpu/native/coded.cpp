@@ -55,8 +55,14 @@ struct Pairs {
       store_some(reinterpret_cast<bf16*>(row), v, n);
   }
 };
-using BestPairs = Pairs;
+#if defined(__AMX_BF16__)
+struct TiledPairs : Pairs {};
+using BestPairs = TiledPairs;
 #else
+using BestPairs = Pairs;
+#endif
+#else
+using Pairs = Singles;
 using BestPairs = Singles;
 #endif
 
@@ -83,7 +89,7 @@ using BestBytes = Singles;
 // Words of a panel as words of a block.
 template <class Code, class Kind>
 inline void decode(const std::uint32_t* from, std::int64_t units, std::uint32_t* to) {
-  constexpr int kPart = kForms[static_cast<int>(Code::kCoding)].unit / Kind::kPer;
+  constexpr int kPart = form_of(Code::kCoding).unit / Kind::kPer;
   for (; units; --units, from += kPanel, to += kPart * kPanel)
     for (int j = 0; j < kVectors; ++j) {
       const U w = load_raw<U>(from + j * kLanes);
@@ -147,9 +153,45 @@ struct Block {
     if (scale) std::memcpy(&found, row + scale, sizeof found);
     return found;
   }
-  void add(F sums, float of_row, std::int64_t column, float* to) const {
-    store(to, (first ? F{} : load(to)) + sums * (of_row * load(columns + column)));
+  void add(F sums, float of_row, F of_columns, float* to) const {
+    store(to, (first ? F{} : load(to)) + sums * (of_row * of_columns));
   }
+};
+
+// Where the parts of a panel lie.
+template <class Code>
+class Panel {
+ public:
+  static constexpr Form kForm = form_of(Code::kCoding);
+  explicit Panel(const void* panel)
+      : columns_(static_cast<const float*>(panel)),
+        groups_(static_cast<const std::uint32_t*>(panel) + kForm.of_column * kPanel) {}
+
+  // From element `at` of the depth on, which is in the given group.
+  const std::uint32_t* words(std::int64_t at, std::int64_t group) const {
+    return groups_ + group * kStride + (at - group * kForm.group) / kForm.unit * kPanel;
+  }
+  // Of a group that ends there, the scales of columns from `column` on.
+  F scales(std::int64_t end, std::int64_t group, int column) const {
+    const std::uint32_t* const at = words(end, group);
+    if constexpr (kForm.scale == 4) {
+      return load(reinterpret_cast<const float*>(at) + column);
+    } else {
+      const F scale = Code::scale_of(load_raw<B>(reinterpret_cast<const char*>(at) + column));
+      return kForm.of_column ? scale * load(columns_ + column) : scale;
+    }
+  }
+  // The same of all columns: where they lie as float32, or in `room`.
+  const float* scales(std::int64_t end, std::int64_t group, float* room) const {
+    if (kForm.scale == 4) return reinterpret_cast<const float*>(words(end, group));
+    for (int j = 0; j < kPanel; j += kLanes) store(room + j, scales(end, group, j));
+    return room;
+  }
+
+ private:
+  static constexpr std::int64_t kStride = kPanel * (4 * kForm.group / kForm.unit + kForm.scale) / 4;
+  const float* columns_;
+  const std::uint32_t* groups_;
 };
 
 template <class Kind, int Rows>
@@ -182,7 +224,7 @@ void tile(const Block& b, const char* const* a, float* out) {
       if constexpr (kWhole)
         std::memcpy(to, &sums[m][j], sizeof sums[m][j]);
       else
-        b.add(sums[m][j], b.scale_of(a[m]), j * kLanes, to);
+        b.add(sums[m][j], b.scale_of(a[m]), load(b.columns + j * kLanes), to);
     }
 }
 
@@ -198,7 +240,7 @@ constexpr Tile<Kind> kTiles[] = {
 
 // Whether a block is read in whole steps of tiles.
 template <class Kind>
-constexpr bool kTiled = kHasTiles && Kind::kPer == 2;
+constexpr bool kTiled = kHasTiles && std::is_same<Kind, BestPairs>::value;
 
 // What products of one kind need beside their operands.
 template <class Kind>
@@ -217,14 +259,14 @@ void products(Space<Kind>&, const Block& b, const char* const* a, std::int64_t c
 constexpr std::int64_t kColumns = 2 * kTile, kRows = 2 * kTile;  // of products in tiles
 
 template <>
-struct Space<Pairs> {
+struct Space<TiledPairs> {
   Tiles tiles;
   alignas(64) float sums[kRows * kColumns];
 };
 
 // The same in tiles. Rows lie equally far apart.
 template <>
-void products<Pairs>(Space<Pairs>& space, const Block& b, const char* const* a, std::int64_t count, float* out) {
+void products<TiledPairs>(Space<TiledPairs>& space, const Block& b, const char* const* a, std::int64_t count, float* out) {
   const std::int64_t stride = count > 1 ? a[1] - a[0] : 64;
   for (std::int64_t m = 0; m < count; m += kRows)
     for (std::int64_t c = 0; c < kPanel; c += kColumns) {
@@ -235,15 +277,15 @@ void products<Pairs>(Space<Pairs>& space, const Block& b, const char* const* a, 
       space.tiles.store(space.sums, kColumns * sizeof(float));
       for (std::int64_t i = 0; i < rows; ++i)
         for (std::int64_t j = 0; j < kColumns; j += kLanes)
-          b.add(load(space.sums + i * kColumns + j), b.scale_of(a[m + i]), c + j, out + (m + i) * kPanel + c + j);
+          b.add(load(space.sums + i * kColumns + j), b.scale_of(a[m + i]), load(b.columns + c + j),
+                out + (m + i) * kPanel + c + j);
     }
 }
 
 // Of a few rows each step is multiplied as soon as it is decoded, which hides how long a tile's sums take.
 template <class Code>
-void few_in_tiles(const char* const* a, std::int64_t count, const std::uint32_t* words, std::int64_t depth, float* sums) {
-  constexpr std::int64_t kUnit = kForms[static_cast<int>(Code::kCoding)].unit, kStep = 2 * kTile;
-  const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
+void few_in_tiles(const char* const* a, std::int64_t count, const Panel<Code>& panel, std::int64_t depth, float* sums) {
+  constexpr std::int64_t kUnit = Panel<Code>::kForm.unit, kStep = 2 * kTile;
   const std::int64_t stride = count > 1 ? a[1] - a[0] : 64, scales = Code::kTop ? row_codes(depth, Pairs::kItem) : 0;
   const FewRows tiles(count);
   alignas(64) std::uint32_t steps[2][kTile * kPanel];
@@ -254,15 +296,17 @@ void few_in_tiles(const char* const* a, std::int64_t count, const std::uint32_t*
     tiles.zero();
     for (std::int64_t at = k; at < end; at += kStep, turn = 1 - turn) {
       const std::int64_t units = (end - at < kStep ? end - at : kStep) / kUnit;
-      decode<Code, Pairs>(words + at / kUnit * kPanel, units, steps[turn]);
+      decode<Code, Pairs>(panel.words(at, g), units, steps[turn]);
       if (units < kStep / kUnit) std::memset(steps[turn] + units * kUnit / 2 * kPanel, 0, (kStep - units * kUnit) * kPanel * 2);
       tiles.add(a[0] + at * Pairs::kItem, stride, steps[turn]);
     }
     tiles.store(found);
-    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, columns + g * kPanel, k == 0};
-    for (std::int64_t i = 0; i < count; ++i)
-      for (int j = 0; j < kPanel; j += kLanes)
-        now.add(load(found + i * kPanel + j), now.scale_of(a[i]), j, sums + i * kPanel + j);
+    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, nullptr, k == 0};
+    for (int j = 0; j < kPanel; j += kLanes) {
+      const F columns = panel.scales(end, g, j);
+      for (std::int64_t i = 0; i < count; ++i)
+        now.add(load(found + i * kPanel + j), now.scale_of(a[i]), columns, sums + i * kPanel + j);
+    }
   }
 }
 
@@ -289,29 +333,84 @@ void bytes_in_tiles(const char* const* a, std::int64_t count, const std::uint32_
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// Of a few rows codes are multiplied as soon as they are decoded, and stored nowhere: storing them costs more than decoding
+// them again for the next rows, of which as many go together as registers have room for.
+constexpr std::int64_t kStreamed = 12;
+template <class Code>
+constexpr std::int64_t kAtOnce = Panel<Code>::kForm.unit == 4 ? 6 : 4;
+
+template <class Code, int Rows>
+void stream(const char* const* a, Panel<Code> panel, std::int64_t depth, float* sums) {
+  constexpr std::int64_t kUnit = Panel<Code>::kForm.unit, kPart = kUnit / Pairs::kPer;
+  const std::int64_t scales = Code::kTop ? row_codes(depth, Pairs::kItem) : 0;
+  std::memset(sums, 0, Rows * kPanel * sizeof(float));
+  for (std::int64_t k = 0, g = 0, end; k < depth; k = end, ++g) {
+    end = depth - k < Code::kGroup ? depth : k + Code::kGroup;
+    F found[Rows][kVectors] = {};
+    const std::uint32_t* words = panel.words(k, g);
+    for (std::int64_t at = k; at < end; at += kUnit, words += kPanel)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        U said[kPart];
+        Code::pairs_of(load_raw<U>(words + j * kLanes), said);
+#pragma GCC unroll 4
+        for (int i = 0; i < kPart; ++i)
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m) found[m][j] = Pairs::dot(found[m][j], a[m] + at * Pairs::kItem + 4 * i, said[i]);
+      }
+    const Block now{0, 0, nullptr, scales ? scales + 4 * g : 0, nullptr, false};
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const F columns = panel.scales(end, g, j * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) now.add(found[m][j], now.scale_of(a[m]), columns, sums + m * kPanel + j * kLanes);
+    }
+  }
+}
+
+template <class Code>
+constexpr decltype(&stream<Code, 1>) kStreams[] = {
+  stream<Code, 1>, stream<Code, 2>, stream<Code, 3>, stream<Code, 4>, stream<Code, 5>, stream<Code, 6>};
+
+template <class Code>
+void streams(const char* const* a, std::int64_t count, Panel<Code> panel, std::int64_t depth, float* sums) {
+  const std::int64_t parts = (count + kAtOnce<Code> - 1) / kAtOnce<Code>;
+  for (std::int64_t part = 0; part < parts; ++part) {
+    const std::int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+    kStreams<Code>[end - begin - 1](a + begin, panel, depth, sums + begin * kPanel);
+  }
+}
+#endif
+
 template <class T, class Code, class Kind>
-void multiply(const void* const* rows, std::int64_t count, const void* panel, std::int64_t, std::int64_t depth, std::int64_t,
+void multiply(const void* const* rows, std::int64_t count, const void* of_panel, std::int64_t, std::int64_t depth, std::int64_t,
               const void*, float* sums) {
-  constexpr std::int64_t kUnit = kForms[static_cast<int>(Code::kCoding)].unit, kPart = kUnit / Kind::kPer;
+  constexpr std::int64_t kUnit = Panel<Code>::kForm.unit, kPart = kUnit / Kind::kPer;
   constexpr std::int64_t kGroup = Code::kGroup ? Code::kGroup : kBlock;
   static_assert(kGroup <= kBlock, "a block is in L1");
   const char* const* const a = reinterpret_cast<const char* const*>(rows);
-  const auto* const words = static_cast<const std::uint32_t*>(panel);
-  const float* const columns = reinterpret_cast<const float*>(words + depth / kUnit * kPanel);
+  const Panel<Code> panel(of_panel);
   const std::int64_t scales = Code::kTop ? row_codes(depth, Kind::kItem) : 0;
 #if defined(__AMX_BF16__)
-  if constexpr (Kind::kPer == 2)
-    if (count <= kTile) return few_in_tiles<Code>(a, count, words, depth, sums);
+  if constexpr (kTiled<Kind>)
+    if (count <= kTile) return few_in_tiles<Code>(a, count, panel, depth, sums);
+#endif
+#if defined(__AVX512BF16__)
+  if constexpr (Kind::kPer == 2 && !kTiled<Kind>)
+    if (count <= kStreamed) return streams<Code>(a, count, panel, depth, sums);
 #endif
   Space<Kind> space;
   alignas(64) std::uint32_t block[kGroup / Kind::kPer * kPanel];
-  for (std::int64_t k = 0, g = 0; k < depth; k += kGroup, ++g) {
-    const std::int64_t units = (depth - k < kGroup ? depth - k : kGroup) / kUnit;
-    decode<Code, Kind>(words + k / kUnit * kPanel, units, block);
+  alignas(64) float room[kPanel];
+  for (std::int64_t k = 0, g = 0, end; k < depth; k = end, ++g) {
+    end = depth - k < kGroup ? depth : k + kGroup;
+    const std::int64_t units = (end - k) / kUnit, which = Code::kGroup ? g : 0, last = Code::kGroup ? end : depth;
+    decode<Code, Kind>(panel.words(k, which), units, block);
     std::int64_t steps = units * kPart;
     for (; kTiled<Kind> && steps % 16; ++steps) std::memset(block + steps * kPanel, 0, kPanel * 4);
-    const std::int64_t which = Code::kGroup ? g : 0;
-    const Block now{k * Kind::kItem, steps, block, scales ? scales + 4 * which : 0, columns + which * kPanel, k == 0};
+    const float* const columns = panel.scales(last, which, room);
+    const Block now{k * Kind::kItem, steps, block, scales ? scales + 4 * which : 0, columns, k == 0};
     products<Kind>(space, now, a, count, sums);
   }
 }
@@ -352,15 +451,18 @@ constexpr CodedLoops<T> loops_of() {
 
 template <class T>
 constexpr Coded<T> loops() {
-  using Kept = typename std::conditional<std::is_same<T, bf16>::value, BestPairs, Singles>::type;
+  constexpr bool kPairs = std::is_same<T, bf16>::value;
+  using Kept = typename std::conditional<kPairs, BestPairs, Singles>::type;
+  using Short = typename std::conditional<kPairs, Pairs, Singles>::type;  // of groups that do not fill a step of tiles
   return {{
 #if defined(__AVX512VNNI__)
     {1, ready<T, Int8, Bytes>, ready<float, Int8, Bytes>, multiply_bytes<T>},
 #else
     loops_of<T, Int8, Singles>(),
 #endif
-    loops_of<T, E4m3, BestPairs>(), loops_of<T, Int4<Coding::int4_g128, 128>, Kept>(),
-    loops_of<T, Int4<Coding::int4_g32, 32>, Kept>()}};
+    loops_of<T, E4m3, BestPairs>(), loops_of<T, Int4<Coding::int4_g128>, Kept>(),
+    loops_of<T, Int4<Coding::int4_g32>, Kept>(), loops_of<T, E2m1<Coding::mxfp4>, Kept>(),
+    loops_of<T, E2m1<Coding::nvfp4>, Short>()}};
 }
 
 }  // namespace

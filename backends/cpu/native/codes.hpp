@@ -89,22 +89,73 @@ struct E4m3 {
     return (I)((small & below) | (~small & normal) | (U)rounded >> 31 << 7);
   }
   static F number_of(I code) { return number_of((U)code & 0xffu, 0); }
+  static F number_of(B byte) {
+#if defined(__AVX512F__)
+    const __m256i high = _mm256_slli_epi16(_mm256_cvtepi8_epi16((__m128i)byte), 7);
+    const __m256i half = _mm256_and_si256(high, _mm256_set1_epi16((short)0xbf80));
+    const __m128i size = _mm_and_si128((__m128i)byte, _mm_set1_epi8(0x7f));
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(size, _mm_set1_epi8(0x7f));
+    const F v = (F)_mm512_maskz_cvtph_ps(0xffff, half) * 256.0f;  // the exponent of float16 has another bias
+    return (F)_mm512_mask_mov_ps((__m512)v, nan, _mm512_set1_ps(__builtin_nanf("")));
+#else
+    return number_of(wide(byte));
+#endif
+  }
 };
 
-template <Coding C, std::int64_t Group>
+#if defined(__AVX512BF16__)
+// Of four bits by a table of bfloat16, twice over: of an index 5 bits count.
+inline void pairs_of_nibbles(U w, __m256i numbers, U (&said)[4]) {
+  const __m512i table = _mm512_maskz_broadcast_i64x4(0xff, numbers);
+  for (int i = 0; i < 4; ++i) said[i] = (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
+}
+#endif
+
+template <Coding C>
 struct Int4 {
   static constexpr Coding kCoding = C;
-  static constexpr std::int64_t kGroup = Group;
+  static constexpr std::int64_t kGroup = form_of(C).group;
   static constexpr float kTop = 0.0f;  // the other operand stays as it is
   static F number_of(U w, int i) { return number((I)(w << (28 - code_shift(C, i))) >> 28); }
 #if defined(__AVX512BF16__)
   static void pairs_of(U w, U (&said)[4]) {
-    const __m512i table = _mm512_maskz_broadcast_i64x4(0xff, _mm256_set_epi16(
+    pairs_of_nibbles(w, _mm256_set_epi16(
       (short)0xbf80, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100,
-      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0));  // 0 to 7 and -8 to -1; of the index 5 bits count
-    for (int i = 0; i < 4; ++i) said[i] = (U)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * i), table);
+      0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0), said);  // 0 to 7 and -8 to -1
   }
 #endif
+};
+
+// e2m1, with scales of a byte: e8m0 in MXFP4, e4m3 in NVFP4.
+template <Coding C>
+struct E2m1 {
+  static constexpr Coding kCoding = C;
+  static constexpr std::int64_t kGroup = form_of(C).group;
+  static constexpr float kTop = 0.0f;
+  static F number_of(U w, int i) {
+    const U code = w >> code_shift(C, i), size = code & 7u, small = (U)(size < 2u);
+    const U normal = (size << 22) + (126u << 23), below = (U)(number((I)size) * 0.5f);
+    return (F)((small & below) | (~small & normal) | ((code & 8u) << 28));
+  }
+#if defined(__AVX512BF16__)
+  static void pairs_of(U w, U (&said)[4]) {
+    pairs_of_nibbles(w, _mm256_set_epi16(
+      (short)0xc0c0, (short)0xc080, (short)0xc040, (short)0xc000, (short)0xbfc0, (short)0xbf80, (short)0xbf00, (short)0x8000,
+      0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0), said);  // 0, 0.5, 1, 1.5, 2, 3, 4, 6, and below zero
+  }
+#endif
+  static F scale_of(B byte) {
+    if constexpr (C == Coding::nvfp4) return E4m3::number_of(byte);
+    constexpr std::uint32_t kEnd = 0x400000u;  // in 2^-127 and NaN, which have 0 and 255
+#if defined(__AVX512F__)
+    const __mmask16 ends = _mm_cmp_epu8_mask(_mm_add_epi8((__m128i)byte, _mm_set1_epi8(1)), _mm_set1_epi8(1), _MM_CMPINT_LE);
+    const U power = (U)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)byte) << 23;
+    return (F)_mm512_mask_or_epi32((__m512i)power, ends, (__m512i)power, _mm512_set1_epi32(kEnd));
+#else
+    const U power = (U)wide(byte) & 0xffu, ends = (U)(power == 0u) | (U)(power == 0xffu);
+    return (F)((power << 23) | (ends & kEnd));
+#endif
+  }
 };
 
 // -- rows ---------------------------------------------------------------------------------------------------------------

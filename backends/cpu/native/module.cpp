@@ -1,8 +1,10 @@
 // The Python module: what it takes arguments from and turns exceptions into. The operators bind themselves, see bind.hpp.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <sstream>
 
 #include "bind.hpp"
@@ -102,18 +104,22 @@ void get_expert(const Packed& packed, std::int64_t expert, const py::array& logi
   packed.get(expert, out);
 }
 
-void set_codes(Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale) {
+using Whole = std::optional<py::array>;
+
+void set_codes(Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale, const Whole& whole) {
   check_expert(packed, expert);
   const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale");
+  const Array of_rows = whole ? array(*whole, "whole") : Array{};
   py::gil_scoped_release release;
-  packed.set(expert, of_codes, of_scale);
+  packed.set(expert, of_codes, of_scale, whole ? &of_rows : nullptr);
 }
 
-void get_codes(const Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale) {
+void get_codes(const Packed& packed, std::int64_t expert, const py::array& codes, const py::array& scale, const Whole& whole) {
   check_expert(packed, expert);
   const Array of_codes = array(codes, "codes"), of_scale = array(scale, "scale");
+  const Array of_rows = whole ? array(*whole, "whole") : Array{};
   py::gil_scoped_release release;
-  packed.get(expert, of_codes, of_scale);
+  packed.get(expert, of_codes, of_scale, whole ? &of_rows : nullptr);
 }
 
 py::object record(Recording& recording, const py::function& run) {
@@ -289,8 +295,9 @@ PYBIND11_MODULE(_native, m) {
            "scheme"_a = "none")
       .def("set", &set_expert, "expert"_a, "logical"_a, "Packs logical[rows, columns], of any strides.")
       .def("get", &get_expert, "expert"_a, "logical"_a, "Unpacks into logical[rows, columns], bit for bit.")
-      .def("set_codes", &set_codes, "expert"_a, "codes"_a, "scale"_a, "Packs the parts of a matrix under the scheme.")
-      .def("get_codes", &get_codes, "expert"_a, "codes"_a, "scale"_a, "Unpacks them, bit for bit.")
+      .def("set_codes", &set_codes, "expert"_a, "codes"_a, "scale"_a, "whole"_a = py::none(),
+           "Packs the parts of a matrix under the scheme.")
+      .def("get_codes", &get_codes, "expert"_a, "codes"_a, "scale"_a, "whole"_a = py::none(), "Unpacks them, bit for bit.")
       .def_property_readonly("shape", [](const Packed& p) { return py::make_tuple(p.experts, p.rows, p.columns); })
       .def_readonly("gated", &Packed::gated)
       .def_property_readonly("nbytes", &Packed::bytes, "Bytes in memory, padding included.")

@@ -50,7 +50,7 @@ namespace {
 
 std::int64_t deepened(std::int64_t columns, Kind kind, Coding coding) {
   const std::int64_t plain = kind == Kind::b16 ? kGroup<bf16> : 1;
-  const std::int64_t unit = coding == Coding::none ? plain : kForms[static_cast<int>(coding)].unit;
+  const std::int64_t unit = coding == Coding::none ? plain : form_of(coding).unit;
   return ceil_div(columns, unit) * unit;
 }
 
@@ -144,58 +144,91 @@ void Packed::get(std::int64_t expert, void* logical) const {
   });
 }
 
-// visit(words, scales, row): of a column of a panel its first word and scale, where others follow `panel` apart, and its
-// logical row, or -1. Panels in parallel.
+namespace {
+
+// A column of a panel: what is multiplied with all its scales; of each group its words, `panel` apart, and its scale.
+struct Column {
+  float* whole;
+  char* groups;
+  const Form& form;
+  std::int64_t panel, index, depth;
+
+  std::int64_t group() const { return form.group ? form.group : depth; }
+  char* of(std::int64_t g) const { return groups + g * panel * (4 * group() / form.unit + form.scale); }
+  std::uint32_t& word(std::int64_t k) const {
+    return reinterpret_cast<std::uint32_t*>(of(k / group()))[k % group() / form.unit * panel + index];
+  }
+  char* scale(std::int64_t g) const {
+    return of(g) + std::min(depth - g * group(), group()) / form.unit * panel * 4 + index * form.scale;
+  }
+};
+
+}  // namespace
+
+// visit(column, row): with its logical row, or -1. Panels in parallel.
 template <class Visit>
-void Packed::each_column(std::int64_t expert, const Array& codes, const Array& scale, Visit visit) const {
+void Packed::each_column(std::int64_t expert, const Array& codes, const Array& scale, const Array* whole, Visit visit) const {
   if (coding == Coding::none) throw std::invalid_argument("the weights are packed without a scheme: they have no codes.");
-  codes.has(coding == Coding::fp8_block ? Kind::u8 : Kind::i8);
-  scale.has(Kind::f32);
+  if (!whole == form().of_column)
+    throw std::invalid_argument(std::string("whole must be ") + (whole ? "None under " : "given under ") + form().scheme + ".");
+  codes.has(form().whole_numbers ? Kind::i8 : Kind::u8);
+  scale.has(form().scale == 4 ? Kind::f32 : Kind::u8);
   codes.is_shape({rows, columns});
   scale.is_shape({ceil_div(rows, form().high), groups()});
+  if (whole) {
+    whole->has(Kind::f32);
+    whole->is_shape({rows});
+  }
   const std::int64_t half = panel / 2, all = gated ? rows / 2 : rows;
   parallel_for(panels, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
-      auto* const words = reinterpret_cast<std::uint32_t*>(memory_.get() + (expert * panels + p) * panel_bytes());
+      char* const at = memory_.get() + (expert * panels + p) * panel_bytes();
       for (std::int64_t c = 0; c < panel; ++c) {
         const std::int64_t up = gated && c >= half, row = gated ? p * half + c - up * half : p * panel + c;
-        visit(words + c, reinterpret_cast<float*>(words + depth / form().unit * panel) + c, row < all ? up * all + row : -1);
+        visit(Column{reinterpret_cast<float*>(at) + c, at + form().of_column * panel * 4, form(), panel, c, depth},
+              row < all ? up * all + row : -1);
       }
     }
   });
 }
 
-void Packed::set(std::int64_t expert, const Array& codes, const Array& scale) {
+void Packed::set(std::int64_t expert, const Array& codes, const Array& scale, const Array* whole) {
   const std::uint32_t mask = form().unit == 8 ? 0xf : 0xff;
   const std::uint32_t more = coding == Coding::int8_channel ? 0x80808080u : 0;  // as products want them
+  const std::int64_t size = form().scale;
   const Matrix from = codes.matrix(), scales = scale.matrix();
-  each_column(expert, codes, scale, [&](std::uint32_t* words, float* of_groups, std::int64_t row) {
+  each_column(expert, codes, scale, whole, [&](Column to, std::int64_t row) {
     std::vector<std::uint8_t> copy;
     const std::uint8_t* const code = row < 0 ? nullptr : from.dense_row<std::uint8_t>(row, copy);
-    for (std::int64_t k = 0; k < depth; k += form().unit, words += panel) {
+    for (std::int64_t k = 0; k < depth; k += form().unit) {
       std::uint32_t word = 0;
       for (std::int64_t i = 0; code && i < std::min(form().unit, columns - k); ++i)
         word |= (code[k + i] & mask) << code_shift(coding, static_cast<int>(i));
-      *words = word ^ more;
+      to.word(k) = word ^ more;
     }
-    for (std::int64_t g = 0; g < groups(); ++g, of_groups += panel)
-      *of_groups = row < 0 ? 0.0f : scales.at<float>(row / form().high, g);
+    for (std::int64_t g = 0; code && g < groups(); ++g)
+      std::memcpy(to.scale(g), &scales.at<char>(row / form().high, g), size);
+    if (code && whole) *to.whole = whole->at<float>(row);
   });
 }
 
-void Packed::get(std::int64_t expert, const Array& codes, const Array& scale) const {
+void Packed::get(std::int64_t expert, const Array& codes, const Array& scale, const Array* whole) const {
   auto* const to = static_cast<std::uint8_t*>(codes.output({rows, columns}));
-  auto* const scales = static_cast<float*>(scale.output({ceil_div(rows, form().high), groups()}));
+  auto* const scales = static_cast<char*>(scale.output({ceil_div(rows, form().high), groups()}));
+  auto* const wholes = whole ? static_cast<float*>(whole->output({rows})) : nullptr;
   const std::uint32_t more = coding == Coding::int8_channel ? 0x80808080u : 0;
-  each_column(expert, codes, scale, [&](const std::uint32_t* words, const float* of_groups, std::int64_t row) {
+  const std::int64_t size = form().scale;
+  each_column(expert, codes, scale, whole, [&](Column from, std::int64_t row) {
     if (row < 0) return;
     for (std::int64_t k = 0; k < columns; ++k) {
-      const std::uint32_t word = words[k / form().unit * panel] ^ more;
+      const std::uint32_t word = from.word(k) ^ more;
       const auto byte = static_cast<std::uint8_t>(word >> code_shift(coding, static_cast<int>(k % form().unit)));
-      to[row * columns + k] = form().unit == 8 ? static_cast<std::uint8_t>(static_cast<std::int8_t>(byte << 4) >> 4) : byte;
+      const int nibble = form().whole_numbers ? static_cast<std::int8_t>(byte << 4) >> 4 : byte & 0xf;
+      to[row * columns + k] = form().unit == 8 ? static_cast<std::uint8_t>(nibble) : byte;
     }
     for (std::int64_t g = 0; row % form().high == 0 && g < groups(); ++g)
-      scales[row / form().high * groups() + g] = of_groups[g * panel];
+      std::memcpy(scales + (row / form().high * groups() + g) * size, from.scale(g), size);
+    if (wholes) wholes[row] = *from.whole;
   });
 }
 

@@ -34,8 +34,8 @@ class Packed {
   void set(std::int64_t expert, const Matrix& logical);
   void get(std::int64_t expert, void* logical) const;
   // The same of codes and scales in their logical form.
-  void set(std::int64_t expert, const Array& codes, const Array& scale);
-  void get(std::int64_t expert, const Array& codes, const Array& scale) const;
+  void set(std::int64_t expert, const Array& codes, const Array& scale, const Array* whole);
+  void get(std::int64_t expert, const Array& codes, const Array& scale, const Array* whole) const;
 
   const char* at(std::int64_t expert, std::int64_t i) const {
     return memory_.get() + (expert * panels + i) * panel_bytes();
@@ -50,7 +50,8 @@ class Packed {
     return {coded.ready, coded.ready_float, coded.multiply, row_codes(depth, coded.item) + scales * 4, 1};
   }
   std::int64_t panel_bytes() const {
-    return coding == Coding::none ? panel * depth * (upper_ ? 2 : item) : panel * 4 * (depth / form().unit + groups());
+    if (coding == Coding::none) return panel * depth * (upper_ ? 2 : item);
+    return panel * (depth / form().unit * 4 + groups() * form().scale + form().of_column * 4);
   }
   std::int64_t bytes() const { return experts * panels * panel_bytes(); }
 
@@ -62,12 +63,12 @@ class Packed {
   const std::int64_t panel, row_block, item, depth, panels;
 
  private:
-  const Form& form() const { return kForms[static_cast<int>(coding)]; }
+  const Form& form() const { return form_of(coding); }
   std::int64_t groups() const { return form().group ? ceil_div(columns, form().group) : 1; }
   template <class Visit>
   void each_half(std::int64_t expert, Visit visit) const;
   template <class Visit>
-  void each_column(std::int64_t expert, const Array& codes, const Array& scale, Visit visit) const;
+  void each_column(std::int64_t expert, const Array& codes, const Array& scale, const Array* whole, Visit visit) const;
   template <class T>
   bool pack(std::int64_t expert, const Matrix& logical, typename PanelLoops<T>::Pack* pack);
   void widen();
