@@ -44,7 +44,7 @@ class Facts:
         return cls(
             str(backend),
             backend.place,
-            environment(type(backend)) | _version(backend) | _tuned(backend),
+            environment(type(backend)) | {"processor": Backend.describe(backend)} | _version(backend) | _tuned(backend),
             waivers(backend),
             _kernels(backend),
             _described(backend),
@@ -93,9 +93,11 @@ def environment(backend: type[Backend]) -> dict[str, str]:
     """Versions of what took part, including the packages that the backend needs."""
     package = sys.modules.get(backend.__module__.rpartition(".")[0])
     needed = {}
-    for name in getattr(package, "requires", ()):
-        with suppress(importlib.metadata.PackageNotFoundError):  # a module whose package has another name
+    for name in (*getattr(package, "requires", ()), *getattr(package, "libraries", ())):
+        try:
             needed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a module whose package has another name, or that has none
+            needed |= {name: str(said) for said in [getattr(sys.modules.get(name), "__version__", None)] if said}
     return needed | {
         "porthal": sys.modules["porthal"].__version__,
         "python": platform.python_version(),
