@@ -92,12 +92,8 @@ def _tuned(backend: Backend) -> dict[str, str]:
 def environment(backend: type[Backend]) -> dict[str, str]:
     """Versions of what took part, including the packages that the backend needs."""
     package = sys.modules.get(backend.__module__.rpartition(".")[0])
-    needed = {}
-    for name in (*getattr(package, "requires", ()), *getattr(package, "libraries", ())):
-        try:
-            needed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a module whose package has another name, or that has none
-            needed |= {name: str(said) for said in [getattr(sys.modules.get(name), "__version__", None)] if said}
+    names = (*getattr(package, "requires", ()), *getattr(package, "libraries", ()))
+    needed = {name: version for name in names if (version := _installed(name))}
     return needed | {
         "porthal": sys.modules["porthal"].__version__,
         "python": platform.python_version(),
@@ -105,3 +101,10 @@ def environment(backend: type[Backend]) -> dict[str, str]:
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def _installed(module: str) -> str:
+    """The version of its package, or what it says itself where the package has another name; "" where nobody knows."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(module)
+    return str(getattr(sys.modules.get(module), "__version__", ""))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from porthal.conformance.report import vendors
 from porthal.hal import Backend, Contract, Kernel, backend_names, create, operators
 from porthal.hal.discovery import emulatable
 from porthal.hal.limits import Limit
@@ -72,10 +73,12 @@ def _worded(limit: Limit) -> str:
 
 
 def section(name: str, place: str, found: Sequence[Row]) -> str:
-    """One backend's part of the page: its own kernels."""
+    """One backend's part of the page: its own kernels, and what is kept of runs of them."""
     head = ["operator", "calls", "schemes", "takes"]
     own = [[r.op, f"`{r.provider}`" if r.provider else "", r.schemes, r.takes] for r in found if r.status == "own"]
-    return "\n".join([f"## {name}, {place}", "", *_table(head, own)]) + "\n"
+    ran, where = vendors.told(name, [op for op, *_ in own])
+    results = ["", f"### {name} at the standard level, {place}", "", *_table(vendors.COLUMNS, ran), "", *where] if ran else []
+    return "\n".join([f"## {name}, {place}", "", *_table(head, own), *results]) + "\n"
 
 
 def cells(found: Sequence[Row]) -> dict[str, str]:
