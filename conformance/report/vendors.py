@@ -60,7 +60,7 @@ def entry(report: Report) -> Entry:
     if (report.sources[name], report.contracts[row.op]) != current:
         raise UsageError(f"a report of other sources of {name} or {row.op}: {renew}")
     modules, _ = surroundings(name)
-    left_out = [said for said in report.left_out if " left out: " in said]
+    untested = [*report.unclaimed, *report.untaken, *report.never_ran, *(s for s in report.left_out if " left out: " in s)]
     return {
         "backend": name,
         "op": row.op,
@@ -69,9 +69,10 @@ def entry(report: Report) -> Entry:
         "verdicts": row.verdicts,
         "failed": row.failed,
         "kernels": report.passed,
+        "domain": [report.levels[row.op].passed, report.levels[row.op].required],
         "own": Counter(r.provider for r in row.results if r.own and r.verdict == "PASS"),
         "worst": round(max((r.worst for r in row.results if r.own), default=0.0), 3),
-        "untested": [*report.unclaimed, *report.untaken, *left_out, *report.never_ran],
+        "untested": [said.replace(f" of {row.op} ", " ") for said in untested],
         "versions": {module: version for module, version in report.environment.items() if module in modules},
         "processor": report.environment["processor"],
         "date": report.date[:10],
@@ -180,16 +181,16 @@ def pieces(file: Path) -> Iterator[Piece]:
 
 # -- docs/support-matrix.md ------------------------------------------------------------------------------------------
 
-COLUMNS = "operator", "state", "passed", "of these", "not tested", "error / budget", "date"
+COLUMNS = "operator", "state", "GLM-5", "passed", "of these", "not tested", "error / budget", "date"
 
 
 def told(name: str, ops: Iterable[str]) -> tuple[list[list[str]], list[str]]:
     """Of a backend's own ops the rows of a table, and in words where they ran and why something was not tested; nothing where
     no entry is of this backend."""
     mine = {each["op"]: each for each in kept(KEPT) if each["backend"] == name}
-    where = {f"{PLACE}: {each['processor']}, {', '.join(map(' '.join, each['versions'].items()))}" for each in mine.values()}
+    where = {f"{PLACE.capitalize()}: {each['processor']}, {', '.join(map(' '.join, each['versions'].items()))}" for each in mine.values()}
     why = [f"* `{op}`: {said}" for op, each in mine.items() for said in each["untested"]]
-    rows = [[op, *(_cells(mine[op]) if op in mine else ["not run", *[""] * 5])] for op in dict.fromkeys(ops)]
+    rows = [[op, *(_cells(mine[op]) if op in mine else ["not run", *[""] * 6])] for op in dict.fromkeys(ops)]
     return (rows, [*sorted(where), "", *why]) if mine else ([], [])
 
 
@@ -197,6 +198,7 @@ def _cells(each: Entry) -> list[str]:
     verdicts: Counter[str] = Counter(each["verdicts"])
     return [
         f"{each['failed']} failed" if each["failed"] else "passed",
+        "{} of {}".format(*each["domain"]),
         f"{verdicts['PASS']} of {verdicts.total()}",
         counted(Counter(each["kernels"])),
         ", ".join(f"{verdicts[v]} {v.lower().replace('_', ' ')}" for v in UNTESTED if verdicts[v]),
