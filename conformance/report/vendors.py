@@ -188,10 +188,10 @@ def told(name: str, ops: Iterable[str]) -> tuple[list[list[str]], list[str]]:
     """Of a backend's own ops the rows of a table, and in words where they ran and why something was not tested; nothing where
     no entry is of this backend."""
     mine = {each["op"]: each for each in kept(KEPT) if each["backend"] == name}
-    where = {f"{PLACE.capitalize()}: {each['processor']}, {', '.join(map(' '.join, each['versions'].items()))}" for each in mine.values()}
+    part = {", ".join([each["processor"], *map(" ".join, each["versions"].items())]) for each in mine.values()}
     why = [f"* `{op}`: {said}" for op, each in mine.items() for said in each["untested"]]
     rows = [[op, *(_cells(mine[op]) if op in mine else ["not run", *[""] * 6])] for op in dict.fromkeys(ops)]
-    return (rows, [*sorted(where), "", *why]) if mine else ([], [])
+    return (rows, [*(f"{PLACE.capitalize()}: {each}" for each in sorted(part)), "", *why]) if mine else ([], [])
 
 
 def _cells(each: Entry) -> list[str]:
