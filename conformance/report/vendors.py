@@ -164,19 +164,24 @@ def pieces(file: Path) -> Iterator[Piece]:
     def of(body: list[ast.stmt]) -> Iterator[Piece]:
         for node in body:
             first, last, parts = node.lineno, node.end_lineno, list(ast.walk(node))
-            gives = {n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                first, gives = min([first, *(d.lineno for d in node.decorator_list)]), {node.name}
+                first = min([first, *(d.lineno for d in node.decorator_list)])
             if isinstance(node, ast.ClassDef):
                 yield from of(node.body)
                 last, parts = node.body[0].lineno - 1, [part for base in node.bases for part in ast.walk(base)]
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):  # kernel.capturable = False
-                gives = {n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)}
             uses = {n.id for n in parts if isinstance(n, ast.Name)} | {n.attr for n in parts if isinstance(n, ast.Attribute)}
             if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                yield Piece(frozenset(gives), frozenset(uses), "\n".join(lines[first - 1 : last]))
+                yield Piece(frozenset(_given(node)), frozenset(uses), "\n".join(lines[first - 1 : last]))
 
     yield from of(ast.parse(text).body)
+
+
+def _given(node: ast.stmt) -> Iterator[str]:
+    """Names that a statement gives: `kernel.capturable = False` says something of the kernel."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        yield node.name
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    yield from (n.id for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name))
 
 
 # -- docs/support-matrix.md ------------------------------------------------------------------------------------------
