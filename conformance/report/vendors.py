@@ -180,8 +180,8 @@ def _given(node: ast.stmt) -> Iterator[str]:
     """Names that a statement gives: `kernel.capturable = False` says something of the kernel."""
     if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
         yield node.name
-    targets = getattr(node, "targets", [getattr(node, "target", None)])
-    yield from (n.id for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name))
+    places = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    yield from (n.id for place in places for n in ast.walk(place) if isinstance(n, ast.Name))
 
 
 # -- docs/support-matrix.md ------------------------------------------------------------------------------------------
