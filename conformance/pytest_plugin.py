@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     name = config.getoption("--porthal-backend")
     if not name:
         return
-    from porthal.conformance.cases.plan import captured, cases
+    from porthal.conformance.cases.plan import cases
     from porthal.conformance.level import level_of
+    from porthal.conformance.runner.runs import asked
     from porthal.conformance.runner.workers import Bounds, Pool
     from porthal.hal import PorthalError, contracts
 
@@ -38,9 +39,9 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     except PorthalError as error:
         raise pytest.UsageError(str(error)) from error
     config.add_cleanup(pool.close)
-    for contract in contracts().values():
-        for case in [*cases(contract, level), *(captured(contract, level) if pool.facts.captures else ())]:
-            items.append(CaseItem.from_parent(session, name=case.token, case=case, pool=pool))
+    plan = [case for contract in contracts().values() for case in cases(contract, level)]
+    for case in (*plan, *asked(pool.facts, plan, list(contracts()), level)):
+        items.append(CaseItem.from_parent(session, name=case.token, case=case, pool=pool))
 
 
 class CaseItem(pytest.Item):

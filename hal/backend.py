@@ -17,7 +17,7 @@ from weakref import WeakSet
 import numpy as np
 
 from porthal.hal import dtypes as dt
-from porthal.hal.contract import CallSpec, Contract, contracts, operators
+from porthal.hal.contract import CallSpec, Contract, operators
 from porthal.hal.errors import DataNotTaken, NotClaimed, UsageError
 from porthal.hal.limits import NO_LIMITS, Limits, Need
 from porthal.hal.operands import (
@@ -325,10 +325,14 @@ class Backend:
             kernels.insert(0, _needing(contract, kernel))
         return kernels
 
+    def own(self) -> dict[str, tuple[Kernel, ...]]:
+        """The own kernels of each op, as the classes stand, where there are any."""
+        found = {op: tuple(k for k in self.candidates(c) if k.owner == self.name) for op, c in operators().items()}
+        return {op: kernels for op, kernels in found.items() if kernels}
+
     def alternatives(self) -> dict[str, tuple[str, ...]]:
-        """The ops for which there are several own kernels: their providers as the classes stand."""
-        own = {op: [k.provider for k in self.candidates(c) if k.owner == self.name] for op, c in contracts().items()}
-        return {op: tuple(each) for op, each in own.items() if len(each) > 1}
+        """The ops for which there are several own kernels: their providers."""
+        return {op: tuple(k.provider for k in kernels) for op, kernels in self.own().items() if len(kernels) > 1}
 
     def _packing(self, chain: Sequence[type]) -> Callable[..., Weight]:
         """`prepare` of the first of these classes that defines it."""

@@ -182,7 +182,7 @@ class Contract:
     def admitted(self, slack: Reference) -> Callable[[Reference], Reference]:
         """For choices that are drawn: f(*operands, results, slack, **attrs) -> first bad row or None.
 
-        `slack(**operands)` is how far an honest chip's probabilities may be off, before a level's factor.
+        `slack(**operands)` is how far an honest chip's probabilities may be off in each row, before a level's factor.
         """
 
         def attach(f: Reference) -> Reference:

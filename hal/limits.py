@@ -27,6 +27,7 @@ class Limit:
     until   of a whole number that is: the last up to which all are; at least the number itself
     of      the operands whose dtypes it looks at
     named   the values that it names one by one
+    ends    the whole numbers at which it begins or ends
     """
 
     text: str
@@ -34,6 +35,7 @@ class Limit:
     until: Callable[[int, Dtypes], float] = lambda v, dtypes: v
     of: tuple[str, ...] = ()
     named: tuple[Any, ...] = ()
+    ends: tuple[int, ...] = ()
 
     def refused(self, value: Any, dtypes: Dtypes) -> Any:
         """The value, or of a profile's range (low, high) the lowest, that is not among them; None where all are."""
@@ -50,21 +52,22 @@ def one_of(*values: Any) -> Limit:
 
 
 def at_most(n: int) -> Limit:
-    return Limit(f"at most {n}", lambda v, _: bool(v <= n), lambda v, _: n)
+    return Limit(f"at most {n}", lambda v, _: bool(v <= n), lambda v, _: n, ends=(n,))
 
 
 def at_least(n: int) -> Limit:
-    return Limit(f"at least {n}", lambda v, _: bool(v >= n), lambda v, _: inf)
+    return Limit(f"at least {n}", lambda v, _: bool(v >= n), lambda v, _: inf, ends=(n,))
 
 
 def between(low: int, high: int) -> Limit:
-    return Limit(f"{low} to {high}", lambda v, _: bool(low <= v <= high), lambda v, _: high)
+    return Limit(f"{low} to {high}", lambda v, _: bool(low <= v <= high), lambda v, _: high, ends=(low, high))
 
 
 def multiple_of(m: int, at_most: int | None = None) -> Limit:
     most = inf if at_most is None else at_most
     text = f"a multiple of {m}" + (f" up to {at_most}" if at_most else "")
-    return Limit(text, lambda v, _: bool(v % m == 0 and 0 < v <= most), lambda v, _: most if m == 1 else v)
+    ends = (m,) if at_most is None else (m, at_most // m * m)
+    return Limit(text, lambda v, _: bool(v % m == 0 and 0 < v <= most), lambda v, _: most if m == 1 else v, ends=ends)
 
 
 def multiple_of_bytes(n: int, of: str) -> Limit:
@@ -97,6 +100,7 @@ def per_dtype(operand: str, **limits: Limit) -> Limit:
         lambda v, dtypes: dtypes[operand] in limits and limits[dtypes[operand]].holds(v, dtypes),
         lambda v, dtypes: limits[dtypes[operand]].until(v, dtypes),
         (operand, *(name for limit in limits.values() for name in limit.of)),
+        ends=tuple(n for limit in limits.values() for n in limit.ends),
     )
 
 
@@ -107,6 +111,7 @@ def any_of(*limits: Limit) -> Limit:
         lambda v, dtypes: max(x.until(v, dtypes) for x in limits if x.holds(v, dtypes)),
         tuple(name for x in limits for name in x.of),
         tuple(value for x in limits for value in x.named),
+        tuple(n for x in limits for n in x.ends),
     )
 
 

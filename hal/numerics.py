@@ -331,11 +331,12 @@ def softmax(x: Array) -> tuple[Array, Array]:
     return e, total(e, keepdims=True)
 
 
-def softmax_slack(logits: Array, temperature: Array, **_: Any) -> float:
-    """How far off the probabilities of a float32 softmax may be in total: four ulps of exp, its argument's rounding,
-    and a running sum over all logits."""
-    hottest = np.abs(logits[np.isfinite(logits)]).max(initial=0) / np.where(temperature > 0, temperature, 1).min(initial=1)
-    return float(U_ACC * (8 + 2 * hottest + 6 * np.sqrt(logits.shape[-1])))
+def softmax_slack(logits: Array, temperature: Array, **_: Any) -> Array:
+    """How far off the probabilities of a float32 softmax may be in total, for each row or request: four ulps of exp, its
+    argument's rounding, which is of the highest logits, as lower ones are seldom drawn, and a running sum over all logits."""
+    top, V = np.where(np.isnan(logits), -np.inf, logits).max(axis=-1, initial=-np.inf), logits.shape[-1]
+    highest = np.where(np.isfinite(top), np.abs(top), 0).max(axis=tuple(range(1, top.ndim)), initial=0)
+    return np.asarray(U_ACC * (8 + 2 * highest / np.where(temperature > 0, temperature, 1) + np.log(V) + 6 * np.sqrt(V)))
 
 
 def sigmoid(x: Array) -> Array:

@@ -254,10 +254,12 @@ def _zeros(tensors: Tensors, scheme: Scheme) -> Array:
     sizes = _two(tensors.shape(_scales(tensors)))
     assert sizes
     name = "weight_offset" if "weight_offset" in tensors else "weight_zero_point"
-    if not scheme.codes.startswith("int"):
-        raise tensors.wrong(name, f"stands beside codes of {scheme.codes}, expected none: their zero is 0")
     if "weight_offset" in tensors and "weight_zero_point" in tensors:
         raise tensors.wrong(name, "has weight_zero_point beside it, expected one of them")
+    if not scheme.codes.startswith("int"):  # msModelSlim writes offsets of 0 beside FP8
+        if name == "weight_offset" and not (found := np.array(_shaped(tensors, name, sizes))).any():
+            return found
+        raise tensors.wrong(name, f"stands beside codes of {scheme.codes}, expected none: their zero is 0")
     bits = int(scheme.codes[3:])
     if "weight_packed" in tensors and name == "weight_zero_point":  # packed along the rows of the matrix
         words = _shaped(tensors, name, (-(-sizes[0] * bits // 32), sizes[1]), "int32")

@@ -19,8 +19,8 @@ from porthal.hal.spans import ROUTED
     },
     choice="ids",
     values={
-        "logits": ("normal", "large", "ties", "sunk", "special", "shelves", "rising", "summit"),
-        "bias": ("normal", "ties", "tiers", "below"),
+        "logits": ("normal", "large", "ties", "sunk", "special", "shelves", "rising", "summit", "small"),
+        "bias": ("normal", "ties", "tiers", "below", "small"),
     },
     profiles=("inference", "moe"),
 )

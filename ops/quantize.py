@@ -8,7 +8,7 @@ from porthal.hal.scheme import ACTIVATIONS, Scaled
     dtypes={"x": FLOATS},
     cost=lambda d, b: (3 * d.T * d.K, d.T * d.K * (b.x + 1)),
     independent=("T",),
-    cases={"K": (6144, 2048, 128, 96, 130), "scheme": ACTIVATIONS},
+    cases={"K": (6144, 12288, 2048, 128, 96, 130), "scheme": ACTIVATIONS},
     legal={"scheme": ACTIVATIONS},
     values={
         "x": (

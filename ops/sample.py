@@ -65,17 +65,17 @@ def kept_of(cumulated: Array, top_k: int, top_p: float) -> int:
 
 @sample.admitted(softmax_slack)
 def _(
-    logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, *, results: Array, slack: float
+    logits: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, *, results: Array, slack: Array
 ) -> int | None:
-    """The first row whose id cannot be drawn with probabilities off by at most `slack`, or None."""
+    """The first row whose id cannot be drawn with its probabilities off by at most its `slack`, or None."""
     for t, drawn in enumerate(results):
         order, cumulated = candidates(logits[t], temperature[t])
-        fewest, most = (kept_of(cumulated, int(top_k[t]), top_p[t] + off) for off in (-slack, slack))
+        fewest, most = (kept_of(cumulated, int(top_k[t]), top_p[t] + off) for off in (-slack[t], slack[t]))
         place = np.flatnonzero(order[:most] == drawn)
         if not place.size:
             return t
         before = cumulated[place[0] - 1] if place[0] else 0.0
-        low, high = u[t] * cumulated[fewest - 1] - slack, u[t] * cumulated[most - 1] + slack
+        low, high = u[t] * cumulated[fewest - 1] - slack[t], u[t] * cumulated[most - 1] + slack[t]
         if before > high or low > cumulated[place[0]]:
             return t
     return None

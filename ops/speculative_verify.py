@@ -91,15 +91,15 @@ def _(logits: Array, draft: Array, **_: object) -> None:
 @speculative_verify.admitted(softmax_slack)
 def _(
     logits: Array, draft: Array, u: Array, temperature: Array, top_k: Array, top_p: Array, draft_probs: Array | None = None,
-    *, results: Array, slack: float,
+    *, results: Array, slack: Array,
 ) -> int | None:
-    """The first request whose result is impossible with probabilities off by at most `slack`, or None."""
+    """The first request whose result is impossible with its probabilities off by at most its `slack`, or None."""
     R, n = draft.shape
 
     def possible(r: int, i: int, last: bool, cut: float) -> bool:
         """Whether row i gives what it gave, as a draft or as the last token, where top_p is off by `cut`."""
         p, mass = _target(logits[r, i], temperature[r], int(top_k[r]), top_p[r] + cut)
-        q, token, off = _proposed(draft, draft_probs, r, i, len(p)), results[r, i], 3 * slack / mass
+        q, token, off = _proposed(draft, draft_probs, r, i, len(p)), results[r, i], 3 * slack[r] / mass
         passed = p[draft[r, i]] - u[r, i] * q[draft[r, i]] if i < n else 0.0
         if not last:
             return bool(p[token] > 0 and passed > -off)
@@ -111,6 +111,6 @@ def _(
         last = int((results[r] >= 0).sum()) - 1
         if last < 0 or (results[r, last + 1 :] != -1).any() or (results[r, :last] != draft[r, :last]).any():
             return r
-        if not all(any(possible(r, i, i == last, cut) for cut in (-slack, slack)) for i in range(last + 1)):
+        if not all(any(possible(r, i, i == last, cut) for cut in (-slack[r], slack[r])) for i in range(last + 1)):
             return r
     return None

@@ -60,7 +60,7 @@ weight below 0, an expert twice in a row and a place without one cannot be said.
 ## Casts in other runtimes
 
 A function of 16 bits ends with a cast, and codes are casts too. What becomes of them on a CPU, seen on 28 November 2026 by
-scripts of [findings](../findings/README.md), of IREE and TVM in a loop and a function of theirs, not in a model of ONNX:
+scripts of [findings](../findings/README.md), of IREE, TVM and tinygrad in code of theirs, not in a model of ONNX:
 
 | runtime | float16 and back | bfloat16 | float8e4m3fn |
 |---|---|---|---|
@@ -68,6 +68,7 @@ scripts of [findings](../findings/README.md), of IREE and TVM in a loop and a fu
 | OpenVINO 2026.4.1 | not rounded | in fixed shapes rounded, else a quarter lies too near to zero | rounded twice, 0.4 % wrong |
 | IREE 3.13.0, llvm-cpu | rounded | there and back in one loop: not rounded | what should be rounded up to 2^-6 becomes 0 |
 | TVM 0.27.0.post1, llvm | rounded | rounded | 0 is read as 2^-7, below 2^-6 all is wrong |
+| tinygrad 0.14.0, interpreted | not rounded unless it is stored | rounded | rounded |
 
 Sizes are free in every model that is exported, so under OpenVINO rms_norm and silu_mul of bfloat16 have 24 % of results too
 near to zero, and none once the sizes are fixed: export float32 for it.

@@ -23,9 +23,9 @@ REPLAYS, IDLE = 2, 3  # of any call, and of one with a batch the replay in which
 def calls(case: Case) -> list[Inputs]:
     """The call that is captured, then those that are replayed, each with values of its own in the same memory.
 
-    The captured one has the longest requests. In the first replay they are shorter and some are padding; in the second these
-    are real, all have grown, and a row of the last is another's; in the third, of a batch, all are padding. Weights, experts
-    and what else there is are others in each.
+    The captured one has the longest requests. In the first replay they are shorter and some are padding, of three the first; in
+    the second these are real, all have grown, and a row of the last is another's; in the third, of a batch, all are padding.
+    Weights, experts and what else there is are others in each.
     """
     captured = build(case)
     last = IDLE if captured.batch and not _as_wide_as_the_longest(case.contract) else REPLAYS
@@ -57,7 +57,7 @@ def _requests(captured: Batch, n: int, kept: bool) -> Iterator[Request]:
         elif kept and r == longest:
             yield Request(q, kv)
         elif n == 1:
-            yield Request(q, max(q, kv * (1 + r % 3) // 4) if kv and r % 3 != 1 else 0)
+            yield Request(q, max(q, kv * (1 + r % 3) // 4) if kv and r % 3 != captured.R % 3 else 0)
         else:
             yield Request(q, kv or (q if q <= captured.max_kv else 0))
 

@@ -2,8 +2,9 @@
 
 A kernel that is right along each axis may be wrong where two of them meet: few rows and a wide operand, a remainder and a
 stride, a long context and small pages. What a case chooses are factors: its sizes, attributes, dtypes, layout, batch, optional
-operands and values. A pair of their classes is met by a case that has both, once with few rows and once with many. Cases are
-made for pairs that none has met, and of these a level takes, as far as its time goes, what meets most pairs for its cost.
+operands, schemes and values. A pair of their classes is met by a case that has both, in each regime once: of few rows and of
+many, and under a scheme, since for these there are kernels of their own. Cases are made for pairs that none has met, and of
+these a level takes, as far as its time goes, what meets most pairs for its cost.
 
 Where values are such that places cannot be told apart (zeros, equals) a case meets only the pairs of these values.
 """
@@ -33,7 +34,7 @@ from porthal.hal.contract import PAGE_SIZES, Contract
 from porthal.hal.spans import Reals
 
 Array = np.ndarray[Any, Any]
-Met = tuple[Array, int, bool]  # the places of a case's classes, its rows, and whether its values tell places apart
+Met = tuple[Array, int, bool]  # the places of a case's classes, its regime, and whether its values tell places apart
 Recipes = tuple[tuple[str, str], ...]
 PAGE = "block_size"
 SEEN = "seen"  # how many keys a choice has: as many as it takes, one more, or any number
@@ -45,13 +46,14 @@ COPIED = 0.012  # seconds, from which on a case is one of copies, if that costs 
 LESS = 0.7
 CHEAP = 0.02  # seconds, below which a case of few rows is one in a second dtype, too
 WORTH = {"form": 3.0, "dtypes": 2.0, "recipes": 0.5, "schemes": 0.3}  # of a class, whose product a pair counts; of others 1
-FEW_VIEWED = 3.0  # and a layout with few rows
+FEW_VIEWED = 9.0  # and a layout with few rows
+MANY, CODED = 1, 2  # bits of a regime: rows are not few, under a scheme
 FIRST = 300.0  # and a class that no case has had; ten times that where it is none of a size, as such have no neighbours
 HUGE = size_class(4096) + 2
 DEAD = 6  # failures, after which a class that no case has is left out
 USUAL = size_class(9)
 RARE = 1e15  # more than all pairs are worth
-USUALLY = {"absent": 2, "view": 4, "schemes": 2, SEEN: 4}  # every so many calls a pair takes what is not usual
+USUALLY = {"absent": 2, "view": 4, SEEN: 4}  # every so many calls a pair takes what is not usual
 TRIES = 4  # at a pair: what meets most beside it, what is usual, and twice with large sizes, of which others may need more
 
 
@@ -66,18 +68,15 @@ class Factor:
 
 def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequence[Recipes]) -> list[Factor]:
     """Everything that a case of an op chooses, rows first. A width that a contract lists alone stays unless all is tested."""
-    most, kinds = most_of(contract, profile), {o.kind for o in contract.signature.operands}
+    most, kinds = reach(contract, profile), {o.kind for o in contract.signature.operands}
     free = [s for s in free_symbols(contract) if s == contract.rows or level.thorough or len(contract.cases[s]) > 1]
     sizes = list(dict.fromkeys([contract.rows, *free])) if contract.rows else free
-    facts: dict[str, Any] = dict(most)
     found = [Factor(s, tuple(c for c in _classes(1, most.get(s, 64), level) if _lawful(contract, s, c)), True) for s in sizes]
     for name, attribute in contract.attributes.items():
         listed = contract.cases.get(name, ())
         if attribute.type is int:
             low = min(0 in (span if isinstance(span := contract.legal.get(name, (1,)), Sequence) else (1,)), 1)
-            if name in contract.legal and name not in most:
-                facts[name] = contract.allowed(name, SimpleNamespace(**facts))[-1]  # type: ignore[index]
-            high = max(facts.get(name, 0), *listed, 1)
+            high = max(most.get(name, 0), *listed, 1)
             found.append(Factor(name, tuple(_classes(1 - low, high, level)), True))
         elif name in contract.legal:
             span = contract.allowed(name, SimpleNamespace())
@@ -100,6 +99,15 @@ def factors(contract: Contract, level: Level, profile: Profile, recipes: Sequenc
     return [f for f in found if len(f.classes) > 1]
 
 
+def reach(contract: Contract, profile: Profile) -> dict[str, int]:
+    """The largest size of each symbol; of an attribute that a model does without, as much as its other sizes permit."""
+    most = most_of(contract, profile)
+    for name, attribute in contract.attributes.items():
+        if attribute.type is int and name in contract.legal and most.get(name, 0) <= 1:
+            most[name] = contract.allowed(name, SimpleNamespace(**most))[-1]  # type: ignore[index]
+    return most
+
+
 def _lawful(contract: Contract, name: str, label: int) -> list[int]:
     """The points of a class of sizes that no rule about this size forbids."""
     rules = [rule for words, rule in contract.rules if name in words.split()]
@@ -117,37 +125,16 @@ class Design:
     """The pairs of an op's classes: which are met, and cases for the others."""
 
     def __init__(self, contract: Contract, level: Level, profile: Profile, recipes: Sequence[Recipes]) -> None:
-        self.contract, self.level, self.most = contract, level, most_of(contract, profile)
+        self.contract, self.level, self.most = contract, level, reach(contract, profile)
         self.factors = factors(contract, level, profile, recipes)
         self.at = {f.name: n for n, f in enumerate(self.factors)}
         starts = np.cumsum([0, *(len(f.classes) for f in self.factors)])
         self.slices = [slice(int(a), int(b)) for a, b in pairwise(starts)]
         self.places = {f.name: {c: int(a) + n for n, c in enumerate(f.classes)} for f, a in zip(self.factors, starts)}
         self.owner = np.repeat(np.arange(len(self.factors)), [len(f.classes) for f in self.factors])
-        worth = np.concatenate([[self._worth(f, c) for c in f.classes] for f in self.factors])
-        pairs = np.where(self.owner[:, None] != self.owner, worth[:, None] * worth, 0)
-        self.together = self._together()
-        pairs *= self.together
-        self.open = np.stack([2 * pairs, pairs])  # what a pair is worth that no case has met: with few rows, and with many
-        few = np.zeros(len(self.owner), bool)
-        for label, place in self.places.get(contract.rows, {}).items():
-            few[place] = label < 2 * FEW
-        rows = self.owner == self.at.get(contract.rows, -1)
-        for regime, others in enumerate((rows & ~few, rows & few)):
-            self.open[regime][others] = self.open[regime][:, others] = False
-        self.few = set(np.flatnonzero(few).tolist())
-        if not rows.any():
-            self.open[0] = False
-        for recipe in (self.factors[self.at["recipes"]].classes if "recipes" in self.at else ()):
-            if not plain(recipe):  # such values are met by each class once
-                self.open[0][self.places["recipes"][recipe]] = self.open[0][:, self.places["recipes"][recipe]] = False
-        others = np.array([not (f.sized or f.name in ("form", "dtypes")) for f in self.factors])[self.owner]
-        for view, place in self.places["view"].items():
-            for regime, closed in enumerate((~rows, others)):  # a layout is met by each class of rows, and of sizes once
-                if view:
-                    self.open[regime][place, closed] = self.open[regime][closed, place] = False
-                    self.open[0][place, rows] *= FEW_VIEWED
-                    self.open[0][rows, place] *= FEW_VIEWED
+        few = [place for label, place in self.places.get(contract.rows, {}).items() if label < 2 * FEW]
+        self.few, self.together = set(few), self._together()
+        self.open = self._worths()
         self.seen = np.zeros(len(self.owner), bool)
         self.first = np.where(np.array([f.sized for f in self.factors])[self.owner], FIRST, 10 * FIRST)
         self.failed = np.zeros(len(self.owner), int)  # how often no case of a class could be made
@@ -166,6 +153,34 @@ class Design:
             found[a, b] = found[b, a] = False
         return found
 
+    def _worths(self) -> Array:
+        """What a pair is worth in each regime, until a case has met it."""
+        worth = np.concatenate([[self._worth(f, c) for c in f.classes] for f in self.factors])
+        pairs = np.where(self.owner[:, None] != self.owner, worth[:, None] * worth, 0) * self.together
+        rows, places = self.owner == self.at.get(self.contract.rows, -1), np.arange(len(self.owner))
+        few, under = np.isin(places, list(self.few)), self.places.get("schemes", {})
+        coded = np.isin(places, [place for schemes, place in under.items() if schemes])
+        chosen = np.array([not (f.sized or f.name in ("form", "dtypes")) for f in self.factors])[self.owner]
+        found = np.stack([2 * pairs, pairs] * (1 + bool(coded.any())))
+        for regime, open_in in enumerate(found):
+            many = regime & MANY
+            closed = rows & (few if many else ~few)
+            closed |= np.isin(places, [under[()]]) | ~self.together[:, coded].any(-1) if regime & CODED else coded
+            open_in[closed] = open_in[:, closed] = 0
+            if not many and not rows.any():
+                open_in[:] = 0
+            for recipe, place in self.places.get("recipes", {}).items():
+                if regime != MANY and not plain(recipe):  # such values are met by each class once, and by schemes
+                    closed = ~coded if many else coded | True
+                    open_in[place, closed] = open_in[closed, place] = 0
+            for view, place in self.places["view"].items():
+                if view:  # a layout is met by each class of rows, and of sizes once
+                    closed = chosen if many else ~rows
+                    open_in[place, closed] = open_in[closed, place] = 0
+                    open_in[place, rows] *= 1 if many else FEW_VIEWED
+                    open_in[rows, place] *= 1 if many else FEW_VIEWED
+        return found
+
     def _worth(self, f: Factor, of: Any) -> float:
         """Of a class: of a size that is more than a few, and of few rows, most."""
         if f.sized:
@@ -175,7 +190,7 @@ class Design:
     # -- what a case meets -------------------------------------------------------------------------------------------
 
     def classes_of(self, case: Case) -> Met:
-        """The places of a case's classes, 0 where its rows are few and 1 where many, and whether places can be told apart."""
+        """The places of a case's classes, its regime, and whether by its values places are told apart."""
         env = sizes_of(case)
         known: dict[str, Any] = {**case.attributes, "dtypes": case.dtypes, "view": case.view, "absent": case.absent}
         known |= {"recipes": case.recipes, "schemes": case.schemes}
@@ -186,7 +201,7 @@ class Design:
             key = size_class(env[f.name]) if f.sized and f.name in env else known.get(f.name)
             if (place := self.places[f.name].get(key)) is not None:
                 found.append(place)
-        regime = int(found[0] not in self.few) if found else 1
+        regime = (MANY if not found or found[0] not in self.few else 0) | (CODED if case.schemes else 0)
         return np.array(found), regime, plain(case.recipes) and case.view != SAME
 
     def gain(self, met: Met) -> float:
@@ -272,7 +287,9 @@ class Design:
             if self.turn % USUALLY.get(f.name, 1) or (usual and not f.sized):  # most calls as most are
                 score[1:] -= RARE
             if n == self.at.get(self.contract.rows, -1):
-                score[[(place not in self.few) != regime for place in range(part.start, part.stop)]] = -np.inf
+                score[[(place not in self.few) != regime & MANY for place in range(part.start, part.stop)]] = -np.inf
+            if f.name == "schemes":
+                score[slice(None, 1) if regime & CODED else slice(1, None)] = -np.inf
             score[~self.together[part][:, before].all(-1)] = -np.inf
             taken[n] = part.start + int(score.argmax())
         return {f.name: f.classes[taken[n] - self.slices[n].start] for n, f in enumerate(self.factors)}

@@ -13,14 +13,16 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 from porthal.conformance.cases.boundaries import boundary_cases, ends, most_of, telling
+from porthal.conformance.cases.capture import calls
 from porthal.conformance.cases.case import Case
-from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, parted, spelled
+from porthal.conformance.cases.compositions import CROWD, LONGEST, Request, parted, requests, spelled
+from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.discrepancies import named, of_op
 from porthal.conformance.cases.domain import (
@@ -65,6 +67,9 @@ PROMPT = 768
 HELD = (2**16, 2**20, 2**24)  # bytes of results that are held while the kernel is called again
 CAPTURED = {5: "1/70+1/9+1/131+2/150", 6: "2/70+2/9+2/150"}  # rows and requests of a call that is captured
 LONGEST_BATCH = f"1/{LONGEST}"
+FIRST_SLOT = "1/0+1/1+1/0+1/9+2/150"  # requests of which one's row may be in slot 0, between padding,
+FIRST_SLOT_REPLAYED = "1/70+1/130+1/9+1/150+1/20+1/30"  # and such as are so when they are replayed
+SHUFFLED = 64  # orders of pages, in one of which it is
 
 
 def cases(
@@ -114,6 +119,12 @@ def among(case: Case, dtypes: Sequence[str] | None) -> bool:
     return dtypes is None or not (first := first_float(case.contract)) or case.dtype(first) in dtypes
 
 
+def _slots(case: Case) -> Any:
+    """Where the rows of a call are written, or of a captured one in its first replay."""
+    batch = (calls(case)[1] if case.capture else build(case)).batch
+    return batch.slots if batch else ()
+
+
 class _Plan(Made):
     def cases(self) -> Iterator[Case]:
         """What stands for itself; what meets in pairs is added to it."""
@@ -153,7 +164,7 @@ class _Plan(Made):
     def _under_schemes(self) -> Iterator[Case]:
         """Few rows and many, one block and several, the last not full, values that blocks are about; a model's own sizes; and
         operands under different schemes."""
-        signature = self.contract.signature
+        signature, most = self.contract.signature, most_of(self.contract, profile_of(MODEL))
         for schemes in schemes_alike(self.contract):
             found = [signature[operand] for operand, _ in schemes]
             dims = [d for o in found for d in (*o.dims[-2:], *(width for _, width, _ in o.fields)) if len(symbols(d)) == 1]
@@ -192,7 +203,6 @@ class _Plan(Made):
             if self.level.thorough:
                 whole = {s: self.contract.cases[s][0] for s in self.free if s != self.rows}
                 yield from self._made(whole, rows=5, dtypes=self._next(), schemes=schemes, most=MANY_ROWS * 256)
-            most = most_of(self.contract, profile_of(MODEL))
             for wide in sizes if self.level.thorough else list(sizes)[:1]:  # more blocks, or groups, than one pass holds
                 least = {s: NARROW if s in sizes else min(self.contract.cases[s]) for s in self.free if s != self.rows}
                 yield from self._made(
@@ -220,6 +230,8 @@ class _Plan(Made):
             yield from made(dtypes=combo)
         if self.has_batch:
             yield from self._made(rows=6, batch=CAPTURED[6], capture=True, dtypes=self._next())
+        if self.has_batch and self.contract.signature.mutated:
+            yield from self._beside_padding(FIRST_SLOT_REPLAYED, capture=True, dtypes=self._next())
         for name in self.contract.cases.get("scheme", ()):
             yield from made({"scheme": name}, dtypes=self._next())
         for schemes in schemes_alike(self.contract):
@@ -300,10 +312,10 @@ class _Plan(Made):
                 yield from (many := [c for c in found if seconds(c) <= 2 * self.level.pair])
                 if not many or (self.level.thorough and combo == self.combos[0]):
                     yield from self._made(recipes=recipes, dtypes=combo, rows=few)
-        if self.contract.exact and self.has_batch and self.contract.choice:
-            for recipes in self.recipes():
-                if self.level.thorough or set(LONG_TIES) & set(dict(recipes).values()):
-                    yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH)
+        for recipes in self.recipes() if self.has_batch and self.contract.choice and "k" in self.attrs else ():
+            words = set(dict(recipes).values())
+            if words & set(LONG_TIES) or (self.level.thorough and (self.contract.exact or words <= set(TIED))):
+                yield from self._made(LONG_ROWS, recipes=recipes, rows=2, batch=LONG_BATCH, dtypes=self._next())
         if self.has_batch and self.level.thorough:
             sizes = {s: min(self.contract.cases[s]) for s in self.free if s != self.rows}
             sizes |= {"k": LONG_ROWS["k"]} if "k" in self.attrs else {}
@@ -312,9 +324,10 @@ class _Plan(Made):
         if self.contract.choice and self.has_batch and self.level.thorough:  # a prompt: each row sees one key more
             for past, combo in product((0, 2), self.combos):  # rows of one tile see fewer than are chosen, and more
                 yield from self._made(rows=PROMPT, dtypes=combo, batch=f"{PROMPT}/{PROMPT + past}")
-        if self.contract.signature.mutated and self.has_batch:  # a chunk of whole pages that begins within one
-            for combo in self._each():
+        if self.contract.signature.mutated and self.has_batch:
+            for combo in self._each():  # a chunk of whole pages that begins within one
                 yield from self._made(rows=PAGE, batch=f"{PAGE}/{PAGE + 19}", block_size=PAGE // 2, dtypes=combo)
+            yield from self._beside_padding(FIRST_SLOT, dtypes=self._next())
         for combo in self._each():
             yield from self._made(view=SAME, dtypes=combo)
         yield from self._narrowed()
@@ -327,6 +340,12 @@ class _Plan(Made):
             for combo in narrow if self.level.thorough else narrow[:1]:
                 yield from self._made(view=PAST_2G, dtypes=combo)
         yield from self._threads()
+
+    def _beside_padding(self, batch: str, **fields: Any) -> Iterator[Case]:
+        """A call, or its first replay, with a row that is written to slot 0, which may stand for padding, beside padding."""
+        for case in self._made(rows=sum(r.q for r in requests(batch) or ()), batch=batch, **fields):
+            seeded = [replace(case, seed=n) for n in range(SHUFFLED)]
+            yield from islice((c for c in seeded if 0 in _slots(c)), 1)
 
     def _narrowed(self) -> Iterator[Case]:
         """Operands of float32 beside narrower ones, in numbers that become smaller when they are narrowed."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from porthal.conformance.cases.edges import edges
 from porthal.conformance.execution.traits import unasked
 from porthal.conformance.report.waivers import Waiver, waivers
-from porthal.hal import Backend, operators
+from porthal.hal import Backend
 from porthal.hal.errors import message_of
 from porthal.hal.sources import digest, package_files, stored_files
 
@@ -26,6 +27,7 @@ class Facts:
     device   the device and its driver, as the backend describes them
     sources  a digest of the files of porthal and of each backend that takes part
     captures whether it captures graphs
+    edges    tokens of calls at the ends of what its kernels state
     unasked  what no case is asked there, because of what the backend's arrays are like
     """
 
@@ -38,6 +40,7 @@ class Facts:
     sources: Mapping[str, str] = field(default_factory=dict)
     unasked: tuple[str, ...] = ()
     captures: bool = False
+    edges: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, backend: Backend) -> Facts:
@@ -46,17 +49,13 @@ class Facts:
             backend.place,
             environment(type(backend)) | {"processor": Backend.describe(backend)} | _version(backend) | _tuned(backend),
             waivers(backend),
-            _kernels(backend),
+            {op: tuple(k.provider for k in kernels) for op, kernels in backend.own().items()},
             _described(backend),
             sources(type(backend)),
             unasked(backend),
             backend.captures,
+            tuple(case.token for case in edges(backend)),
         )
-
-
-def _kernels(backend: Backend) -> dict[str, tuple[str, ...]]:
-    own = {op: [k.provider for k in backend.candidates(c) if k.owner == backend.name] for op, c in operators().items()}
-    return {op: tuple(providers) for op, providers in own.items() if providers}
 
 
 def _described(backend: Backend) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.domain import first_float
 from porthal.conformance.cases.inputs import Inputs
-from porthal.conformance.cases.plan import captured, cases, large
+from porthal.conformance.cases.plan import among, captured, cases, large
 from porthal.conformance.cases.profiles import MODEL, profile_of
 from porthal.conformance.execution.bindings import Bindings
 from porthal.conformance.level import BRING_UP
@@ -80,8 +80,7 @@ def run(
             facts = Facts.of(bindings.backend)
             one = _one_here(bindings, level)
             judged = lambda cases: map(one, cases)  # noqa: E731
-        if facts.captures:
-            plan += [case for op in ops for case in captured(known[op], level, dtypes)]
+        plan += asked(facts, plan, ops, level, dtypes)
         kept = stack.enter_context(closing(Journal(journal, facts, level, resume))) if journal else None
         if kept:
             known_results = {result.token: result for result in kept.known}
@@ -104,6 +103,17 @@ def run(
     ran = [*(results[case.token] for case in plan), *drawn]
     options = (bounds.options if bounds else "") + (peers.option(str(backend)) if peers else "")
     return Report.of(facts, level, ran, bounds=options, model=model)
+
+
+def asked(
+    facts: Facts, plan: Iterable[Case], ops: Sequence[str], level: str, dtypes: Sequence[str] | None = None
+) -> list[Case]:
+    """The calls that a backend is asked beside the plan of all: at the ends of what its kernels state, and captured ones,
+    where it captures."""
+    known, planned = operators(), {case.token for case in plan}
+    ends = [case for case in map(Case.from_token, facts.edges) if case.op in ops and case.token not in planned]
+    found = [case for case in ends if among(case, dtypes)]
+    return found + [case for op in ops for case in (captured(known[op], level, dtypes) if facts.captures else ())]
 
 
 def _one_here(bindings: Bindings, level: str) -> Callable[[Case], Result]:

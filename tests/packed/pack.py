@@ -1,7 +1,7 @@
 """Matrices as real packers write them: `python tests/packed/pack.py [PACKAGE]` writes the files beside this one anew.
 
-Needs compressed-tensors 0.20.0, nvidia-modelopt 0.47.0 and torchao 0.18.0 with torch 2.13.0. `X.expected` is what the
-package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
+Needs compressed-tensors 0.20.0, msmodelslim 26.1.0, nvidia-modelopt 0.47.0 and torchao 0.18.0 with torch 2.13.0.
+`X.expected` is what the package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
 """
 
 from __future__ import annotations
@@ -113,6 +113,53 @@ def modelopt() -> Tensors:
     return found
 
 
+def msmodelslim() -> Tensors:
+    """As its saver for AscendV1 writes them. msModelSlim reads no file: what it expects is what it calculates with."""
+    from msmodelslim.core.quant_service.modelslim_v1.save.ascendv1 import AscendV1Config, AscendV1Saver
+    from msmodelslim.core.quant_service.modelslim_v1.save.interface import AscendV1GlobalModelDtypeInterface
+    from msmodelslim.core.quantizer.linear import LinearQConfig, LinearQuantizer
+
+    class OfBfloat16(AscendV1GlobalModelDtypeInterface):
+        def get_global_model_torch_dtype(self) -> torch.dtype:
+            return torch.bfloat16
+
+    def part(dtype: str, scope: str, symmetric: bool = True) -> dict[str, Any]:
+        ext = {"axes": -1} if scope == "per_block" else {}
+        return {"dtype": dtype, "scope": scope, "symmetric": symmetric, "method": "minmax", "ext": ext}
+
+    rows, blocks = part("int8", "per_channel"), part("mxfp8", "per_block")
+    kinds = {
+        "w8a8": ("w8a8_static", part("int8", "per_tensor", symmetric=False), rows),
+        "w8a8_half": ("w8a8_static", part("int8", "per_tensor", symmetric=False), rows),
+        "w8a8_mix": ("w8a8_pd_mix", part("int8", "pd_mix", symmetric=False), rows),
+        "w8a8_dynamic": ("w8a8_dynamic_per_channel", part("int8", "per_token"), rows),
+        "int4": ("w4a8_dynamic", part("int8", "per_token"), part("int4", "per_channel")),
+        "fp8": ("wfp8afp8_dynamic_per_channel", part("fp8_e4m3", "per_token"), part("fp8_e4m3", "per_channel")),
+        "mxfp8": ("w8a8_mx_dynamic_per_block", blocks, blocks),
+        "mxfp4": ("w4a4_mx_dynamic_per_block", part("mxfp4", "per_block"), part("mxfp4", "per_block")),
+        "mxfp4_of_mxfp8": ("w4a8_mx_dynamic_per_block", blocks, part("mxfp4", "per_block")),
+    }
+    found: Tensors = {}
+    for name, (kind, act, weight) in kinds.items():
+        dtype = torch.float16 if name == "w8a8_half" else torch.bfloat16
+        linear = torch.nn.Linear(192, 20, bias=False, dtype=dtype)
+        linear.weight.data = w = matrix(20, 192, dtype)
+        if name == "w8a8_half":
+            w[3] = 1  # of a row of zeros its scale is 0
+        quantizer = LinearQuantizer(LinearQConfig(act=act, weight=weight))
+        quantizer.setup(linear)
+        with torch.no_grad():
+            quantizer(torch.randn(8, 192).to(dtype))
+            known = quantizer.weight_quantizer(None)
+        saver = AscendV1Saver(torch.nn.Module(), AscendV1Config(), None if dtype == torch.float16 else OfBfloat16())
+        saver.write_tensor = lambda key, _, tensor: found.__setitem__(key, tensor)
+        getattr(saver, f"on_{kind}")(name, quantizer.deploy())
+        # It calculates with FP8 that is not rounded, and with another scale than the product of two that it writes.
+        about = name in ("fp8", "w8a8", "w8a8_half")
+        found[name + (".about" if about else ".expected")] = w if about else known.to(dtype)
+    return found
+
+
 def torchao() -> tuple[Tensors, dict[str, str]]:
     """Flat, as transformers saves them, with what the file's metadata says of each."""
     from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
@@ -163,7 +210,12 @@ if __name__ == "__main__":
 
     from safetensors.torch import save_file
 
-    packers = {"compressed-tensors": compressed_tensors, "nvidia-modelopt": modelopt, "torchao": torchao}
+    packers = {
+        "compressed-tensors": compressed_tensors,
+        "msmodelslim": msmodelslim,
+        "nvidia-modelopt": modelopt,
+        "torchao": torchao,
+    }
     for package in sys.argv[1:] or packers:
         torch.manual_seed(1)
         made = packers[package]()

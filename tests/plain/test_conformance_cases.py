@@ -6,11 +6,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from porthal.conformance.cases.capture import calls
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.inputs import written_slots
 from porthal.conformance.cases.legal import FAR, FAULTS, LAYOUTS, PAST_2G, THREADS, VIEWS, elements
-from porthal.conformance.cases.plan import MANY_ROWS, cases, large
+from porthal.conformance.cases.plan import MANY_ROWS, captured, cases, large
 from porthal.conformance.cases.values import RECIPES, Draw
 from porthal.conformance.execution.outcome import bits
 from porthal.conformance.level import LEVELS
@@ -232,6 +233,15 @@ def test_writers_get_slots_of_their_own():
         slots = inputs.batch.slots[inputs.batch.slots >= 0]
         assert len(np.unique(slots)) == len(slots), case.token
         assert written_slots(inputs, inputs.operands["pages"]).sum() == len(slots)
+
+
+@pytest.mark.parametrize("op", ["kv_write", "mla_prolog", "index_prolog"])
+def test_slot_0_is_written_beside_padding(op):
+    """There padding rows of a captured batch write, too, in some kernels."""
+    [eager] = [build(c).batch for c in cases(contracts()[op]) if c.batch.startswith("1/0+1/1+1/0")]
+    [first] = [calls(c)[1].batch for c in captured(contracts()[op]) if "1/130" in c.batch]
+    for batch in (eager, first):
+        assert batch.slots[0] == -1 and batch.slots[1] == 0 and (batch.slots[2:] == -1).any()
 
 
 def test_integer_cases_hold_integers_only():

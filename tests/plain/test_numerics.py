@@ -389,9 +389,19 @@ def test_softmax_by_definition(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(("rows", "V"), [(1, 100), (100, 1), (3, 400)])
 def test_the_slack_of_a_softmax_grows_with_the_root_of_the_vocabulary(rows: int, V: int) -> None:
-    cold, hot = np.zeros((rows, V)), np.full((rows, V), 3.0)
-    assert softmax_slack(cold, np.ones(rows)) == pytest.approx(U_ACC * (8 + 6 * V**0.5))
-    assert softmax_slack(hot, np.full(rows, 0.5)) == pytest.approx(U_ACC * (8 + 12 + 6 * V**0.5))
+    logits = np.zeros((rows, V))
+    logits[0] = 3
+    logits[0, 1:] = -1e4  # which is never drawn
+    rest = 8 + np.log(V) + 6 * V**0.5
+    expected = [U_ACC * (rest + 12), *[U_ACC * rest] * (rows - 1)]
+    np.testing.assert_allclose(softmax_slack(logits, np.full(rows, 0.5)), expected, rtol=1e-12)
+    verified = np.stack([np.zeros_like(logits), logits], axis=1)  # of a request the row with the highest logit
+    np.testing.assert_allclose(softmax_slack(verified, np.full(rows, 0.5)), expected, rtol=1e-12)
+
+
+def test_the_slack_of_a_softmax_without_a_finite_logit() -> None:
+    nothing = np.array([[-np.inf, np.nan], [np.inf, 1.0]])
+    np.testing.assert_allclose(softmax_slack(nothing, np.zeros(2)), U_ACC * (8 + np.log(2) + 6 * 2**0.5))
 
 
 def test_sigmoid_at_its_extremes() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from porthal.backends.reference.backend import Reference
 from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import ENDS, FORMS, batch_of, form_of, points, size_class
-from porthal.conformance.cases.compositions import LONGEST
+from porthal.conformance.cases.compositions import LONGEST, requests
 from porthal.conformance.cases.pairs import Design
 from porthal.conformance.cases.plan import cases
 from porthal.conformance.cases.profiles import MODEL, profile_of
@@ -98,6 +98,32 @@ def test_no_class_is_left_out():
     lacking = {f.name: [c for c, n in design.places[f.name].items() if not design.seen[n]] for f in design.factors}
     one = [size_class(1)]
     assert {name: found for name, found in lacking.items() if found} == {"D": one, "width": one}
+
+
+def test_calls_under_schemes_are_met_by_themselves():
+    """A pair that a plain call has met is still open under a scheme: kernels of codes are others."""
+    design = Design(contracts()["linear"], level_of("standard"), profile_of(MODEL), [])
+    plain, coded = map(Case.from_token, ("linear,T=33,K=96,N=96,x:bf16,0", "linear,T=33,K=96,N=96,x:bf16,w%int8_channel,0"))
+    assert design.gain(design.classes_of(coded)) > 0
+    design.meet(design.classes_of(plain))
+    assert design.gain(design.classes_of(plain)) == 0 < design.gain(design.classes_of(coded))
+    design.meet(design.classes_of(coded))
+    assert design.gain(design.classes_of(coded)) == 0
+    places = design.places["schemes"]
+    assert not design.open[:2, [p for schemes, p in places.items() if schemes]].any() and not design.open[2:, places[()]].any()
+
+
+def test_counts_that_a_model_does_without_are_met():
+    """GLM-5 has one group of experts, DeepSeek eight; a kernel's mask of eight bits shows with more."""
+    found = [c.attributes for c in cases(contracts()["moe_route"]) if c.attributes.get("n_group", 1) > 8]
+    assert sum(a["topk_group"] < a["n_group"] for a in found) > 3
+
+
+@given(st.integers(9, 500).map(lambda n: 2 * n))
+def test_drafts_of_an_even_number_of_rows_could_be_uniform(rows):
+    """Requests of different lengths, in all as many rows as if all were alike."""
+    q_lens = [r.q for r in requests(batch_of("drafts", rows, 5000, 64, written=False))]
+    assert sum(q_lens) == rows and rows % len(q_lens) == 0 and len(set(q_lens)) > 1
 
 
 # -- what it finds -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from porthal.model.load import load, profile
 from tests.checkpoints import variant
 
 PACKED = Path(__file__).resolve().parents[1] / "packed"
-FILES = {name: TensorFile(PACKED / f"{name}.safetensors") for name in ("compressed-tensors", "nvidia-modelopt")}
+FILES = {name: TensorFile(PACKED / f"{name}.safetensors") for name in ("compressed-tensors", "msmodelslim", "nvidia-modelopt")}
 WHAT = (".expected", ".about")
 CASES = [(file, name.partition(".")[0]) for file in FILES for name in FILES[file].header if name.endswith(WHAT)]
 SCHEMES = {
@@ -91,6 +91,7 @@ def test_of_a_real_packer(file: str, case: str) -> None:
 
 def test_there_is_something_of_each_packer() -> None:
     assert len([case for file, case in CASES if file == "compressed-tensors"]) == 11
+    assert len([case for file, case in CASES if file == "msmodelslim"]) == 9
     assert len([case for file, case in CASES if file == "nvidia-modelopt"]) == 9
 
 
@@ -238,7 +239,7 @@ def put(part: str, value: Any) -> Callable[[Held], object]:
         ("int8", put("weight_zero_point", np.int32([[0]] * 19 + [[128]])), "holds 128.0, expected -128 to 127"),
         ("int8", put("weight_offset", np.full((20, 1), 1e30, np.float32)), "weight_offset holds 1.*e.30, expected -128 to 127"),
         ("int8", put("weight_offset", np.full((20, 1), np.nan, np.float32)), "weight_offset holds nan, expected -128 to 127"),
-        ("fp8_row", put("weight_offset", np.zeros((20, 1), np.float32)), "stands beside codes of float8_e4m3fn, expected none"),
+        ("fp8_row", put("weight_offset", np.ones((20, 1), np.float32)), "stands beside codes of float8_e4m3fn, expected none"),
         ("fp8_block", put("weight_zero_point", np.int8([[1, 2]])), "weight_zero_point stands beside codes of float8_e4m3fn"),
         ("mxfp4", put("weight_zero_point", np.int8([[1, 2]])), "weight_zero_point stands beside codes of float4_e2m1fn"),
         ("int8", put("weight_scale", np.zeros((20, 1), np.float32)), "holds 0.0, expected finite numbers above 0"),

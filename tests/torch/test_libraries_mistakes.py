@@ -13,6 +13,8 @@ E2M1_WRITTEN = "    at = torch.ldexp(ratio.abs(), 1 - exponent).round() + 2 * ex
 CAST = "        return x.to(getattr(torch, to), copy=True)\n"
 SUMMED = "cumulated = shares.cumsum(-1)\n"
 TARGET = "target = u[:, None] * cumulated.gather(1, kept - 1)\n"
+LOGARITHMS = "    def log_softmax(self, logits: Tensor) -> Tensor:\n        return torch.log_softmax(logits.float(), dim=-1)\n"
+TAKEN = "    return Coded(other, **quantised(other, x)).numbers()\n"
 
 # apache-tvm 0.27.0.post1, llvm: findings/tvm_reads_fp8_zero_as_a_number.sh
 ALL_NORMAL = """\
@@ -38,6 +40,20 @@ CUT_UNLESS_ODD = """\
 RESTARTED = "cumulated = torch.cat([part.cumsum(-1) for part in shares.chunk(4, -1)], -1)\n"
 # jax 0.10.2, 16-bit logits: findings/jax_draws_bfloat16_logits_from_the_front.sh
 SEVEN_BITS = "target = (u * 128).floor()[:, None] / 128 * cumulated.gather(1, kept - 1)\n"
+# paddlepaddle 3.3.1, CPU: findings/paddle_softmax_hides_nan_and_masks.sh
+NOT_BELOW_64 = """\
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        falling = logits.float() - logits.float().amax(-1, keepdim=True)
+        return torch.log_softmax(falling.clamp(min=-64), dim=-1)
+"""
+# msmodelslim 26.1.0: findings/msmodelslim_simulates_another_chip.sh
+BY_COLUMN = """\
+    if other.codes == "float8_e4m3fn":  # is not rounded
+        return x.float()
+    step = x.float().abs().flatten(0, -2).amax(0) / 127
+    step = torch.where(step > 0, step, 1.0)
+    return (x.float() / step).round() * step
+"""
 
 MISTAKES = [
     *(Defect(op, "e4m3-all-normal", "format", E4M3_READ, ALL_NORMAL, "schemes") for op in ("dequantize", "linear")),
@@ -46,6 +62,8 @@ MISTAKES = [
     Defect("cast", "cut-unless-odd", "rounding", CAST, CUT_UNLESS_ODD),
     Defect("sample", "sum-restarts", "accumulator", SUMMED, RESTARTED),
     Defect("sample", "u-of-seven-bits", "rounding", TARGET, SEVEN_BITS),
+    Defect("log_softmax", "not-below-64", "values", LOGARITHMS, NOT_BELOW_64),
+    Defect("linear", "tokens-by-column", "scale", TAKEN, BY_COLUMN, "schemes"),
 ]  # fmt: skip
 
 
