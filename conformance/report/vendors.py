@@ -60,6 +60,7 @@ def entry(report: Report) -> Entry:
     if (report.sources[name], report.contracts[row.op]) != current:
         raise UsageError(f"a report of other sources of {name} or {row.op}: {renew}")
     modules, _ = surroundings(name)
+    failed = [f"{len(alike)} {alike[0].verdict}, {alike[0].token} for one: {alike[0].message}" for alike in report.causes]
     untested = [*report.unclaimed, *report.untaken, *report.never_ran, *(s for s in report.left_out if " left out: " in s)]
     return {
         "backend": name,
@@ -72,7 +73,7 @@ def entry(report: Report) -> Entry:
         "domain": [report.levels[row.op].passed, report.levels[row.op].required],
         "own": Counter(r.provider for r in row.results if r.own and r.verdict == "PASS"),
         "worst": round(max((r.worst for r in row.results if r.own), default=0.0), 3),
-        "untested": [said.replace(f" of {row.op} ", " ") for said in untested],
+        "remarks": [said.replace(f" of {row.op} ", " ") for said in (*failed, *untested)],
         "versions": {module: version for module, version in report.environment.items() if module in modules},
         "processor": report.environment["processor"],
         "date": report.date[:10],
@@ -190,11 +191,11 @@ COLUMNS = "operator", "state", "GLM-5", "passed", "of these", "not tested", "err
 
 
 def told(name: str, ops: Iterable[str]) -> tuple[list[list[str]], list[str]]:
-    """Of a backend's own ops the rows of a table, and in words where they ran and why something was not tested; nothing where
-    no entry is of this backend."""
+    """Of a backend's own ops the rows of a table, and in words where they ran and what did not pass; nothing where no entry is of
+    this backend."""
     mine = {each["op"]: each for each in kept(KEPT) if each["backend"] == name}
     part = {", ".join([each["processor"], *map(" ".join, each["versions"].items())]) for each in mine.values()}
-    why = [f"* `{op}`: {said}" for op, each in mine.items() for said in each["untested"]]
+    why = [f"* `{op}`: {said}" for op, each in mine.items() for said in each["remarks"]]
     rows = [[op, *(_cells(mine[op]) if op in mine else ["not run", *[""] * 6])] for op in dict.fromkeys(ops)]
     return (rows, [*(f"{PLACE.capitalize()}: {each}" for each in sorted(part)), "", *why]) if mine else ([], [])
 

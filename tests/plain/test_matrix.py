@@ -64,7 +64,7 @@ def test_what_an_emulated_device_passed_is_kept_and_told(report, tmp_path, monke
     assert vendors.objection(kept | {"hash": "0"}).endswith(f": {vendors.RENEW.format('cambricon', 'add')}")
     monkeypatch.setattr(vendors, "KEPT", into)
     page = section("cambricon", vendors.PLACE, [Row("add", "own"), Row("cast", "own")])
-    assert (kept["domain"][1] > 0, kept["untested"][0][:12]) == (True, "1 unclaimed,")
+    assert (kept["domain"][1] > 0, kept["remarks"][0][:12]) == (True, "1 unclaimed,")
     counts = "{} of {}".format(*kept["domain"]), f"{verdicts['PASS']} of {len(report.results)}"
     passed = f"passed | {' | '.join(counts)} | {kept['kernels']['own']} own, "
     assert f"| add | {passed}" in page and " | 1 unclaimed | " in page and "| cast | not run |" in page
