@@ -60,7 +60,7 @@ def entry(report: Report) -> Entry:
     if (report.sources[name], report.contracts[row.op]) != current:
         raise UsageError(f"a report of other sources of {name} or {row.op}: {renew}")
     modules, _ = surroundings(name)
-    failed = [f"{len(alike)} {alike[0].verdict}, {alike[0].token} for one: {alike[0].message}" for alike in report.causes]
+    failed = [f"{len(rs)} {rs[0].verdict}, {rs[0].token} for one: {rs[0].message}" for rs in report.causes]
     untested = [*report.unclaimed, *report.untaken, *report.never_ran, *(s for s in report.left_out if " left out: " in s)]
     return {
         "backend": name,
@@ -191,8 +191,8 @@ COLUMNS = "operator", "state", "GLM-5", "passed", "of these", "not tested", "err
 
 
 def told(name: str, ops: Iterable[str]) -> tuple[list[list[str]], list[str]]:
-    """Of a backend's own ops the rows of a table, and in words where they ran and what did not pass; nothing where no entry is of
-    this backend."""
+    """Of a backend's own ops the rows of a table, and in words where they ran and what did not pass; nothing where it has no
+    entry."""
     mine = {each["op"]: each for each in kept(KEPT) if each["backend"] == name}
     part = {", ".join([each["processor"], *map(" ".join, each["versions"].items())]) for each in mine.values()}
     why = [f"* `{op}`: {said}" for op, each in mine.items() for said in each["remarks"]]
