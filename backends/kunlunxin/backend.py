@@ -7,6 +7,7 @@ keys alone. The attention of prefill is not called: nobody published whether it 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import torch_xmlir
 from torch import Tensor
 
@@ -81,6 +82,11 @@ class Kunlunxin(Int8, Joint, Vendor):
             x.contiguous(), residual.contiguous(), residual_output=r, weight=weight.contiguous(), eps=eps, output=y
         )
         return y, r
+
+    @limits(provider="aten.layer_norm")
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+        """In float32, as vLLM's, which vLLM-Kunlun leaves as it is."""
+        return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
     @limits(provider="kunlun_ops.swiglu")
     def silu_mul(self, x: Tensor) -> Tensor:

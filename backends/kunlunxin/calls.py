@@ -43,9 +43,8 @@ def experts(chip: Torch, x: Tensor, w13: Weight, w2: Weight, ids: Tensor, weight
     """Every place goes to an expert, as in vLLM-Kunlun: rows of an id of -1 would not be written. Places of other ranks
     are spread over the local ones and count nothing. The gate is a call of its own: act="SWISH_GLU" is wrong."""
     (T, k), E = ids.shape, w13.spec.shape[0]
-    kept = (ids >= 0) & (ids < E)
-    spread = torch.arange(T * k, dtype=torch.int32, device=x.device).view(T, k) % E
-    local = torch.where(kept, ids, spread).contiguous()
+    local = ids.remainder(E).contiguous()
+    kept = local == ids
     x, weights = x.contiguous(), weights.contiguous()  # and so what is made like them
     place, ends, rows = _sorted(x, local, E)
     h = _product(rows, w13, ends, place, k)

@@ -47,7 +47,7 @@ class Facts:
         return cls(
             str(backend),
             backend.place,
-            environment(type(backend)) | _version(backend) | _tuned(backend),
+            environment(type(backend)) | {"processor": Backend.describe(backend)} | _version(backend) | _tuned(backend),
             waivers(backend),
             {op: tuple(k.provider for k in kernels) for op, kernels in backend.own().items()},
             _described(backend),
@@ -91,10 +91,8 @@ def _tuned(backend: Backend) -> dict[str, str]:
 def environment(backend: type[Backend]) -> dict[str, str]:
     """Versions of what took part, including the packages that the backend needs."""
     package = sys.modules.get(backend.__module__.rpartition(".")[0])
-    needed = {}
-    for name in getattr(package, "requires", ()):
-        with suppress(importlib.metadata.PackageNotFoundError):  # a module whose package has another name
-            needed[name] = importlib.metadata.version(name)
+    names = (*getattr(package, "requires", ()), *getattr(package, "libraries", ()))
+    needed = {name: version for name in names if (version := _installed(name))}
     return needed | {
         "porthal": sys.modules["porthal"].__version__,
         "python": platform.python_version(),
@@ -102,3 +100,10 @@ def environment(backend: type[Backend]) -> dict[str, str]:
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def _installed(module: str) -> str:
+    """The version of its package, or what it says itself where the package has another name; "" where nobody knows."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(module)
+    return str(getattr(sys.modules.get(module), "__version__", ""))

@@ -13,7 +13,7 @@ from tests import demo
 from tests.adapters import BadInput, missing, unlike_contracts
 from tests.launches import assert_the_page_says_how_many
 
-OWN = {"add_rms_norm", "kv_write", "moe_experts", "moe_route", "rms_norm", "rope", "silu_mul", "sparse_mla"}
+OWN = {"add_rms_norm", "kv_write", "layer_norm", "moe_experts", "moe_route", "rms_norm", "rope", "silu_mul", "sparse_mla"}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ MISTAKES = (
     Mistake("rms_norm", "another epsilon", "weight.contiguous(), y, eps)", "weight.contiguous(), y, 1e-6)"),
     Mistake("add_rms_norm", "the sum not kept", "residual_output=r, weight", "residual_output=torch.empty_like(r), weight"),
     Mistake("silu_mul", "the second half activated", "x=x.contiguous(), y=y", "x=x.roll(x.shape[1] // 2, 1), y=y"),
+    Mistake("layer_norm", "the bias left out", "weight.float(), bias.float(), eps", "weight.float(), None, eps"),
     Mistake("rope", "sine before cosine", "[angle.cos(), angle.sin()]", "[angle.sin(), angle.cos()]"),
     Mistake("rope", "pairs for halves", 'layout == "half"', 'layout != "half"'),
     Mistake("rope", "turned in place", "to(torch.float32, copy=True)", "to(torch.float32)", dtype="float32"),

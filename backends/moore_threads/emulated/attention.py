@@ -64,29 +64,32 @@ def _attend(q, keys, picked, length, scale, sink):
     """Attention of q[T, N, 576] over keys[picked[T, k]], of which the first length[T] count; -1 and numbers past the
     end are no keys. Returns o[T, N, 512], the largest logit and the natural log-sum-exp, -inf and +inf in an empty row.
 
+    Columns behind the last key of the rows at hand are not gone through: most of a long selection is empty.
     A key behind the length is multiplied by zero, not skipped: the page says that its NaN is seen.
     """
     rows, heads, _ = q.shape
-    out = torch.zeros(rows, heads, 512)
+    out = torch.zeros(rows, heads, 512, dtype=q.dtype)
     largest, lse = torch.full((rows, heads), -math.inf), torch.full((rows, heads), math.inf)
     inside = (picked >= 0) & (picked < len(keys))
     counted = inside & (torch.arange(picked.shape[1]) < length[:, None])
     step = max(1, _WORKSPACE // (576 * max(1, picked.shape[1])))
     for a in range(0, rows, step):
-        at = slice(a, a + step)
+        now = slice(a, a + step)
+        held = inside[now].any(0).nonzero()
+        at = now, slice(int(held[-1]) + 1 if len(held) else 1)
         k = torch.where(inside[at][..., None], keys[picked[at].clamp(0, max(0, len(keys) - 1))].float(), 0.0)
-        logits = torch.einsum("tnd,tkd->tnk", q[at].float(), torch.where(counted[at][..., None], k, 0.0)) * scale
+        logits = torch.einsum("tnd,tkd->tnk", q[now].float(), torch.where(counted[at][..., None], k, 0.0)) * scale
         logits = logits.masked_fill(~counted[at][:, None], -math.inf)
         top = logits.amax(-1)
         weight = torch.where(counted[at][:, None], (logits - top[..., None]).exp(), 0.0)
         total = weight.sum(-1)
         some = counted[at].any(1)[:, None].expand(-1, heads)
         o = torch.einsum("tnk,tkd->tnd", weight, k[..., :512]) / total[..., None]
-        lse[at] = torch.where(some, top + total.log(), math.inf)
-        largest[at] = torch.where(some, top, -math.inf)
+        lse[now] = torch.where(some, top + total.log(), math.inf)
+        largest[now] = torch.where(some, top, -math.inf)
         if sink is not None:
-            o = o / (1 + (sink - lse[at]).exp())[..., None]
-        out[at] = torch.where(some[..., None], o, 0.0)
+            o = o / (1 + (sink - lse[now]).exp())[..., None]
+        out[now] = torch.where(some[..., None], o, 0.0).to(q.dtype)
     return out, largest, lse
 
 
@@ -114,7 +117,7 @@ def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk
         need_shape(op, "topk_length", topk_length, [rows])
         length = topk_length
     out, largest, lse = _attend(q, kv[:, 0], indices[:, 0].long(), length, sm_scale, attn_sink)
-    return out.bfloat16(), largest, lse
+    return out, largest, lse
 
 
 def unpack(rows):
@@ -172,4 +175,4 @@ def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, t
     out, _, lse = _attend(q.flatten(0, 1), unpack(k_cache.view(torch.uint8).view(-1, _ROW)),
                           indices.flatten(0, 1).long(), length.repeat_interleave(rows),
                           width**-0.5 if softmax_scale is None else softmax_scale, attn_sink)
-    return out.bfloat16().unflatten(0, (requests, rows)), lse.unflatten(0, (requests, rows)).transpose(1, 2).contiguous()
+    return out.unflatten(0, (requests, rows)), lse.unflatten(0, (requests, rows)).transpose(1, 2).contiguous()

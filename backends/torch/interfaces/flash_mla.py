@@ -6,6 +6,7 @@ A packed row has 656 bytes: 512 codes of e4m3, a float32 scale for each 128 of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ FLASH_MLA = Library(
     flash_mla_with_kvcache="q k_cache block_table cache_seqlens head_dim_v tile_scheduler_metadata softmax_scale "
     "is_fp8_kvcache indices topk_length",
 )
+ROWS = 4096  # of a call
 BLOCK = 128  # slots of a row are read in blocks of this size
 BFLOAT16: dict[str, Any] = {"q_latent": "bfloat16", "q_rope": same_as("q_latent"), "kv": same_as("q_latent")}
 
@@ -35,16 +37,13 @@ class FlashMla(Joint):
         self, q_latent: Tensor, q_rope: Tensor, kv: Pages, sel: Selection, batch: Batch, *, scale: float
     ) -> Tensor:
         """The cache is one tensor of rows for it."""
-        slots, length = _padded(sel, batch)
-        o = FLASH_MLA.flash_mla_sparse_fwd(
-            q=_queries(q_latent, q_rope),
-            kv=joint(kv)[:, None],
-            indices=slots[:, None],
-            sm_scale=scale,
-            d_v=512,
-            topk_length=length,
-        )[0]
-        return _attended(o, q_latent, length)
+
+        def attend(q: Tensor, slots: Tensor, length: Tensor) -> Tensor:
+            return FLASH_MLA.flash_mla_sparse_fwd(
+                q=q, kv=joint(kv)[:, None], indices=slots[:, None], sm_scale=scale, d_v=512, topk_length=length
+            )[0]
+
+        return _in_parts(attend, q_latent, q_rope, *_padded(sel, batch))
 
 
 class FlashMlaPacked(Packed):
@@ -66,20 +65,22 @@ class FlashMlaPacked(Packed):
     ) -> Tensor:
         """The form for decoding, in which each row is a request of one: it alone reads packed rows. Its schedule follows the
         lengths, so each call has one of its own."""
-        slots, length = _padded(sel, batch)
-        o = FLASH_MLA.flash_mla_with_kvcache(
-            q=_queries(q_latent, q_rope)[:, None],
-            k_cache=kv["packed"].view(kv.spec.n_blocks, kv.spec.block_size, 1, -1),
-            block_table=None,
-            cache_seqlens=None,
-            head_dim_v=512,
-            tile_scheduler_metadata=FLASH_MLA.get_mla_metadata()[0],
-            softmax_scale=scale,
-            is_fp8_kvcache=True,
-            indices=slots[:, None],
-            topk_length=length,
-        )[0]
-        return _attended(o[:, 0], q_latent, length)
+
+        def attend(q: Tensor, slots: Tensor, length: Tensor) -> Tensor:
+            return FLASH_MLA.flash_mla_with_kvcache(
+                q=q[:, None],
+                k_cache=kv["packed"].view(kv.spec.n_blocks, kv.spec.block_size, 1, -1),
+                block_table=None,
+                cache_seqlens=None,
+                head_dim_v=512,
+                tile_scheduler_metadata=FLASH_MLA.get_mla_metadata()[0],
+                softmax_scale=scale,
+                is_fp8_kvcache=True,
+                indices=slots[:, None],
+                topk_length=length,
+            )[0][:, 0]
+
+        return _in_parts(attend, q_latent, q_rope, *_padded(sel, batch))
 
 
 def _padded(sel: Selection, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -95,5 +96,12 @@ def _queries(q_latent: Tensor, q_rope: Tensor) -> Tensor:
     return q
 
 
-def _attended(o: Tensor, q_latent: Tensor, length: Tensor) -> Tensor:
-    return torch.where(length[:, None, None] > 0, o[:, : q_latent.shape[1]], 0)  # a row without keys is not defined
+def _in_parts(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q_latent: Tensor, q_rope: Tensor, slots: Tensor, length: Tensor
+) -> Tensor:
+    """Some rows at a time, as those of few heads take up to 64 times their memory. A row without keys is not defined."""
+    heads, made = q_latent.shape[1], []
+    for latent, turned, at, count in zip(*(x.split(ROWS) for x in (q_latent, q_rope, slots, length))):
+        o = attend(_queries(latent, turned), at, count)[:, :heads]
+        made.append(torch.where(count[:, None, None] > 0, o, 0))
+    return made[0] if len(made) == 1 else torch.cat(made)
