@@ -164,6 +164,12 @@ class Limits:
                 return f"{name} = {v}, the kernel takes {_worded(limit, spec)}"
         return None
 
+    @property
+    def text(self) -> str:
+        """All that is stated."""
+        stated: dict[str, Limit | Need] = {**self.dtypes, **self.facts, "schemes": self.schemes, **self.needs}
+        return "; ".join(f"{name}: {each.text}" for name, each in stated.items())
+
     def unknown(self, contract: Contract) -> str | None:
         """What is stated about something that no call of the op has, in words, or None."""
         typed = {o.name: o for o in contract.signature.operands if o.typed}

@@ -6,12 +6,16 @@ documentation. Such calls depend on the backend; their tokens stand alone like a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
+from numbers import Integral
 from typing import Any
 
-from porthal.conformance.cases.boundaries import sizes_of
+from porthal.conformance.cases.boundaries import STEP, sizes_of
 from porthal.conformance.cases.case import Case
+from porthal.conformance.cases.cost import seconds
 from porthal.conformance.cases.domain import Combo, schemes_alike
+from porthal.conformance.cases.legal import LARGEST
 from porthal.conformance.cases.made import Made
 from porthal.conformance.level import BRING_UP
 from porthal.hal import Backend, Kernel, contracts
@@ -20,7 +24,9 @@ from porthal.hal.limits import Limit
 from porthal.hal.scheme import NONE
 
 ELEMENTS = 2**25
+SECONDS = 5.0  # that a call may take
 ROWS = 9
+NAMED = 4
 
 
 def edges(backend: Backend) -> list[Case]:
@@ -43,26 +49,32 @@ class _Edges(Made):
                 yield from self._first(name, end)
 
     def _first(self, name: str, end: int) -> Iterator[Case]:
-        """The call that the kernel takes where this fact is at this end, in the first dtypes that it takes."""
+        """The call that the kernel takes where this fact is at this end, in the first dtypes that it takes; in sizes that are
+        usual, or where that is too much in the least."""
         schemes = next((s for s in ((), *schemes_alike(self.contract)) if self._takes(s)), ())
-        for combo in self.combos:
+        deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
+        least = {s: min(filter(None, self.contract.cases[s])) for s in self.free if s not in (self.rows, *self.stated)}
+        for sizes, combo in product(({}, least), self.combos):
             dtypes = self._dtypes(combo)
             others = {other: self._usual(other, limit, dtypes) for other, limit in self.stated.items() if other != name}
-            facts: dict[str, Any] = {n: v for n, v in others.items() if v is not None} | {name: end}
+            facts: dict[str, Any] = {**sizes, **{n: v for n, v in others.items() if v is not None}, name: end}
             rows, size = facts.pop(self.rows, ROWS) if self.rows else 0, facts.pop("block_size", 0)
-            deep = "deep" if self.has_batch and "k" in self.contract.cases else ""
-            for case in self._made(
-                facts, rows=rows, most=ELEMENTS, dtypes=combo, schemes=schemes, block_size=size, batch=deep
-            ):
-                if self._taken(case, dtypes):
-                    yield case
-                    return
+            made = self._made(facts, rows=rows, most=ELEMENTS, dtypes=combo, schemes=schemes, block_size=size, batch=deep)
+            found = [case for case in made if seconds(case) < SECONDS and self._taken(case, dtypes, name, end)]
+            if found:
+                yield found[0]
+                return
 
-    def _taken(self, case: Case, dtypes: dict[str, str]) -> bool:
-        attrs = {name: a.default for name, a in self.contract.attributes.items()} | case.attributes
-        spec = CallSpec(sizes_of(case), dtypes, attrs, dict(case.schemes))
+    def _taken(self, case: Case, dtypes: dict[str, str], name: str, end: int) -> bool:
+        """Whether the kernel takes a call that has this fact; of what the batch alone decides few do."""
+        sizes = sizes_of(case)
+        requests = {dim: sizes[STEP] for o in self.contract.signature.of_kind("Batch") for dim in o.dims[1:2]}
+        dims: dict[str, Any] = {**sizes, **requests}
+        attrs = {a: attribute.default for a, attribute in self.contract.attributes.items()} | case.attributes
+        if {**attrs, **dims}.get(name) != end:
+            return False
         try:
-            return not self.backend.refuses(self.contract.name, self.kernel, spec)
+            return not self.kernel.refuses(CallSpec(dims, dtypes, attrs, dict(case.schemes)))
         except Exception:
             return True  # of a plugin's own: the case says what it is
 
@@ -81,5 +93,11 @@ class _Edges(Made):
 
 
 def _numbers(limit: Limit) -> list[int]:
-    """Where it begins or ends, and the numbers that it names."""
-    return sorted({n for n in (*limit.ends, *limit.named) if type(n) is int})
+    """Where it begins or ends, and of the numbers that it names the first and the last few."""
+    named = sorted(set(_sizes(limit.named)))
+    return sorted({*_sizes(limit.ends), *named[:NAMED], *named[-NAMED:]})
+
+
+def _sizes(values: Iterable[Any]) -> list[int]:
+    whole = [int(n) for n in values if isinstance(n, Integral) and not isinstance(n, bool)]
+    return [n for n in whole if 0 <= n <= LARGEST["size"]]

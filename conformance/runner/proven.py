@@ -30,7 +30,7 @@ from porthal.hal import Backend, contracts
 from porthal.hal.backend import names_in
 from porthal.hal.sources import package_files
 
-Kernels = dict[str, list[list[str]]]  # op -> owner and provider of each kernel, the first choice first
+Kernels = dict[str, list[list[str]]]  # op -> owner, provider and limits of each kernel, the first choice first
 
 
 class Proven:
@@ -72,11 +72,16 @@ class Proven:
                 file.write(f"{_checksum(text)} {text}\n")
 
     def _kernels(self, ops: list[str], owner: str) -> Kernels | None:
-        """All kernels that the backend has for these ops, which decide what each call gets; None if one calls its own."""
+        """All kernels that the backend has for these ops, which decide what each call gets; None if one calls its own, or
+        takes what its data decide."""
         base, known = self.bases[owner], contracts()
         if any(called(base, op) & overridden(self.plugin, base) for op in ops):
             return None
-        return {op: [[k.owner, k.provider] for k in self.backend.candidates(known[op])] for op in ops if op in known}
+        found = {op: self.backend.candidates(known[op]) for op in ops if op in known}
+        theirs = {vars(c).get("name") for c in base.__mro__}
+        if any(k.limits.needs and k.owner not in theirs for kernels in found.values() for k in kernels):
+            return None
+        return {op: [[k.owner, k.provider, k.limits.text] for k in kernels] for op, kernels in found.items()}
 
     def _circumstances(self, base: type[Backend]) -> str:
         versions = {name: contract.version for name, contract in contracts().items()}

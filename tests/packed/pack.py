@@ -1,12 +1,7 @@
 """Matrices as real packers write them: `python tests/packed/pack.py [PACKAGE]` writes the files beside this one anew.
 
-<<<<<<< HEAD
-Needs compressed-tensors 0.20.0, msmodelslim 26.1.0, nvidia-modelopt 0.47.0 and torchao 0.18.0 with torch 2.13.0.
+Needs compressed-tensors 0.20.0, msmodelslim 26.1.0, nvidia-modelopt 0.47.0, torchao 0.18.0 and amd-quark 0.13 with torch 2.13.0.
 `X.expected` is what the package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
-=======
-Needs compressed-tensors 0.20.0, nvidia-modelopt 0.47.0, torchao 0.18.0 and amd-quark 0.13 with torch 2.13.0. `X.expected` is what the
-package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
->>>>>>> lowp
 """
 
 from __future__ import annotations
@@ -252,16 +247,13 @@ if __name__ == "__main__":
 
     from safetensors.torch import save_file
 
-<<<<<<< HEAD
     packers = {
         "compressed-tensors": compressed_tensors,
         "msmodelslim": msmodelslim,
         "nvidia-modelopt": modelopt,
         "torchao": torchao,
+        "amd-quark": quark,
     }
-=======
-    packers = {"compressed-tensors": compressed_tensors, "nvidia-modelopt": modelopt, "torchao": torchao, "amd-quark": quark}
->>>>>>> lowp
     for package in sys.argv[1:] or packers:
         torch.manual_seed(1)
         made = packers[package]()
