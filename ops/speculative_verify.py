@@ -105,7 +105,8 @@ def _(
             return bool(p[token] > 0 and passed > -off)
         cumulated = np.cumsum(_residual(p, q))
         target, before = u[r, n] * cumulated[-1], cumulated[token - 1] if token else 0.0
-        return bool(p[token] > 0 and passed <= off and before - off <= target <= cumulated[token] + off)
+        drawn = before - off <= target <= cumulated[token] + off or np.maximum(p - q, 0.0).sum() <= off  # nothing but errors
+        return bool(p[token] > 0 and passed <= off and drawn)
 
     for r in range(R):
         last = int((results[r] >= 0).sum()) - 1

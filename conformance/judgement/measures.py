@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import numpy as np
 
@@ -57,11 +57,12 @@ class Measure:
     @staticmethod
     def limits(limit: Level, others: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """What each may be. Where permitted rounding alone gives more than usual, because the sample has few numbers or
-        they share roundings, the limit rises with it."""
+        they share roundings, the limit rises with it; that of a column, of which chance decides then, has no end."""
         usual = {"whole": (limit.whole, 1.0), "row": (limit.row, 1.0), "direction": (BIAS, USUAL), "column": (BIAS, USUAL)}
         usual |= {"zeros": (ZEROS, ZEROS), "blanks": (BLANKS, BLANKS)}
         shown = {test: max((abs(o.get(test, 0.0)) for o in others), default=0.0) for test in usual}
-        return {test: most * max(1.0, shown[test] / share) for test, (most, share) in usual.items()}
+        found = {test: most * max(1.0, shown[test] / share) for test, (most, share) in usual.items()}
+        return found | ({"column": inf} if shown["column"] > BIAS else {})
 
     def _ratios(self, y: Array) -> tuple[float | None, float | None]:
         """The granted error is the ideal chip's, at least that of uniform rounding, plus the permitted deviation."""

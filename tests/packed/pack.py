@@ -1,6 +1,6 @@
 """Matrices as real packers write them: `python tests/packed/pack.py [PACKAGE]` writes the files beside this one anew.
 
-Needs compressed-tensors 0.20.0, msmodelslim 26.1.0, nvidia-modelopt 0.47.0, torchao 0.18.0 and amd-quark 0.13 with torch 2.13.0.
+Needs compressed-tensors 0.20.0, msmodelslim 26.1.0, nvidia-modelopt 0.47.0, torchao 0.18.0, amd-quark 0.13 and torch 2.13.0.
 `X.expected` is what the package's own reader makes of matrix X, or for `X.about` the matrix before it was quantised.
 """
 
