@@ -97,3 +97,30 @@ def test_edges_are_of_the_ops_and_dtypes_that_are_asked_for():
 
     assert met(["rms_norm"]) and met(["rms_norm"], ["float32"])
     assert not met(["rms_norm"], ["bfloat16"]) and not met(["layer_norm"])
+
+
+@pytest.mark.parametrize("limit", [at_least(-5), between(-3, 100), one_of(-1, 96), at_most(2**70)])
+def test_an_end_that_no_call_has_is_left_out(limit):
+    found = edges(chip("rms_norm", H=limit))
+    assert all(0 <= h <= 100 for h in sizes(found, "H"))
+
+
+def test_of_many_numbers_the_first_and_the_last_are_called():
+    assert sizes(edges(chip("rms_norm", H=one_of(*range(64, 4097, 64)))), "H") == [64, 128, 192, 256, 3904, 3968, 4032, 4096]
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert sizes(edges(chip("rms_norm", H=at_most(np.int64(77)))), "H") == [77]
+
+
+def test_what_the_batch_alone_decides_is_no_end_of_a_call_that_lacks_it():
+    assert edges(chip("topk", R=at_least(5000))) == []
+
+
+def test_other_sizes_are_least_where_usual_ones_are_too_many():
+    [found] = edges(chip("linear", T=at_most(100000)))
+    assert dict(found.dims)["T"] == 100000
+
+
+def test_a_call_that_takes_too_long_is_left_out():
+    assert edges(chip("moe_experts", k=at_most(100000))) == []
