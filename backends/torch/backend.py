@@ -338,8 +338,10 @@ class Torch(Collectives, Quantising, Measured):
 
         if k == 0:
             return torch.zeros_like(q_latent)
-        parts = [attend(rows) for rows in _chunks(0, batch.T, per_row)]
-        return torch.cat(parts) if parts else torch.empty_like(q_latent)
+        o = q_latent.new_empty(q_latent.shape)  # first: small results between large temporaries would hold the heap in pieces
+        for rows in _chunks(0, batch.T, per_row):
+            o[rows] = attend(rows)
+        return o
 
     # -- next token --------------------------------------------------------------------------------------------------
 
