@@ -42,6 +42,7 @@ RANK_FAULTS = ("dtype", "shape", "range", "overflow", "other", "killed", "stalle
 GROUPS = "groups"  # a program of ranks: two groups make the call at once
 MOST_RANKS = 64
 PAGES = 6  # of a cache that no batch describes
+OF_CODES = ("halfway",)  # values that are drawn from the codes of a scheme
 # What a token may ask for; `copied` are the elements of a call whose rows are copies of few.
 LARGEST = {"size": 2**20, "distinct": 64, "seed": 2**32, "elements": 2**27, "copied": 2**29}
 DISTINCT = f"at least 2 and at most {LARGEST['distinct']}"
@@ -58,7 +59,7 @@ def refusal(case: Case) -> str:
     unset = [name for name, value in attrs.items() if value is inspect.Parameter.empty]
     if lacking := [*(s for s in _sizes(case) if s not in sizes), *unset, *_unpaged(case)]:
         return f"it lacks {', '.join(lacking)}"
-    known = contract.signature.symbols()
+    known = contract.signature.symbols() - _bound(case)
     for name, size in sizes.items():
         if name not in known:
             return f"{name} is not one of its sizes, expected {_one_of(_sizes(case))}"
@@ -87,6 +88,8 @@ def _refused_operands(case: Case) -> str:
             return f"{name} is not an operand{' with values' * (name in operands)}, expected {_one_of(drawn)}"
         if given not in (known := fitting(contract, name)):
             return f"{given or 'empty'} is not a value generator for {name}, expected {_one_of(known)}"
+        if given in OF_CODES and not (case.schemes or "scheme" in case.attributes or operands[name].kind == "Quantised"):
+            return f"{given} is about codes: it needs a scheme"
     for name, given in case.schemes:
         if given not in (taken := contract.schemes.get(name, ())):
             return f"{name} is under scheme {given or 'empty'}, expected {_one_of((*taken, 'no scheme'))}"
@@ -244,9 +247,14 @@ def _sizes(case: Case) -> list[str]:
         for o in signature.operands
         if o.name not in case.absent and o.kind != "Batch"
     ]
-    bound = {d for o in signature.of_kind("Batch") for d in o.dims if d != case.contract.rows}
     needed = dict.fromkeys(s for o in present for s in o.symbols())
-    return [s for s in needed if s not in bound and s not in case.contract.attributes]
+    return [s for s in needed if s not in _bound(case)]
+
+
+def _bound(case: Case) -> set[str]:
+    """The symbols that attributes or the batch bind."""
+    batches = case.contract.signature.of_kind("Batch")
+    return {d for o in batches for d in o.dims if d != case.contract.rows} | set(case.contract.attributes)
 
 
 def _one_of(names: Sequence[str]) -> str:

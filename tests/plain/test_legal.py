@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from porthal import ops
 from porthal.conformance.cases.boundaries import GRIDS, TILES, UNEVEN, ends, values
+from porthal.conformance.cases.case import Case
 from porthal.conformance.cases.classes import size_class
 from porthal.conformance.cases.copies import build
 from porthal.conformance.cases.legal import elements
@@ -102,3 +103,15 @@ def test_all_planned_values_are_legal():
             if case.recipes and not case.fault and elements(case) < 2**18:
                 inputs = build(case)
                 contract.check_values(inputs.operands, inputs.spec, lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("token", "why"),
+    [
+        ("topk,T=3,R=1,k=2,batch=mixed,block_size=64,0", "R is not one of its sizes, expected T"),
+        ("linear,T=3,K=8,N=8,x:fp32,x~halfway,0", "halfway is about codes: it needs a scheme"),
+    ],
+)
+def test_what_the_batch_binds_and_codes_without_a_scheme_are_refused(token, why):
+    with pytest.raises(UsageError, match=why):
+        Case.from_token(token)
